@@ -1,0 +1,136 @@
+"""The base of every configuration: frozen, typed, strict, hashable by content.
+
+A configuration is plain data (msgspec structs). YAML and Python build the same tree, so they
+have the same digest. An unknown option is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+from msgspec import inspect
+
+from posttrain.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base class of all configuration. Subclass it with typed, documented fields."""
+
+
+def digest(value: object) -> str:
+    """sha256 over the canonical JSON of a configuration or of plain data, as 64 hex digits.
+
+    Example:
+        >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+        True
+    """
+    canonical = msgspec.json.encode(msgspec.to_builtins(value), order="sorted")
+    return hashlib.sha256(canonical).hexdigest()
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain data, every default filled in."""
+    built: dict[str, Any] = msgspec.to_builtins(config)
+    return built
+
+
+def convert(value: object, to: type[T], *, origin: str) -> T:
+    """Turn plain data into a configuration.
+
+    Args:
+        value: what YAML or JSON gave.
+        to: the configuration class.
+        origin: where it came from (a file name), for the message.
+
+    Raises:
+        ConfigError: an unknown, missing or ill-typed option; names the place and the nearest
+            valid name.
+    """
+    try:
+        return msgspec.convert(value, to)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{origin}: {error}", fix=_hint(str(error), to)) from None
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no file {path}", fix="check the path") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {type(content).__name__}", expected="a mapping")
+    return content
+
+
+def differences(old: object, new: object, at: str = "") -> list[str]:
+    """Readable list of what differs between two plain trees: ``path: old -> new``.
+
+    Example:
+        >>> differences({"lr": 1, "x": [1]}, {"lr": 2, "x": [1]})
+        ['lr: 1 -> 2']
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted({*old, *new}, key=str)
+        missing = "(absent)"
+        return [
+            line
+            for k in keys
+            for line in differences(
+                old.get(k, missing), new.get(k, missing), f"{at}.{k}" if at else str(k)
+            )
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{at}[{i}]")]
+    return [] if old == new else [f"{at}: {old} -> {new}"]
+
+
+def _hint(message: str, to: object) -> str | None:
+    """The nearest valid name, for msgspec's "unknown field" and "invalid tag" messages."""
+    place = r"(?: - at `\$(.*)`)?"
+    if unknown := re.search(rf"unknown field `(\w+)`{place}", message):
+        structs = _structs(_type_at(to, unknown.group(2) or ""))
+        return nearest(unknown.group(1), {f.encode_name for s in structs for f in s.fields})
+    if tag := re.search(rf"Invalid value '(.+?)'{place}", message):
+        where = (tag.group(2) or "").rpartition(".")[0]
+        options = {str(s.tag) for s in _structs(_type_at(to, where)) if s.tag is not None}
+        return nearest(tag.group(1), options) if options else None
+    return None
+
+
+def _structs(node: inspect.Type) -> list[inspect.StructType]:
+    """The structs a type may stand for (a union has several)."""
+    if isinstance(node, inspect.StructType):
+        return [node]
+    if isinstance(node, inspect.UnionType):
+        return [struct for member in node.types for struct in _structs(member)]
+    return []
+
+
+def _type_at(to: object, path: str) -> inspect.Type:
+    """The type found along a msgspec path such as ``.stages[0].method`` or ``.tasks[...]``."""
+    node = inspect.type_info(to)
+    for field, item in re.findall(r"\.(\w+)|\[(\.\.\.|\d+)\]", path):
+        if field:
+            fields = {f.encode_name: f.type for s in _structs(node) for f in s.fields}
+            node = fields.get(field, node)
+        elif item and isinstance(node, inspect.VarTupleType | inspect.ListType):
+            node = node.item_type
+        elif isinstance(node, inspect.DictType):
+            node = node.value_type
+    return node

@@ -1,0 +1,142 @@
+"""The seams. Each has a contract suite and a fake in :mod:`posttrain.testing`.
+
+Shape legend: ``T`` tokens of a trajectory, ``K`` entries of a top-k distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from posttrain.provenance import FloatArray, IntArray, Producer, Sampling, Span
+from posttrain.task import Task
+from posttrain.trajectory import Column, End, Group, Trajectory
+
+if TYPE_CHECKING:
+    from posttrain.batch import PackedBatch
+    from posttrain.composition import TermSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """A rendered prompt: token ids, and who wrote them."""
+
+    tokens: IntArray  # [T]
+    spans: tuple[Span, ...]
+
+
+class Renderer(Protocol):
+    """Turns tasks into prompts and tokens into text, for one tokenizer."""
+
+    def prompt(self, task: Task) -> Prompt: ...
+
+    def text(self, tokens: IntArray) -> str:
+        """The completion as a verifier should read it: without end-of-turn tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """One completion to draw. Equal requests to equal weights give equal completions."""
+
+    prompt: IntArray  # [T]
+    sampling: Sampling
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Completion:
+    """What a sampler drew, with log-probs under the distribution that was really sampled."""
+
+    tokens: IntArray  # [T], the end-of-turn token included
+    logprobs: FloatArray  # [T]
+    end: End
+
+
+class Policy(Protocol):
+    """A model that can be sampled and asked for log-probs, live or frozen."""
+
+    @property
+    def producer(self) -> Producer: ...
+
+    @property
+    def version(self) -> int | None:
+        """Steps taken, for a live learner. None for a frozen policy."""
+        ...
+
+    @property
+    def renderer(self) -> Renderer: ...
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: log-probs of trainable tokens at temperature 1, NaN elsewhere."""
+        ...
+
+    def distributions(
+        self, trajectories: Sequence[Trajectory], *, top_k: int | None
+    ) -> list[tuple[IntArray, FloatArray]]:
+        """([T, K] ids, [T, K] log-probs), most likely first; id -1 and NaN where untrainable.
+
+        ``top_k=None`` gives the whole vocabulary, in the order of the ids.
+        """
+        ...
+
+
+class Source(Protocol):
+    """Where trajectories come from. A pure function of the step: it holds no cursor."""
+
+    def draw(self, num_groups: int, *, step: int) -> Sequence[Group]: ...
+
+
+class Signal(Protocol):
+    """An opinion: reads groups, returns them with columns added, in the same order."""
+
+    def score(self, groups: Sequence[Group]) -> Sequence[Group]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one optimiser step did. ``metrics`` are already reduced over the global batch."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int  # tokens that went through the model
+    num_trained: int  # tokens that a term read
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Learner(Protocol):
+    """The model being trained: takes steps on an objective and can be saved exactly."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+    def step(
+        self, batches: Sequence[PackedBatch], terms: Sequence[TermSpec], *, progress: float
+    ) -> StepReport:
+        """One optimiser step over the micro-batches. ``progress`` in [0, 1) drives schedules."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Weights and optimiser state, enough to go on bit for bit."""
+        ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """A plain model folder that needs nothing of ours."""
+        ...
+
+
+class Probe(Protocol):
+    """Measures a policy and says how sure it is."""
+
+    def measure(self, policy: Policy) -> object: ...
+
+
+def provided(group: Group) -> frozenset[Column]:
+    """Columns that every member of a group carries."""
+    return frozenset.intersection(*(frozenset(m.columns) for m in group.members))

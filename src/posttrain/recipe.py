@@ -1,0 +1,265 @@
+"""A recipe: a model, task sets, stages with gates, and how to measure. Pure data.
+
+recipe.yaml ──load_recipe──▶ Recipe ◀──the same tree in Python
+
+model ──▶ [measure] ──▶ stage 1 ──▶ [measure, gate] ──▶ stage 2 ──▶ … ──▶ report
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from posttrain.composition import PolicyRef, SamplingSpec
+from posttrain.config import Config, convert, read_yaml
+from posttrain.errors import ConfigError, nearest
+from posttrain.methods import Method
+
+Plain = str | int | float | bool | None
+RESERVED = frozenset({"base", "learner", "input", "previous"})
+
+
+# --- task sets -------------------------------------------------------------------------------
+
+
+class ReasoningGym(Config, frozen=True, kw_only=True, tag="reasoning_gym", tag_field="type"):
+    """A generator of the reasoning-gym library, judged by the library's own scorer."""
+
+    dataset: str
+    config: dict[str, Plain | list[Plain]] = msgspec.field(default_factory=dict)
+    train: int = 1000
+    held_out: int = 32
+    seed: int = 0
+    success: float = 1.0
+
+
+class JsonlTasks(Config, frozen=True, kw_only=True, tag="jsonl", tag_field="type"):
+    """Rows of prompt (text or messages) and answer, judged by a reward function.
+
+    ``reward`` is a built-in name (``exact``, ``number``) or ``file.py:function``, a function
+    ``(prompts, completions, **columns) -> list[float]``. The last ``held_out`` rows, after
+    removing duplicates, are kept for measuring.
+    """
+
+    path: str
+    reward: str = "exact"
+    held_out: int = 32
+    success: float = 1.0
+
+
+TaskSetSpec = ReasoningGym | JsonlTasks
+
+
+# --- a stage ---------------------------------------------------------------------------------
+
+
+class Optimizer(Config, frozen=True, kw_only=True):
+    """AdamW and its schedule."""
+
+    lr: float = 1e-5
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr < 0 or self.max_grad_norm <= 0 or self.warmup_steps < 0:
+            raise ConfigError(
+                f"optimizer with lr={self.lr}, max_grad_norm={self.max_grad_norm}, "
+                f"warmup_steps={self.warmup_steps}",
+                expected="lr >= 0, max_grad_norm > 0, warmup_steps >= 0",
+            )
+
+
+class Lora(Config, frozen=True, kw_only=True):
+    """Low-rank adapters through peft, merged into the weights when the stage ends."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class Budget(Config, frozen=True, kw_only=True):
+    """When a stage ends: after optimiser steps, or after passes over its data set."""
+
+    steps: int | None = None
+    epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        amounts = [a for a in (self.steps, self.epochs) if a is not None]
+        if len(amounts) != 1 or amounts[0] <= 0:
+            raise ConfigError(
+                f"budget with steps={self.steps}, epochs={self.epochs}",
+                expected="exactly one of them, above zero",
+            )
+
+
+class Gate(Config, frozen=True, kw_only=True):
+    """A decision after a stage, taken on the bound of an interval, not on its middle.
+
+    ``at_least`` passes when the lower bound reaches it; ``at_most_lost`` passes when the value
+    cannot have dropped by more than that since the base (upper bound of the loss).
+
+    Example: ``{task: products, metric: pass@1, at_least: 0.5, otherwise: stop}``
+    """
+
+    task: str
+    metric: str = "pass@1"
+    at_least: float | None = None
+    at_most_lost: float | None = None
+    otherwise: Literal["stop", "warn"] = "stop"
+
+    def __post_init__(self) -> None:
+        head, _, k = self.metric.partition("@")
+        if head != "pass" or not k.isdigit() or int(k) < 1:
+            raise ConfigError(f"gate on metric {self.metric!r}", expected="pass@<k>, k >= 1")
+        if (self.at_least is None) == (self.at_most_lost is None):
+            raise ConfigError(
+                f"gate on {self.task} with at_least={self.at_least}, "
+                f"at_most_lost={self.at_most_lost}",
+                expected="exactly one of them",
+            )
+
+
+class Stage(Config, frozen=True, kw_only=True):
+    """One intervention: a method, a budget and an optimiser.
+
+    ``groups_per_step`` prompts, demonstrations or pairs are drawn at a time; the learner takes
+    ``updates_per_draw`` steps on each draw. ``init`` is where the weights start: ``previous``,
+    ``base`` or the name of an earlier stage. ``intends`` is a note; the role is measured.
+    """
+
+    name: str
+    method: Method
+    budget: Budget
+    init: PolicyRef = "previous"
+    optimizer: Optimizer = Optimizer()
+    groups_per_step: int = 16
+    updates_per_draw: int = 1
+    micro_batch_tokens: int = 4096
+    max_age: int = 0
+    lora: Lora | None = None
+    checkpoint_every: int = 25
+    gates: tuple[Gate, ...] = ()
+    intends: Literal["expansion", "reshaping", "consolidation"] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.replace("-", "").replace("_", "").isalnum() or self.name in RESERVED:
+            raise ConfigError(
+                f"stage name {self.name!r}",
+                expected=f"letters, digits, - and _, and none of {sorted(RESERVED)}",
+            )
+        counts = {
+            "groups_per_step": self.groups_per_step,
+            "updates_per_draw": self.updates_per_draw,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "checkpoint_every": self.checkpoint_every,
+        }
+        if low := [f"{k}={v}" for k, v in counts.items() if v < 1]:
+            raise ConfigError(f"stage {self.name}: {', '.join(low)}", expected="at least 1")
+        if self.updates_per_draw > self.groups_per_step:
+            raise ConfigError(
+                f"stage {self.name}: {self.updates_per_draw} updates on draws of "
+                f"{self.groups_per_step} groups",
+                expected="updates_per_draw <= groups_per_step",
+            )
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+class Measure(Config, frozen=True, kw_only=True):
+    """How every policy is measured: the same prompts, samples, seeds and decoding for all.
+
+    ``epsilon`` is the success probability below which an answer counts as out of reach; null
+    takes the smallest value that ``samples`` can decide, 1 − (1 − confidence)^(1/samples).
+    """
+
+    tasks: tuple[str, ...] = ()  # empty: every task set
+    samples: int = 64
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+    confidence: float = 0.95
+    epsilon: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or not 0.5 < self.confidence < 1:
+            raise ConfigError(
+                f"measure with samples={self.samples}, confidence={self.confidence}",
+                expected="samples >= 2 and 0.5 < confidence < 1",
+            )
+        if self.epsilon is not None and self.epsilon < self.decidable:
+            raise ConfigError(
+                f"epsilon={self.epsilon} with {self.samples} samples per prompt",
+                expected=f"at least {self.decidable:.4f}: no failure count could show less",
+                fix="raise samples, or raise epsilon",
+            )
+
+    @property
+    def decidable(self) -> float:
+        """The smallest ε for which 0 successes prove "out of reach"."""
+        return float(1 - (1 - self.confidence) ** (1 / self.samples))
+
+    @property
+    def threshold(self) -> float:
+        """The ε in force."""
+        return self.decidable if self.epsilon is None else self.epsilon
+
+
+# --- the whole -------------------------------------------------------------------------------
+
+
+class Recipe(Config, frozen=True, kw_only=True):
+    """Everything that decides a run.
+
+    ``remote_code`` must repeat the model's name to allow code from its repository to run.
+    """
+
+    name: str
+    model: str
+    tasks: dict[str, TaskSetSpec] = msgspec.field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    measure: Measure = Measure()
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    remote_code: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.stages]
+        if doubled := sorted({n for n in names if names.count(n) > 1}):
+            raise ConfigError(f"stages named twice: {doubled}", expected="one name per stage")
+        if self.remote_code not in (None, self.model):
+            raise ConfigError(
+                f"remote_code={self.remote_code!r} for model {self.model!r}",
+                expected="null, or exactly the model's name",
+            )
+        if unknown := sorted(set(self.measure.tasks) - set(self.tasks)):
+            raise ConfigError(
+                f"measure.tasks names {unknown[0]!r}", fix=nearest(unknown[0], self.tasks)
+            )
+        for stage in self.stages:
+            for gate in stage.gates:
+                if gate.task not in self.measured_tasks:
+                    raise ConfigError(
+                        f"stage {stage.name}: gate on task {gate.task!r}, which is not measured",
+                        fix=nearest(gate.task, self.measured_tasks),
+                    )
+
+    @property
+    def measured_tasks(self) -> tuple[str, ...]:
+        """Names of the task sets that every policy is measured on."""
+        return self.measure.tasks or tuple(self.tasks)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a YAML recipe. Paths in it are relative to its folder.
+
+    Raises:
+        ConfigError: with the place of the mistake and the nearest valid option.
+    """
+    return convert(read_yaml(path), Recipe, origin=str(path))
