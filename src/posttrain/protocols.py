@@ -15,8 +15,11 @@ from posttrain.task import Task
 from posttrain.trajectory import Column, End, Group, Trajectory
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from posttrain.batch import PackedBatch
-    from posttrain.composition import TermSpec
+    from posttrain.head import Head
+    from posttrain.recipe import Lora, Optimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,6 +72,16 @@ class Policy(Protocol):
     @property
     def renderer(self) -> Renderer: ...
 
+    @property
+    def context(self) -> int:
+        """Longest sequence it can hold, in tokens."""
+        ...
+
+    @property
+    def vocabulary(self) -> str:
+        """Digest of its token ids: only policies with equal vocabularies can grade each other."""
+        ...
+
     def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
@@ -78,9 +91,9 @@ class Policy(Protocol):
     def distributions(
         self, trajectories: Sequence[Trajectory], *, top_k: int | None
     ) -> list[tuple[IntArray, FloatArray]]:
-        """([T, K] ids, [T, K] log-probs), most likely first; id -1 and NaN where untrainable.
+        """([T, K] ids, [T, K] log-probs), most likely first; NaN where nothing is trained.
 
-        ``top_k=None`` gives the whole vocabulary, in the order of the ids.
+        ``top_k=None`` gives the whole vocabulary: ids [T, 0] and log-probs [T, V].
         """
         ...
 
@@ -108,6 +121,29 @@ class StepReport:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+class Objective(Protocol):
+    """A weighted sum of terms over packed batches."""
+
+    @property
+    def needs(self) -> frozenset[Column]: ...
+
+    def counts(self, batches: Sequence[PackedBatch]) -> tuple[int, ...]:
+        """Global number of units per term, over all micro-batches of a step."""
+        ...
+
+    def loss(
+        self,
+        hidden_NX: Tensor,
+        head: Head,
+        batch: PackedBatch,
+        *,
+        counts: Sequence[int],
+        vocab_size: int,
+    ) -> tuple[Tensor, Mapping[str, float]]:
+        """The micro-batch's share of the loss and of the metrics; shares add up."""
+        ...
+
+
 class Learner(Protocol):
     """The model being trained: takes steps on an objective and can be saved exactly."""
 
@@ -115,9 +151,9 @@ class Learner(Protocol):
     def policy(self) -> Policy: ...
 
     def step(
-        self, batches: Sequence[PackedBatch], terms: Sequence[TermSpec], *, progress: float
+        self, batches: Sequence[PackedBatch], objective: Objective, *, lr_scale: float
     ) -> StepReport:
-        """One optimiser step over the micro-batches. ``progress`` in [0, 1) drives schedules."""
+        """One optimiser step over the micro-batches, at ``lr_scale`` times the learning rate."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -131,10 +167,18 @@ class Learner(Protocol):
         ...
 
 
-class Probe(Protocol):
-    """Measures a policy and says how sure it is."""
+class Engine(Protocol):
+    """Makes policies and learners from model folders. Named only by the command line."""
 
-    def measure(self, policy: Policy) -> object: ...
+    def policy(self, model: str) -> Policy:
+        """A frozen policy from a folder or a hub id."""
+        ...
+
+    def learner(
+        self, model: str, *, name: str, optimizer: Optimizer, lora: Lora | None, seed: int
+    ) -> Learner:
+        """A learner that starts from a folder or a hub id; adapters start from ``seed``."""
+        ...
 
 
 def provided(group: Group) -> frozenset[Column]:

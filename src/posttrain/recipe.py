@@ -217,6 +217,8 @@ class Recipe(Config, frozen=True, kw_only=True):
     """Everything that decides a run.
 
     ``remote_code`` must repeat the model's name to allow code from its repository to run.
+    ``threads`` are CPU threads; null leaves the library's choice. One is best for tiny models:
+    threads that wait for each other on busy cores lose far more than they win.
     """
 
     name: str
@@ -227,6 +229,7 @@ class Recipe(Config, frozen=True, kw_only=True):
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
     remote_code: str | None = None
 
     def __post_init__(self) -> None:

@@ -1,0 +1,264 @@
+"""Packing: scored groups become flat tensors. The only place where tokens shift.
+
+    group: prompt p, completions a, b        packed tokens_T       read by
+    ──────────────────────────────────       ─────────────────     ───────────────────
+    p₀ p₁ p₂ | a₀ a₁ ⏎                        p₀ p₁ p₂              everybody below
+             | b₀ ⏎                           a₀ a₁                 after p₀ p₁ p₂
+                                              b₀                    after p₀ p₁ p₂
+
+There is no padding. A prompt that several sequences share (rollouts of one group, both sides of a
+pair) stands once; a sequence's last token is a target only and is never computed. The hidden
+state that predicts a completion's first token belongs to the shared prompt, so ``predict_N`` may
+name one position several times.
+
+Shape legend: ``T`` packed tokens, ``N`` trained tokens, ``S`` sequences, ``P`` pairs, ``K``
+entries of a top-k distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.errors import LegalityError
+from posttrain.provenance import Kind, Span
+from posttrain.trajectory import Column, Group, Scored, Trajectory
+
+KINDS = tuple(Kind)
+"""``kind_N`` holds indices into this tuple."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of packed tokens that attends to itself causally, and wholly to its parent.
+
+    ``parent`` is the index of the segment with the shared prompt, or None for a root.
+    """
+
+    start: int
+    length: int
+    parent: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedBatch:
+    """One micro-batch. Integer tensors are int64, the others float32."""
+
+    tokens_T: Tensor
+    positions_T: Tensor  # position within the sequence, for the rotary embedding
+    segments: tuple[Segment, ...]
+    predict_N: Tensor  # index in T of the hidden state that predicts the trained token
+    target_N: Tensor  # the trained token
+    sequence_N: Tensor  # index in S
+    kind_N: Tensor  # who wrote it, index in KINDS
+    temperature_N: Tensor  # temperature it was sampled at, 1 when it was not sampled
+    columns: Mapping[Column, Tensor]  # [N, ...] for per-token columns, [S] for scalars
+    pairs_P2: Tensor  # (chosen, rejected), indices in S
+    num_sequences: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model computes."""
+        return int(self.tokens_T.shape[0])
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on another device."""
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in (
+                "tokens_T",
+                "positions_T",
+                "predict_N",
+                "target_N",
+                "sequence_N",
+                "kind_N",
+                "temperature_N",
+                "pairs_P2",
+            )
+        }
+        columns = {c: v.to(device) for c, v in self.columns.items()}
+        return replace(self, columns=columns, **moved)
+
+    def where(self, kinds: Iterable[Kind]) -> Tensor:
+        """[N] bool: tokens written by these kinds of producer. No kinds means everybody."""
+        wanted = [KINDS.index(k) for k in kinds]
+        if not wanted:
+            return torch.ones_like(self.kind_N, dtype=torch.bool)
+        return torch.isin(self.kind_N, torch.tensor(wanted, device=self.kind_N.device))
+
+
+def pack(
+    groups: Sequence[Group], *, needs: frozenset[Column], max_tokens: int
+) -> list[PackedBatch]:
+    """Lay groups out as micro-batches of at most ``max_tokens`` computed tokens.
+
+    A pair is never split; a single sequence longer than ``max_tokens`` gets a batch of its own.
+
+    Args:
+        groups: scored trajectories. Every member must carry the columns in ``needs``.
+        needs: columns to bring along, aligned with the trained tokens.
+        max_tokens: budget of a micro-batch.
+
+    Raises:
+        LegalityError: a needed column is missing or not finite at a trained token.
+    """
+    batches: list[PackedBatch] = []
+    builder = _Builder(needs)
+    for unit in _units(groups):
+        if builder.num_tokens and builder.num_tokens + builder.cost(unit) > max_tokens:
+            batches.append(builder.build())
+            builder = _Builder(needs)
+        builder.add(unit)
+    if builder.num_tokens:
+        batches.append(builder.build())
+    return batches
+
+
+def pack_trajectories(
+    trajectories: Sequence[Trajectory], *, max_tokens: int
+) -> list[tuple[PackedBatch, list[int]]]:
+    """Pack bare trajectories for scoring, with the indices that each batch holds, in order."""
+    packed: list[tuple[PackedBatch, list[int]]] = []
+    builder, members = _Builder(frozenset()), list[int]()
+    for index, trajectory in enumerate(trajectories):
+        unit = [Scored(trajectory=trajectory)]
+        if members and builder.num_tokens + builder.cost(unit) > max_tokens:
+            packed.append((builder.build(), members))
+            builder, members = _Builder(frozenset()), []
+        builder.add(unit)
+        members.append(index)
+    if members:
+        packed.append((builder.build(), members))
+    return packed
+
+
+def _units(groups: Sequence[Group]) -> Iterable[list[Scored]]:
+    """Members that must share a micro-batch: whole groups with preferences, else single ones."""
+    for group in groups:
+        if any(Column.PREFERENCE in m.columns for m in group.members):
+            yield list(group.members)
+        else:
+            yield from ([member] for member in group.members)
+
+
+def _temperature(span: Span) -> float:
+    return span.sampling.temperature if span.sampling else 1.0
+
+
+@dataclass(slots=True, eq=False)
+class _Builder:
+    """Collects one micro-batch in numpy; ``build`` turns it into tensors."""
+
+    needs: frozenset[Column]
+    num_tokens: int = 0
+    num_sequences: int = 0
+    tokens: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    prompts: dict[bytes, int] = field(default_factory=dict)  # prompt tokens -> segment index
+    predict: list[np.ndarray] = field(default_factory=list)
+    target: list[np.ndarray] = field(default_factory=list)
+    sequence: list[np.ndarray] = field(default_factory=list)
+    kind: list[np.ndarray] = field(default_factory=list)
+    temperature: list[np.ndarray] = field(default_factory=list)
+    columns: dict[Column, list[np.ndarray]] = field(default_factory=dict)
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+
+    def cost(self, unit: Sequence[Scored]) -> int:
+        """Tokens that adding the unit would compute, shared prompts counted once."""
+        seen, total = set(self.prompts), 0
+        for member in unit:
+            trajectory = member.trajectory
+            key = trajectory.tokens[: trajectory.prompt_length].tobytes()
+            total += max(len(trajectory) - 1 - trajectory.prompt_length, 0)
+            if key not in seen:
+                total += trajectory.prompt_length
+                seen.add(key)
+        return total
+
+    def add(self, unit: Sequence[Scored]) -> None:
+        first = self.num_sequences
+        for member in unit:
+            self._add_member(member)
+        signs = [m.scalar(Column.PREFERENCE) for m in unit]
+        chosen = [first + i for i, s in enumerate(signs) if s is not None and s > 0]
+        rejected = [first + i for i, s in enumerate(signs) if s is not None and s < 0]
+        self.pairs.extend((c, r) for c in chosen for r in rejected)
+
+    def _segment(self, tokens: np.ndarray, *, offset: int, parent: int | None) -> int:
+        """Append a run of tokens; returns the index of its segment."""
+        self.segments.append(Segment(self.num_tokens, len(tokens), parent))
+        self.tokens.append(tokens)
+        self.positions.append(np.arange(offset, offset + len(tokens)))
+        self.num_tokens += len(tokens)
+        return len(self.segments) - 1
+
+    def _add_member(self, member: Scored) -> None:
+        trajectory = member.trajectory
+        cut = trajectory.prompt_length
+        prompt, rest = trajectory.tokens[:cut], trajectory.tokens[cut:-1]
+        parent: int | None = None
+        if cut:
+            key = prompt.tobytes()
+            if key not in self.prompts:
+                self.prompts[key] = self._segment(prompt, offset=0, parent=None)
+            parent = self.prompts[key]
+        own_start = self.num_tokens
+        if len(rest):
+            self._segment(rest, offset=cut, parent=parent)
+
+        trained = np.flatnonzero(trajectory.trainable)
+        trained = trained[trained > 0]  # the very first token has nothing to predict it from
+        before = trained - 1
+        prompt_start = self.segments[parent].start if parent is not None else 0
+        in_prompt = before < cut
+        self.predict.append(np.where(in_prompt, prompt_start + before, own_start + before - cut))
+        self.target.append(trajectory.tokens[trained])
+        self.sequence.append(np.full(len(trained), self.num_sequences))
+        kinds = trajectory.spread(lambda s: KINDS.index(s.producer.kind))
+        self.kind.append(kinds[trained])
+        self.temperature.append(trajectory.spread(_temperature)[trained])
+        self._add_columns(member, trained)
+        self.num_sequences += 1
+
+    def _add_columns(self, member: Scored, trained: np.ndarray) -> None:
+        for column in self.needs:
+            if column not in member.columns:
+                raise LegalityError(
+                    f"a trajectory of task {member.trajectory.task} has no {column}",
+                    expected=f"every trained trajectory to carry {column}",
+                    fix="add the signal that writes it, or filter these trajectories out",
+                )
+            values = member.columns[column]
+            chosen = values[trained] if column.per_token else values[None]
+            if not np.isfinite(chosen).all():
+                raise LegalityError(
+                    f"{column} is not finite on a trajectory of task {member.trajectory.task}",
+                    expected="a number at every trained token",
+                )
+            self.columns.setdefault(column, []).append(chosen)
+
+    def build(self) -> PackedBatch:
+        def whole(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.concatenate(parts)).to(dtype)
+
+        def typed(column: Column) -> torch.dtype:
+            return torch.int64 if column is Column.TEACHER_IDS else torch.float32
+
+        return PackedBatch(
+            tokens_T=whole(self.tokens, torch.int64),
+            positions_T=whole(self.positions, torch.int64),
+            segments=tuple(self.segments),
+            predict_N=whole(self.predict, torch.int64),
+            target_N=whole(self.target, torch.int64),
+            sequence_N=whole(self.sequence, torch.int64),
+            kind_N=whole(self.kind, torch.int64),
+            temperature_N=whole(self.temperature, torch.float32),
+            columns={c: whole(parts, typed(c)) for c, parts in self.columns.items()},
+            pairs_P2=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
+            num_sequences=self.num_sequences,
+        )

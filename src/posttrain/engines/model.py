@@ -1,0 +1,237 @@
+"""Loading stock models, and proving that they compute the same thing packed.
+
+A model is used through two of its own parts: the decoder (token ids -> hidden states) and the
+output head (hidden states -> logits). What a family does to logits beyond its head, and whether
+packed, prefix-shared tokens really see what they should, is not believed but *checked* when the
+model is loaded: both ways of computing a short probe must agree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as library_logging
+
+from posttrain.batch import PackedBatch, Segment
+from posttrain.engines.attention import IMPLEMENTATION, PLAN, PackedPlan, Plan
+from posttrain.errors import ModelError
+from posttrain.files import hash_folder
+
+# A bar per loaded shard would tear the run's own progress display.
+library_logging.disable_progress_bar()
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+"""Largest |Δ log-prob| that the two ways of computing may differ by."""
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A stock causal LM with its tokenizer."""
+
+    causal: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    digest: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.causal.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head, padding rows included."""
+        return int(self.causal.get_output_embeddings().weight.shape[0])
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model was made for."""
+        return int(self.causal.config.get_text_config().max_position_embeddings)
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, plan: Plan) -> Tensor:
+        """Final hidden states [T, X] of packed tokens."""
+        out = self.causal.base_model(
+            input_ids=tokens_T[None],
+            position_ids=positions_T[None],
+            use_cache=False,
+            **{PLAN: plan},
+        )
+        states: Tensor = out.last_hidden_state[0]
+        return states
+
+    def predicting(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [N, X] that predict the batch's trained tokens."""
+        plan = PackedPlan.of(batch.segments, device=self.device)
+        return self.hidden(batch.tokens_T, batch.positions_T, plan)[batch.predict_N]
+
+    def head(self, hidden_NX: Tensor) -> Tensor:
+        """Logits [N, V], with the scalings that some families apply after the head."""
+        config = self.causal.config.get_text_config().to_dict()
+        logits: Tensor = self.causal.get_output_embeddings()(hidden_NX).float()
+        if scaling := config.get("logits_scaling"):  # Granite
+            logits = logits / scaling
+        if scale := config.get("logit_scale"):  # Cohere
+            logits = logits * scale
+        if cap := config.get("final_logit_softcapping"):  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+def resolve_folder(name: str) -> Path:
+    """The local folder of a model: the folder itself, or a hub snapshot.
+
+    Raises:
+        ModelError: no such folder, and no such model on the hub (or no network).
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"no model folder at {name}",
+            expected="a folder with config.json and weights, or a hub id like org/name",
+            fix="check the path (it is relative to the recipe)",
+        )
+    # Imported here: the hub client is only needed for models that are not on disk.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"could not get {name} from the hub: {type(error).__name__}",
+            expected="a public model and a network, or the model in the local cache",
+            fix="check the name and the network, or give a local folder",
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is not a model, with what it holds instead."""
+    config = folder / "config.json"
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    held = sorted(p.name for p in folder.iterdir())
+    weights = [
+        n for n in held if n.endswith(".safetensors") or n.endswith(".safetensors.index.json")
+    ]
+    missing = None
+    if not config.is_file():
+        missing = "config.json"
+    elif not weights:
+        missing = "*.safetensors"
+    elif not set(tokenizers) & set(held):
+        missing = "tokenizer"
+    if missing:
+        raise ModelError(
+            f"{folder} is not a model folder: no {missing}",
+            expected="config.json, *.safetensors and tokenizer files",
+            fix=f"it holds {', '.join(held[:8]) or 'nothing'}: give the folder of an export",
+        )
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{config} is not JSON: {error}", fix="export the model again") from None
+
+
+def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device asked for; ``auto`` is CUDA where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: Dtype = "float32",
+    device: torch.device | None = None,
+    remote_code: bool = False,
+) -> Model:
+    """Load a causal LM and its tokenizer, and prove that packing is exact for it.
+
+    Args:
+        name: a folder, or a hub id.
+        dtype: of the weights. On a CPU float32 is faster than bfloat16.
+        device: default CPU.
+        remote_code: run code from the model's repository. Off unless the user names the model.
+
+    Raises:
+        ModelError: not a model, unreadable, no tokenizer, or not exact when packed.
+    """
+    folder = resolve_folder(name)
+    check_folder(folder)
+    where: dict[str, Any] = {"trust_remote_code": remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+        causal = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation=IMPLEMENTATION, **where
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name} could not be loaded: {first}",
+            expected="a causal language model that transformers can load",
+            fix="try AutoModelForCausalLM.from_pretrained on it; for code from the model's own "
+            "repository set remote_code to the model's name",
+        ) from error
+    # Dropout would make the trained policy another one than the sampled policy: always eval.
+    model = Model(causal.to(device or "cpu").eval(), tokenizer, name, hash_folder(folder))
+    prove_packing(model)
+    return model
+
+
+def prove_packing(model: Model) -> None:
+    """Check that packed, prefix-shared log-probs equal the model's own on a short probe.
+
+    Raises:
+        ModelError: they differ by more than the tolerance of the dtype.
+    """
+    vocab = min(model.vocab_size, len(model.tokenizer))
+    prompt, first, second = (
+        [i * 7919 % vocab for i in range(3, 12)],
+        [5 % vocab] * 3,
+        [2, 9 % vocab],
+    )
+    segments = (Segment(0, 9, None), Segment(9, 3, 0), Segment(12, 2, 0))
+    tokens = torch.tensor(prompt + first + second, device=model.device)
+    positions = torch.tensor([*range(9), *range(9, 12), *range(9, 11)], device=model.device)
+    with torch.inference_mode():
+        plan = PackedPlan.of(segments, device=model.device)
+        packed = model.head(model.hidden(tokens, positions, plan)).log_softmax(-1)
+        gap = 0.0
+        for rest, start in ((first, 9), (second, 12)):
+            own = _stock_logprobs(model, prompt + rest)
+            ours = torch.cat([packed[:9], packed[start : start + len(rest)]])
+            gap = max(gap, float((own - ours).abs().max()))
+    limit = TOLERANCE[model.causal.dtype]
+    if not gap <= limit:
+        raise ModelError(
+            f"{model.name}: packed log-probs differ from the model's own by {gap:.2g}",
+            expected=f"at most {limit} in {model.causal.dtype}",
+            fix="this family mixes tokens in a way that packing cannot isolate; use another",
+        )
+
+
+def _stock_logprobs(model: Model, tokens: Sequence[int]) -> Tensor:
+    """[T, V] log-probs by the model library alone: its own attention, no packing."""
+    ids = torch.tensor([tokens], device=model.device)
+    model.causal.set_attn_implementation("eager")
+    try:
+        logits: Tensor = model.causal(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        model.causal.set_attn_implementation(IMPLEMENTATION)
+    return logits.float().log_softmax(-1)

@@ -1,0 +1,72 @@
+"""What a run tells whoever watches it. Plain values; the watcher decides how to show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStarted:
+    """A stage begins, resumes (``step`` > 0), or is found finished."""
+
+    stage: str
+    method: str
+    provenance: str
+    step: int
+    steps: int
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """One optimiser step. ``metrics`` holds loss, reward, entropy and the like by name."""
+
+    stage: str
+    step: int
+    steps: int
+    seconds: float  # wall time of this step, drawing and scoring included
+    num_tokens: int  # tokens that were sampled or trained on
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measuring:
+    """A policy is being measured: ``done`` of ``total`` task sets."""
+
+    policy: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A policy was measured: pass@1 per task set as (value, low, high)."""
+
+    policy: str
+    pass_at_1: Mapping[str, tuple[float, float, float]]
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateDecided:
+    """A gate was decided."""
+
+    stage: str
+    passed: bool
+    words: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """Something worth a line, such as what is being loaded or written."""
+
+    text: str
+
+
+Event = StageStarted | StepDone | Measuring | Measured | GateDecided | Note
+Observer = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The observer that shows nothing."""

@@ -1,0 +1,1 @@
+"""Objectives: what each term computes, and how its values become one number."""

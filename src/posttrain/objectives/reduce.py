@@ -1,0 +1,61 @@
+"""From values per token or pair to one number. The only place where losses are normalised.
+
+Every term is divided by its own *global* count: that of all micro-batches of an optimiser step
+together. Splitting a step into more micro-batches therefore changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from posttrain.batch import PackedBatch
+from posttrain.composition import PairwiseLogistic, TermSpec
+
+
+def mask_units(term: TermSpec, batch: PackedBatch) -> Tensor:
+    """Bool mask over the units the term reads: [N] tokens, or [P] pairs.
+
+    A pair counts only when everything trained in it was written by the kinds in ``where``.
+    """
+    allowed_N = batch.where(term.where)
+    if not isinstance(term, PairwiseLogistic):
+        return allowed_N
+    barred_S = torch.zeros(batch.num_sequences, dtype=torch.bool, device=allowed_N.device)
+    barred_S[batch.sequence_N[~allowed_N]] = True
+    return ~barred_S[batch.pairs_P2].any(-1)
+
+
+def count_units(term: TermSpec, batches: Sequence[PackedBatch]) -> int:
+    """How many tokens, sequences or pairs the term averages over in this step."""
+    total = 0
+    for batch in batches:
+        mask = mask_units(term, batch)
+        if isinstance(term, PairwiseLogistic) or term.aggregate == "token_mean":
+            total += int(mask.sum())
+        else:
+            total += int(batch.sequence_N[mask].unique().numel())
+    return total
+
+
+def reduce_units(term: TermSpec, values: Tensor, batch: PackedBatch, *, count: int) -> Tensor:
+    """This micro-batch's share of the term: the sum over its units divided by the global count.
+
+    Args:
+        term: decides the mask and the aggregation.
+        values: [N] or [P], one per unit.
+        batch: where the values come from.
+        count: from :func:`count_units` over *all* micro-batches of the step.
+    """
+    mask = mask_units(term, batch)
+    if count == 0:
+        return values.sum() * 0.0
+    # where, not a product: a masked value may be infinite, and inf * 0 is NaN.
+    kept = torch.where(mask, values, torch.zeros_like(values))
+    if isinstance(term, PairwiseLogistic) or term.aggregate == "token_mean":
+        return kept.sum() / count
+    lengths_S = torch.zeros(batch.num_sequences, device=values.device)
+    lengths_S.index_add_(0, batch.sequence_N, mask.float())
+    return (kept / lengths_S[batch.sequence_N].clamp_min(1)).sum() / count

@@ -1,0 +1,219 @@
+"""Resolving a recipe: what will run, whether it may, and what identifies it. Touches nothing.
+
+A stage's identity is the hash of what it depends on: its resolved configuration, the content of
+its data, the task sets it draws from, and the identities of the policies it starts from, refers
+to or is taught by. Names, paths, gates and checkpoint intervals are no part of it: they do not
+change the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.composition import (
+    Composition,
+    Dataset,
+    ReferenceLogprobs,
+    Rollouts,
+    TeacherDistribution,
+)
+from posttrain.config import digest, plain
+from posttrain.errors import ConfigError, DataError, nearest
+from posttrain.files import hash_file
+from posttrain.legality import check_composition
+from posttrain.recipe import JsonlTasks, Recipe, Stage
+
+SEMANTICS = 1
+"""Raised when the same configuration comes to mean another computation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStage:
+    """A stage with its composition spelt out and its references resolved."""
+
+    spec: Stage
+    composition: Composition
+    init: str  # "base", an earlier stage's name, or "path:..."
+    inputs: Mapping[str, object]  # everything the identity is the hash of
+    identity: str
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder in a run: ``<name>-<first 8 digits of the identity>``."""
+        return f"{self.spec.name}-{self.identity[:8]}"
+
+    @property
+    def provenance(self) -> str:
+        """In words, where its trajectories come from."""
+        source = self.composition.source
+        if isinstance(source, Dataset):
+            return f"off-policy: {source.name or Path(source.path).name} ({source.author})"
+        if source.policy == "learner":
+            return "on-policy: the learner's own rollouts"
+        return f"off-policy: rollouts of {source.policy}"
+
+    def steps(self, num_rows: int | None) -> int:
+        """The budget in optimiser steps; ``num_rows`` is the length of its data set."""
+        budget = self.spec.budget
+        if budget.steps is not None:
+            return budget.steps
+        if num_rows is None or budget.epochs is None:
+            raise ConfigError(
+                f"stage {self.spec.name}: a budget in epochs on rollouts",
+                expected="a budget in steps: rollouts have no end",
+            )
+        return max(1, math.ceil(budget.epochs * num_rows / self.spec.groups_per_step))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A recipe, resolved and found legal."""
+
+    recipe: Recipe
+    root: Path  # paths in the recipe are relative to it
+    stages: tuple[PlannedStage, ...]
+
+    def stage(self, name: str) -> PlannedStage:
+        """The stage of that name."""
+        return next(s for s in self.stages if s.spec.name == name)
+
+
+def make_plan(recipe: Recipe, *, root: Path, base: str) -> Plan:
+    """Resolve every stage, check that it is legal, and compute its identity.
+
+    Args:
+        recipe: the configuration.
+        root: folder that its paths are relative to.
+        base: digest of the base model (or its name, while it is not on disk).
+
+    Raises:
+        ConfigError: an unknown task set, stage or option value.
+        LegalityError: a composition that cannot work.
+        DataError: a data file that does not exist.
+    """
+    identities = {"base": base}
+    planned: list[PlannedStage] = []
+    previous = "base"
+    for spec in recipe.stages:
+        composition = spec.method.compose()
+        init = previous if spec.init == "previous" else spec.init
+        known = {**identities, "input": identities.get(init, init), "learner": "learner"}
+        for ref in (init, *_references(composition)):
+            _check_reference(ref, known, stage=spec.name)
+        _check_tasks(composition, recipe, stage=spec.name)
+        check_composition(composition, stage=spec.name)
+        inputs = _inputs(spec, composition, recipe, known, init=init, root=root)
+        identity = digest(inputs)
+        planned.append(
+            PlannedStage(
+                spec=spec, composition=composition, init=init, inputs=inputs, identity=identity
+            )
+        )
+        if isinstance(composition.source, Rollouts):
+            planned[-1].steps(None)
+        identities[spec.name] = identity
+        previous = spec.name
+    return Plan(recipe=recipe, root=root, stages=tuple(planned))
+
+
+def _references(composition: Composition) -> Iterator[str]:
+    """Every policy a composition names."""
+    if isinstance(composition.source, Rollouts):
+        yield composition.source.policy
+    for signal in composition.signals:
+        if isinstance(signal, ReferenceLogprobs):
+            yield signal.policy
+        elif isinstance(signal, TeacherDistribution):
+            yield from signal.routes.values()
+
+
+def _check_reference(ref: str, known: Mapping[str, str], *, stage: str) -> None:
+    if ref not in known and not ref.startswith("path:"):
+        raise ConfigError(
+            f"stage {stage} refers to policy {ref!r}",
+            expected="base, input, learner, an earlier stage, or path:<folder or hub id>",
+            fix=nearest(ref, known),
+        )
+
+
+def _check_tasks(composition: Composition, recipe: Recipe, *, stage: str) -> None:
+    source = composition.source
+    if not isinstance(source, Rollouts):
+        return
+    for name in source.tasks:
+        if name not in recipe.tasks:
+            raise ConfigError(
+                f"stage {stage} draws from task set {name!r}",
+                expected="a task set of this recipe",
+                fix=nearest(name, recipe.tasks),
+            )
+    for signal in composition.signals:
+        if not isinstance(signal, TeacherDistribution):
+            continue
+        unrouted = [t for t in source.tasks if t not in signal.routes and "*" not in signal.routes]
+        unused = set(signal.routes) - set(source.tasks) - {"*"}
+        if unrouted or unused:
+            raise ConfigError(
+                f"stage {stage}: teachers for {sorted(signal.routes)}, "
+                f"rollouts on {list(source.tasks)}",
+                expected='one route per task set, or a default "*", and no other',
+            )
+
+
+def _inputs(
+    spec: Stage,
+    composition: Composition,
+    recipe: Recipe,
+    known: Mapping[str, str],
+    *,
+    init: str,
+    root: Path,
+) -> dict[str, object]:
+    """What the stage's weights depend on, as plain data."""
+    resolved = plain(composition)
+    if isinstance(composition.source, Dataset):
+        resolved["source"]["path"] = _content(composition.source.path, root)
+    tasks: dict[str, object] = {}
+    if isinstance(composition.source, Rollouts):
+        tasks = {t: _taskset(recipe, t, root) for t in composition.source.tasks}
+    references = {r: known.get(r, r) for r in _references(composition)}
+    return {
+        "semantics": SEMANTICS,
+        "composition": resolved,
+        "budget": plain(spec.budget),
+        "optimizer": plain(spec.optimizer),
+        "lora": plain(spec.lora) if spec.lora else None,
+        "groups_per_step": spec.groups_per_step,
+        "updates_per_draw": spec.updates_per_draw,
+        "micro_batch_tokens": spec.micro_batch_tokens,
+        "max_age": spec.max_age,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "init": known.get(init, init),
+        "references": references,
+        "tasks": tasks,
+    }
+
+
+def _taskset(recipe: Recipe, name: str, root: Path) -> dict[str, object]:
+    spec = recipe.tasks[name]
+    resolved = plain(spec)
+    if isinstance(spec, JsonlTasks):
+        resolved["path"] = _content(spec.path, root)
+        file, _, function = spec.reward.partition(":")
+        if function:
+            resolved["reward"] = f"{_content(file, root)}:{function}"
+    return resolved
+
+
+def _content(path: str, root: Path) -> str:
+    """Digest of a data file: what it holds matters, not where it lies."""
+    full = root / path
+    if not full.is_file():
+        raise DataError(
+            f"no file {full}", fix="check the path; it is relative to the recipe's folder"
+        )
+    return hash_file(full)

@@ -1,0 +1,188 @@
+"""The one loop. Every method runs through it: only the parts differ.
+
+    step ──▶ source.draw ──▶ groups ──▶ signals ──▶ columns ──▶ admit ──▶ pack ──▶ learner.step
+              │ waits for:               │ waits for:            │                    │
+              │ the policy's sampler     │ verifiers,            │ legality and       │ forward,
+              │ (rollouts) or nothing    │ references, teachers  │ staleness          │ backward
+              │ (data sets)              │                       │                    ▼
+              └──────────── on one device the sampler *is* the learner ◀──────── new weights
+
+Everything random is a pure function of (seed, step), so the only state is the learner's, and a
+checkpoint between two draws resumes bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from posttrain.batch import pack
+from posttrain.composition import TermSpec
+from posttrain.events import Observer, StepDone
+from posttrain.journal import Journal
+from posttrain.legality import Admission, admit
+from posttrain.protocols import Learner, Objective, Signal, Source
+from posttrain.recipe import Optimizer, Stage
+from posttrain.trajectory import Column, Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Parts:
+    """A stage made concrete: live objects behind a composition's specifications."""
+
+    source: Source
+    signals: Sequence[Signal]
+    terms: Sequence[TermSpec]
+    objective: Objective
+    learner: Learner
+
+
+class Interrupted(Exception):
+    """The user asked to stop. Everything up to the last draw is committed."""
+
+
+def run_stage(
+    stage: Stage,
+    parts: Parts,
+    *,
+    steps: int,
+    journal: Journal,
+    observe: Observer,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Take optimiser steps until the budget ends, from wherever the journal left off.
+
+    Args:
+        stage: the configuration.
+        parts: what it was built into.
+        steps: the budget in optimiser steps.
+        journal: checkpoints, trajectories and ledger rows of this stage.
+        observe: told about every step.
+        stop: asked after every draw; True commits and raises :class:`Interrupted`.
+    """
+    run = _Run(stage, parts, steps, journal, observe)
+    updates = stage.updates_per_draw
+    step = committed = journal.resume(parts.learner)
+    while step < steps:
+        started = time.perf_counter()
+        groups = parts.source.draw(stage.groups_per_step, step=step // updates)
+        drawn = time.perf_counter()
+        for signal in parts.signals:
+            groups = signal.score(groups)
+        clock = _Clock(drawn - started, time.perf_counter() - drawn)
+        # A draw cannot be repeated with newer weights, so it is committed whole or not at all.
+        for update in range(min(updates, steps - step)):
+            run.update(groups[update::updates], step=step, clock=clock)
+            step, clock = step + 1, _Clock(0.0, 0.0)
+        halt = stop()
+        if step - committed >= stage.checkpoint_every or step >= steps or halt:
+            journal.commit(step, parts.learner)
+            committed = step
+        if halt and step < steps:
+            raise Interrupted(f"stage {stage.name} at step {step} of {steps}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Seconds a draw took before any update."""
+
+    draw: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """What every update of a stage needs."""
+
+    stage: Stage
+    parts: Parts
+    steps: int
+    journal: Journal
+    observe: Observer
+
+    def update(self, groups: Sequence[Group], *, step: int, clock: _Clock) -> None:
+        """One optimiser step on one share of a draw."""
+        stage, learner, objective = self.stage, self.parts.learner, self.parts.objective
+        started = time.perf_counter()
+        # Age is counted at consumption: a draw's second update is one version old by design.
+        admission = admit(
+            groups,
+            self.parts.terms,
+            version=learner.policy.version,
+            max_age=stage.max_age + stage.updates_per_draw - 1,
+        )
+        batches = pack(admission.kept, needs=objective.needs, max_tokens=stage.micro_batch_tokens)
+        scale = lr_scale(stage.optimizer, step=step, steps=self.steps)
+        report = learner.step(batches, objective, lr_scale=scale)
+        train = time.perf_counter() - started
+        metrics = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "lr": stage.optimizer.lr * scale,
+            "tokens": float(report.num_tokens),
+            **report.metrics,
+            **group_metrics(admission),
+            "seconds_draw": clock.draw,
+            "seconds_score": clock.score,
+            "seconds_train": train,
+        }
+        self.journal.record(step, admission, metrics)
+        self.observe(
+            StepDone(
+                stage=stage.name,
+                step=step + 1,
+                steps=self.steps,
+                seconds=clock.draw + clock.score + train,
+                num_tokens=report.num_tokens,
+                metrics=metrics,
+            )
+        )
+
+
+def group_metrics(admission: Admission) -> Mapping[str, float]:
+    """Rewards and signal share of a draw: what the groups could teach, whatever the loss is.
+
+    ``zero_variance`` is the share of groups whose rewards are all equal, split into
+    ``all_wrong`` (no reward above the lowest possible seen, 0) and ``all_right``.
+    """
+    metrics: dict[str, float] = {}
+    if admission.stale:
+        metrics["stale_groups"] = float(len(admission.stale))
+    rewards = [
+        np.array([float(m.columns[Column.REWARD]) for m in g.members])
+        for g in admission.kept
+        if all(Column.REWARD in m.columns for m in g.members)
+    ]
+    lengths = [int(m.trajectory.trainable.sum()) for g in admission.kept for m in g.members]
+    if lengths:
+        metrics["completion_tokens"] = float(np.mean(lengths))
+    if rewards:
+        flat = [r for r in rewards if (r == r[0]).all()]
+        metrics["reward"] = float(np.mean([r.mean() for r in rewards]))
+        metrics["zero_variance"] = len(flat) / len(rewards)
+        metrics["all_wrong"] = sum(r[0] <= 0 for r in flat) / len(rewards)
+        metrics["all_right"] = metrics["zero_variance"] - metrics["all_wrong"]
+    return metrics
+
+
+def lr_scale(optimizer: Optimizer, *, step: int, steps: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then the schedule down to 0.
+
+    Example:
+        >>> [lr_scale(Optimizer(warmup_steps=2), step=s, steps=4) for s in range(4)]
+        [0.5, 1.0, 1.0, 1.0]
+        >>> [lr_scale(Optimizer(schedule="linear"), step=s, steps=4) for s in range(4)]
+        [1.0, 0.75, 0.5, 0.25]
+    """
+    if step < optimizer.warmup_steps:
+        return (step + 1) / optimizer.warmup_steps
+    left = 1 - (step - optimizer.warmup_steps) / max(steps - optimizer.warmup_steps, 1)
+    if optimizer.schedule == "linear":
+        return left
+    if optimizer.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * left))
+    return 1.0

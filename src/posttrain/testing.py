@@ -1,0 +1,344 @@
+"""For people who extend posttrain: tiny real models, fakes, and a contract suite per seam.
+
+An engine, source, signal or task set from outside proves itself by passing the ``check_*``
+function of its seam; each raises ``AssertionError`` with the broken promise in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, final
+
+import numpy as np
+
+from posttrain.protocols import (
+    Completion,
+    Learner,
+    Objective,
+    Policy,
+    Prompt,
+    Request,
+    Signal,
+    Source,
+    StepReport,
+    provided,
+)
+from posttrain.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
+from posttrain.task import Task, TaskSet
+from posttrain.trajectory import Column, End, Group, Scored, Trajectory
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 +-*/=?.,:\n"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+Family = Literal["qwen3", "llama", "gemma2", "mistral"]
+
+
+# --- tiny real models ------------------------------------------------------------------------
+
+
+def tiny_tokenizer():  # type: ignore[no-untyped-def]  # transformers is imported on use
+    """A character tokenizer with a chat template that marks what the assistant generates."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|unk|>"]
+    vocab = {token: i for i, token in enumerate([*special, *ALPHABET])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny_model(
+    folder: Path, *, seed: int = 0, family: Family = "qwen3", tied: bool = True, context: int = 128
+) -> Path:
+    """Save a random two-layer model (about 30 k weights) and its tokenizer; returns the folder.
+
+    Weights are drawn wide enough for its distributions to be far from uniform.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer) + 3,  # padding rows, as real models have
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **({"sliding_window": 6} if family in ("gemma2", "mistral") else {}),
+        **({"attn_logit_softcapping": None} if family == "gemma2" else {}),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# --- fakes -----------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class CharRenderer:
+    """One token per character (its code point); token 0 ends a turn."""
+
+    def prompt(self, task: Task) -> Prompt:
+        """The task's text, written by the environment."""
+        tokens = np.array([ord(c) for c in task.text], np.int32)
+        author = Producer(kind=Kind.ENVIRONMENT, name=task.taskset)
+        return Prompt(
+            tokens=tokens, spans=(Span(length=len(tokens), role=Role.USER, producer=author),)
+        )
+
+    def text(self, tokens: IntArray) -> str:
+        """Characters up to the end token."""
+        return "".join(chr(t) for t in tokens if t)
+
+
+@final
+@dataclass(slots=True, eq=False)
+class FakePolicy:
+    """A policy with a known answer distribution: one character, then the end token.
+
+    ``answers`` maps a character to its probability, the same for every prompt, so that every
+    statistic of its samples has a closed form.
+    """
+
+    answers: dict[str, float]
+    name: str = "fake"
+    version: int | None = None
+    renderer: CharRenderer = field(default_factory=CharRenderer)
+    context: int = 1024
+    vocabulary: str = "code points"
+
+    def __post_init__(self) -> None:
+        if abs(sum(self.answers.values()) - 1) > 1e-9:
+            raise ValueError(f"probabilities sum to {sum(self.answers.values())}")
+
+    @property
+    def producer(self) -> Producer:
+        """Live when it has a version, else frozen."""
+        live = self.version is not None
+        return Producer(kind=Kind.LEARNER if live else Kind.TEACHER, name=self.name)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Draw each request's answer from its own seed."""
+        letters = list(self.answers)
+        weights = np.array([self.answers[c] for c in letters])
+        out = []
+        for request in requests:
+            rng = np.random.default_rng(request.sampling.seed)
+            pick = int(rng.choice(len(letters), p=weights))
+            out.append(
+                Completion(
+                    tokens=np.array([ord(letters[pick]), 0], np.int32),
+                    logprobs=np.array([np.log(weights[pick]), 0.0], np.float32),
+                    end=End.COMPLETED,
+                )
+            )
+        return out
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """Exact log-probs of trainable tokens; NaN elsewhere."""
+        out = []
+        for trajectory in trajectories:
+            values = np.full(len(trajectory), np.nan, np.float32)
+            for index in np.flatnonzero(trajectory.trainable):
+                token = int(trajectory.tokens[index])
+                values[index] = np.log(self.answers.get(chr(token), 1e-12)) if token else 0.0
+            out.append(values)
+        return out
+
+    def distributions(
+        self, trajectories: Sequence[Trajectory], *, top_k: int | None
+    ) -> list[tuple[IntArray, FloatArray]]:
+        """Not available: a fake has no vocabulary."""
+        raise NotImplementedError("FakePolicy has no next-token distribution")
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class FakeTaskSet:
+    """Prompts ``0``, ``1``, … whose right answer is always the same letter."""
+
+    name: str = "letters"
+    answer: str = "a"
+    size: int = 8
+    success: float = 1.0
+
+    @property
+    def train(self) -> Sequence[Task]:
+        """``size`` prompts."""
+        return [self._task(i) for i in range(self.size)]
+
+    @property
+    def held_out(self) -> Sequence[Task]:
+        """``size`` other prompts."""
+        return [self._task(self.size + i) for i in range(self.size)]
+
+    def _task(self, index: int) -> Task:
+        return Task(taskset=self.name, prompt=str(index), answer=self.answer)
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
+        """1 for the right letter."""
+        return [float(c == t.answer) for t, c in zip(tasks, completions, strict=True)]
+
+
+def example_trajectory(
+    *, prompt: Sequence[int] = (1, 2, 3), answer: Sequence[int] = (4, 5), kind: Kind = Kind.EXTERNAL
+) -> Trajectory:
+    """A two-span trajectory with answers by ``kind``, for tests.
+
+    Example:
+        >>> example_trajectory().trainable.tolist()
+        [False, False, False, True, True]
+    """
+    author = Producer(kind=kind, name="example")
+    live = kind is Kind.LEARNER
+    asker = Producer(kind=Kind.ENVIRONMENT, name="example")
+    return Trajectory(
+        task="example/0",
+        tokens=np.array([*prompt, *answer], np.int32),
+        prompt_length=len(prompt),
+        spans=(
+            Span(length=len(prompt), role=Role.USER, producer=asker),
+            Span(
+                length=len(answer),
+                role=Role.ASSISTANT,
+                producer=author,
+                versions=(0, 0) if live else None,
+                sampling=Sampling() if live else None,
+            ),
+        ),
+    )
+
+
+# --- contract suites -------------------------------------------------------------------------
+
+
+def check_source(source: Source, *, provides: frozenset[Column], num_groups: int = 3) -> None:
+    """A source is a pure function of the step, and carries what its specification provides."""
+    first, again = source.draw(num_groups, step=0), source.draw(num_groups, step=0)
+    assert len(first) == num_groups, f"draw({num_groups}) gave {len(first)} groups"
+    assert _ids(first) == _ids(again), "drawing the same step twice gave other trajectories"
+    later = source.draw(num_groups, step=1)
+    assert _ids(first) != _ids(later), "two steps gave the same trajectories"
+    for group in first:
+        missing = provides - provided(group)
+        assert not missing, f"a group lacks {sorted(missing)}, which the specification provides"
+        assert all(m.trajectory.trainable.any() for m in group.members), "nothing to train on"
+
+
+def check_signal(signal: Signal, groups: Sequence[Group], *, provides: frozenset[Column]) -> None:
+    """A signal adds its columns, keeps order and trajectories, and removes nothing."""
+    scored = signal.score(groups)
+    assert len(scored) == len(groups), f"{len(groups)} groups in, {len(scored)} out"
+    for before, after in zip(groups, scored, strict=True):
+        assert after.task == before.task, "the order of groups changed"
+        for old, new in zip(before.members, after.members, strict=True):
+            assert new.trajectory is old.trajectory, "a signal must not copy or change the record"
+            assert old.columns.keys() <= new.columns.keys(), "a column disappeared"
+        missing = provides - provided(after)
+        assert not missing, f"columns {sorted(missing)} were promised and not written"
+
+
+def check_taskset(tasks: TaskSet) -> None:
+    """A task set is deterministic, disjoint between its halves, and judges every completion."""
+    keys = [t.key for t in tasks.held_out]
+    assert len(set(keys)) == len(keys), "a held-out prompt stands twice"
+    assert not set(keys) & {t.key for t in tasks.train}, "a held-out prompt is trained on"
+    assert [t.key for t in tasks.held_out] == keys, "the tasks change between two looks"
+    some = list(tasks.held_out[:2])
+    scores = tasks.score(some, ["", "nonsense"][: len(some)])
+    assert len(scores) == len(some), "one score per completion is promised"
+    assert all(np.isfinite(scores)), "scores must be finite"
+
+
+def check_policy(policy: Policy, tasks: Sequence[Task]) -> None:
+    """Completions depend on their own request only, and log-probs are the policy's own."""
+    prompts = [policy.renderer.prompt(t) for t in tasks]
+    requests = [
+        Request(prompt=p.tokens, sampling=Sampling(seed=i), max_new_tokens=6)
+        for i, p in enumerate([*prompts, *prompts])
+    ]
+    together = policy.generate(requests)
+    for request, expected in zip(requests, together, strict=True):
+        (alone,) = policy.generate([request])
+        assert alone.tokens.tolist() == expected.tokens.tolist(), "batch-mates changed a completion"
+        gap = np.abs(alone.logprobs - expected.logprobs).max()
+        assert gap < 1e-5, f"batch-mates changed log-probs by {gap}"
+    trajectories = [
+        _completed(policy, prompt, completion)
+        for prompt, completion in zip([*prompts, *prompts], together, strict=True)
+    ]
+    for trajectory, values in zip(trajectories, policy.logprobs(trajectories), strict=True):
+        gap = np.nanmax(np.abs(values - trajectory.behaviour_logprobs))
+        assert gap < 1e-4, f"scored and sampled log-probs differ by {gap}"
+        assert (np.isfinite(values) == trajectory.trainable).all(), "NaN exactly where untrainable"
+
+
+def check_learner(learner: Learner, batches: Sequence[object], objective: Objective) -> None:
+    """A step raises the version by one and reports finite numbers; lr 0 leaves the policy."""
+    version = learner.policy.version
+    report: StepReport = learner.step(batches, objective, lr_scale=0.0)  # type: ignore[arg-type]
+    assert version is not None, "a learner's policy must be live"
+    assert learner.policy.version == version + 1, "a step must raise the version by one"
+    assert np.isfinite([report.loss, report.grad_norm]).all(), "loss and gradient must be finite"
+    repeated = learner.step(batches, objective, lr_scale=0.0)  # type: ignore[arg-type]
+    assert repeated.loss == report.loss, "a step at learning rate 0 changed the policy"
+
+
+def _ids(groups: Sequence[Group]) -> list[str]:
+    return [m.trajectory.id for g in groups for m in g.members]
+
+
+def _completed(policy: Policy, prompt: Prompt, completion: Completion) -> Trajectory:
+    version = policy.version
+    span = Span(
+        length=len(completion.tokens),
+        role=Role.ASSISTANT,
+        producer=policy.producer,
+        versions=None if version is None else (version, version),
+        sampling=Sampling(),
+        logprobs=completion.logprobs,
+    )
+    return Trajectory(
+        task="contract/0",
+        tokens=np.concatenate([prompt.tokens, completion.tokens]).astype(np.int32),
+        prompt_length=len(prompt.tokens),
+        spans=(*prompt.spans, span),
+        end=completion.end,
+    )
+
+
+def as_group(*trajectories: Trajectory) -> Group:
+    """A group of unscored members."""
+    return Group(
+        task=trajectories[0].task, members=tuple(Scored(trajectory=t) for t in trajectories)
+    )
