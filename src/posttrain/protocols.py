@@ -33,6 +33,11 @@ class Prompt:
 class Renderer(Protocol):
     """Turns tasks into prompts and tokens into text, for one tokenizer."""
 
+    @property
+    def has_template(self) -> bool:
+        """True when questions should be asked as chat messages."""
+        ...
+
     def prompt(self, task: Task) -> Prompt: ...
 
     def text(self, tokens: IntArray) -> str:

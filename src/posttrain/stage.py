@@ -41,7 +41,7 @@ class Parts:
     learner: Learner
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The user asked to stop. Everything up to the last draw is committed."""
 
 

@@ -26,7 +26,7 @@ class Task:
 
     Example:
         >>> Task(taskset="sums", prompt="1+1=", answer="2").key
-        'sums/97c1e4c2'
+        'sums/f5ee968b8893e73e'
     """
 
     taskset: str
@@ -48,7 +48,7 @@ class Task:
             else [[m.role, m.content] for m in self.prompt]
         )
         content = json.dumps([turns, self.answer], ensure_ascii=False)
-        return f"{self.taskset}/{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+        return f"{self.taskset}/{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 class TaskSet(Protocol):

@@ -108,6 +108,8 @@ def tiny_model(
 class CharRenderer:
     """One token per character (its code point); token 0 ends a turn."""
 
+    has_template: bool = False
+
     def prompt(self, task: Task) -> Prompt:
         """The task's text, written by the environment."""
         tokens = np.array([ord(c) for c in task.text], np.int32)

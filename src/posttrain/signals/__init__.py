@@ -1,0 +1,1 @@
+"""Signals: opinions about trajectories, written as columns beside them."""

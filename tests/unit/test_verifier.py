@@ -1,0 +1,140 @@
+"""The verifier: one reward per trajectory, from the task set that its task belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from posttrain.errors import TaskError
+from posttrain.protocols import Prompt
+from posttrain.provenance import Kind, Producer, Role, Span
+from posttrain.signals.verifier import Verifier
+from posttrain.task import Task
+from posttrain.trajectory import Column, Group, Scored, Trajectory
+
+ME = Producer(kind=Kind.LEARNER, name="run")
+
+
+class Letters:
+    """Tokens are code points, and 0 ends a turn."""
+
+    def prompt(self, task: Task) -> Prompt:
+        raise NotImplementedError
+
+    def text(self, tokens: np.ndarray) -> str:
+        return "".join(chr(t) for t in tokens if t)
+
+
+@dataclass
+class Counting:
+    """Scores a completion by its length, plus an offset of the set; remembers its calls."""
+
+    name: str
+    train: tuple[Task, ...]
+    held_out: tuple[Task, ...] = ()
+    success: float = 1.0
+    offset: float = 0.0
+    calls: list = field(default_factory=list)
+    wrong: list | None = None
+
+    def score(self, tasks, completions):
+        self.calls.append((list(tasks), list(completions)))
+        if self.wrong is not None:
+            return self.wrong
+        return [len(c) + self.offset for c in completions]
+
+
+def rollouts(task: Task, *completions: str, prompt: str = "Q:") -> Group:
+    members = []
+    for completion in completions:
+        tokens = np.array([*map(ord, prompt + completion), 0], np.int32)
+        spans = (
+            Span(
+                length=len(prompt),
+                role=Role.USER,
+                producer=Producer(kind=Kind.ENVIRONMENT, name="t"),
+            ),
+            Span(length=len(completion) + 1, role=Role.ASSISTANT, producer=ME, versions=(0, 0)),
+        )
+        trajectory = Trajectory(
+            task=task.key, tokens=tokens, prompt_length=len(prompt), spans=spans
+        )
+        members.append(Scored(trajectory=trajectory))
+    return Group(task=task.key, members=tuple(members))
+
+
+A = tuple(Task(taskset="a", prompt=p) for p in ("x", "y", "z"))
+B = tuple(Task(taskset="b", prompt=p) for p in ("x", "y"))
+
+
+def rewards(groups):
+    return [[m.scalar(Column.REWARD) for m in g.members] for g in groups]
+
+
+def test_each_set_is_asked_once_and_rewards_return_to_their_trajectories():
+    a = Counting("a", A[:2], A[2:])
+    b = Counting("b", B, offset=100.0)
+    groups = [
+        rollouts(A[0], "one", ""),
+        rollouts(B[1], "four"),
+        rollouts(A[2], "seven"),  # held out
+        rollouts(B[0], "1", "22", "333"),
+        rollouts(A[0], "again"),
+    ]
+    scored = Verifier({"a": a, "b": b}, Letters()).score(groups)
+    assert rewards(scored) == [[3.0, 0.0], [104.0], [5.0], [101.0, 102.0, 103.0], [5.0]]
+    assert a.calls == [([A[0], A[0], A[2], A[0]], ["one", "", "seven", "again"])]
+    assert b.calls == [([B[1], B[0], B[0], B[0]], ["four", "1", "22", "333"])]
+    assert [g.task for g in scored] == [g.task for g in groups]
+
+
+def test_trajectories_are_shared_and_other_columns_kept():
+    [group] = [rollouts(A[0], "one")]
+    old = Group(
+        task=group.task,
+        members=(group.members[0].with_columns({Column.PREFERENCE: np.asarray(1.0)}),),
+    )
+    [new] = Verifier({"a": Counting("a", A)}, Letters()).score([old])
+    assert new.members[0].trajectory is old.members[0].trajectory
+    assert new.members[0].scalar(Column.PREFERENCE) == 1.0
+    assert old.members[0].scalar(Column.REWARD) is None
+
+
+def test_rewards_keep_their_precision():
+    [group] = Verifier({"a": Counting("a", A, offset=0.1)}, Letters()).score([rollouts(A[0], "")])
+    assert group.members[0].scalar(Column.REWARD) == 0.1
+
+
+def test_no_groups_ask_nobody():
+    a = Counting("a", A)
+    assert list(Verifier({"a": a}, Letters()).score([])) == []
+    assert a.calls == []
+
+
+def test_unknown_task_and_unknown_set():
+    verifier = Verifier({"products": Counting("products", A[:2])}, Letters())
+    with pytest.raises(TaskError, match="which no task set holds"):
+        verifier.score([rollouts(A[2], "one")])
+    other = Task(taskset="product", prompt="x")
+    with pytest.raises(TaskError, match="did you mean 'products'"):
+        verifier.score([rollouts(other, "one")])
+
+
+@pytest.mark.parametrize("wrong", [[], [1.0, 2.0], [float("nan")], [float("inf")]])
+def test_scorer_that_breaks_its_promise(wrong):
+    verifier = Verifier({"a": Counting("a", A, wrong=wrong)}, Letters())
+    with pytest.raises(TaskError, match="task set a scored 1 completions"):
+        verifier.score([rollouts(A[0], "one")])
+
+
+def test_a_repeated_task_is_no_clash():
+    verifier = Verifier({"a": Counting("a", (A[0], A[0]), (A[1],))}, Letters())
+    assert rewards(verifier.score([rollouts(A[0], "ab")])) == [[2.0]]
+
+
+def test_two_prompts_under_one_key_are_refused(monkeypatch):
+    monkeypatch.setattr(Task, "key", property(lambda _: "a/00000000"))
+    with pytest.raises(TaskError, match="stands for two prompts: 'x' and 'y'"):
+        Verifier({"a": Counting("a", A[:2])}, Letters())
