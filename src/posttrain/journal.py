@@ -27,7 +27,7 @@ from posttrain.files import as_disk_full, atomic_folder, recover_folder, write_a
 from posttrain.ledger import Ledger, RecordKind, read
 from posttrain.legality import Admission
 from posttrain.protocols import Learner
-from posttrain.store import Use, write_trajectories, write_uses
+from posttrain.store import Use, UseRole, write_trajectories, write_uses
 from posttrain.trajectory import Column, Group, Scored, Trajectory
 
 
@@ -93,9 +93,9 @@ class Journal:
     def record(self, step: int, admission: Admission, metrics: Mapping[str, float]) -> None:
         """Remember one step. Metrics are on disk at once, the rest at the next commit."""
         for group in admission.kept:
-            self._remember(group, step=step, role="train", reason=None)
+            self._remember(group, step=step, role=UseRole.TRAIN, reason=None)
         for group in admission.stale:
-            self._remember(group, step=step, role="discarded", reason="stale")
+            self._remember(group, step=step, role=UseRole.DISCARDED, reason="stale")
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -115,7 +115,7 @@ class Journal:
             "stage": self._stage,
             "files": {f"shards/{n}": d for n, d in zip(names, digests, strict=True)},
             "rows": len(self._uses),
-            "discarded": sum(u.role == "discarded" for u in self._uses),
+            "discarded": sum(u.role is UseRole.DISCARDED for u in self._uses),
             "completion_tokens": sum(u.completion_tokens for u in self._uses),
         }
         now = time.monotonic()
@@ -163,7 +163,7 @@ class Journal:
         kept = [line for line in whole if json.loads(line)["step"] < step]
         write_atomic(self._metrics, "".join(line + "\n" for line in kept))
 
-    def _remember(self, group: Group, *, step: int, role: str, reason: str | None) -> None:
+    def _remember(self, group: Group, *, step: int, role: UseRole, reason: str | None) -> None:
         for member in group.members:
             use = _use(member, stage=self._stage, step=step, role=role, reason=reason)
             self._trajectories.setdefault(use.trajectory, member.trajectory)
@@ -189,7 +189,7 @@ def read_progress(folder: Path) -> Progress | None:
         ) from None
 
 
-def _use(member: Scored, *, stage: str, step: int, role: str, reason: str | None) -> Use:
+def _use(member: Scored, *, stage: str, step: int, role: UseRole, reason: str | None) -> Use:
     trajectory = member.trajectory
     author = next((s for s in trajectory.spans if s.is_authored), trajectory.spans[-1])
     live = [s.versions for s in trajectory.spans if s.versions is not None]

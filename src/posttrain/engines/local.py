@@ -48,7 +48,7 @@ class LocalPolicy:
         self, model: Model, *, producer: Producer | None = None, version: Version | None = None
     ) -> None:
         self._model, self._version = model, version
-        self._renderer = ChatRenderer(model.tokenizer)
+        self._renderer = ChatRenderer(model.tokenizer, end_tokens=model.end_tokens)
         self._producer = producer or Producer(
             kind=Kind.TEACHER, name=model.name, digest=model.digest
         )

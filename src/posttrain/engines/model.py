@@ -62,6 +62,12 @@ class Model:
         """Longest sequence the model was made for."""
         return int(self.causal.config.get_text_config().max_position_embeddings)
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a turn, as the model's generation config names them."""
+        ends = self.causal.generation_config.eos_token_id
+        return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, plan: Plan) -> Tensor:
         """Final hidden states [T, X] of packed tokens."""
         out = self.causal.base_model(

@@ -1,0 +1,202 @@
+"""What ``posttrain plan`` prints: everything resolved, and nothing touched.
+
+Data files are read and checked and the tokenizer is loaded, since a plan that finds a broken row
+saves a night; weights are not loaded, their shapes are read from the files' headers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from posttrain import config
+from posttrain.composition import Dataset, Rollouts, TeacherDistribution
+from posttrain.files import hash_folder
+from posttrain.pipeline import model_path
+from posttrain.plan import Plan, PlannedStage, make_plan
+from posttrain.recipe import Recipe
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the headers of a model folder say."""
+
+    num_weights: int
+    context: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """Steps of a stage, and the most tokens that it can process."""
+
+    steps: int
+    prompts: int  # tokens
+    completions: int  # tokens, at most
+    rows: int | None = None
+    exact: bool = False
+
+
+def preview(recipe: Recipe, *, root: Path) -> str:
+    """The plan of a recipe, as text for a person.
+
+    Raises:
+        PosttrainError: whatever would stop the run: options, legality, data, model folder.
+    """
+    folder = Path(model_path(recipe.model, root))
+    local = folder.is_dir()
+    base = hash_folder(folder) if local else recipe.model
+    plan = make_plan(recipe, root=root, base=base)
+    shape = read_shape(folder) if local else None
+    lines = [
+        f"recipe    {recipe.name}  (identity {config.digest(recipe)[:16]})",
+        f"model     {recipe.model}" + ("" if local else "  (not on this disk: would be fetched)"),
+        f"measured  {', '.join(recipe.measured_tasks) or 'nothing: the recipe has no task sets'}; "
+        f"{recipe.measure.samples} samples per prompt, support threshold "
+        f"{recipe.measure.threshold:.4f}",
+    ]
+    if shape:
+        lines.append(
+            f"weights   {shape.num_weights:,} in {recipe.dtype}, context {shape.context}, "
+            f"vocabulary {shape.vocab_size:,}"
+        )
+    for number, planned in enumerate(plan.stages, start=1):
+        lines += ["", *_stage_lines(number, planned, plan, shape, folder)]
+    resolved = yaml.safe_dump(config.plain(recipe), sort_keys=False, allow_unicode=True)
+    return "\n".join([*lines, "", "resolved recipe:", "", resolved.rstrip()])
+
+
+def _stage_lines(
+    number: int, planned: PlannedStage, plan: Plan, shape: Shape | None, folder: Path
+) -> list[str]:
+    spec, composition = planned.spec, planned.composition
+    signals = " → ".join(str(s.__struct_config__.tag) for s in composition.signals)
+    terms = " + ".join(f"{t.weight:g} {t.__struct_config__.tag}" for t in composition.terms)
+    lines = [
+        f"{number}. {spec.name}  {spec.method.__struct_config__.tag}  ({planned.folder})",
+        f"   provenance  {planned.provenance}",
+        f"   starts from {planned.init}",
+        f"   signals     {signals or 'none'}",
+        f"   objective   {terms}",
+        "   legality    ok: every column and author that the objective needs is provided",
+    ]
+    volume = _volume(planned, plan, folder) if folder.is_dir() else None
+    if volume:
+        most = "" if volume.exact else "at most "
+        lines.append(
+            f"   steps       {volume.steps}  ({spec.groups_per_step} groups each"
+            + (f", {volume.rows} rows" if volume.rows is not None else "")
+            + ")"
+        )
+        lines.append(
+            f"   tokens      {most}{volume.completions:,} of answers, "
+            f"{volume.prompts:,} of prompts (each counted once per group)"
+        )
+    if shape:
+        lines.append("   memory      " + _memory(planned, plan.recipe, shape))
+    for gate in spec.gates:
+        asked = (
+            f"at least {gate.at_least:g}"
+            if gate.at_least is not None
+            else f"at most {gate.at_most_lost:g} lost"
+        )
+        lines.append(f"   gate        {gate.metric} on {gate.task}: {asked}, else {gate.otherwise}")
+    return lines
+
+
+def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
+    """Weights, gradients and optimiser state; activations depend on the micro-batch."""
+    width = BYTES[recipe.dtype]
+    weights = shape.num_weights * width
+    if planned.spec.lora:
+        return (
+            f"{_size(weights)} of frozen weights, plus adapters of rank "
+            f"{planned.spec.lora.rank} with gradients and AdamW state"
+        )
+    parts = f"{_size(weights)} weights + {_size(weights)} gradients + {_size(2 * weights)} AdamW"
+    graders = {r for r in planned.inputs["references"] if r not in ("learner",)}  # type: ignore[attr-defined]
+    extra = f" + {_size(len(graders) * weights)} frozen policies" if graders else ""
+    logits = min(planned.spec.micro_batch_tokens * shape.vocab_size, 2**24) * 4
+    teacher = 0
+    for signal in planned.composition.signals:
+        if isinstance(signal, TeacherDistribution):
+            source = planned.composition.source
+            assert isinstance(source, Rollouts)
+            rows = planned.spec.groups_per_step * source.group_size * source.max_new_tokens
+            teacher = rows * (signal.top_k or shape.vocab_size) * 4
+    held = f"; teacher distributions up to {_size(teacher)} per step" if teacher else ""
+    return f"{parts}{extra}; logits at most {_size(logits)} at once{held}"
+
+
+def _volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
+    """Count what a stage will draw; reads data files and the tokenizer."""
+    # Imported here: transformers takes a second, and only this needs it.
+    from transformers import AutoTokenizer
+
+    from posttrain.chat import ChatRenderer
+    from posttrain.sources.dataset import DatasetSource
+    from posttrain.tasks import build_taskset
+
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(folder))
+    source, spec = planned.composition.source, planned.spec
+    if isinstance(source, Dataset):
+        shape = read_shape(folder)
+        data = DatasetSource(
+            source, root=plan.root, renderer=renderer, context=shape.context, seed=0
+        )
+        steps = planned.steps(data.num_groups)
+        passes = steps * spec.groups_per_step / spec.updates_per_draw / data.num_groups
+        return Volume(
+            steps=steps,
+            prompts=round((data.num_tokens - data.num_trainable) * passes),
+            completions=round(data.num_trainable * passes),
+            rows=data.num_groups,
+            exact=True,
+        )
+    steps = planned.steps(None)
+    draws = math.ceil(steps / spec.updates_per_draw)
+    lengths = []
+    for name in source.tasks:
+        tasks = build_taskset(
+            name, plan.recipe.tasks[name], root=plan.root, chat=renderer.has_template
+        ).train
+        lengths += [len(renderer.prompt(t).tokens) for t in tasks[:64]]
+    groups = draws * spec.groups_per_step
+    return Volume(
+        steps=steps,
+        prompts=round(groups * sum(lengths) / len(lengths)),
+        completions=groups * source.group_size * source.max_new_tokens,
+    )
+
+
+def read_shape(folder: Path) -> Shape:
+    """Count weights from safetensors headers, without reading any weight."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        total += sum(math.prod(t["shape"]) for n, t in header.items() if n != "__metadata__")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = settings.get("text_config", settings)
+    return Shape(total, text["max_position_embeddings"], text["vocab_size"])
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes as people read them.
+
+    Example:
+        >>> _size(2_600_000), _size(900)
+        ('2.6 MB', '0.9 kB')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes / 1e3:.1f} kB"

@@ -1,0 +1,119 @@
+"""Measuring a policy: the same held-out prompts, samples, seeds and decoding for every policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from posttrain.events import Measuring, Observer
+from posttrain.probes.measurement import Measurement, TaskMeasurement
+from posttrain.protocols import Completion, Policy, Prompt, Request
+from posttrain.provenance import Role, Span
+from posttrain.recipe import Measure
+from posttrain.task import TaskSet
+from posttrain.trajectory import End, Trajectory
+
+KL_SAMPLES = 16
+"""Samples per prompt whose log-probs under the base are computed: enough for a mean."""
+
+
+def measure(
+    name: str,
+    policy: Policy,
+    tasksets: Sequence[TaskSet],
+    *,
+    spec: Measure,
+    protocol: str,
+    observe: Observer,
+    base: Policy | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Measurement:
+    """Sample every held-out prompt and score the answers.
+
+    Args:
+        name: what the policy is called in the run.
+        policy: whom to measure.
+        tasksets: on what.
+        spec: samples, decoding, seed.
+        protocol: digest that says which measurements are comparable.
+        observe: told before every task set.
+        base: if given, KL(policy ‖ base) is estimated on the policy's samples.
+        stop: asked before every task set.
+
+    Raises:
+        KeyboardInterrupt: ``stop`` said so; nothing is kept of this measurement.
+    """
+    tasks: list[TaskMeasurement] = []
+    for done, taskset in enumerate(tasksets):
+        observe(Measuring(policy=name, done=done, total=len(tasksets)))
+        if stop():
+            raise KeyboardInterrupt
+        tasks.append(_measure_task(policy, taskset, spec=spec, base=base))
+    observe(Measuring(policy=name, done=len(tasksets), total=len(tasksets)))
+    return Measurement(
+        policy=name,
+        digest=policy.producer.digest or policy.producer.name,
+        protocol=protocol,
+        tasks=tuple(tasks),
+    )
+
+
+def _measure_task(
+    policy: Policy, taskset: TaskSet, *, spec: Measure, base: Policy | None
+) -> TaskMeasurement:
+    tasks, n = list(taskset.held_out), spec.samples
+    prompts = [policy.renderer.prompt(t) for t in tasks]
+    seeds = np.random.SeedSequence(spec.seed).generate_state(len(tasks) * n, np.uint64)
+    requests = [
+        Request(
+            prompt=prompts[i // n].tokens,
+            sampling=spec.sampling.with_seed(int(seed >> np.uint64(1))),
+            max_new_tokens=spec.max_new_tokens,
+        )
+        for i, seed in enumerate(seeds)
+    ]
+    completions = policy.generate(requests)
+    texts = [policy.renderer.text(c.tokens) for c in completions]
+    scores = taskset.score([tasks[i // n] for i in range(len(texts))], texts)
+    shape = (len(tasks), n)
+    return TaskMeasurement(
+        taskset=taskset.name,
+        prompts=tuple(t.key for t in tasks),
+        scores=np.array(scores, np.float32).reshape(shape),
+        success=taskset.success,
+        lengths=np.array([len(c.tokens) for c in completions], np.int32).reshape(shape),
+        truncated=np.array([c.end is not End.COMPLETED for c in completions]).reshape(shape),
+        nll=np.array([-c.logprobs.mean() for c in completions], np.float32).reshape(shape),
+        kl_base=_kl(policy, base, prompts, completions, n) if base else None,
+        distinct=np.array(
+            [len(set(texts[i * n : (i + 1) * n])) for i in range(len(tasks))], np.int32
+        ),
+    )
+
+
+def _kl(
+    policy: Policy,
+    base: Policy,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    n: int,
+) -> np.ndarray:
+    """[P, min(n, KL_SAMPLES)] sums of log π − log π_base: unbiased for the KL, sample by sample."""
+    used = min(n, KL_SAMPLES)
+    chosen = [i * n + j for i in range(len(prompts)) for j in range(used)]
+    trajectories = [_trajectory(policy, prompts[i // n], completions[i]) for i in chosen]
+    own, other = policy.logprobs(trajectories), base.logprobs(trajectories)
+    sums = [float(np.nansum(a - b)) for a, b in zip(own, other, strict=True)]
+    return np.array(sums, np.float32).reshape(len(prompts), used)
+
+
+def _trajectory(policy: Policy, prompt: Prompt, completion: Completion) -> Trajectory:
+    span = Span(length=len(completion.tokens), role=Role.ASSISTANT, producer=policy.producer)
+    return Trajectory(
+        task="probe/0",
+        tokens=np.concatenate([prompt.tokens, completion.tokens]).astype(np.int32),
+        prompt_length=len(prompt.tokens),
+        spans=(*prompt.spans, span),
+        end=completion.end,
+    )

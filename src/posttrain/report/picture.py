@@ -1,0 +1,227 @@
+"""The pipeline as a picture: base model, stages in order, teachers as dashed arrows.
+
+    [base] ──▶ [1 expand] ──▶ [2 reshape] ──▶ …          one row, or one column on a narrow screen
+         ╰╌╌╌╌╌ teacher ╌╌╌╌╌╌╌╌▲
+
+A box says who wrote the training tokens, the method, what was intended and what was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from posttrain.report.svg import compact, duration, figure, fit, label, path, rect, tag, wrap
+from posttrain.report.view import Effect, Regime, RunView, StageView
+
+MAX_EFFECTS = 6
+REGIME_CLASS = {Regime.OFF: "off", Regime.ON: "on", Regime.MIXED: "mixed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A placed rectangle."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @property
+    def middle(self) -> float:
+        """Horizontal middle."""
+        return self.x + self.width / 2
+
+
+def pipeline(view: RunView, *, ident: str, vertical: bool = False) -> Markup:
+    """All stages in order. ``vertical`` is the one-column drawing for narrow screens."""
+    num_effects = max([min(len(s.effects), MAX_EFFECTS) for s in view.stages], default=0)
+    more = any(len(s.effects) > MAX_EFFECTS for s in view.stages)
+    height = 190.0 + 18 * max(num_effects + more, 1)
+    base, boxes, size = _layout(view, height, vertical)
+    parts = [_base(view, base)]
+    previous = base
+    for stage, box in zip(view.stages, boxes, strict=True):
+        parts.append(_arrow(previous, box, vertical))
+        parts.append(_stage(stage, box, number=boxes.index(box) + 1))
+        previous = box
+    parts += _teachers(view, base, boxes, vertical)
+    told = [_told(i, s) for i, s in enumerate(view.stages, 1)]
+    return figure(
+        *parts,
+        ident=ident,
+        width=size[0],
+        height=size[1],
+        title=f"Pipeline of {view.name}",
+        desc=f"From {view.base_model}: " + ("; ".join(told) or "no stages") + ".",
+        class_="chart tall" if vertical else "chart pipeline",
+    )
+
+
+def _told(number: int, stage: StageView) -> str:
+    effects = ", ".join(f"{e.task} {e.effect}" for e in stage.effects) or "not measured"
+    taught = f", taught by {', '.join(stage.teachers)}" if stage.teachers else ""
+    intended = f", intended as {stage.intends}" if stage.intends else ""
+    return f"stage {number} {stage.name}, {stage.method}, {stage.regime}{taught}{intended}, " + (
+        f"measured: {effects}"
+    )
+
+
+def _layout(
+    view: RunView, height: float, vertical: bool
+) -> tuple[Box, list[Box], tuple[float, float]]:
+    taught = any(s.teachers for s in view.stages)
+    num = len(view.stages)
+    if vertical:
+        width = 320.0 if taught else 352.0
+        base = Box(4, 4, width, 56)
+        boxes = [Box(4, 92 + i * (height + 32), width, height) for i in range(num)]
+        bottom = boxes[-1].y + height if boxes else base.y + base.height
+        return base, boxes, (360, bottom + 4)
+    top = 74.0 if taught else 6.0
+    gap, base_width = 26.0, 104.0
+    width = min(300.0, max(204.0, (1040 - base_width) / max(num, 1) - gap))
+    base = Box(2, top + height / 2 - 42, base_width, 84)
+    boxes = [Box(2 + base_width + gap + i * (width + gap), top, width, height) for i in range(num)]
+    right = (boxes[-1].x + width if boxes else base.x + base_width) + 4
+    return base, boxes, (max(right, 1040), top + height + 6)
+
+
+def _base(view: RunView, box: Box) -> Markup:
+    lines = wrap(view.base_model, box.width - 18, 11.5, max_lines=3)
+    rows = [label(box.x + 10, box.y + 20, "BASE MODEL", "eyebrow")]
+    rows += [label(box.x + 10, box.y + 38 + 15 * i, row, "strong s") for i, row in enumerate(lines)]
+    frame = rect(box.x, box.y, box.width, box.height, "box base", rx=8)
+    return tag("g", tag("title", view.base_model), frame, *rows)
+
+
+def _arrow(before: Box, after: Box, vertical: bool) -> Markup:
+    if vertical:
+        down = f"M{before.middle:.1f} {before.y + before.height:.1f}V{after.y - 3:.1f}"
+        return path(down, "arrow", marker="head")
+    y = before.y + before.height / 2
+    return path(f"M{before.x + before.width:.1f} {y:.1f}H{after.x - 3:.1f}", "arrow", marker="head")
+
+
+def _stage(stage: StageView, box: Box, *, number: int) -> Markup:
+    x, y, inner = box.x + 12, box.y, box.width - 24
+    regime = REGIME_CLASS[stage.regime]
+    written = wrap(stage.provenance, inner, 11.5, max_lines=2)
+    amount = sum(t.tokens for t in stage.tokens)
+    spent = f"{stage.steps:,} steps · {duration(stage.seconds)}"
+    parts = [
+        tag("title", f"{stage.name}: {stage.method}, {stage.regime}, {stage.provenance}"),
+        rect(box.x, y, box.width, box.height, f"box {regime}", rx=8),
+        rect(box.x, y, 5, box.height, f"strip {regime}", rx=2.5),
+        label(x, y + 20, stage.regime.value.upper(), f"eyebrow {regime}"),
+        label(x, y + 41, fit(f"{number}  {stage.name}", inner, 15.5), "strong l"),
+        label(x, y + 58, fit(f"{stage.method} · {stage.interface}", inner, 11.5), "ink s"),
+        *[label(x, y + 75 + 14 * i, row, "note s") for i, row in enumerate(written)],
+        label(x, y + 110, "intended", "note s"),
+        label(
+            x + 60, y + 110, fit(stage.intends or "not stated", inner - 60, 11.5), "ink s italic"
+        ),
+        label(x, y + 128, "measured", "note s"),
+        *_effects(stage, x, y + 147, inner),
+        label(x, y + box.height - 24, fit(spent, inner, 11), "note s"),
+        label(x, y + box.height - 10, f"{compact(amount)} tokens", "note s"),
+    ]
+    return tag("g", *parts)
+
+
+def _effects(stage: StageView, x: float, y: float, inner: float) -> list[Markup]:
+    """One row per task set: its mark, the measured role, and the task set at the right edge."""
+    if not stage.effects:
+        return [label(x + 60, y - 19, "not measured", "ink s italic")]
+    rows: list[Markup] = []
+    for i, e in enumerate(stage.effects[:MAX_EFFECTS]):
+        row = y + 18 * i
+        words = f"{e.effect.value} ✓" if e.effect.value == stage.intends else e.effect.value
+        task = fit(e.task, max(inner - 26 - 7.6 * len(words), 24), 11.5)
+        rows.append(
+            tag(
+                "g",
+                tag("title", f"{e.task}: {words}"),
+                effect_glyph(e.effect, x + 6, row - 4),
+                label(x + 18, row, words, f"strong s {e.effect}"),
+                label(x + inner, row, task, "ink s", anchor="end"),
+            )
+        )
+    hidden = len(stage.effects) - MAX_EFFECTS
+    if hidden > 0:
+        rows.append(label(x + 18, y + 18 * MAX_EFFECTS, f"and {hidden} more", "note s"))
+    return rows
+
+
+def effect_glyph(effect: Effect, x: float, y: float) -> Markup:
+    """A small mark of its own shape for every role, so that colour is not needed to read it."""
+    shapes = {
+        Effect.EXPANSION: f"M{x - 5} {y}H{x + 5}M{x} {y - 5}V{y + 5}",
+        Effect.RESHAPING: f"M{x - 5} {y + 4}L{x} {y - 4}L{x + 5} {y + 4}",
+        Effect.CONSOLIDATION: f"M{x - 5} {y - 2.5}H{x + 5}M{x - 5} {y + 2.5}H{x + 5}",
+        Effect.ATTRITION: f"M{x - 5} {y}H{x + 5}",
+        Effect.UNDETERMINED: f"M{x - 4} {y}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0",
+    }
+    return path(shapes[effect], f"glyph {effect}")
+
+
+def _teachers(view: RunView, base: Box, boxes: list[Box], vertical: bool) -> list[Markup]:
+    """Dashed arrows: from an earlier box, or from outside for a policy the picture has not."""
+    places = {"base": base} | {s.name: b for s, b in zip(view.stages, boxes, strict=True)}
+    parts: list[Markup] = []
+    for stage, box in zip(view.stages, boxes, strict=True):
+        outside = [t for t in stage.teachers if t not in places]
+        for i, name in enumerate(t for t in stage.teachers if t in places):
+            draw = _arc_right if vertical else _arc_above
+            parts.append(draw(places[name], box, nudge=i, words=f"{name} teaches {stage.name}"))
+        if outside:
+            parts.append(_outsider(outside, box, vertical))
+    return parts
+
+
+def _arc_above(teacher: Box, box: Box, *, nudge: int, words: str) -> Markup:
+    start, end = teacher.middle + 14, box.middle - 30 - 16 * nudge
+    if teacher is box:
+        start = box.middle + 30
+    high = box.y - 34 - 9 * min(nudge, 3)
+    shape = f"M{start:.1f} {teacher.y:.1f}V{high + 10:.1f}Q{start:.1f} {high:.1f} "
+    side = 10 if end > start else -10
+    shape += f"{start + side:.1f} {high:.1f}H{end - side:.1f}Q{end:.1f} {high:.1f} {end:.1f} "
+    shape += f"{high + 10:.1f}V{box.y - 4:.1f}"
+    parts = [tag("title", words), path(shape, "teach", marker="head-t")]
+    if nudge == 0:
+        parts.append(label(end + 8, box.y - 14, "teaches", "note s teacher-ink"))
+    return tag("g", *parts)
+
+
+def _arc_right(teacher: Box, box: Box, *, nudge: int, words: str) -> Markup:
+    edge = box.x + box.width
+    out = edge + 14 + 7 * min(nudge, 2)
+    start, end = teacher.y + teacher.height * 0.6, box.y + 26 + 12 * nudge
+    shape = f"M{edge:.1f} {start:.1f}H{out - 8:.1f}Q{out:.1f} {start:.1f} {out:.1f} "
+    bend = 8 if end > start else -8
+    shape += f"{start + bend:.1f}V{end - bend:.1f}Q{out:.1f} {end:.1f} {out - 8:.1f} {end:.1f}"
+    shape += f"H{edge + 4:.1f}"
+    parts = [tag("title", words), path(shape, "teach", marker="head-t")]
+    if nudge == 0:
+        parts.append(label(edge - 8, box.y - 12, "teaches", "note s teacher-ink", anchor="end"))
+    return tag("g", *parts)
+
+
+def _outsider(names: list[str], box: Box, vertical: bool) -> Markup:
+    words = f"teacher {', '.join(names)}"
+    room = box.width * 0.45
+    right = box.x + box.width
+    shown = fit(words, room - 16, 11.5)
+    height = 22.0
+    y = box.y - (27 if vertical else 72)
+    x = right - room
+    shape = f"M{right - 24:.1f} {y + height:.1f}V{box.y - 3:.1f}"
+    return tag(
+        "g",
+        tag("title", words),
+        rect(x, y, room, height, "box outsider", rx=6),
+        label(x + 8, y + 15, shown, "note s teacher-ink"),
+        path(shape, "teach", marker="head-t"),
+    )
