@@ -1,4 +1,4 @@
-"""The command line: the only place that names an engine.
+"""The command line.
 
 Heavy libraries are imported inside the commands that need them, so ``--help`` is instant.
 """
@@ -20,7 +20,6 @@ from posttrain.errors import ConfigError, PosttrainError, nearest
 if TYPE_CHECKING:
     from posttrain.pipeline import Outcome
     from posttrain.probes.measurement import Measurement
-    from posttrain.protocols import Engine
     from posttrain.recipe import Recipe
 
 OUT = click.Path(file_okay=False, path_type=Path)
@@ -77,16 +76,11 @@ def _go(recipe_path: Path, out: Path | None) -> None:
     console = Console()
     console.headline(recipe.name, out)
     # Imported after the first line is on the screen: torch takes seconds.
-    from posttrain.pipeline import run as run_recipe
+    from posttrain.api import run as run_recipe
 
     with console, _interrupts(console.note) as stop:
         outcome = run_recipe(
-            recipe,
-            out=out,
-            root=recipe_path.parent,
-            engine=_engine(recipe),
-            observe=console.observe,
-            stop=stop,
+            recipe, out=out, root=recipe_path.parent, observe=console.observe, stop=stop
         )
     _finish(outcome, console.summary)
 
@@ -116,15 +110,13 @@ def plan(recipe: Path) -> None:
 @click.option("--samples", type=int, help="Samples per prompt.")
 def probe(model: str, tasks: Path, out: Path | None, samples: int | None) -> None:
     """Measure a model on task sets: pass@k with intervals, support, length, entropy."""
+    from posttrain.api import measure
     from posttrain.console import Console
-    from posttrain.pipeline import measure_model
     from posttrain.tables import measurement_table
 
     recipe = _measuring(tasks, model, samples)
     with Console() as console:
-        result = measure_model(
-            recipe, root=tasks.parent, engine=_engine(recipe), observe=console.observe
-        )
+        result = measure(recipe, root=tasks.parent, observe=console.observe)
     if out:
         from posttrain.files import write_atomic
 
@@ -243,19 +235,6 @@ def verify(path: Path, head: str | None) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.kinds.items()))
     click.echo(f"{file}: the chain holds over {result.num_records} records ({kinds})")
     click.echo(f"head {result.head}")
-
-
-def _engine(recipe: Recipe) -> Engine:
-    import torch
-
-    from posttrain.engines.local import LocalEngine
-    from posttrain.engines.model import pick_device
-
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    return LocalEngine(
-        device=pick_device(recipe.device), dtype=recipe.dtype, remote_code=recipe.remote_code
-    )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from posttrain.provenance import Kind
 from posttrain.trajectory import Column, Group
 
 HOW_TO_GET = {
-    Column.BEHAVIOUR_LOGPROB: "sample with a rollouts source: a data set has no behaviour log-probs",
+    Column.BEHAVIOUR_LOGPROB: "use a rollouts source: a data set has no behaviour log-probs",
     Column.REFERENCE_LOGPROB: "add the reference_logprobs signal",
     Column.TEACHER_LOGPROB: "add the teacher_distribution signal",
     Column.TEACHER_IDS: "add the teacher_distribution signal",

@@ -173,7 +173,7 @@ class Learner(Protocol):
 
 
 class Engine(Protocol):
-    """Makes policies and learners from model folders. Named only by the command line."""
+    """Makes policies and learners from model folders. Chosen in ``api.py`` and nowhere else."""
 
     def policy(self, model: str) -> Policy:
         """A frozen policy from a folder or a hub id."""

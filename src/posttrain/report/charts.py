@@ -34,6 +34,9 @@ from posttrain.report.view import (
     task_of,
 )
 
+MAX_POINTS = 400
+"""A longer series is drawn by the lowest and the highest value of each run of steps."""
+
 NUM_CELLS_WITH_TITLE = 64
 """Up to this many prompts, every cell of a support map names its prompt."""
 
@@ -194,7 +197,7 @@ def curve(series: Series, *, ident: str, stage: str) -> Markup:
         parts += [line(left, bottom + 4, right, bottom + 4, "axis")]
         if low < 0 < high:
             parts.append(line(left, at(first, 0)[1], right, at(first, 0)[1], "grid"))
-        parts.append(polyline(spots, "curve after thin"))
+        parts.append(polyline([at(*p) for p in thinned(points)], "curve after thin"))
         parts.append(tag("circle", cx=spots[-1][0], cy=spots[-1][1], r=3, class_="dot after"))
         start, end = compact(points[0][1]), compact(points[-1][1])
         parts.append(label(right + 8, spots[-1][1] + 4, end, "strong s num"))
@@ -206,6 +209,26 @@ def curve(series: Series, *, ident: str, stage: str) -> Markup:
     return figure(
         *parts, ident=ident, width=292, height=112, title=f"{series.name} of {stage}", desc=told
     )
+
+
+def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most ``MAX_POINTS`` of the points, extremes and both ends included, in their order.
+
+    Example:
+        >>> [len(thinned([(i, 0.0) for i in range(n)])) for n in (9, 9999)]
+        [9, 398]
+    """
+    if len(points) <= MAX_POINTS:
+        return list(points)
+    num_runs = MAX_POINTS // 2 - 1
+    kept = {0, len(points) - 1}
+    for run in range(num_runs):
+        span = range(run * len(points) // num_runs, (run + 1) * len(points) // num_runs)
+        kept |= {
+            min(span, key=lambda i: points[i][1]),
+            max(reversed(span), key=lambda i: points[i][1]),
+        }
+    return [points[i] for i in sorted(kept)]
 
 
 def token_bar(

@@ -98,6 +98,17 @@ class ReasoningGymTaskSet:
         version = importlib.metadata.version("reasoning-gym")
         return digest({"spec": plain(self._spec), "reasoning-gym": version})
 
+    def entry(self, task: Task) -> Mapping[str, Any]:
+        """The generator's own item behind a task: question, answer, metadata.
+
+        Raises:
+            TaskError: a task of another set.
+        """
+        entry = self._entries.get(task.key)
+        if entry is None:
+            raise TaskError(f"task {task.key} is not of task set {self._name}")
+        return entry
+
     def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
         """The library's score of each completion.
 
@@ -109,9 +120,7 @@ class ReasoningGymTaskSet:
         return [self._score(t, c) for t, c in zip(tasks, completions, strict=True)]
 
     def _score(self, task: Task, completion: str) -> float:
-        entry = self._entries.get(task.key)
-        if entry is None:
-            raise TaskError(f"task {task.key} is not of task set {self._name}")
+        entry = self.entry(task)
         try:
             score = self._generator.score_answer(answer=completion, entry=entry)
         except _LIBRARY_ERRORS:

@@ -1,0 +1,40 @@
+# Every target sets up what it needs: Python 3.11 and make are enough.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/tour
+
+.PHONY: tour test unit check format lab clean
+
+tour: $(VENV)/ready
+	$(BIN)/posttrain tour --out $(OUT)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest tests src --doctest-modules --ignore=src/posttrain/lab/base
+
+unit: $(VENV)/ready
+	$(BIN)/python -m pytest tests/unit
+
+check: $(VENV)/ready
+	$(BIN)/ruff format --check src tests recipes
+	$(BIN)/ruff check src tests recipes
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/unit/test_house_rules.py
+
+format: $(VENV)/ready
+	$(BIN)/ruff format src tests recipes
+	$(BIN)/ruff check --fix src tests recipes
+
+lab: $(VENV)/ready  ## make the lab's base model again, from nothing
+	$(BIN)/python -m posttrain.lab.pretrain out/lab
+	rm -rf src/posttrain/lab/base
+	cp -r out/lab/base src/posttrain/lab/base
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

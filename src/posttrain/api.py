@@ -1,0 +1,59 @@
+"""Running and measuring from Python, on this machine. The only place that names an engine.
+
+    from posttrain import Recipe
+    from posttrain.api import run
+
+    run(Recipe(...), out=Path("out/mine"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from posttrain import pipeline
+from posttrain.engines.local import LocalEngine
+from posttrain.engines.model import pick_device
+from posttrain.events import Observer, ignore
+from posttrain.pipeline import Outcome
+from posttrain.probes.measurement import Measurement
+from posttrain.protocols import Engine
+from posttrain.recipe import Recipe
+
+
+def run(
+    recipe: Recipe,
+    *,
+    out: Path,
+    root: Path = Path(),
+    observe: Observer = ignore,
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Run a recipe in this process, or go on with it.
+
+    Args:
+        recipe: what to do.
+        out: the run folder.
+        root: folder that the recipe's paths are relative to.
+        observe: told about everything that happens.
+        stop: asked between draws; True commits and raises ``Interrupted``.
+    """
+    return pipeline.run(
+        recipe, out=out, root=root, engine=engine_for(recipe), observe=observe, stop=stop
+    )
+
+
+def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Measurement:
+    """Measure the recipe's model on its task sets; its stages are ignored."""
+    return pipeline.measure_model(recipe, root=root, engine=engine_for(recipe), observe=observe)
+
+
+def engine_for(recipe: Recipe) -> Engine:
+    """The local engine, set up as the recipe says."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    return LocalEngine(
+        device=pick_device(recipe.device), dtype=recipe.dtype, remote_code=recipe.remote_code
+    )

@@ -1,0 +1,107 @@
+"""The tour: the lab's files and recipe, written as a user could have brought them.
+
+    base ─▶ expand (SFT) ─▶ reshape (GRPO) ─▶ prefer (DPO) ─▶ consolidate (OPD)
+             reverse          products          chains          every task, each from the
+             demonstrations   own rollouts      pairs           policy that was best at it
+
+Nothing in a run knows about the lab: the tour ends in a recipe file like any other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from posttrain import config
+from posttrain.composition import Dataset
+from posttrain.files import write_atomic
+from posttrain.lab.corpus import demonstrations, preference_pairs, write_rows
+from posttrain.lab.settings import CHAINS, REVERSE, SETTINGS
+from posttrain.methods import Dpo, Grpo, Opd, Sft
+from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+
+BASE = Path(__file__).parent / "base"
+"""The lab's base model, in ordinary Hugging Face format."""
+
+ANSWER = 8
+"""Longest answer in tokens, the end of the turn included."""
+
+
+def tour_recipe(*, seed: int = 0, model: str = str(BASE)) -> Recipe:
+    """The tour as a recipe. Its data files are those of :func:`write_tour`."""
+    return Recipe(
+        name="tour",
+        model=model,
+        seed=seed,
+        threads=1,
+        tasks={s.name: s.tasks for s in SETTINGS.values()},
+        measure=Measure(samples=256, max_new_tokens=ANSWER, seed=7),
+        stages=(
+            Stage(
+                name="expand",
+                intends="expansion",
+                method=Sft(
+                    data=Dataset(
+                        path="demonstrations.jsonl", name="lab-demonstrations", licence="CC0-1.0"
+                    )
+                ),
+                budget=Budget(steps=100),
+                groups_per_step=64,
+                optimizer=Optimizer(lr=1.5e-3, warmup_steps=10, schedule="linear"),
+            ),
+            Stage(
+                name="reshape",
+                intends="reshaping",
+                method=Grpo(tasks=("products",), group_size=16, max_new_tokens=ANSWER),
+                budget=Budget(steps=40),
+                groups_per_step=32,
+                optimizer=Optimizer(lr=3e-4, warmup_steps=2),
+            ),
+            Stage(
+                name="prefer",
+                intends="reshaping",
+                method=Dpo(
+                    data=Dataset(path="preferences.jsonl", name="lab-pairs", licence="CC0-1.0")
+                ),
+                budget=Budget(steps=60),
+                groups_per_step=32,
+                optimizer=Optimizer(lr=3e-4, warmup_steps=5),
+            ),
+            Stage(
+                name="consolidate",
+                intends="consolidation",
+                method=Opd(
+                    tasks=tuple(SETTINGS),
+                    teachers={
+                        "sums": "base",
+                        "calculate": "base",
+                        "products": "reshape",
+                        "chains": "prefer",
+                        "reverse": "expand",
+                    },
+                    group_size=4,
+                    max_new_tokens=ANSWER,
+                ),
+                budget=Budget(steps=100),
+                groups_per_step=40,
+                optimizer=Optimizer(lr=5e-4, warmup_steps=5, schedule="linear"),
+            ),
+        ),
+    )
+
+
+def write_tour(out: Path, *, seed: int = 0) -> Path:
+    """Write the tour's data and recipe under ``out/inputs``; returns the recipe's path.
+
+    Equal seeds give equal files, so writing them again changes nothing.
+    """
+    inputs = out / "inputs"
+    demos = demonstrations(REVERSE, seed=seed, count=3000)
+    write_rows(inputs / "demonstrations.jsonl", (d.row for d in demos))
+    pairs = preference_pairs(CHAINS, seed=seed, count=1800)
+    write_rows(inputs / "preferences.jsonl", pairs)
+    recipe = config.plain(tour_recipe(seed=seed))
+    path = inputs / "recipe.yaml"
+    write_atomic(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    return path
