@@ -32,6 +32,8 @@ def digest(value: object) -> str:
         >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
         True
     """
+    if isinstance(value, Config):
+        value = checked(value)
     canonical = msgspec.json.encode(msgspec.to_builtins(value), order="sorted")
     return hashlib.sha256(canonical).hexdigest()
 
@@ -40,6 +42,21 @@ def plain(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain data, every default filled in."""
     built: dict[str, Any] = msgspec.to_builtins(config)
     return built
+
+
+C = TypeVar("C", bound=Config)
+
+
+def checked(config: C) -> C:
+    """The same configuration with every type checked, as if it had been read from a file.
+
+    Python lets ``lr=1`` and ``lr="fast"`` pass where a float is declared. This turns the first
+    into 1.0, so that it is the same recipe as its YAML, and refuses the second.
+
+    Raises:
+        ConfigError: an ill-typed option.
+    """
+    return convert(msgspec.to_builtins(config), type(config), origin=type(config).__name__)
 
 
 def convert(value: object, to: type[T], *, origin: str) -> T:

@@ -149,6 +149,7 @@ class _Run:
         observe: Observer,
         stop: Callable[[], bool],
     ) -> _Run:
+        recipe = config.checked(recipe)
         observe(Note(text=f"loading {recipe.model}"))
         base = engine.policy(model_path(recipe.model, root))
         plan = make_plan(recipe, root=root, base=base.producer.digest or recipe.model)

@@ -46,17 +46,22 @@ def tour_recipe(*, seed: int = 0, model: str = str(BASE)) -> Recipe:
                         path="demonstrations.jsonl", name="lab-demonstrations", licence="CC0-1.0"
                     )
                 ),
-                budget=Budget(steps=100),
+                budget=Budget(steps=160),
                 groups_per_step=64,
-                optimizer=Optimizer(lr=1.5e-3, warmup_steps=10, schedule="linear"),
+                optimizer=Optimizer(lr=1e-3, warmup_steps=10, schedule="linear"),
             ),
             Stage(
                 name="reshape",
                 intends="reshaping",
-                method=Grpo(tasks=("products",), group_size=16, max_new_tokens=ANSWER),
-                budget=Budget(steps=40),
+                method=Grpo(
+                    tasks=("products",),
+                    group_size=16,
+                    max_new_tokens=ANSWER,
+                    aggregate="token_mean",
+                ),
+                budget=Budget(steps=60),
                 groups_per_step=32,
-                optimizer=Optimizer(lr=3e-4, warmup_steps=2),
+                optimizer=Optimizer(lr=2e-4),
             ),
             Stage(
                 name="prefer",
@@ -64,9 +69,9 @@ def tour_recipe(*, seed: int = 0, model: str = str(BASE)) -> Recipe:
                 method=Dpo(
                     data=Dataset(path="preferences.jsonl", name="lab-pairs", licence="CC0-1.0")
                 ),
-                budget=Budget(steps=60),
+                budget=Budget(steps=100),
                 groups_per_step=32,
-                optimizer=Optimizer(lr=3e-4, warmup_steps=5),
+                optimizer=Optimizer(lr=2e-4, warmup_steps=5, schedule="linear"),
             ),
             Stage(
                 name="consolidate",
@@ -80,12 +85,11 @@ def tour_recipe(*, seed: int = 0, model: str = str(BASE)) -> Recipe:
                         "chains": "prefer",
                         "reverse": "expand",
                     },
-                    group_size=4,
                     max_new_tokens=ANSWER,
                 ),
-                budget=Budget(steps=100),
-                groups_per_step=40,
-                optimizer=Optimizer(lr=5e-4, warmup_steps=5, schedule="linear"),
+                budget=Budget(steps=80),
+                groups_per_step=80,
+                optimizer=Optimizer(lr=1e-3, warmup_steps=5, schedule="linear"),
             ),
         ),
     )

@@ -67,7 +67,7 @@ def _clause(view: RunView, task: str) -> Clause:
     before = first.pass_at_1 if first else Estimate(value=None)
     after = last.pass_at_1 if last else Estimate(value=None)
     if len(view.policies) == 1:
-        return Clause(task=task, words="at", numbers=after.words, tone="same")
+        return Clause(task=task, words="scored", numbers=after.words, tone="same")
     numbers = f"{_short(before)} → {after.words}"
     overall = view.between(None)
     changes = overall.changes if overall else ()

@@ -76,7 +76,8 @@ def _layout(
     if vertical:
         width = 320.0 if taught else 352.0
         base = Box(4, 4, width, 56)
-        boxes = [Box(4, 92 + i * (height + 32), width, height) for i in range(num)]
+        gap = 48.0 if taught else 32.0
+        boxes = [Box(4, 60 + gap + i * (height + gap), width, height) for i in range(num)]
         bottom = boxes[-1].y + height if boxes else base.y + base.height
         return base, boxes, (360, bottom + 4)
     top = 74.0 if taught else 6.0
@@ -176,7 +177,8 @@ def _teachers(view: RunView, base: Box, boxes: list[Box], vertical: bool) -> lis
             draw = _arc_right if vertical else _arc_above
             parts.append(draw(places[name], box, nudge=i, words=f"{name} teaches {stage.name}"))
         if outside:
-            parts.append(_outsider(outside, box, vertical))
+            room = box.width * (0.45 if vertical or len(outside) < len(stage.teachers) else 0.85)
+            parts.append(_outsider(outside, box, vertical, room=room))
     return parts
 
 
@@ -209,13 +211,12 @@ def _arc_right(teacher: Box, box: Box, *, nudge: int, words: str) -> Markup:
     return tag("g", *parts)
 
 
-def _outsider(names: list[str], box: Box, vertical: bool) -> Markup:
+def _outsider(names: list[str], box: Box, vertical: bool, *, room: float) -> Markup:
     words = f"teacher {', '.join(names)}"
-    room = box.width * 0.45
     right = box.x + box.width
     shown = fit(words, room - 16, 11.5)
     height = 22.0
-    y = box.y - (27 if vertical else 72)
+    y = box.y - (42 if vertical else 72)
     x = right - room
     shape = f"M{right - 24:.1f} {y + height:.1f}V{box.y - 3:.1f}"
     return tag(

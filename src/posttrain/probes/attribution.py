@@ -1,0 +1,296 @@
+"""Where a change in success came from: newly reachable, sharpened, kept, weakened, lost.
+
+before, after ─▶ folds: three decide (labels, direction) ─▶ one measures ─▶ parts ─▶ intervals ─▶ role
+
+**Algebra.** Split the samples of a prompt into folds. For fold f let p0, p1 be the success rates
+before and after *in f*, d = p1 − p0, and let all samples *outside* f decide the labels L0, L1 (IN,
+OUT, undetermined) and the direction: u = 1 when after succeeded more often, 0 when less, 1/2 when
+equally often. Then gain = u·d and loss = −(1−u)·d, and each goes to one cell:
+
+    gain   L0 OUT and L1 IN  newly reachable     loss   L0 IN and L1 OUT  lost
+           L0 IN             sharpened                  L1 IN, not lost   weakened
+           otherwise         undetermined gain          otherwise         undetermined loss
+    kept = p1 − gain = p0 − loss = (1−u)·p0 + u·p1·0 + ... = u·p0 + (1−u)·p1
+
+Averaged over folds (by their size) and prompts, and exact to rounding:
+
+    kept + newly reachable + sharpened + undetermined gain = pass@1 after
+    kept + lost + weakened + undetermined loss             = pass@1 before
+    newly reachable + sharpened − weakened − lost + undetermined = after − before,
+        undetermined = undetermined gain − undetermined loss
+
+**Why folds.** The positive part of a noisy difference is positive even when nothing changed, and a
+prompt that got its label by luck falls back. Here what decides and what is measured share no
+sample, so a part's expectation is Σ d · P(cell): zero for every part when nothing changed, for any
+number of samples. The price: a prompt whose direction is a toss-up adds a little of its gain to a
+loss with opposite sign, so a part may come out slightly below zero. Read that as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+import numpy as np
+
+from posttrain.probes.bootstrap import Floats, Interval, mean_intervals, ratio_interval
+from posttrain.probes.measurement import (
+    Measurement,
+    TaskMeasurement,
+    require_comparable,
+    require_same_task,
+)
+from posttrain.probes.support import Label, SupportChange, cutoffs, support_change
+
+FOLDS = 4
+"""Two decide on too few samples; with many, folds share deciders and the parts get noisier."""
+RETAINED = 0.75
+"""Lower bound of retention from which "kept" is a finding rather than a lack of one."""
+
+
+class Part(StrEnum):
+    """A share of the success rate. Losses are amounts, positive when something went away."""
+
+    NEWLY_REACHABLE = "newly reachable"  # gained where before was OUT and after is IN
+    SHARPENED = "sharpened"  # gained where before was IN
+    KEPT = "kept"  # was there before and still is
+    WEAKENED = "weakened"  # went away where after is still IN
+    LOST = "lost"  # went away where before was IN and after is OUT
+    UNDETERMINED = "undetermined"  # net change (signed) where labels cannot tell which
+
+
+class MeasuredRole(StrEnum):
+    """What happened to a task set, in the roles of arXiv 2604.07941, section 3."""
+
+    EXPANSION = "expansion"  # support expansion: the largest change is newly reachable
+    RESHAPING = "reshaping"  # policy reshaping: the largest change is sharpening
+    CONSOLIDATION = "consolidation"  # behaviour kept, and no change shown
+    ATTRITION = "attrition"  # more went away than came
+    UNDETERMINED = "undetermined"  # the samples or the labels do not tell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attribution:
+    """The change of pass@1 on one task set, split into parts that add up (see the module).
+
+    ``retention`` is kept / before, the share of the earlier successes that survived; None when no
+    prompt was IN before, so that there was nothing certain to keep. Intervals are over prompts:
+    see :func:`posttrain.probes.bootstrap.mean_intervals`.
+    """
+
+    task: str
+    before: Interval  # pass@1
+    after: Interval  # pass@1
+    change: Interval  # after − before, paired
+    parts: Mapping[Part, Interval]
+    undetermined_gain: Interval
+    undetermined_loss: Interval
+    gained: Interval  # newly reachable + sharpened
+    gone: Interval  # weakened + lost
+    retention: Interval | None
+    epsilon: float
+    confidence: float
+
+    @property
+    def dominant(self) -> MeasuredRole:
+        """The role that the bounds of the intervals support. First rule that applies:
+
+        1. attrition: ``gone`` is above zero (its lower bound is), exceeds ``gained`` and both
+           undetermined amounts;
+        2. expansion: newly reachable is above zero and no other change is larger;
+        3. reshaping: sharpened is above zero and no other change is larger;
+        4. consolidation: no change is above zero, the interval of ``change`` includes zero, kept is
+           above zero, and retention is at least RETAINED by its lower bound;
+        5. undetermined.
+
+        "Change" means newly reachable, sharpened, weakened, lost and the undetermined amounts.
+        """
+        value = {p: i.value for p, i in self.parts.items()}
+        unclear = max(self.undetermined_gain.value, self.undetermined_loss.value)
+        new, sharper = self.parts[Part.NEWLY_REACHABLE], self.parts[Part.SHARPENED]
+        if self.gone.is_positive and self.gone.value > max(self.gained.value, unclear):
+            return MeasuredRole.ATTRITION
+        losses = max(value[Part.WEAKENED], value[Part.LOST])
+        if new.is_positive and new.value >= max(sharper.value, losses, unclear):
+            return MeasuredRole.EXPANSION
+        if sharper.is_positive and sharper.value >= max(new.value, losses, unclear):
+            return MeasuredRole.RESHAPING
+        changes = [new, sharper, self.parts[Part.WEAKENED], self.parts[Part.LOST]]
+        changes += [self.undetermined_gain, self.undetermined_loss]
+        still = not any(c.is_positive for c in changes)
+        still = still and self.change.low <= 0 <= self.change.high
+        kept = self.retention is not None and self.retention.low >= RETAINED
+        if still and kept and self.parts[Part.KEPT].is_positive:
+            return MeasuredRole.CONSOLIDATION
+        return MeasuredRole.UNDETERMINED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two measured policies: what changed, and how their support changed, per task set."""
+
+    before: str
+    after: str
+    tasks: tuple[Attribution, ...]
+    support: tuple[SupportChange, ...]
+
+    def task(self, name: str) -> Attribution | None:
+        """The attribution on one task set, or None when it was not measured."""
+        return next((t for t in self.tasks if t.task == name), None)
+
+
+def compare(
+    before: Measurement,
+    after: Measurement,
+    *,
+    epsilon: float,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Comparison:
+    """Attribute the change from ``before`` to ``after`` on every task set.
+
+    Args:
+        before: measurement of the earlier policy.
+        after: measurement of the later one, under the same protocol.
+        epsilon: success probability below which a prompt is out of reach.
+        confidence: of each label's bound, and of the two-sided intervals.
+        seed: of the bootstrap.
+
+    Raises:
+        RunError: the two were not measured in the same way; says what differs.
+        ConfigError: ``epsilon`` or ``confidence`` outside (0, 1) and (0.5, 1).
+    """
+    require_comparable(before, after)
+    pairs = [(task, after.task(task.taskset)) for task in before.tasks]
+    return Comparison(
+        before=before.policy,
+        after=after.policy,
+        tasks=tuple(
+            attribute(b, a, epsilon=epsilon, confidence=confidence, seed=seed) for b, a in pairs
+        ),
+        support=tuple(
+            support_change(b, a, epsilon=epsilon, confidence=confidence) for b, a in pairs
+        ),
+    )
+
+
+def attribute(
+    before: TaskMeasurement,
+    after: TaskMeasurement,
+    *,
+    epsilon: float,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Attribution:
+    """Split the change of pass@1 on one task set into parts, with intervals.
+
+    Raises:
+        RunError: the two were not measured on the same prompts in the same way.
+        ConfigError: ``epsilon`` or ``confidence`` outside (0, 1) and (0.5, 1), or one sample only.
+
+    Example:
+        >>> def measured(rates):
+        ...     scores = np.array([[j < 64 * r for j in range(64)] for r in rates])
+        ...     zeros = np.zeros((len(rates), 64))
+        ...     return TaskMeasurement(taskset="sums", success=1.0, scores=scores, lengths=zeros,
+        ...         prompts=tuple(f"sums/{i}" for i in range(len(rates))), truncated=zeros,
+        ...         nll=zeros, distinct=zeros[:, 0])
+        >>> a = attribute(measured([0, 0.5] * 8), measured([1, 0.5] * 8), epsilon=0.05)
+        >>> a.parts[Part.NEWLY_REACHABLE].value, a.parts[Part.KEPT].value, str(a.dominant)
+        (0.5, 0.25, 'expansion')
+    """
+    require_same_task(before, after)
+    cells = contributions(before, after, epsilon=epsilon, confidence=confidence)
+    p0, p1 = (t.successes.mean(axis=1, dtype=np.float64) for t in (before, after))
+    gained = cells.newly_reachable + cells.sharpened
+    gone = cells.weakened + cells.lost
+    net = cells.undetermined_gain - cells.undetermined_loss
+    in_range = (p0, p1, cells.kept)
+    signed = (p1 - p0, cells.newly_reachable, cells.sharpened, cells.weakened, cells.lost)
+    signed = (*signed, net, cells.undetermined_gain, cells.undetermined_loss, gained, gone)
+    unit, both = (0.0, 1.0), (-1.0, 1.0)
+    rows = mean_intervals(
+        np.stack([*in_range, *signed], axis=1),
+        ranges=(unit,) * len(in_range) + (both,) * len(signed),
+        confidence=confidence,
+        seed=seed,
+    )
+    start, end, kept, change, new, sharp, weak, lost, open_, open_gain, open_loss, up, down = rows
+    parts = {
+        Part.NEWLY_REACHABLE: new,
+        Part.SHARPENED: sharp,
+        Part.KEPT: kept,
+        Part.WEAKENED: weak,
+        Part.LOST: lost,
+        Part.UNDETERMINED: open_,
+    }
+    _, min_in = cutoffs(before.num_samples, epsilon=epsilon, confidence=confidence)
+    had_some = bool((before.counts >= min_in).any())
+    return Attribution(
+        task=before.taskset,
+        before=start,
+        after=end,
+        change=change,
+        parts=MappingProxyType(parts),
+        undetermined_gain=open_gain,
+        undetermined_loss=open_loss,
+        gained=up,
+        gone=down,
+        retention=(
+            ratio_interval(cells.kept, p0, confidence=confidence, seed=seed) if had_some else None
+        ),
+        epsilon=epsilon,
+        confidence=confidence,
+    )
+
+
+# --- per prompt ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Contributions:
+    """What each prompt adds to each part, all [P]; losses are amounts. See the module's algebra."""
+
+    kept: Floats
+    newly_reachable: Floats
+    sharpened: Floats
+    weakened: Floats
+    lost: Floats
+    undetermined_gain: Floats
+    undetermined_loss: Floats
+
+
+def contributions(
+    before: TaskMeasurement, after: TaskMeasurement, *, epsilon: float, confidence: float
+) -> Contributions:
+    """The parts prompt by prompt, each averaged over folds.
+
+    Sample j of both policies belongs to fold j mod FOLDS: measurements may share their seeds, so
+    equal j may be dependent, while different j never are. Labels from m of the n samples hold with
+    confidence 1 − (1 − confidence)^(m/n), the evidence per sample being the same; so 0 of m is OUT
+    exactly when 0 of n is.
+    """
+    old, new = before.successes, after.successes
+    n = before.num_samples
+    num_folds = min(FOLDS, n)
+    sums: Floats = np.zeros((7, len(old)))
+    for fold in range(num_folds):
+        measures = np.arange(n) % num_folds == fold
+        size = int(measures.sum())
+        rest = n - size
+        p0, p1 = (x[:, measures].mean(axis=1, dtype=np.float64) for x in (old, new))
+        c0, c1 = (x[:, ~measures].sum(axis=1) for x in (old, new))
+        certain = 1 - (1 - confidence) ** (rest / n)
+        max_out, min_in = _cutoffs(rest, epsilon=epsilon, confidence=certain)
+        sums += size / n * _cells(p0, p1, c0, c1, max_out=max_out, min_in=min_in)
+    return Contributions(
+        kept=sums[0],
+        newly_reachable=sums[1],
+        sharpened=sums[2],
+        weakened=sums[3],
+        lost=sums[4],
+        undetermined_gain=sums[5],
+        undetermined_loss=sums[6],
+    )

@@ -1,0 +1,279 @@
+"""Intervals by paired bootstrap over prompts, honest when prompts are few or all alike.
+
+per-prompt contributions [P, D] ──resample prompts──▶ replicates [B, D] ──BCa──▶ Interval per column
+
+Resampling whole prompts keeps what belongs together: samples of one prompt, and both policies on
+it. Shape legend: ``P`` prompts, ``D`` statistics, ``B`` resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain.errors import ConfigError
+from posttrain.probes.support import beta_quantile, clopper_pearson
+
+Floats = npt.NDArray[np.float64]
+
+RESAMPLES = 2000
+RARE = 5
+"""Fewer prompts than this away from an end or the middle of a range tell too little of a spread."""
+FEW = 8
+"""Below this many prompts, resamples are too alike, and Student's interval is the lower limit."""
+BLOCK = 1 << 22  # resampled prompts held in memory at a time
+SAME = 1e-12  # float noise between equal contributions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A value with a two-sided interval over the prompts that could have been asked.
+
+    ``num_prompts`` and ``seed`` say what was resampled; ``low`` <= ``value`` <= ``high``.
+    """
+
+    value: float
+    low: float
+    high: float
+    num_prompts: int
+    seed: int
+    confidence: float
+
+    @property
+    def is_positive(self) -> bool:
+        """True when the whole interval is above zero."""
+        return self.low > 0
+
+
+def mean_interval(
+    values: npt.ArrayLike,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    lowest: float = 0.0,
+    highest: float = 1.0,
+) -> Interval:
+    """Interval of the mean of per-prompt values [P]: one column of :func:`mean_intervals`.
+
+    Example:
+        >>> all_solved = mean_interval(np.ones(24))
+        >>> all_solved.value, round(all_solved.low, 3), all_solved.high
+        (1.0, 0.858, 1.0)
+    """
+    column = np.asarray(values, np.float64)[:, None]
+    ranges = ((lowest, highest),)
+    return mean_intervals(column, confidence=confidence, seed=seed, ranges=ranges)[0]
+
+
+def mean_intervals(
+    values: npt.ArrayLike,
+    *,
+    ranges: tuple[tuple[float, float], ...],
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[Interval, ...]:
+    """Intervals of column means of [P, D] per-prompt values, from one set of resamples.
+
+    What it covers: the mean over the *task distribution* that the P prompts were drawn from, with
+    both sources of chance in it: which prompts were asked, and the samples drawn for each (the
+    values scatter with both). It does not cover a change of prompts' kind, of decoding, or of
+    training seed.
+
+    Method: bias-corrected accelerated bootstrap (Efron 1987), its levels widened from the normal to
+    Student's t with P − 1 degrees (the expansion of Hesterberg, arXiv 1411.5279). Simulated on
+    beta-binomial prompts the nominal 95 % covers 92-98 % from 16 prompts on.
+
+    All alike, or nearly: a bootstrap of equal values has no width, and one of P values of which
+    fewer than RARE differ has too little. What matters then is the prompts not asked, and no number
+    of samples per prompt speaks for those. Every value in a range is at worst 0 or 1 of that range
+    (a mean of values in [0, 1] varies most when they are 0 or 1), so one trial per prompt and the
+    exact binomial bound at c = the sum of the values hold for any mixture of prompts. The interval
+    then reaches at least that far. Example: 24 prompts all solved in all samples give [0.86, 1].
+
+    Args:
+        values: [P, D].
+        ranges: least and greatest possible value per column; intervals stay inside.
+        confidence: of the two-sided interval.
+        seed: of the resampling; equal P and seed give equal resamples.
+        resamples: B.
+
+    Raises:
+        ConfigError: no prompts, a value outside its range, or a confidence outside (0.5, 1).
+    """
+    x = np.asarray(values, np.float64)
+    if x.ndim != 2 or not x.size or x.shape[1] != len(ranges) or not 0.5 < confidence < 1:
+        raise ConfigError(
+            f"intervals of values of shape {x.shape} with {len(ranges)} ranges at {confidence}",
+            expected="[prompts, statistics], a range per statistic, 0.5 < confidence < 1",
+        )
+    lowest, highest = np.array(ranges, np.float64).T
+    if not ((x >= lowest - 1e-9) & (x <= highest + 1e-9)).all():
+        raise ConfigError("a per-prompt value outside its range", expected=f"within {ranges}")
+    x = np.clip(x, lowest, highest)
+    replicates = _resampled_means(x, seed=seed, resamples=resamples)
+    return tuple(
+        _interval(
+            value=float(x[:, d].mean()),
+            replicates=replicates[:, d],
+            influence=x[:, d] - x[:, d].mean(),
+            limits=_limits(x[:, d], ranges[d], confidence=confidence),
+            bounds=ranges[d],
+            confidence=confidence,
+            seed=seed,
+        )
+        for d in range(x.shape[1])
+    )
+
+
+def ratio_interval(
+    part: npt.ArrayLike, whole: npt.ArrayLike, *, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """Interval of sum(part) / sum(whole) over prompts, both [P] and resampled together.
+
+    Prompts with ``whole`` = 0 say nothing about the ratio. Resamples in which ``whole`` sums to
+    zero are left out. With few prompts away from one common ratio the exact bound of
+    :func:`mean_intervals` applies to the prompts that have a ratio. The interval is not cut at 1,
+    since an unbiased ``part`` may exceed ``whole`` by chance.
+
+    Raises:
+        ConfigError: ``whole`` is zero or negative in sum.
+
+    Example:
+        >>> kept = ratio_interval(np.full(20, 0.25), np.full(20, 0.5))
+        >>> kept.value, round(kept.low, 2), round(kept.high, 2)
+        (0.5, 0.42, 0.58)
+    """
+    a, b = np.asarray(part, np.float64), np.asarray(whole, np.float64)
+    total = float(b.sum())
+    if a.shape != b.shape or a.ndim != 1 or total <= 0:
+        raise ConfigError(
+            f"ratio of {a.shape} to {b.shape} values, the latter with sum {total}",
+            expected="equal shapes [P] and a positive sum",
+        )
+    ratio = float(a.sum()) / total
+    sums = _resampled_means(np.stack([a, b], axis=1), seed=seed, resamples=RESAMPLES)
+    usable = sums[:, 1] > SAME
+    single = np.clip(a[b > 0] / b[b > 0], 0.0, 1.0)
+    return _interval(
+        value=ratio,
+        replicates=sums[usable, 0] / sums[usable, 1],
+        influence=((a - ratio * b) / b.mean())[b > 0],
+        limits=_limits(single, (0.0, 1.0), confidence=confidence),
+        bounds=(-math.inf, math.inf),
+        confidence=confidence,
+        seed=seed,
+        num_prompts=len(a),
+    )
+
+
+def _interval(
+    *,
+    value: float,
+    replicates: Floats,
+    influence: Floats,  # [P'] what each prompt adds to the deviation of the value
+    limits: tuple[float, float] | None,
+    bounds: tuple[float, float],
+    confidence: float,
+    seed: int,
+    num_prompts: int | None = None,
+) -> Interval:
+    low, high = limits or (value, value)
+    m = len(influence)
+    spread = float(influence.std(ddof=1)) if m > 1 else 0.0
+    if spread > SAME:
+        t = student_quantile((1 + confidence) / 2, degrees=m - 1)
+        bca = _accelerated(replicates, value, influence, z=t * math.sqrt(m / (m - 1)))
+        low, high = min(low, bca[0]), max(high, bca[1])
+        if m < FEW:
+            reach = t * spread / math.sqrt(m)
+            low, high = min(low, value - reach), max(high, value + reach)
+    return Interval(
+        value=value,
+        low=min(max(low, bounds[0]), value),
+        high=max(min(high, bounds[1]), value),
+        num_prompts=m if num_prompts is None else num_prompts,
+        seed=seed,
+        confidence=confidence,
+    )
+
+
+def _accelerated(
+    replicates: Floats, value: float, influence: Floats, *, z: float
+) -> tuple[float, float]:
+    """BCa limits: quantiles of the replicates at levels moved for bias and for skewness."""
+    below = np.mean(replicates < value - SAME) + np.mean(np.abs(replicates - value) <= SAME) / 2
+    edge = 1 / len(replicates)
+    normal = NormalDist()
+    bias = normal.inv_cdf(float(np.clip(below, edge, 1 - edge)))
+    skew = float((influence**3).sum()) / (6 * float((influence**2).sum()) ** 1.5)
+    levels = []
+    for side in (-z, z):
+        moved = bias + side
+        room = 1 - skew * moved
+        levels.append(normal.cdf(bias + moved / room) if room > 0 else float(moved > 0))
+    low, high = np.quantile(replicates, levels)
+    return float(low), float(high)
+
+
+def _limits(
+    values: Floats, bounds: tuple[float, float], *, confidence: float
+) -> tuple[float, float] | None:
+    """How far the interval must reach when fewer than RARE values differ from all the others.
+
+    None otherwise. Values on both sides of the common one are bounded side by side.
+    """
+    center = float(np.median(values))
+    away = values - center
+    if int((np.abs(away) > SAME).sum()) >= RARE:
+        return None
+    one_sided = (1 + confidence) / 2
+    reach = []
+    for room, parts in ((center - bounds[0], -away), (bounds[1] - center, away)):
+        if room <= SAME:
+            reach.append((0.0, 0.0))
+            continue
+        share = float(np.clip(parts / room, 0.0, 1.0).sum())
+        reach.append(_scaled(clopper_pearson(share, len(values), confidence=one_sided), room))
+    (down_low, down_high), (up_low, up_high) = reach
+    return center - down_high + up_low, center + up_high - down_low
+
+
+def _scaled(pair: tuple[float, float], by: float) -> tuple[float, float]:
+    return pair[0] * by, pair[1] * by
+
+
+def _resampled_means(x: Floats, *, seed: int, resamples: int) -> Floats:
+    """[B, D] means of B resamples of the rows of [P, D]."""
+    num = len(x)
+    rng = np.random.default_rng(seed)
+    rows = max(1, BLOCK // num)
+    means = []
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        drawn = rng.integers(num, size=(size, num)) + np.arange(size)[:, None] * num
+        weights = np.bincount(drawn.ravel(), minlength=size * num).reshape(size, num)
+        means.append(weights @ x / num)
+    return np.concatenate(means)
+
+
+def student_quantile(level: float, *, degrees: int) -> float:
+    """Quantile of Student's t at ``level`` >= 0.5, through the Beta quantile.
+
+    For t > 0, P(|T| > t) = I_x(degrees/2, 1/2) with x = degrees / (degrees + t²).
+
+    Example:
+        >>> round(student_quantile(0.975, degrees=15), 3)
+        2.131
+    """
+    if not 0.5 <= level < 1 or degrees < 1:
+        raise ConfigError(
+            f"Student quantile at {level} with {degrees} degrees of freedom",
+            expected="0.5 <= level < 1 and at least one degree",
+        )
+    x = beta_quantile(2 * (1 - level), degrees / 2, 0.5)
+    return math.sqrt(degrees * (1 - x) / x)
