@@ -1,9 +1,9 @@
 """Running and measuring from Python, on this machine. The only place that names an engine.
 
-    from posttrain import Recipe
-    from posttrain.api import run
+from posttrain import Recipe
+from posttrain.api import run
 
-    run(Recipe(...), out=Path("out/mine"))
+run(Recipe(...), out=Path("out/mine"))
 """
 
 from __future__ import annotations

@@ -291,6 +291,11 @@ class ChatRenderer:
             kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def token_text(self, token: int) -> str:
+        """One token as text, special tokens by name. For display only: tokens that are parts of
+        a character have no text of their own."""
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
     def show(self, trajectory: Trajectory) -> str:
         """The full text with every trained stretch in ⟦ ⟧, for people to check a mask by eye."""
         runs = groupby(zip(trajectory.trainable, trajectory.tokens, strict=True), lambda p: p[0])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from posttrain.errors import ConfigError
-from posttrain.probes.bootstrap import paired_difference
+from posttrain.probes.bootstrap import mean_interval
 from posttrain.probes.measurement import TaskMeasurement
 from posttrain.probes.passk import pass_at_k, pass_interval
 from posttrain.recipe import Gate
@@ -34,24 +33,15 @@ def decide(
         ConfigError: k is more than the number of samples.
     """
     k = int(gate.metric.partition("@")[2])
-    if k > now.num_samples:
-        raise ConfigError(
-            f"gate on {gate.metric} with {now.num_samples} samples per prompt",
-            expected="k at most the number of samples",
-            fix="raise measure.samples, or lower k",
-        )
     if gate.at_least is not None:
-        interval = pass_interval(now, k=k, confidence=confidence)
+        interval = pass_interval(now, k, confidence=confidence)
         passed = interval.low >= gate.at_least
         asked = f"at least {gate.at_least:g}"
         seen = f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
     else:
         assert gate.at_most_lost is not None
-        lost = paired_difference(
-            pass_at_k(base.counts, base.num_samples, k),
-            pass_at_k(now.counts, now.num_samples, k),
-            confidence=confidence,
-        )
+        before, after = (pass_at_k(t.counts, t.num_samples, k) for t in (base, now))
+        lost = mean_interval(before - after, lowest=-1.0, confidence=confidence)
         passed = lost.high <= gate.at_most_lost
         asked = f"at most {gate.at_most_lost:g} lost since the base"
         seen = f"lost {lost.value:.3f} [{lost.low:.3f}, {lost.high:.3f}]"

@@ -24,7 +24,6 @@ import msgspec
 
 from posttrain import config
 from posttrain.build import Workshop
-from posttrain.composition import Dataset
 from posttrain.errors import ResumeRefused, RunError
 from posttrain.events import (
     GateDecided,
@@ -45,6 +44,7 @@ from posttrain.probes.measurement import Measurement
 from posttrain.probes.passk import pass_interval
 from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
+from posttrain.sources.dataset import DatasetSource
 from posttrain.stage import Interrupted, run_stage
 from posttrain.task import TaskSet
 from posttrain.tasks import build_taskset
@@ -205,7 +205,6 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         about = {"name": spec.name, "identity": planned.identity, "inputs": planned.inputs}
         write_atomic(folder / "stage.json", msgspec.json.format(msgspec.json.encode(about)))
-        source = planned.composition.source
         workshop = Workshop(
             root=self.plan.root,
             seed=self.plan.recipe.seed,
@@ -221,8 +220,8 @@ class _Run:
         )
         parts = workshop.parts(planned, learner)
         rows = None
-        if isinstance(source, Dataset):
-            rows = self._record_dataset(workshop, source)
+        if isinstance(parts.source, DatasetSource):
+            rows = self._record_dataset(parts.source)
         steps = planned.steps(rows)
         progress = read_progress(folder)
         self._started(planned, step=progress.step if progress else 0, steps=steps)
@@ -307,7 +306,7 @@ class _Run:
             write_atomic(path, result.to_json())
             self._record_measurement(result, path)
         self.measured[name] = result
-        first = {t.taskset: pass_interval(t, k=1, confidence=spec.confidence) for t in result.tasks}
+        first = {t.taskset: pass_interval(t, 1, confidence=spec.confidence) for t in result.tasks}
         self.observe(
             Measured(
                 policy=name,
@@ -361,25 +360,24 @@ class _Run:
         if not self._has(RecordKind.MODEL, model):
             self.ledger.append(RecordKind.MODEL, model)
 
-    def _record_dataset(self, workshop: Workshop, source: Dataset) -> int:
+    def _record_dataset(self, source: DatasetSource) -> int:
         """One ``source`` row per data set and content; returns its number of rows."""
-        data = workshop.dataset(source, self.base, seed=0)
         body = {
-            "name": source.name or Path(source.path).stem,
-            "category": source.author,
-            "digest": hash_file(self.plan.root / source.path),
+            "name": source.name,
+            "category": source.producer.kind,
+            "digest": source.digest,
             "licence": source.licence,
-            "rows": data.num_groups,
-            "skipped": data.skipped,
+            "rows": source.num_groups,
+            "skipped": source.skipped,
         }
         if not self._has(RecordKind.SOURCE, body):
             self.ledger.append(RecordKind.SOURCE, body)
-        return data.num_groups
+        return source.num_groups
 
     def _record_measurement(self, result: Measurement, path: Path) -> None:
         confidence = self.plan.recipe.measure.confidence
         for task in result.tasks:
-            first: Interval = pass_interval(task, k=1, confidence=confidence)
+            first: Interval = pass_interval(task, 1, confidence=confidence)
             self.ledger.append(
                 RecordKind.EVAL,
                 {

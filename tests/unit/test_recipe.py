@@ -152,7 +152,7 @@ def test_epsilon_below_what_samples_can_show_is_refused():
 def test_python_options_are_checked_like_yaml():
     assert digest(Optimizer(lr=1)) == digest(Optimizer(lr=1.0))
     stage = Stage(name="s", method=Sft(data=Dataset(path="x")), budget=Budget(steps=1), lora=3)
-    with pytest.raises(ConfigError, match="Expected `object | null`, got `int`"):
+    with pytest.raises(ConfigError, match=r"Expected `object \| null`, got `int`"):
         digest(stage)
 
 

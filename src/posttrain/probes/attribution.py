@@ -1,6 +1,6 @@
 """Where a change in success came from: newly reachable, sharpened, kept, weakened, lost.
 
-before, after ─▶ folds: three decide (labels, direction) ─▶ one measures ─▶ parts ─▶ intervals ─▶ role
+before, after ──▶ folds: three decide, one measures ──▶ parts per prompt ──▶ intervals ──▶ role
 
 **Algebra.** Split the samples of a prompt into folds. For fold f let p0, p1 be the success rates
 before and after *in f*, d = p1 − p0, and let all samples *outside* f decide the labels L0, L1 (IN,
@@ -10,7 +10,7 @@ equally often. Then gain = u·d and loss = −(1−u)·d, and each goes to one c
     gain   L0 OUT and L1 IN  newly reachable     loss   L0 IN and L1 OUT  lost
            L0 IN             sharpened                  L1 IN, not lost   weakened
            otherwise         undetermined gain          otherwise         undetermined loss
-    kept = p1 − gain = p0 − loss = (1−u)·p0 + u·p1·0 + ... = u·p0 + (1−u)·p1
+    kept = p1 − gain = p0 − loss = u·p0 + (1−u)·p1
 
 Averaged over folds (by their size) and prompts, and exact to rounding:
 
@@ -34,7 +34,9 @@ from enum import StrEnum
 from types import MappingProxyType
 
 import numpy as np
+import numpy.typing as npt
 
+from posttrain.errors import ConfigError
 from posttrain.probes.bootstrap import Floats, Interval, mean_intervals, ratio_interval
 from posttrain.probes.measurement import (
     Measurement,
@@ -42,7 +44,7 @@ from posttrain.probes.measurement import (
     require_comparable,
     require_same_task,
 )
-from posttrain.probes.support import Label, SupportChange, cutoffs, support_change
+from posttrain.probes.support import SupportChange, cutoffs, support_change
 
 FOLDS = 4
 """Two decide on too few samples; with many, folds share deciders and the parts get noisier."""
@@ -208,16 +210,19 @@ def attribute(
     gone = cells.weakened + cells.lost
     net = cells.undetermined_gain - cells.undetermined_loss
     in_range = (p0, p1, cells.kept)
-    signed = (p1 - p0, cells.newly_reachable, cells.sharpened, cells.weakened, cells.lost)
-    signed = (*signed, net, cells.undetermined_gain, cells.undetermined_loss, gained, gone)
-    unit, both = (0.0, 1.0), (-1.0, 1.0)
+    signed = (p1 - p0, net)
+    known = (cells.newly_reachable, cells.sharpened, cells.weakened, cells.lost)
+    amounts = (*known, cells.undetermined_gain, cells.undetermined_loss, gained, gone)
+    # An amount is below zero by noise only, so no further than was seen.
+    ranges = [(0.0, 1.0)] * len(in_range) + [(-1.0, 1.0)] * len(signed)
+    ranges += [(min(0.0, float(a.min())), 1.0) for a in amounts]
     rows = mean_intervals(
-        np.stack([*in_range, *signed], axis=1),
-        ranges=(unit,) * len(in_range) + (both,) * len(signed),
+        np.stack([*in_range, *signed, *amounts], axis=1),
+        ranges=tuple(ranges),
         confidence=confidence,
         seed=seed,
     )
-    start, end, kept, change, new, sharp, weak, lost, open_, open_gain, open_loss, up, down = rows
+    start, end, kept, change, open_, new, sharp, weak, lost, open_gain, open_loss, up, down = rows
     parts = {
         Part.NEWLY_REACHABLE: new,
         Part.SHARPENED: sharp,
@@ -274,6 +279,12 @@ def contributions(
     """
     old, new = before.successes, after.successes
     n = before.num_samples
+    if n < 2:
+        raise ConfigError(
+            f"{before.taskset}: {n} sample per prompt",
+            expected="at least 2, some to decide and some to measure",
+            fix="raise measure.samples",
+        )
     num_folds = min(FOLDS, n)
     sums: Floats = np.zeros((7, len(old)))
     for fold in range(num_folds):
@@ -283,7 +294,7 @@ def contributions(
         p0, p1 = (x[:, measures].mean(axis=1, dtype=np.float64) for x in (old, new))
         c0, c1 = (x[:, ~measures].sum(axis=1) for x in (old, new))
         certain = 1 - (1 - confidence) ** (rest / n)
-        max_out, min_in = _cutoffs(rest, epsilon=epsilon, confidence=certain)
+        max_out, min_in = cutoffs(rest, epsilon=epsilon, confidence=certain)
         sums += size / n * _cells(p0, p1, c0, c1, max_out=max_out, min_in=min_in)
     return Contributions(
         kept=sums[0],
@@ -293,4 +304,37 @@ def contributions(
         lost=sums[4],
         undetermined_gain=sums[5],
         undetermined_loss=sums[6],
+    )
+
+
+def _cells(
+    p0: Floats,
+    p1: Floats,
+    c0: npt.NDArray[np.int64],
+    c1: npt.NDArray[np.int64],
+    *,
+    max_out: int,
+    min_in: int,
+) -> Floats:
+    """[7, P] parts of one fold, in the order of :class:`Contributions`.
+
+    ``p0`` and ``p1`` [P] are the success rates in the fold, ``c0`` and ``c1`` [P] the success
+    counts outside it, with the cut-offs that make labels of them.
+    """
+    up = (np.sign(c1 - c0) + 1) / 2
+    gain, loss = up * (p1 - p0), (1 - up) * (p0 - p1)
+    was_in, was_out = c0 >= min_in, c0 <= max_out
+    is_in, is_out = c1 >= min_in, c1 <= max_out
+    reached, lost = was_out & is_in, was_in & is_out
+    weakened = is_in & ~lost
+    return np.stack(
+        [
+            p1 - gain,
+            gain * reached,
+            gain * was_in,
+            loss * weakened,
+            loss * lost,
+            gain * ~(reached | was_in),
+            loss * ~(lost | weakened),
+        ]
     )

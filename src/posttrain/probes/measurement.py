@@ -68,20 +68,22 @@ class TaskMeasurement:
                 f"{self.taskset}: scores of shape {shape} for {len(self.prompts)} prompts",
                 expected="[prompts, samples], at least one of each",
             )
-        self._freeze("scores", np.float32, shape)
-        self._freeze("lengths", np.int32, shape)
-        self._freeze("truncated", np.bool_, shape)
-        self._freeze("nll", np.float32, shape)
-        self._freeze("distinct", np.int32, shape[:1])
+        self._freeze("scores", self.scores, np.float32, shape)
+        self._freeze("lengths", self.lengths, np.int32, shape)
+        self._freeze("truncated", self.truncated, np.bool_, shape)
+        self._freeze("nll", self.nll, np.float32, shape)
+        self._freeze("distinct", self.distinct, np.int32, shape[:1])
         if self.kl_base is not None:
             asked = np.shape(self.kl_base)
             used = asked[1] if len(asked) == 2 and 1 <= asked[1] <= shape[1] else shape[1]
-            self._freeze("kl_base", np.float32, (shape[0], used))
+            self._freeze("kl_base", self.kl_base, np.float32, (shape[0], used))
         if not np.isfinite(self.scores).all():
             raise DataError(f"{self.taskset}: scores that are not finite", expected="finite scores")
 
-    def _freeze(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
-        array = np.array(object.__getattribute__(self, name), dtype)
+    def _freeze(
+        self, name: str, values: npt.ArrayLike, dtype: type[np.generic], shape: tuple[int, ...]
+    ) -> None:
+        array = np.array(values, dtype)
         if array.shape != shape:
             raise DataError(
                 f"{self.taskset}: {name} of shape {array.shape}", expected=f"shape {shape}"
@@ -102,7 +104,7 @@ class TaskMeasurement:
     @property
     def counts(self) -> npt.NDArray[np.int64]:
         """[P] successes per prompt."""
-        return self.successes.sum(axis=1)
+        return self.successes.sum(axis=1, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

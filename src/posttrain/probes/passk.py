@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.errors import ConfigError
-from posttrain.probes.bootstrap import Floats, mean_intervals
+from posttrain.probes.bootstrap import Interval, mean_interval, mean_intervals
 from posttrain.probes.measurement import TaskMeasurement
 
 
@@ -115,6 +115,18 @@ def curve(task: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0) -> 
         confidence=confidence,
         seed=seed,
     )
+
+
+def pass_interval(
+    task: TaskMeasurement, k: int, *, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """pass@k with its interval over prompts.
+
+    Raises:
+        ConfigError: k is below 1 or above the number of samples.
+    """
+    values = pass_at_k(task.counts, task.num_samples, k)
+    return mean_interval(values, confidence=confidence, seed=seed)
 
 
 def _log_all_fail(n: int, k: int) -> Floats:

@@ -40,9 +40,9 @@ def clopper_pearson(
     """Exact one-sided bounds of a success probability, each holding with ``confidence``.
 
     The lower bound is the p for which ``successes`` or more had probability 1 − confidence, the
-    upper one the p for which ``successes`` or fewer had it. Together they hold with 2·confidence − 1
-    at least (Clopper and Pearson, 1934). ``successes`` need not be whole: the Beta quantiles
-    interpolate.
+    upper one the p for which ``successes`` or fewer had it. Both hold together with probability
+    2·confidence − 1 at least (Clopper and Pearson, 1934). ``successes`` need not be whole: the
+    Beta quantiles interpolate.
 
     Raises:
         ConfigError: no samples, more successes than samples, or a confidence outside (0, 1).
@@ -126,10 +126,10 @@ def cutoffs(num_samples: int, *, epsilon: float, confidence: float) -> tuple[int
         >>> cutoffs(64, epsilon=1 - 0.05 ** (1 / 64), confidence=0.95)
         (0, 7)
     """
-    if not 0 < epsilon < 1 or not 0.5 < confidence < 1 or num_samples < 1:
+    if not 0 < epsilon < 1 or not 0 < confidence < 1 or num_samples < 1:
         raise ConfigError(
             f"support at epsilon={epsilon}, confidence={confidence}, {num_samples} samples",
-            expected="0 < epsilon < 1, 0.5 < confidence < 1, at least one sample",
+            expected="0 < epsilon < 1, 0 < confidence < 1, at least one sample",
         )
     n = num_samples
     c = np.arange(1, n + 1)
@@ -139,7 +139,7 @@ def cutoffs(num_samples: int, *, epsilon: float, confidence: float) -> tuple[int
     allowed = (1 - confidence) * (1 + ROUNDING)
     max_out = int((np.cumsum(pmf) <= allowed).sum()) - 1
     min_in = n + 1 - int((np.cumsum(pmf[::-1]) <= allowed).sum())
-    return max_out, min_in
+    return max_out, max(min_in, max_out + 1)  # both can hold below a confidence of one half
 
 
 def labels(task: TaskMeasurement, *, epsilon: float, confidence: float = 0.95) -> tuple[Label, ...]:
@@ -253,7 +253,7 @@ def support_change(
 
     Raises:
         RunError: the two were not measured on the same prompts in the same way.
-        ConfigError: ``epsilon`` or ``confidence`` outside (0, 1) and (0.5, 1).
+        ConfigError: ``epsilon`` or ``confidence`` outside (0, 1).
     """
     require_same_task(before, after)
     return SupportChange(

@@ -1,0 +1,1 @@
+"""Probes: measure a policy, and say how sure the measurement is."""

@@ -1,0 +1,391 @@
+"""From a run folder to what its report shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from posttrain import config
+from posttrain.chat import ChatRenderer
+from posttrain.composition import TeacherDistribution
+from posttrain.errors import LedgerBroken
+from posttrain.files import write_atomic
+from posttrain.ledger import GENESIS, Record, RecordKind, read, verify
+from posttrain.pipeline import model_path, read_done
+from posttrain.plan import PlannedStage
+from posttrain.probes.attribution import Attribution, Part, compare
+from posttrain.probes.attribution import Comparison as Attributions
+from posttrain.probes.bootstrap import Interval
+from posttrain.probes.measurement import Measurement
+from posttrain.probes.passk import curve, pass_interval
+from posttrain.probes.support import labels
+from posttrain.provenance import Kind
+from posttrain.recipe import Recipe, load_recipe
+from posttrain.report.render import render
+from posttrain.report.view import (
+    UNMEASURED,
+    Account,
+    Change,
+    Comparison,
+    CurvePoint,
+    Effect,
+    Estimate,
+    GateView,
+    Outcome,
+    Piece,
+    PolicyTask,
+    PolicyView,
+    PromptSupport,
+    Regime,
+    RunView,
+    Sample,
+    Seal,
+    Series,
+    StageView,
+    Support,
+    SupportMap,
+    TaskEffect,
+    Token,
+    TokenCount,
+    Totals,
+)
+from posttrain.store import UseRole, read_trajectories, read_uses, tokens_by_producer
+from posttrain.trajectory import Trajectory
+
+CURVES = ("loss", "reward", "entropy", "kl", "grad_norm", "zero_variance", "accuracy")
+SAMPLES_PER_STAGE = 4
+
+
+def write_report(out: Path) -> Path:
+    """Write ``out/report.html``; returns its path.
+
+    Raises:
+        ConfigError: ``out`` is not a run folder.
+    """
+    path = out / "report.html"
+    write_atomic(path, render(load_view(out)))
+    return path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """A run folder, read."""
+
+    out: Path
+    recipe: Recipe
+    measurements: tuple[Measurement, ...]  # base first
+    stages: tuple[PlannedStage, ...]  # those that have started
+    records: tuple[Record, ...]
+
+    def folder(self, planned: PlannedStage) -> Path:
+        return self.out / "stages" / planned.folder
+
+    def shards(self, planned: PlannedStage, kind: str) -> list[Path]:
+        return sorted((self.folder(planned) / "shards").glob(f"*.{kind}.parquet"))
+
+
+def load_view(out: Path) -> RunView:
+    """Everything the report of a run folder shows, finished or not."""
+    run = _open(out)
+    spec = run.recipe.measure
+    changes = [_compare(run, a, b) for a, b in pairwise(run.measurements)]
+    whole = _compare(run, run.measurements[0], run.measurements[-1]) if changes else None
+    accounts = [a for s in run.stages for a in _accounts(run, s)]
+    effects = {c.after: c for c in changes}
+    newest = next((r for r in reversed(run.records) if r.kind is RecordKind.RUN), None)
+    return RunView(
+        name=run.recipe.name,
+        created=newest.time if newest else "",
+        base_model=Path(run.recipe.model).name,
+        machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        totals=_totals(run, accounts),
+        ledger=_seal(out),
+        recipe_digest=config.digest(run.recipe),
+        versions=_versions(newest),
+        seeds=(run.recipe.seed,),
+        protocol=(
+            f"{spec.samples} samples per prompt at temperature {spec.sampling.temperature:g}, "
+            f"seed {spec.seed}, at most {spec.max_new_tokens} tokens; a prompt is in reach from a "
+            f"success rate of {spec.threshold:.3g}; {spec.confidence:.0%} intervals over prompts"
+        ),
+        unit="share of samples on held-out prompts that succeed (pass@1)",
+        stages=tuple(_stage(run, s, effects.get(s.spec.name)) for s in run.stages),
+        policies=tuple(_policy(m, run.recipe) for m in run.measurements),
+        comparisons=(
+            *(_comparison(c, stage=c.after) for c in changes),
+            *((_comparison(whole, stage=None),) if whole else ()),
+        ),
+        support=tuple(_support(run)),
+        accounts=tuple(accounts),
+        samples=tuple(sample for s in run.stages for sample in _samples(run, s)),
+        warnings=tuple(_warnings(run, whole)),
+    )
+
+
+def _open(out: Path) -> _Run:
+    recipe = load_recipe(out / "recipe.json")
+    names = ["base", *(s.name for s in recipe.stages)]
+    paths = [out / "measurements" / f"{n}.json" for n in names]
+    measurements = tuple(Measurement.from_json(p.read_text("utf-8")) for p in paths if p.is_file())
+    records = tuple(read(out / "ledger.jsonl"))
+    return _Run(out, recipe, measurements, tuple(_started(out, recipe)), records)
+
+
+def _started(out: Path, recipe: Recipe) -> Iterable[PlannedStage]:
+    """Stages with a folder. What they were is read from the folder: data may have moved since."""
+    for spec in recipe.stages:
+        for about in sorted((out / "stages").glob(f"{spec.name}-*/stage.json")):
+            recorded = json.loads(about.read_text(encoding="utf-8"))
+            if recorded["name"] == spec.name:
+                yield PlannedStage(
+                    spec=spec,
+                    composition=spec.method.compose(),
+                    init=spec.init,
+                    inputs=recorded["inputs"],
+                    identity=recorded["identity"],
+                )
+
+
+def _compare(run: _Run, before: Measurement, after: Measurement) -> Attributions:
+    spec = run.recipe.measure
+    return compare(before, after, epsilon=spec.threshold, confidence=spec.confidence)
+
+
+# --- stages ----------------------------------------------------------------------------------
+
+
+def _stage(run: _Run, planned: PlannedStage, change: Attributions | None) -> StageView:
+    folder, spec = run.folder(planned), planned.spec
+    done = read_done(folder)
+    lines = _metrics(folder)
+    teachers = [
+        ref
+        for signal in planned.composition.signals
+        if isinstance(signal, TeacherDistribution)
+        for ref in dict.fromkeys(signal.routes.values())
+    ]
+    effects = () if change is None else change.tasks
+    return StageView(
+        name=spec.name,
+        method=str(spec.method.__struct_config__.tag),
+        regime=Regime.ON if planned.provenance.startswith("on-policy") else Regime.OFF,
+        provenance=planned.provenance.partition(": ")[2],
+        interface=spec.method.interface,
+        steps=len(lines),
+        seconds=done.seconds if done else _elapsed(lines),
+        intends=spec.intends,
+        effects=tuple(TaskEffect(task=t.task, effect=Effect(str(t.dominant))) for t in effects),
+        teachers=tuple(teachers),
+        tokens=tuple(
+            TokenCount(kind=t.kind, name=t.producer, tokens=t.completion_tokens)
+            for t in tokens_by_producer(run.shards(planned, "uses"))
+        ),
+        series=tuple(_series(lines)),
+        gates=tuple(_gates(run, planned)),
+    )
+
+
+def _metrics(folder: Path) -> list[Mapping[str, float]]:
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+
+
+def _elapsed(lines: Sequence[Mapping[str, float]]) -> float:
+    parts = ("seconds_draw", "seconds_score", "seconds_train")
+    return sum(line.get(p, 0.0) for line in lines for p in parts)
+
+
+def _series(lines: Sequence[Mapping[str, float]]) -> Iterable[Series]:
+    """Curves worth showing; a term's own metrics carry its name before a slash."""
+    found = list(dict.fromkeys(name for line in lines for name in line))
+    for name in found:
+        if name.rpartition("/")[2] in CURVES:
+            points = tuple((int(x["step"]), x[name]) for x in lines if name in x)
+            yield Series(name=name.rpartition("/")[2].replace("_", " "), points=points)
+
+
+def _gates(run: _Run, planned: PlannedStage) -> Iterable[GateView]:
+    for record in run.records:
+        body = record.body
+        if record.kind is RecordKind.GATE and body["stage"] == planned.spec.name:
+            gate = body["gate"]
+            assert isinstance(gate, Mapping)
+            stopped = Outcome.STOPPED if gate["otherwise"] == "stop" else Outcome.WARNED
+            outcome = Outcome.PASSED if body["passed"] else stopped
+            yield GateView(outcome=outcome, words=str(body["words"]))
+
+
+# --- what was measured -----------------------------------------------------------------------
+
+
+def _estimate(interval: Interval | None) -> Estimate:
+    if interval is None:
+        return UNMEASURED
+    return Estimate(value=interval.value, low=interval.low, high=interval.high)
+
+
+def _policy(measurement: Measurement, recipe: Recipe) -> PolicyView:
+    confidence = recipe.measure.confidence
+    tasks = []
+    for task in measurement.tasks:
+        line = curve(task, confidence=confidence)
+        points = zip(line.ks, line.value, line.low, line.high, strict=True)
+        tasks.append(
+            PolicyTask(
+                task=task.taskset,
+                num_prompts=len(task.prompts),
+                num_samples=task.num_samples,
+                pass_at_1=_estimate(pass_interval(task, 1, confidence=confidence)),
+                curve=tuple(
+                    CurvePoint(k=k, rate=Estimate(value=v, low=low, high=high))
+                    for k, v, low, high in points
+                ),
+            )
+        )
+    return PolicyView(name=measurement.policy, tasks=tuple(tasks))
+
+
+def _comparison(change: Attributions, *, stage: str | None) -> Comparison:
+    return Comparison(
+        before=change.before,
+        after=change.after,
+        changes=tuple(_change(t) for t in change.tasks),
+        stage=stage,
+    )
+
+
+def _change(task: Attribution) -> Change:
+    parts = {p: _estimate(i) for p, i in task.parts.items()}
+    return Change(
+        task=task.task,
+        reachable=parts[Part.NEWLY_REACHABLE],
+        sharpened=parts[Part.SHARPENED],
+        kept=parts[Part.KEPT],
+        weakened=parts[Part.WEAKENED],
+        lost=parts[Part.LOST],
+        undetermined=parts[Part.UNDETERMINED],
+        retention=_estimate(task.retention),
+    )
+
+
+def _support(run: _Run) -> Iterable[SupportMap]:
+    spec = run.recipe.measure
+    if not run.measurements:
+        return
+    for task in run.measurements[0].tasks:
+        rows = [
+            labels(m.task(task.taskset), epsilon=spec.threshold, confidence=spec.confidence)
+            for m in run.measurements
+        ]
+        yield SupportMap(
+            task=task.taskset,
+            policies=tuple(m.policy for m in run.measurements),
+            prompts=tuple(
+                PromptSupport(prompt=key, labels=tuple(Support(str(r[i])) for r in rows))
+                for i, key in enumerate(task.prompts)
+            ),
+        )
+
+
+# --- tokens, samples, totals -----------------------------------------------------------------
+
+
+def _accounts(run: _Run, planned: PlannedStage) -> Iterable[Account]:
+    counts: dict[str, list[int]] = {}
+    for row in tokens_by_producer(run.shards(planned, "uses")):
+        both = counts.setdefault(row.kind, [0, 0])
+        both[row.role is not UseRole.TRAIN] += row.completion_tokens
+    for kind, (trained, discarded) in counts.items():
+        yield Account(
+            stage=planned.spec.name, kind=Kind(kind), trained=trained, discarded=discarded
+        )
+
+
+def _samples(run: _Run, planned: PlannedStage) -> Iterable[Sample]:
+    """Trajectories of the last shard: one of each reward where there are several."""
+    shards, uses = run.shards(planned, "trajectories"), run.shards(planned, "uses")
+    if not shards:
+        return
+    model = run.folder(planned) / "model"
+    folder = model if model.is_dir() else Path(model_path(run.recipe.model, run.out))
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(folder))
+    rewards = {u.trajectory: u.reward for u in read_uses(uses[-1])}
+    chosen: dict[tuple[str, float | None], Trajectory] = {}
+    for trajectory in read_trajectories(shards[-1]):
+        kind = (trajectory.task.partition("/")[0], rewards.get(trajectory.id))
+        chosen.setdefault(kind, trajectory)
+    for (_, reward), trajectory in list(chosen.items())[:SAMPLES_PER_STAGE]:
+        yield Sample(
+            task=trajectory.task,
+            stage=planned.spec.name,
+            pieces=tuple(_pieces(trajectory, renderer)),
+            reward=reward,
+        )
+
+
+def _pieces(trajectory: Trajectory, renderer: ChatRenderer) -> Iterable[Piece]:
+    start = 0
+    for span in trajectory.spans:
+        ids = trajectory.tokens[start : start + span.length]
+        texts = [renderer.token_text(int(i)) for i in ids]
+        known = [None] * len(texts) if span.logprobs is None else [float(x) for x in span.logprobs]
+        tokens = [Token(text=t, logprob=x) for t, x in zip(texts, known, strict=True)]
+        yield Piece(
+            text="".join(texts),
+            kind=span.producer.kind,
+            producer=span.producer.name,
+            role=span.role,
+            tokens=tuple(tokens) if span.logprobs is not None else (),
+        )
+        start += span.length
+
+
+def _totals(run: _Run, accounts: Sequence[Account]) -> Totals:
+    sampled = sum(int(t.lengths.sum()) for m in run.measurements for t in m.tasks)
+    live = sum(a.trained + a.discarded for a in accounts if a.kind in ("learner", "teacher"))
+    seconds = [read_done(run.folder(s)) for s in run.stages]
+    return Totals(
+        wall_seconds=sum(d.seconds for d in seconds if d),
+        tokens_generated=sampled + live,
+        tokens_trained=sum(a.trained for a in accounts),
+    )
+
+
+def _seal(out: Path) -> Seal:
+    path = out / "ledger.jsonl"
+    try:
+        return Seal(head=verify(path).head, verified=True)
+    except LedgerBroken:
+        return Seal(head=GENESIS, verified=False)
+
+
+def _versions(record: Record | None) -> tuple[tuple[str, str], ...]:
+    libraries = record.body["libraries"] if record else {}
+    assert isinstance(libraries, Mapping)
+    return tuple((str(k), str(v)) for k, v in libraries.items())
+
+
+def _warnings(run: _Run, whole: Attributions | None) -> Iterable[str]:
+    for planned in run.stages:
+        shares = [m["zero_variance"] for m in _metrics(run.folder(planned)) if "zero_variance" in m]
+        if shares and (mean := math.fsum(shares) / len(shares)) > 0.5:
+            yield (
+                f"{planned.spec.name}: {mean:.0%} of the groups had equal rewards and taught "
+                "nothing; larger groups or other prompts would give more signal"
+            )
+    for task in whole.tasks if whole else ():
+        unclear = max(task.undetermined_gain.value, task.undetermined_loss.value)
+        if unclear > 0.05:
+            yield (
+                f"{task.task}: a change of {unclear:.2f} could not be attributed; more samples "
+                "per prompt would decide it"
+            )

@@ -1,0 +1,185 @@
+"""Tables for a terminal: measurements, comparisons, methods."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from posttrain.composition import TermSpec
+from posttrain.errors import ConfigError, nearest
+from posttrain.methods import Compose, Dpo, Grpo, Opd, Sft
+from posttrain.probes.attribution import Attribution, Comparison, Part, compare
+from posttrain.probes.bootstrap import Interval
+from posttrain.probes.measurement import Measurement
+from posttrain.probes.passk import pass_interval
+from posttrain.probes.support import Label, labels
+from posttrain.recipe import Measure, load_recipe
+
+METHODS = {"sft": Sft, "dpo": Dpo, "grpo": Grpo, "opd": Opd, "compose": Compose}
+WIDTH = 118
+
+
+def interval_words(interval: Interval | None) -> str:
+    """A value and its interval, or a dash.
+
+    Example:
+        >>> interval_words(Interval(value=.5, low=.4, high=.6, num_prompts=8, seed=0,
+        ...                         confidence=.95))
+        '0.50 [0.40, 0.60]'
+    """
+    if interval is None:
+        return "–"
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def measurement_table(measurement: Measurement, spec: Measure) -> str:
+    """pass@1 and pass@n with intervals, support, and what the answers look like."""
+    n = measurement.tasks[0].num_samples if measurement.tasks else 0
+    table = _table(
+        f"{measurement.policy}: {n} samples per prompt, support threshold {spec.threshold:.3g}",
+        ("task", "pass@1", f"pass@{n}", "in", "out", "?", "tokens", "entropy", "cut off"),
+    )
+    for task in measurement.tasks:
+        support = labels(task, epsilon=spec.threshold, confidence=spec.confidence)
+        table.add_row(
+            task.taskset,
+            interval_words(pass_interval(task, 1, confidence=spec.confidence)),
+            interval_words(pass_interval(task, n, confidence=spec.confidence)),
+            *(str(sum(x is label for x in support)) for label in Label),
+            f"{task.lengths.mean():.1f}",
+            f"{task.nll.mean():.2f}",
+            f"{task.truncated.mean():.0%}",
+        )
+    return _text(table)
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """The five-way change per task set, with the role that the intervals support."""
+    table = _table(
+        f"{comparison.before} → {comparison.after}: where the change in pass@1 came from",
+        (
+            "task",
+            "before",
+            "after",
+            "newly reachable",
+            "sharpened",
+            "kept",
+            "weakened",
+            "lost",
+            "role",
+        ),
+    )
+    for task in comparison.tasks:
+        parts = [task.parts[p] for p in Part if p is not Part.UNDETERMINED]
+        table.add_row(
+            task.task,
+            f"{task.before.value:.2f}",
+            f"{task.after.value:.2f}",
+            *(_highlighted(p) for p in parts),
+            str(task.dominant),
+        )
+    notes = [_note(t) for t in comparison.tasks]
+    confidence = comparison.tasks[0].confidence if comparison.tasks else 0.95
+    lines = [
+        _text(table),
+        *(n for n in notes if n),
+        f"[low, high]: {confidence:.0%} intervals over prompts; * excludes zero. "
+        "kept + gains = after; kept + losses = before.",
+    ]
+    return "\n".join(lines)
+
+
+def _highlighted(interval: Interval) -> str:
+    star = "*" if interval.is_positive else " "
+    return f"{interval.value:5.2f} [{interval.low:.2f}, {interval.high:.2f}]{star}"
+
+
+def _note(task: Attribution) -> str:
+    kept = f"retention {interval_words(task.retention)}" if task.retention else ""
+    unclear = task.parts[Part.UNDETERMINED]
+    open_ = f"undetermined {interval_words(unclear)}" if abs(unclear.value) >= 0.005 else ""
+    words = ", ".join(w for w in (kept, open_) if w)
+    return f"  {task.task}: {words}" if words else ""
+
+
+def outcome_table(out: Path) -> str:
+    """Base to final policy of a run."""
+    recipe = load_recipe(out / "recipe.json")
+    measured = [
+        out / "measurements" / f"{n}.json" for n in ("base", *(s.name for s in recipe.stages))
+    ]
+    done = [Measurement.from_json(p.read_text("utf-8")) for p in measured if p.is_file()]
+    if len(done) < 2 or not done[0].tasks:
+        return "nothing was measured: the recipe has no task sets"
+    spec = recipe.measure
+    change = compare(done[0], done[-1], epsilon=spec.threshold, confidence=spec.confidence)
+    return comparison_table(change)
+
+
+def methods_table() -> str:
+    """The map: provenance, interface and usual role of every named method."""
+    table = _table("methods", ("name", "provenance", "interface", "tends to", "paper"))
+    for name, method in METHODS.items():
+        table.add_row(name, method.provenance, method.interface, method.tendency, method.paper)
+    lines = [_text(table), "The role is a tendency: what a stage really did is measured."]
+    return "\n".join([*lines, "posttrain methods NAME explains one."])
+
+
+def method_page(name: str) -> str:
+    """One method: what it composes, its options and defaults.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"no method {name!r}", fix=nearest(name, METHODS))
+    method = METHODS[name]
+    options = [
+        f"  {f}: {_default(method, i)}"
+        for i, f in reversed(list(enumerate(reversed(method.__struct_fields__))))
+    ]
+    about = (method.__doc__ or "").strip()
+    return "\n".join(
+        [
+            f"{name}: {about}",
+            "",
+            f"provenance  {method.provenance}",
+            f"interface   {method.interface}",
+            f"tends to    {method.tendency}",
+            f"minimises   {method.formula}",
+            f"paper       arXiv {method.paper}" if method.paper != "-" else "paper       –",
+            "",
+            "options and defaults:",
+            *options,
+        ]
+    )
+
+
+def _default(method: type, from_the_end: int) -> str:
+    defaults = method.__struct_defaults__  # type: ignore[attr-defined]
+    if from_the_end >= len(defaults):
+        return "required"
+    return repr(defaults[len(defaults) - 1 - from_the_end])
+
+
+def terms_words(terms: Sequence[TermSpec]) -> str:
+    """An objective as a sum: ``1 cross_entropy + 0.1 reference_kl``."""
+    return " + ".join(f"{t.weight:g} {t.__struct_config__.tag}" for t in terms)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left", no_wrap=column in ("task", "name"))
+    return table
+
+
+def _text(table: Table) -> str:
+    target = io.StringIO()
+    Terminal(file=target, width=WIDTH, highlight=False).print(table)
+    return target.getvalue().rstrip()
