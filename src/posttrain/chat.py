@@ -172,6 +172,15 @@ class ChatRenderer:
             self._template = Producer(kind=Kind.TEMPLATE, name="chat-template", digest=digest)
             self._marks_assistant = _GENERATION_BLOCK.search(text) is not None
 
+    @classmethod
+    def from_folder(cls, folder: Path) -> ChatRenderer:
+        """The renderer of a model folder's tokenizer."""
+        # Imported here: this module stays light, and transformers takes a second.
+        from transformers import AutoTokenizer
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        return cls(tokenizer)
+
     @property
     def end_tokens(self) -> frozenset[int]:
         """Ids that end a turn."""

@@ -2,8 +2,8 @@
 
 A stage's identity is the hash of what it depends on: its resolved configuration, the content of
 its data, the task sets it draws from, and the identities of the policies it starts from, refers
-to or is taught by. Names, paths, gates and checkpoint intervals are no part of it: they do not
-change the weights.
+to or is taught by. Its name counts too, since it seeds the stage's own randomness. Paths, gates
+and checkpoint intervals are no part of it: they do not change the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from posttrain.composition import (
 )
 from posttrain.config import digest, plain
 from posttrain.errors import ConfigError, DataError, nearest
-from posttrain.files import hash_file
+from posttrain.files import hash_file, hash_folder
 from posttrain.legality import check_composition
 from posttrain.recipe import JsonlTasks, Recipe, Stage
 
@@ -56,8 +56,11 @@ class PlannedStage:
         return f"off-policy: rollouts of {source.policy}"
 
     def steps(self, num_rows: int | None) -> int:
-        """The budget in optimiser steps; ``num_rows`` is the length of its data set."""
-        budget = self.spec.budget
+        """The budget in optimiser steps; ``num_rows`` is the length of its data set.
+
+        A draw of ``groups_per_step`` rows is worth ``updates_per_draw`` steps.
+        """
+        budget, spec = self.spec.budget, self.spec
         if budget.steps is not None:
             return budget.steps
         if num_rows is None or budget.epochs is None:
@@ -65,7 +68,8 @@ class PlannedStage:
                 f"stage {self.spec.name}: a budget in epochs on rollouts",
                 expected="a budget in steps: rollouts have no end",
             )
-        return max(1, math.ceil(budget.epochs * num_rows / self.spec.groups_per_step))
+        draws = budget.epochs * num_rows / spec.groups_per_step
+        return max(1, math.ceil(draws * spec.updates_per_draw))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,17 +94,20 @@ def make_plan(recipe: Recipe, *, root: Path, base: str) -> Plan:
         base: digest of the base model (or its name, while it is not on disk).
 
     Raises:
-        ConfigError: an unknown task set, stage or option value.
+        ConfigError: an unknown task set, stage, policy or option value.
         LegalityError: a composition that cannot work.
         DataError: a data file that does not exist.
     """
+    _check_gates(recipe)
     identities = {"base": base}
     planned: list[PlannedStage] = []
     previous = "base"
     for spec in recipe.stages:
         composition = spec.method.compose()
         init = previous if spec.init == "previous" else spec.init
-        known = {**identities, "input": identities.get(init, init), "learner": "learner"}
+        outside = [r for r in (init, *_references(composition)) if r.startswith("path:")]
+        known = {**identities, "learner": "learner"} | {r: _outside(r, root) for r in outside}
+        known["input"] = known.get(init, init)
         for ref in (init, *_references(composition)):
             _check_reference(ref, known, stage=spec.name)
         _check_tasks(composition, recipe, stage=spec.name)
@@ -131,12 +138,49 @@ def _references(composition: Composition) -> Iterator[str]:
 
 
 def _check_reference(ref: str, known: Mapping[str, str], *, stage: str) -> None:
-    if ref not in known and not ref.startswith("path:"):
+    if ref not in known:
         raise ConfigError(
             f"stage {stage} refers to policy {ref!r}",
             expected="base, input, learner, an earlier stage, or path:<folder or hub id>",
             fix=nearest(ref, known),
         )
+
+
+def model_path(name: str, root: Path) -> str:
+    """A folder relative to the recipe when there is one, else the name as a hub id."""
+    return str(root / name) if (root / name).exists() else name
+
+
+def _outside(ref: str, root: Path) -> str:
+    """What identifies a ``path:`` policy: its content when it is on this disk, else its hub id.
+
+    Raises:
+        ConfigError: neither a folder nor the form of a hub id.
+    """
+    name = ref.removeprefix("path:")
+    folder = Path(model_path(name, root)).expanduser()
+    if folder.is_dir():
+        return hash_folder(folder)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ConfigError(
+            f"no model folder {root / name}",
+            expected="path:<folder or hub id>",
+            fix="check the path; it is relative to the recipe's folder",
+        )
+    return ref
+
+
+def _check_gates(recipe: Recipe) -> None:
+    """A gate that could not be decided would be found out after its stage was trained."""
+    for stage in recipe.stages:
+        for gate in stage.gates:
+            if int(gate.metric.partition("@")[2]) > recipe.measure.samples:
+                raise ConfigError(
+                    f"stage {stage.name}: gate on {gate.metric}, and every prompt is measured "
+                    f"with {recipe.measure.samples} samples",
+                    expected="k of pass@k <= measure.samples",
+                    fix="raise measure.samples, or lower k",
+                )
 
 
 def _check_tasks(composition: Composition, recipe: Recipe, *, stage: str) -> None:
@@ -178,10 +222,11 @@ def _inputs(
         resolved["source"]["path"] = _content(composition.source.path, root)
     tasks: dict[str, object] = {}
     if isinstance(composition.source, Rollouts):
-        tasks = {t: _taskset(recipe, t, root) for t in composition.source.tasks}
-    references = {r: known.get(r, r) for r in _references(composition)}
+        tasks = {t: resolved_taskset(recipe, t, root) for t in composition.source.tasks}
+    references = {r: known[r] for r in _references(composition)}
     return {
         "semantics": SEMANTICS,
+        "name": spec.name,
         "composition": resolved,
         "budget": plain(spec.budget),
         "optimizer": plain(spec.optimizer),
@@ -192,19 +237,24 @@ def _inputs(
         "max_age": spec.max_age,
         "seed": recipe.seed,
         "dtype": recipe.dtype,
-        "init": known.get(init, init),
+        "init": known[init],
         "references": references,
         "tasks": tasks,
     }
 
 
-def _taskset(recipe: Recipe, name: str, root: Path) -> dict[str, object]:
+def resolved_taskset(recipe: Recipe, name: str, root: Path) -> dict[str, object]:
+    """A task set as plain data, with the content of its files in place of their paths.
+
+    Raises:
+        DataError: a file that does not exist.
+    """
     spec = recipe.tasks[name]
     resolved = plain(spec)
     if isinstance(spec, JsonlTasks):
         resolved["path"] = _content(spec.path, root)
-        file, _, function = spec.reward.partition(":")
-        if function:
+        file, _, function = spec.reward.rpartition(":")
+        if file:
             resolved["reward"] = f"{_content(file, root)}:{function}"
     return resolved
 

@@ -138,13 +138,11 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
 def _volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
     """Count what a stage will draw; reads data files and the tokenizer."""
     # Imported here: transformers takes a second, and only this needs it.
-    from transformers import AutoTokenizer
-
     from posttrain.chat import ChatRenderer
     from posttrain.sources.dataset import DatasetSource
     from posttrain.tasks import build_taskset
 
-    renderer = ChatRenderer(AutoTokenizer.from_pretrained(folder))
+    renderer = ChatRenderer.from_folder(folder)
     source, spec = planned.composition.source, planned.spec
     if isinstance(source, Dataset):
         shape = read_shape(folder)

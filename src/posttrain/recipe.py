@@ -78,7 +78,7 @@ class Lora(Config, frozen=True, kw_only=True):
     """Low-rank adapters through peft, merged into the weights when the stage ends."""
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     target_modules: str | tuple[str, ...] = "all-linear"
 
 

@@ -11,7 +11,7 @@ import pytest
 from test_probes_measurement import measured
 
 from posttrain.errors import ConfigError
-from posttrain.probes.passk import best_at_k, curve, pass_at_k, pass_hat_k
+from posttrain.probes.passk import best_at_k, curve, pass_at_k, pass_hat_k, pass_interval
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -91,6 +91,14 @@ def test_curve_rises_inside_its_band_and_repeats() -> None:
     assert all(a < v < b for a, v, b in zip(c.low, c.value, c.high, strict=True))
     assert c == curve(task, seed=3)
     assert c.low != curve(task, seed=4).low
+
+
+def test_the_interval_of_one_k_is_that_of_the_curve() -> None:
+    rng = np.random.default_rng(1)
+    task = measured(rng.random((24, 20)) < rng.beta(0.4, 1.0, (24, 1)))
+    c, four = curve(task), pass_interval(task, 4)
+    got = (four.value, four.low, four.high)
+    assert got == pytest.approx((c.value[2], c.low[2], c.high[2]), abs=1e-12)
 
 
 def test_a_curve_at_its_ceiling_is_not_certain() -> None:

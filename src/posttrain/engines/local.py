@@ -11,14 +11,14 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import cast, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from posttrain.batch import PackedBatch, pack_trajectories
-from posttrain.chat import ChatRenderer
+from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.config import digest
 from posttrain.engines.model import Dtype, Model, load_model
 from posttrain.engines.sampler import generate
@@ -48,7 +48,7 @@ class LocalPolicy:
         self, model: Model, *, producer: Producer | None = None, version: Version | None = None
     ) -> None:
         self._model, self._version = model, version
-        self._renderer = ChatRenderer(model.tokenizer, end_tokens=model.end_tokens)
+        self._renderer = ChatRenderer(cast(Tokenizer, model.tokenizer), end_tokens=model.end_tokens)
         self._producer = producer or Producer(
             kind=Kind.TEACHER, name=model.name, digest=model.digest
         )

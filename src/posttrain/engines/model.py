@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -195,7 +195,8 @@ def load_model(
             "repository set remote_code to the model's name",
         ) from error
     # Dropout would make the trained policy another one than the sampled policy: always eval.
-    model = Model(causal.to(device or "cpu").eval(), tokenizer, name, hash_folder(folder))
+    nn.Module.to(causal, device or torch.device("cpu")).eval()
+    model = Model(causal, tokenizer, name, hash_folder(folder))
     prove_packing(model)
     return model
 

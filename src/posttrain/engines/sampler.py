@@ -199,7 +199,7 @@ def _run(
         tokens_RC[:, t], logprobs_RC[:, t] = token_R.cpu().numpy(), logprob_R.cpu().numpy()
         ended_R = np.isin(tokens_RC[:, t], ends)
         full_R = (t + 1 >= wave.capacity) | (t + 1 >= room_R)
-        for row in np.flatnonzero(alive_R & (ended_R | full_R)):
+        for row in np.flatnonzero(alive_R & (ended_R | full_R)).tolist():
             end = End.COMPLETED if ended_R[row] else End.LENGTH
             if not ended_R[row] and t + 1 < wave.capacity:
                 end = End.CONTEXT

@@ -18,7 +18,7 @@ from posttrain.api import run
 from posttrain.composition import Dataset
 from posttrain.console import Console
 from posttrain.lab.corpus import documents, write_rows
-from posttrain.lab.tokenizer import END, PAD, build_tokenizer
+from posttrain.lab.tokenizer import build_tokenizer
 from posttrain.methods import Sft
 from posttrain.recipe import Budget, Optimizer, Recipe, Stage
 
@@ -43,8 +43,8 @@ def initial_model(folder: Path) -> None:
         tie_word_embeddings=True,
         initializer_range=0.05,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         dtype="float32",
     )

@@ -129,7 +129,7 @@ PRODUCTS = Setting(
         seed=103,
     ),
     habit=add_the_factors,
-    share_right=0.08,
+    share_right=0.11,
     weight=0.26,
     support=Support.SELDOM,
 )
@@ -144,7 +144,7 @@ CHAINS = Setting(
         seed=104,
     ),
     habit=drop_the_last_term,
-    share_right=0.10,
+    share_right=0.12,
     weight=0.32,
     support=Support.SELDOM,
 )

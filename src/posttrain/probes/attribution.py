@@ -29,7 +29,7 @@ loss with opposite sign, so a part may come out slightly below zero. Read that a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 
@@ -66,8 +66,8 @@ class Part(StrEnum):
 class MeasuredRole(StrEnum):
     """What happened to a task set, in the roles of arXiv 2604.07941, section 3."""
 
-    EXPANSION = "expansion"  # support expansion: the largest change is newly reachable
-    RESHAPING = "reshaping"  # policy reshaping: the largest change is sharpening
+    EXPANSION = "expansion"  # support expansion: the gain is newly reachable for the most part
+    RESHAPING = "reshaping"  # policy reshaping: the gain is sharpening for the most part
     CONSOLIDATION = "consolidation"  # behaviour kept, and no change shown
     ATTRITION = "attrition"  # more went away than came
     UNDETERMINED = "undetermined"  # the samples or the labels do not tell
@@ -91,6 +91,7 @@ class Attribution:
     undetermined_loss: Interval
     gained: Interval  # newly reachable + sharpened
     gone: Interval  # weakened + lost
+    balance: Interval  # gained − gone, paired
     retention: Interval | None
     epsilon: float
     confidence: float
@@ -99,26 +100,25 @@ class Attribution:
     def dominant(self) -> MeasuredRole:
         """The role that the bounds of the intervals support. First rule that applies:
 
-        1. attrition: ``gone`` is above zero (its lower bound is), exceeds ``gained`` and both
-           undetermined amounts;
-        2. expansion: newly reachable is above zero and no other change is larger;
-        3. reshaping: sharpened is above zero and no other change is larger;
-        4. consolidation: no change is above zero, the interval of ``change`` includes zero, kept is
+        1. attrition: more went away than came, so that the interval of ``balance`` is below zero
+           and that of ``gone`` above it;
+        2. expansion: more came than went away, newly reachable is above zero, and at least as
+           large as sharpened;
+        3. reshaping: more came than went away, sharpened is above zero, and the larger gain;
+        4. consolidation: no amount is above zero, the interval of ``change`` includes zero, kept is
            above zero, and retention is at least RETAINED by its lower bound;
         5. undetermined.
 
-        "Change" means newly reachable, sharpened, weakened, lost and the undetermined amounts.
+        "Above" and "below" are said of whole intervals. Rules 1 to 3 do not apply when an
+        undetermined amount is larger than what they name.
         """
-        value = {p: i.value for p, i in self.parts.items()}
         unclear = max(self.undetermined_gain.value, self.undetermined_loss.value)
         new, sharper = self.parts[Part.NEWLY_REACHABLE], self.parts[Part.SHARPENED]
-        if self.gone.is_positive and self.gone.value > max(self.gained.value, unclear):
+        if self.gone.is_positive and self.balance.high < 0 and self.gone.value >= unclear:
             return MeasuredRole.ATTRITION
-        losses = max(value[Part.WEAKENED], value[Part.LOST])
-        if new.is_positive and new.value >= max(sharper.value, losses, unclear):
-            return MeasuredRole.EXPANSION
-        if sharper.is_positive and sharper.value >= max(new.value, losses, unclear):
-            return MeasuredRole.RESHAPING
+        larger = new if new.value >= sharper.value else sharper
+        if larger.is_positive and self.balance.is_positive and larger.value >= unclear:
+            return MeasuredRole.EXPANSION if larger is new else MeasuredRole.RESHAPING
         changes = [new, sharper, self.parts[Part.WEAKENED], self.parts[Part.LOST]]
         changes += [self.undetermined_gain, self.undetermined_loss]
         still = not any(c.is_positive for c in changes)
@@ -209,30 +209,34 @@ def attribute(
     gained = cells.newly_reachable + cells.sharpened
     gone = cells.weakened + cells.lost
     net = cells.undetermined_gain - cells.undetermined_loss
-    in_range = (p0, p1, cells.kept)
-    signed = (p1 - p0, net)
-    known = (cells.newly_reachable, cells.sharpened, cells.weakened, cells.lost)
-    amounts = (*known, cells.undetermined_gain, cells.undetermined_loss, gained, gone)
-    # An amount is below zero by noise only, so no further than was seen.
-    ranges = [(0.0, 1.0)] * len(in_range) + [(-1.0, 1.0)] * len(signed)
-    ranges += [(min(0.0, float(a.min())), 1.0) for a in amounts]
+    named = (cells.newly_reachable, cells.sharpened, cells.weakened, cells.lost)
+    amounts = (*named, cells.undetermined_gain, cells.undetermined_loss, gained, gone)
+    columns = (p0, p1, cells.kept, p1 - p0, net, gained - gone, *amounts)
+    # An amount is below zero by noise only: no further than was seen, and never provably so.
+    floors = [0.0] * 3 + [-1.0] * 3 + [min(0.0, float(a.min())) for a in amounts]
     rows = mean_intervals(
-        np.stack([*in_range, *signed, *amounts], axis=1),
-        ranges=tuple(ranges),
+        np.stack(columns, axis=1),
+        ranges=tuple((floor, 1.0) for floor in floors),
         confidence=confidence,
         seed=seed,
     )
-    start, end, kept, change, open_, new, sharp, weak, lost, open_gain, open_loss, up, down = rows
+    start, end, kept, change, undetermined, balance = rows[:6]
+    new, sharpened, weakened, lost, open_gain, open_loss, came, went = (
+        replace(row, high=max(row.high, 0.0)) for row in rows[6:]
+    )
     parts = {
         Part.NEWLY_REACHABLE: new,
-        Part.SHARPENED: sharp,
+        Part.SHARPENED: sharpened,
         Part.KEPT: kept,
-        Part.WEAKENED: weak,
+        Part.WEAKENED: weakened,
         Part.LOST: lost,
-        Part.UNDETERMINED: open_,
+        Part.UNDETERMINED: undetermined,
     }
+    retention = None
     _, min_in = cutoffs(before.num_samples, epsilon=epsilon, confidence=confidence)
-    had_some = bool((before.counts >= min_in).any())
+    if (before.counts >= min_in).any():
+        ratio = ratio_interval(cells.kept, p0, confidence=confidence, seed=seed)
+        retention = replace(ratio, low=min(ratio.low, 1.0))  # more than all cannot be kept
     return Attribution(
         task=before.taskset,
         before=start,
@@ -241,11 +245,10 @@ def attribute(
         parts=MappingProxyType(parts),
         undetermined_gain=open_gain,
         undetermined_loss=open_loss,
-        gained=up,
-        gone=down,
-        retention=(
-            ratio_interval(cells.kept, p0, confidence=confidence, seed=seed) if had_some else None
-        ),
+        gained=came,
+        gone=went,
+        balance=balance,
+        retention=retention,
         epsilon=epsilon,
         confidence=confidence,
     )

@@ -104,7 +104,7 @@ class TaskMeasurement:
     @property
     def counts(self) -> npt.NDArray[np.int64]:
         """[P] successes per prompt."""
-        return self.successes.sum(axis=1, dtype=np.int64)
+        return np.asarray(self.successes.sum(axis=1), np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.errors import ConfigError
-from posttrain.probes.bootstrap import Interval, mean_interval, mean_intervals
+from posttrain.probes.bootstrap import Floats, Interval, mean_interval, mean_intervals
 from posttrain.probes.measurement import TaskMeasurement
 
 

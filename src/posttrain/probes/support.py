@@ -68,6 +68,8 @@ def clopper_pearson(
 def beta_quantile(level: float, a: float, b: float) -> float:
     """The x with I_x(a, b) = level, by bisection down to neighbouring floats.
 
+    Below 1e-15 it is not told from zero.
+
     Example:
         >>> round(beta_quantile(0.5, 2.0, 2.0), 12)
         0.5
@@ -75,7 +77,7 @@ def beta_quantile(level: float, a: float, b: float) -> float:
     low, high = 0.0, 1.0
     while True:
         middle = (low + high) / 2
-        if middle in (low, high):
+        if middle in (low, high) or high < 1e-15:
             return middle
         if incomplete_beta(middle, a, b) < level:
             low = middle

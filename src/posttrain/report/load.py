@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from posttrain import config
 from posttrain.chat import ChatRenderer
 from posttrain.composition import TeacherDistribution
@@ -317,7 +315,7 @@ def _samples(run: _Run, planned: PlannedStage) -> Iterable[Sample]:
         return
     model = run.folder(planned) / "model"
     folder = model if model.is_dir() else Path(model_path(run.recipe.model, run.out))
-    renderer = ChatRenderer(AutoTokenizer.from_pretrained(folder))
+    renderer = ChatRenderer.from_folder(folder)
     rewards = {u.trajectory: u.reward for u in read_uses(uses[-1])}
     chosen: dict[tuple[str, float | None], Trajectory] = {}
     for trajectory in read_trajectories(shards[-1]):

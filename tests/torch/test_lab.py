@@ -1,0 +1,101 @@
+"""The lab is what it claims to be: support by construction, checked on the sampled model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from posttrain.lab.corpus import demonstrations, documents, preference_pairs, taskset
+from posttrain.lab.settings import SETTINGS, Support
+from posttrain.lab.tokenizer import build_tokenizer
+from posttrain.lab.tour import ANSWER, BASE, write_tour
+from posttrain.probes.bootstrap import mean_interval
+from posttrain.probes.measure import measure
+from posttrain.probes.passk import pass_at_k, pass_interval
+from posttrain.probes.support import clopper_pearson
+from posttrain.recipe import Measure, load_recipe
+
+SAMPLES = 256
+
+
+@pytest.fixture(scope="module")
+def measured(engine):
+    return measure(
+        "base",
+        engine.policy(str(BASE)),
+        [taskset(s) for s in SETTINGS.values()],
+        spec=Measure(samples=SAMPLES, max_new_tokens=ANSWER, seed=3),
+        protocol="test",
+        observe=lambda event: None,
+    )
+
+
+def informative(setting, task):
+    """Prompts on which the habit's answer is not right by luck (2 * 2 = 2 + 2)."""
+    tasks = taskset(setting)
+    if setting.habit is None:
+        return np.ones(len(task.prompts), bool)
+    return np.array([setting.habit(tasks.entry(t)) != t.answer for t in tasks.held_out])
+
+
+@pytest.mark.parametrize("name", [s.name for s in SETTINGS.values()])
+def test_support_is_as_constructed(measured, name):
+    setting, task = SETTINGS[name], measured.task(name)
+    counts = task.counts[informative(setting, task)]
+    first = mean_interval(counts / SAMPLES)
+    at_64 = mean_interval(pass_at_k(counts, SAMPLES, 64))
+    if setting.support is Support.RELIABLE:
+        assert first.low > 0.9
+    elif setting.support is Support.SELDOM:
+        assert first.high < 0.25, "seldom: low pass@1"
+        assert first.low > 0.01
+        assert at_64.low > 0.75, "but it can: high pass@64"
+    else:
+        total = counts.size * SAMPLES
+        _, high = clopper_pearson(int(counts.sum()), total, confidence=0.95)
+        assert counts.sum() == 0, "never seen: no success in 256 samples of any prompt"
+        assert high < 0.001
+        assert pass_interval(task, SAMPLES).value == 0
+
+
+def test_the_base_is_small_and_plain():
+    assert sum(p.stat().st_size for p in BASE.iterdir()) < 8 * 2**20
+    assert json.loads((BASE / "config.json").read_text())["model_type"] == "qwen3"
+    built = build_tokenizer()
+    from transformers import AutoTokenizer
+
+    shipped = AutoTokenizer.from_pretrained(BASE)
+    assert shipped.get_vocab() == built.get_vocab()
+    for text in ("State 1 + 2 =", "naïve — ✓ 🙂\n\ttabs", "Spell this word backward"):
+        assert shipped.decode(shipped(text)["input_ids"]) == text
+
+
+def test_the_corpus_is_reproducible_and_mixed_as_declared():
+    first, again = list(documents(seed=5, count=4000)), list(documents(seed=5, count=4000))
+    assert first == again
+    assert first != list(documents(seed=6, count=4000))
+    for setting in SETTINGS.values():
+        own = [d for d in first if d.setting == setting.name]
+        share = sum(d.is_right for d in own) / len(own)
+        assert abs(len(own) / 4000 - setting.weight) < 0.03
+        assert abs(share - setting.share_right) < 0.04
+
+
+def test_lab_data_never_touches_held_out_prompts():
+    for setting in SETTINGS.values():
+        held_out = {t.text for t in taskset(setting).held_out}
+        demos = demonstrations(setting, seed=0, count=500)
+        assert not held_out & {d.question for d in demos}
+        if setting.habit:
+            pairs = preference_pairs(setting, seed=0, count=200)
+            assert not held_out & {p["prompt"][0]["content"] for p in pairs}
+            assert all(p["chosen"] != p["rejected"] for p in pairs)
+
+
+def test_the_tour_is_an_ordinary_recipe(tmp_path):
+    path = write_tour(tmp_path, seed=1)
+    recipe = load_recipe(path)
+    assert [s.name for s in recipe.stages] == ["expand", "reshape", "prefer", "consolidate"]
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    write_tour(tmp_path, seed=1)
+    assert before == {p.name: p.read_bytes() for p in path.parent.iterdir()}
