@@ -151,13 +151,10 @@ def loss_of(model, rollouts: Sequence[Rollout], advantage_R: Tensor, settings: S
     return (loss_RL.sum(1) / mask_RL.sum(1)).mean()  # every answer counts alike
 
 
-def train(
-    model, tokenizer, taskset: TaskSet, settings: Settings, *, watch: Callable[[dict], None]
-) -> None:
+def train(model, tokenizer, taskset: TaskSet, settings: Settings, *, watch: Callable) -> None:
     """Change the model's weights in place; ``watch`` is told about every step."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
-    )
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(settings.steps):
         draw, update = divmod(step, settings.updates_per_draw)
         if update == 0:
@@ -170,22 +167,19 @@ def train(
         loss = loss_of(model, rollouts, advantages_PG[share].flatten(), settings)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
         optimizer.step()
         watch(
-            {
-                "step": step,
-                "reward": rewards_PG[share].mean().item(),
-                "loss": loss.item(),
-                "grad_norm": norm.item(),
-                "answers": [rollout.answer for rollout in rollouts],
-            }
+            step=step + 1,
+            reward=rewards_PG[share].mean().item(),
+            loss=loss.item(),
+            grad_norm=norm.item(),
+            answers=[rollout.answer for rollout in rollouts],
         )
 
 
 def load(folder: Path | str):
-    """A stock model and its tokenizer. Dropout is off, or the policy that is trained would not be
-    the one that was sampled."""
+    """A stock model without dropout, so that what is trained is what was sampled."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -195,11 +189,8 @@ def main() -> None:
     model, tokenizer = load(BASE)
     taskset = ReasoningGymTaskSet("products", PRODUCTS.tasks, chat=True)
 
-    def show(row: dict) -> None:
-        bar = "█" * round(40 * row["reward"])
-        print(
-            f"step {row['step'] + 1:3}  loss {row['loss']:+.4f}  reward {row['reward']:.3f} {bar}"
-        )
+    def show(*, step: int, reward: float, loss: float, **_: object) -> None:
+        print(f"step {step:3}  loss {loss:+.4f}  reward {reward:.3f} {'█' * round(40 * reward)}")
 
     train(model, tokenizer, taskset, Settings(), watch=show)
 

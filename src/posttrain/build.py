@@ -44,21 +44,28 @@ class Workshop:
         # The stage's own stream of randomness, the same in every sitting.
         seed = zlib.crc32(f"{self.seed}/{planned.spec.name}".encode())
         return Parts(
-            source=self._source(composition.source, learner.policy, seed=seed),
+            source=self._source(composition.source, planned, learner.policy, seed=seed),
             signals=[self._signal(s, planned, learner.policy) for s in composition.signals],
             terms=composition.terms,
             objective=Objective(composition.terms),
             learner=learner,
         )
 
-    def _source(self, spec: SourceSpec, live: Policy, *, seed: int) -> Source:
+    def _source(
+        self, spec: SourceSpec, planned: PlannedStage, live: Policy, *, seed: int
+    ) -> Source:
         if isinstance(spec, Dataset):
             return self.dataset(spec, live, seed=seed)
-        policy = live if spec.policy == "learner" else self._grader(spec.policy, live)
+        own = spec.policy == "learner"
+        policy = live if own else self._grader(_resolve(spec.policy, planned), live)
         return RolloutSource(spec, self.tasksets, policy, seed)
 
-    def dataset(self, spec: Dataset, policy: Policy, *, seed: int) -> DatasetSource:
-        """A data set, rendered for a policy and checked row by row."""
+    def dataset(self, spec: Dataset, policy: Policy, *, seed: int = 0) -> DatasetSource:
+        """A data set, rendered for a policy and checked row by row.
+
+        Raises:
+            DataError: a row that cannot be used; names the file and the row.
+        """
         assert isinstance(policy.renderer, ChatRenderer)
         return DatasetSource(
             spec, root=self.root, renderer=policy.renderer, context=policy.context, seed=seed

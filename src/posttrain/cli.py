@@ -86,7 +86,7 @@ def _go(recipe_path: Path, out: Path | None) -> None:
 
 
 def _finish(outcome: Outcome, say: Callable[[Outcome, Path], None]) -> None:
-    from posttrain.report import write_report
+    from posttrain.report.load import write_report
 
     say(outcome, write_report(outcome.out))
     if outcome.stopped_by:
@@ -204,7 +204,7 @@ def _measurement(text: str) -> tuple[Measurement, float | None]:
 @click.argument("run_folder", metavar="RUN", type=OUT)
 def report(run_folder: Path) -> None:
     """Write RUN/report.html again: one self-contained page."""
-    from posttrain.report import write_report
+    from posttrain.report.load import write_report
 
     click.echo(write_report(run_folder))
 

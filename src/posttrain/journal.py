@@ -1,20 +1,23 @@
 """A stage's memory: checkpoints, metrics, trajectories and ledger rows that agree with each other.
 
     stages/<name>-<id>/
+      stage.json                  what the stage is: its identity, and everything behind it
       metrics.jsonl               one line per step, cut back to the checkpoint on resume
       shards/000025.*.parquet     trajectories and their uses since the previous checkpoint
       checkpoint/                 learner.pt, progress.json          ← the commit point
-      model/                      the export, written once, last
+      model/                      the export, written once, after the last step
+      done.json                   the stage is finished
 
 A commit writes the shards, then swaps the checkpoint folder, then appends to the ledger. A crash
-in between loses nothing and doubles nothing: shards without a checkpoint are rewritten with equal
-content, and ledger rows that the crash cut off stand in ``progress.json`` and are appended on
-resume.
+in between loses nothing and doubles nothing: shards without a checkpoint are removed on resume,
+and ledger rows that the crash cut off stand in ``progress.json`` and are appended on resume.
+Until the first commit a stage has not started: its folder holds nothing that could be lost.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,12 +34,29 @@ from posttrain.store import Use, UseRole, write_trajectories, write_uses
 from posttrain.trajectory import Column, Group, Scored, Trajectory
 
 
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """Written first into a stage's folder: what the stage is."""
+
+    name: str
+    identity: str
+    inputs: dict[str, object]  # everything the identity is the hash of, as plain data
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """Where a checkpoint stands, and the ledger rows that belong to it."""
 
     step: int
     seconds: float  # of work so far, over all sittings
     rows: list[tuple[str, dict[str, object]]]  # (ledger kind, body)
+    after: int  # records in the ledger before these rows
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True):
+    """Written last into a stage's folder: the stage is finished."""
+
+    steps: int
+    seconds: float
+    digest: str  # of the exported model folder
 
 
 @final
@@ -80,14 +100,14 @@ class Journal:
         recover_folder(self._checkpoint)
         progress = read_progress(self._folder)
         self._sitting = time.monotonic()
+        self._remove_shards(after=progress.step if progress else 0)
         if progress is None:
             self._metrics.unlink(missing_ok=True)
             return 0
         learner.load(self._checkpoint)
         self._step, self._seconds = progress.step, progress.seconds
         self._cut_metrics(progress.step)
-        if not self._in_ledger(progress):
-            self._append(progress)
+        self._append_missing(progress)
         return progress.step
 
     def record(self, step: int, admission: Admission, metrics: Mapping[str, float]) -> None:
@@ -100,12 +120,14 @@ class Journal:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         except OSError as error:
-            raise as_disk_full(error, writing=self._metrics) or error from error
+            full = as_disk_full(error, writing=self._metrics)
+            if full is None:
+                raise
+            raise full from error
 
     def commit(self, step: int, learner: Learner) -> None:
         """Make everything up to ``step`` durable."""
         shards = self._folder / "shards"
-        shards.mkdir(exist_ok=True)
         names = [f"{step:06d}.trajectories.parquet", f"{step:06d}.uses.parquet"]
         digests = [
             write_trajectories(shards / names[0], list(self._trajectories.values())),
@@ -132,27 +154,34 @@ class Journal:
             step=step,
             seconds=seconds,
             rows=[(RecordKind.SHARD, shard), (RecordKind.UPDATE, update)],
+            after=self._ledger.num_records,
         )
+        self._sync_metrics()
         with atomic_folder(self._checkpoint) as partial:
             learner.save(partial)
             write_atomic(partial / "progress.json", msgspec.json.encode(progress))
-        self._append(progress)
+        for kind, body in progress.rows:
+            self._ledger.append(RecordKind(kind), body)
         self._step, self._seconds, self._sitting = step, seconds, now
         self._trajectories, self._uses = {}, []
 
-    def _append(self, progress: Progress) -> None:
+    def _append_missing(self, progress: Progress) -> None:
+        """Append what a crash between the checkpoint and its last ledger row cut off."""
+        recorded = read(self._ledger.path)[progress.after :]
         for kind, body in progress.rows:
-            self._ledger.append(RecordKind(kind), body)
+            if not any(r.kind == kind and r.body == body for r in recorded):
+                self._ledger.append(RecordKind(kind), body)
 
-    def _in_ledger(self, progress: Progress) -> bool:
-        """False when a crash fell between the checkpoint and its ledger rows."""
-        last = progress.rows[-1][1]
-        return any(
-            r.kind is RecordKind.UPDATE
-            and r.body["identity"] == last["identity"]
-            and r.body["steps"] == last["steps"]
-            for r in read(self._ledger.path)
-        )
+    def _remove_shards(self, *, after: int) -> None:
+        """Drop shards that were written for a checkpoint that never came to be."""
+        for shard in (self._folder / "shards").glob("*.parquet"):
+            if int(shard.name.partition(".")[0]) > after:
+                shard.unlink()
+
+    def _sync_metrics(self) -> None:
+        """Lines of committed steps must survive a power cut as the checkpoint does."""
+        with self._metrics.open("rb") as file:
+            os.fsync(file.fileno())
 
     def _cut_metrics(self, step: int) -> None:
         """Drop lines of steps that came after the checkpoint: they will be taken again."""
@@ -187,6 +216,57 @@ def read_progress(folder: Path) -> Progress | None:
             expected="the file that the last commit wrote",
             fix=f"delete {path.parent} to start this stage again",
         ) from None
+
+
+def has_started(folder: Path) -> bool:
+    """True when the stage in ``folder`` has something to lose: a checkpoint or a model.
+
+    For the writer of the folder only: it settles what a kill in the middle of a commit left.
+    """
+    for name in ("checkpoint", "model"):
+        recover_folder(folder / name)
+    return any((folder / name).exists() for name in ("checkpoint", "model", "done.json"))
+
+
+def read_about(folder: Path) -> About | None:
+    """What the stage in ``folder`` is; None when there is no stage.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = folder / "stage.json"
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=About)
+    except msgspec.MsgspecError as error:
+        raise RunError(
+            f"{path} is damaged: {error}",
+            expected="the file that the stage wrote when it began",
+            fix=f"delete {folder} to start this stage again",
+        ) from None
+
+
+def read_done(folder: Path) -> Done | None:
+    """The finishing mark of a stage, or None.
+
+    Raises:
+        RunError: the mark is damaged, or the stage finished and its model was removed.
+    """
+    path = folder / "done.json"
+    if not path.is_file():
+        return None
+    again = f"delete {path} to export again from the last checkpoint"
+    if not (folder / "model").is_dir():
+        raise RunError(
+            f"{folder} is finished, and its model folder is gone",
+            expected=f"{folder / 'model'}",
+            fix=f"put it back, or {again}",
+        )
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Done)
+    except msgspec.MsgspecError as error:
+        raise RunError(f"{path} is damaged: {error}", fix=again) from None
 
 
 def _use(member: Scored, *, stage: str, step: int, role: UseRole, reason: str | None) -> Use:

@@ -12,11 +12,10 @@ OUT/
 
 from __future__ import annotations
 
-import platform
-import sys
-from collections.abc import Callable, Mapping
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import final
 
@@ -24,7 +23,8 @@ import msgspec
 
 from posttrain import config
 from posttrain.build import Workshop
-from posttrain.errors import ResumeRefused, RunError
+from posttrain.composition import Dataset
+from posttrain.errors import DataError, ResumeRefused
 from posttrain.events import (
     GateDecided,
     Measured,
@@ -33,29 +33,35 @@ from posttrain.events import (
     StageStarted,
     ignore,
 )
-from posttrain.files import atomic_folder, folder_lock, hash_file, hash_folder, write_atomic
+from posttrain.files import (
+    atomic_folder,
+    folder_lock,
+    hash_folder,
+    recover_folder,
+    write_atomic,
+)
 from posttrain.gates import decide
-from posttrain.journal import Journal, read_progress
-from posttrain.ledger import Ledger, RecordKind, read
-from posttrain.plan import Plan, PlannedStage, make_plan
-from posttrain.probes.bootstrap import Interval
+from posttrain.journal import (
+    About,
+    Done,
+    Journal,
+    has_started,
+    read_about,
+    read_done,
+    read_progress,
+)
+from posttrain.ledger import Ledger
+from posttrain.plan import Plan, PlannedStage, make_plan, model_path, resolved_taskset
 from posttrain.probes.measure import measure
 from posttrain.probes.measurement import Measurement
 from posttrain.probes.passk import pass_interval
-from posttrain.protocols import Engine, Policy
+from posttrain.protocols import Engine, Learner, Policy
 from posttrain.recipe import Recipe
+from posttrain.records import Records
 from posttrain.sources.dataset import DatasetSource
-from posttrain.stage import Interrupted, run_stage
+from posttrain.stage import Interrupted, Parts, run_stage
 from posttrain.task import TaskSet
 from posttrain.tasks import build_taskset
-
-
-class Done(msgspec.Struct, frozen=True, kw_only=True):
-    """Written last into a stage's folder: the stage is finished."""
-
-    steps: int
-    seconds: float
-    digest: str  # of the exported model folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +124,7 @@ def measure_model(
         policy,
         tasksets,
         spec=recipe.measure,
-        protocol=protocol_of(recipe, tasksets),
+        protocol=protocol_of(recipe, tasksets, root=root),
         observe=observe,
     )
 
@@ -134,9 +140,10 @@ class _Run:
     observe: Observer
     stop: Callable[[], bool]
     ledger: Ledger
-    base: Policy
+    records: Records
     tasksets: Mapping[str, TaskSet]
-    policies: dict[str, Policy] = field(default_factory=dict)
+    protocol: str
+    policies: dict[str, Policy]
     measured: dict[str, Measurement] = field(default_factory=dict)
 
     @classmethod
@@ -149,34 +156,41 @@ class _Run:
         observe: Observer,
         stop: Callable[[], bool],
     ) -> _Run:
+        """Check everything that can be checked before a weight moves; then touch the folder."""
         recipe = config.checked(recipe)
         observe(Note(text=f"loading {recipe.model}"))
         base = engine.policy(model_path(recipe.model, root))
         plan = make_plan(recipe, root=root, base=base.producer.digest or recipe.model)
-        _refuse_changes(plan, out)
-        write_atomic(out / "recipe.json", msgspec.json.format(msgspec.json.encode(recipe)))
+        abandoned = _refuse_changes(plan, out)
         chat = base.renderer.has_template
         tasksets = {
             name: build_taskset(name, spec, root=root, chat=chat)
             for name, spec in recipe.tasks.items()
         }
+        protocol = protocol_of(recipe, [tasksets[t] for t in recipe.measured_tasks], root=root)
         ledger = Ledger.open(out / "ledger.jsonl")
-        run = cls(plan, out, engine, observe, stop, ledger, base, tasksets)
-        run._record_start()
+        records = Records(ledger, recipe)
+        run = cls(
+            plan, out, engine, observe, stop, ledger, records, tasksets, protocol, {"base": base}
+        )
+        run._check_data()
+        for folder in abandoned:
+            shutil.rmtree(folder)
+        write_atomic(out / "recipe.json", msgspec.json.format(msgspec.json.encode(recipe)))
+        records.model(recipe.model, digest=base.producer.digest, role="base")
         return run
 
     # --- the order of things -----------------------------------------------------------------
 
     def go(self) -> Outcome:
         """Measure the base, then every stage in turn, with its measurement and gates."""
-        self.policies["base"] = self.base
-        self._measure("base", self.base)
+        base = self.policies["base"].producer
+        self._measure("base", base.digest or base.name)
         finished: list[str] = []
         for planned in self.plan.stages:
-            self._stage(planned)
+            done = self._stage(planned)
             finished.append(planned.spec.name)
-            name = planned.spec.name
-            self._measure(name, self.policy(name))
+            self._measure(planned.spec.name, done.digest)
             if words := self._gates(planned):
                 return Outcome(out=self.out, finished=tuple(finished), stopped_by=words)
         return Outcome(out=self.out, finished=tuple(finished))
@@ -184,86 +198,114 @@ class _Run:
     def policy(self, ref: str) -> Policy:
         """The frozen policy behind a reference, loaded once."""
         if ref not in self.policies:
+            self.policies[ref] = policy = self.engine.policy(self._model_folder(ref))
             if ref.startswith("path:"):
-                folder = model_path(ref.removeprefix("path:"), self.plan.root)
-            else:
-                folder = str(self._folder(self.plan.stage(ref)) / "model")
-            self.policies[ref] = self.engine.policy(folder)
+                name = ref.removeprefix("path:")
+                self.records.model(name, digest=policy.producer.digest, role="outside")
         return self.policies[ref]
+
+    def _model_folder(self, ref: str) -> str:
+        """The folder or hub id of a policy that is not the live learner."""
+        root = self.plan.root
+        if ref == "base":
+            return model_path(self.plan.recipe.model, root)
+        if ref.startswith("path:"):
+            return model_path(ref.removeprefix("path:"), root)
+        return str(self._folder(self.plan.stage(ref)) / "model")
 
     # --- a stage -----------------------------------------------------------------------------
 
     def _folder(self, planned: PlannedStage) -> Path:
         return self.out / "stages" / planned.folder
 
-    def _stage(self, planned: PlannedStage) -> None:
-        spec, folder = planned.spec, self._folder(planned)
-        done = read_done(folder)
-        if done is not None:
-            self._started(planned, step=done.steps, steps=done.steps, finished=True)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {"name": spec.name, "identity": planned.identity, "inputs": planned.inputs}
-        write_atomic(folder / "stage.json", msgspec.json.format(msgspec.json.encode(about)))
-        workshop = Workshop(
+    def _workshop(self) -> Workshop:
+        return Workshop(
             root=self.plan.root,
             seed=self.plan.recipe.seed,
             tasksets=self.tasksets,
             policy=self.policy,
         )
+
+    def _check_data(self) -> None:
+        """Find a broken row now rather than after the stages before it were trained.
+
+        Stages that descend from a model outside the recipe are checked when they begin: their
+        tokenizer is not loaded yet.
+        """
+        workshop, known = self._workshop(), {"base"}
+        for planned in self.plan.stages:
+            if planned.init not in known:
+                continue
+            known.add(planned.spec.name)
+            source = planned.composition.source
+            if isinstance(source, Dataset) and read_done(self._folder(planned)) is None:
+                workshop.dataset(source, self.policies["base"])
+
+    def _stage(self, planned: PlannedStage) -> Done:
+        """Take a stage to its end, from wherever it stands."""
+        folder = self._folder(planned)
+        done = read_done(folder)
+        if done is not None:
+            self._started(planned, step=done.steps, steps=done.steps, finished=True)
+            return done
+        self.records.began()
+        about = {
+            "name": planned.spec.name,
+            "identity": planned.identity,
+            "inputs": planned.inputs,
+        }
+        write_atomic(folder / "stage.json", msgspec.json.format(msgspec.json.encode(about)))
+        steps = self._train(planned)
+        progress = read_progress(folder)
+        digest = hash_folder(folder / "model")
+        path = str((folder / "model").relative_to(self.out))
+        self.records.checkpoint(planned, digest=digest, path=path)
+        done = Done(steps=steps, seconds=progress.seconds if progress else 0.0, digest=digest)
+        write_atomic(folder / "done.json", msgspec.json.encode(done))
+        return done
+
+    def _train(self, planned: PlannedStage) -> int:
+        """Every step that is left, then the export; returns the number of steps in all."""
+        spec, folder = planned.spec, self._folder(planned)
         learner = self.engine.learner(
-            self._init_folder(planned),
+            self._model_folder(planned.init),
             name=f"{self.plan.recipe.name}/{spec.name}",
             optimizer=spec.optimizer,
             lora=spec.lora,
             seed=self.plan.recipe.seed,
         )
-        parts = workshop.parts(planned, learner)
+        parts = self._workshop().parts(planned, learner)
         rows = None
         if isinstance(parts.source, DatasetSource):
-            rows = self._record_dataset(parts.source)
+            self.records.dataset(parts.source)
+            rows = parts.source.num_groups
         steps = planned.steps(rows)
+        journal = self._journal(planned, parts)
         progress = read_progress(folder)
         self._started(planned, step=progress.step if progress else 0, steps=steps)
-        journal = Journal(
-            folder,
+        run_stage(spec, parts, steps=steps, journal=journal, observe=self.observe, stop=self.stop)
+        self._export(learner, folder / "model")
+        return steps
+
+    def _journal(self, planned: PlannedStage, parts: Parts) -> Journal:
+        return Journal(
+            self._folder(planned),
             ledger=self.ledger,
-            stage=spec.name,
+            stage=planned.spec.name,
             identity=planned.identity,
             facts={
                 "objective": [msgspec.to_builtins(t) for t in parts.terms],
                 "policy_in": planned.inputs["init"],
             },
         )
-        run_stage(spec, parts, steps=steps, journal=journal, observe=self.observe, stop=self.stop)
-        with atomic_folder(folder / "model") as partial:
-            learner.export(partial)
-        self._finish(planned, steps=steps)
 
-    def _finish(self, planned: PlannedStage, *, steps: int) -> None:
-        folder = self._folder(planned)
-        digest = hash_folder(folder / "model")
-        progress = read_progress(folder)
-        seconds = progress.seconds if progress else 0.0
-        self.ledger.append(
-            RecordKind.CHECKPOINT,
-            {
-                "digest": digest,
-                "path": str((folder / "model").relative_to(self.out)),
-                "parents": [planned.inputs["init"]],
-                "name": planned.spec.name,
-                "identity": planned.identity,
-            },
-        )
-        done = Done(steps=steps, seconds=seconds, digest=digest)
-        write_atomic(folder / "done.json", msgspec.json.encode(done))
-
-    def _init_folder(self, planned: PlannedStage) -> str:
-        if planned.init == "base":
-            return model_path(self.plan.recipe.model, self.plan.root)
-        if planned.init.startswith("path:"):
-            return model_path(planned.init.removeprefix("path:"), self.plan.root)
-        return str(self._folder(self.plan.stage(planned.init)) / "model")
+    def _export(self, learner: Learner, model: Path) -> None:
+        """Write the model, unless an earlier sitting got that far: the folder is whole or absent,
+        and its name says of which stage it is."""
+        recover_folder(model)
+        if not model.is_dir():
+            with atomic_folder(model) as partial:
+                learner.export(partial)
 
     def _started(
         self, planned: PlannedStage, *, step: int, steps: int, finished: bool = False
@@ -281,177 +323,139 @@ class _Run:
 
     # --- measuring and deciding --------------------------------------------------------------
 
-    def _measure(self, name: str, policy: Policy) -> None:
+    def _measure(self, name: str, digest: str) -> None:
+        """Measure a policy, unless these very weights were measured in this very way before."""
         spec = self.plan.recipe.measure
         path = self.out / "measurements" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        tasksets = [self.tasksets[t] for t in self.plan.recipe.measured_tasks]
-        cached = None
-        if path.is_file():
-            cached = Measurement.from_json(path.read_text(encoding="utf-8"))
-            protocol = protocol_of(self.plan.recipe, tasksets)
-            if (cached.digest, cached.protocol) != (policy.producer.digest, protocol):
-                cached = None
-        result = cached or measure(
-            name,
-            policy,
-            tasksets,
-            spec=spec,
-            base=self.base if name != "base" else None,
-            protocol=protocol_of(self.plan.recipe, tasksets),
-            observe=self.observe,
-            stop=self.stop,
-        )
-        if cached is None:
-            write_atomic(path, result.to_json())
-            self._record_measurement(result, path)
+        known = _read_measurement(path)
+        cached = known is not None and (known.digest, known.protocol) == (digest, self.protocol)
+        result = known if known is not None and cached else self._take(name, path)
+        self.records.measured(result, path)
         self.measured[name] = result
         first = {t.taskset: pass_interval(t, 1, confidence=spec.confidence) for t in result.tasks}
         self.observe(
             Measured(
                 policy=name,
                 pass_at_1={n: (i.value, i.low, i.high) for n, i in first.items()},
-                cached=cached is not None,
+                cached=cached,
             )
         )
 
+    def _take(self, name: str, path: Path) -> Measurement:
+        recipe = self.plan.recipe
+        self.records.began()
+        result = measure(
+            name,
+            self.policy(name),
+            [self.tasksets[t] for t in recipe.measured_tasks],
+            spec=recipe.measure,
+            base=self.policies["base"] if name != "base" else None,
+            protocol=self.protocol,
+            observe=self.observe,
+            stop=self.stop,
+        )
+        write_atomic(path, result.to_json())
+        return result
+
     def _gates(self, planned: PlannedStage) -> str | None:
         """Decide the stage's gates; returns words when one stops the run."""
+        name = planned.spec.name
         for gate in planned.spec.gates:
             decision = decide(
                 gate,
                 base=self.measured["base"].task(gate.task),
-                now=self.measured[planned.spec.name].task(gate.task),
+                now=self.measured[name].task(gate.task),
                 confidence=self.plan.recipe.measure.confidence,
             )
-            body = {
-                "stage": planned.spec.name,
-                "gate": msgspec.to_builtins(gate),
-                "passed": decision.passed,
-                "words": decision.words,
-            }
-            if not self._has(RecordKind.GATE, body):
-                self.ledger.append(RecordKind.GATE, body)
-            self.observe(
-                GateDecided(stage=planned.spec.name, passed=decision.passed, words=decision.words)
-            )
+            self.records.gate(name, gate, decision)
+            self.observe(GateDecided(stage=name, passed=decision.passed, words=decision.words))
             if not decision.passed and gate.otherwise == "stop":
                 return decision.words
         return None
 
-    # --- ledger rows -------------------------------------------------------------------------
 
-    def _record_start(self) -> None:
-        recipe = self.plan.recipe
-        libraries = ("posttrain", "torch", "transformers", "numpy")
-        self.ledger.append(
-            RecordKind.RUN,
-            {
-                "recipe": config.digest(recipe),
-                "name": recipe.name,
-                "seed": recipe.seed,
-                "python": platform.python_version(),
-                "libraries": {name: version(name) for name in libraries},
-                "machine": f"{platform.system()} {platform.machine()}",
-                "command": sys.argv[:1],
-            },
-        )
-        model = {"digest": self.base.producer.digest, "name": recipe.model, "role": "base"}
-        if not self._has(RecordKind.MODEL, model):
-            self.ledger.append(RecordKind.MODEL, model)
+def protocol_of(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> str:
+    """Digest of everything that must be equal for two measurements to be comparable.
 
-    def _record_dataset(self, source: DatasetSource) -> int:
-        """One ``source`` row per data set and content; returns its number of rows."""
-        body = {
-            "name": source.name,
-            "category": source.producer.kind,
-            "digest": source.digest,
-            "licence": source.licence,
-            "rows": source.num_groups,
-            "skipped": source.skipped,
-        }
-        if not self._has(RecordKind.SOURCE, body):
-            self.ledger.append(RecordKind.SOURCE, body)
-        return source.num_groups
-
-    def _record_measurement(self, result: Measurement, path: Path) -> None:
-        confidence = self.plan.recipe.measure.confidence
-        for task in result.tasks:
-            first: Interval = pass_interval(task, 1, confidence=confidence)
-            self.ledger.append(
-                RecordKind.EVAL,
-                {
-                    "checkpoint": result.digest,
-                    "suite": task.taskset,
-                    "metric": "pass@1",
-                    "value": first.value,
-                    "ci": [first.low, first.high],
-                    "confidence": confidence,
-                    "prompts": len(task.prompts),
-                    "n": task.num_samples,
-                    "seed": self.plan.recipe.measure.seed,
-                    "file": hash_file(path),
-                },
-            )
-
-    def _has(self, kind: RecordKind, body: Mapping[str, object]) -> bool:
-        same = msgspec.json.decode(msgspec.json.encode(body))
-        return any(r.kind is kind and dict(r.body) == same for r in read(self.ledger.path))
-
-
-def protocol_of(recipe: Recipe, tasksets: list[TaskSet]) -> str:
-    """Digest of everything that must be equal for two measurements to be comparable."""
-    keys = {t.name: [task.key for task in t.held_out] for t in tasksets}
-    spec = msgspec.to_builtins(recipe.measure)
-    del spec["epsilon"], spec["confidence"]  # how counts are read, not how they are taken
-    return config.digest([spec, keys])
-
-
-def model_path(name: str, root: Path) -> str:
-    """A folder relative to the recipe when there is one, else the name as a hub id."""
-    return str(root / name) if (root / name).exists() else name
-
-
-def read_done(folder: Path) -> Done | None:
-    """The finishing mark of a stage, or None.
-
-    Raises:
-        RunError: the stage finished, and its model was removed.
+    Args:
+        recipe: sampling and seeds, and where the task sets come from, scorers included.
+        tasksets: those that are measured, built.
+        root: folder that the recipe's paths are relative to.
     """
-    path = folder / "done.json"
+    keys = {t.name: [task.key for task in t.held_out] for t in tasksets}
+    judged = {t.name: resolved_taskset(recipe, t.name, root) for t in tasksets}
+    spec = msgspec.to_builtins(recipe.measure)
+    # How counts are read, not how they are taken; and names, which `keys` repeats.
+    del spec["epsilon"], spec["confidence"], spec["tasks"]
+    return config.digest([spec, keys, judged])
+
+
+def _read_measurement(path: Path) -> Measurement | None:
+    """What was measured before. A damaged file is none: measuring again gives the same."""
     if not path.is_file():
         return None
-    if not (folder / "model").is_dir():
-        raise RunError(
-            f"{folder} is finished, and its model folder is gone",
-            expected=f"{folder / 'model'}",
-            fix=f"put it back, or delete {path} to export again from the last checkpoint",
-        )
-    return msgspec.json.decode(path.read_bytes(), type=Done)
+    try:
+        return Measurement.from_json(path.read_text(encoding="utf-8"))
+    except (DataError, UnicodeDecodeError):
+        return None
 
 
-def _refuse_changes(plan: Plan, out: Path) -> None:
+def _refuse_changes(plan: Plan, out: Path) -> list[Path]:
     """Refuse to go on when a stage that has started would now mean something else.
+
+    A stage without a checkpoint has not started: nothing of it could be lost.
+
+    Returns:
+        Folders of such stages, which the change makes useless.
 
     Raises:
         ResumeRefused: lists what changed.
     """
+    abandoned: list[Path] = []
+    started: list[tuple[PlannedStage, Path, About]] = []
     for planned in plan.stages:
         for folder in sorted((out / "stages").glob(f"{planned.spec.name}-*")):
-            about = folder / "stage.json"
-            if folder.name == planned.folder or not about.is_file():
+            about = read_about(folder)
+            # The pattern also finds `sft-long` for `sft`.
+            if about is None or about.name != planned.spec.name:
                 continue
-            recorded = msgspec.json.decode(about.read_bytes())
-            if recorded["name"] != planned.spec.name:
+            if about.identity == planned.identity:
                 continue
-            now = msgspec.json.decode(msgspec.json.encode(planned.inputs))
-            changed = config.differences(recorded["inputs"], now)
-            raise ResumeRefused(
-                f"stage {planned.spec.name} has started in {out} and would now be another: "
-                + "; ".join(changed[:6]),
-                expected="the recipe and data that the stage started with",
-                fix=f"undo the change, choose another --out, or delete {folder} to start it again",
-            )
+            if has_started(folder):
+                started.append((planned, folder, about))
+            else:
+                abandoned.append(folder)
+    if started:
+        planned, _, about = started[0]
+        others = "" if len(started) == 1 else " (and what builds on it)"
+        raise ResumeRefused(
+            f"stage {planned.spec.name} has started in {out} and would now be another: "
+            + "; ".join(_changes(planned, about)[:6]),
+            expected="the recipe and data that the stage started with",
+            fix=f"undo the change; or choose another --out; or start the stage{others} again: "
+            + "rm -r "
+            + " ".join(str(folder) for _, folder, _ in started),
+        )
+    return abandoned
 
 
-__all__ = ["Done", "Interrupted", "Outcome", "model_path", "protocol_of", "read_done", "run"]
+def _changes(planned: PlannedStage, about: About) -> list[str]:
+    """What differs from the stage that started, digests cut to what a person can compare."""
+    now = msgspec.json.decode(msgspec.json.encode(planned.inputs))
+    lines = []
+    for line in config.differences(about.inputs, now):
+        short, digests = re.subn(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", line)
+        lines.append(f"{short} (the content changed)" if digests == 2 else short)
+    return lines
+
+
+__all__ = [
+    "Done",
+    "Interrupted",
+    "Outcome",
+    "measure_model",
+    "model_path",
+    "protocol_of",
+    "read_done",
+    "run",
+]

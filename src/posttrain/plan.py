@@ -108,8 +108,7 @@ def make_plan(recipe: Recipe, *, root: Path, base: str) -> Plan:
         outside = [r for r in (init, *_references(composition)) if r.startswith("path:")]
         known = {**identities, "learner": "learner"} | {r: _outside(r, root) for r in outside}
         known["input"] = known.get(init, init)
-        for ref in (init, *_references(composition)):
-            _check_reference(ref, known, stage=spec.name)
+        _check_references(init, composition, known, stage=spec.name)
         _check_tasks(composition, recipe, stage=spec.name)
         check_composition(composition, stage=spec.name)
         inputs = _inputs(spec, composition, recipe, known, init=init, root=root)
@@ -137,13 +136,21 @@ def _references(composition: Composition) -> Iterator[str]:
             yield from signal.routes.values()
 
 
-def _check_reference(ref: str, known: Mapping[str, str], *, stage: str) -> None:
-    if ref not in known:
-        raise ConfigError(
-            f"stage {stage} refers to policy {ref!r}",
-            expected="base, input, learner, an earlier stage, or path:<folder or hub id>",
-            fix=nearest(ref, known),
-        )
+def _check_references(
+    init: str, composition: Composition, known: Mapping[str, str], *, stage: str
+) -> None:
+    """Every policy exists, and only a source may draw from the live learner."""
+    source = composition.source
+    drawn = source.policy if isinstance(source, Rollouts) else None
+    for ref in (init, *_references(composition)):
+        barred = {"input", "learner"} if ref == init else {"learner"} if ref != drawn else set()
+        usable = set(known) - barred
+        if ref not in usable:
+            raise ConfigError(
+                f"stage {stage} refers to policy {ref!r}",
+                expected=f"{', '.join(sorted(usable))}, or path:<folder or hub id>",
+                fix=nearest(ref, usable),
+            )
 
 
 def model_path(name: str, root: Path) -> str:

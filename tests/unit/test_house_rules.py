@@ -17,7 +17,7 @@ LAYERS = [
     {"composition", "methods", "recipe", "legality", "protocols", "chat", "batch", "head"},
     {"sources", "signals", "objectives", "probes", "engines", "tasks"},
     {"journal", "gates", "stage", "plan"},
-    {"build", "pipeline", "preview", "tables", "report", "testing"},
+    {"build", "records", "pipeline", "preview", "tables", "report", "testing"},
     {"console", "lab", "api", "cli"},
 ]
 LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}

@@ -180,7 +180,7 @@ def test_intervals_of_the_parts_cover(power: float) -> None:
     part = split(sampled(p, rng), sampled(p**power, rng))
     truth = {p: part[str(p)].mean() for p in (Part.SHARPENED, Part.WEAKENED, Part.KEPT, Part.LOST)}
     hits: dict[Part, list[bool]] = {t: [] for t in truth}
-    for _ in range(100):
+    for _ in range(150):
         p = rng.beta(0.4, 0.8, 24)
         a = attribute(sampled(p, rng), sampled(p**power, rng), epsilon=EPSILON)
         for t, expected in truth.items():

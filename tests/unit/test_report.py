@@ -548,7 +548,7 @@ def test_a_page_with_missing_or_odd_parts_is_whole(view: RunView, name: str) -> 
     text = Reader(shown).text
     assert words in text
     assert not re.search(r"\b(nan|None|Undefined|inf)\b", text)
-    assert Reader(shown).tags.count("section") == 9
+    assert Reader(shown).tags.count("section") == 10
 
 
 def test_the_full_page_has_sound_drawings_and_is_the_same_twice(view: RunView, page: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +66,7 @@ def clopper_pearson(
     return low, high
 
 
+@lru_cache(maxsize=4096)
 def beta_quantile(level: float, a: float, b: float) -> float:
     """The x with I_x(a, b) = level, by bisection down to neighbouring floats.
 

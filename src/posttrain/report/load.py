@@ -9,6 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from posttrain import config
 from posttrain.chat import ChatRenderer
@@ -20,7 +24,7 @@ from posttrain.pipeline import model_path, read_done
 from posttrain.plan import PlannedStage
 from posttrain.probes.attribution import Attribution, Part, compare
 from posttrain.probes.attribution import Comparison as Attributions
-from posttrain.probes.bootstrap import Interval
+from posttrain.probes.bootstrap import Interval, student_quantile
 from posttrain.probes.measurement import Measurement
 from posttrain.probes.passk import curve, pass_interval
 from posttrain.probes.support import labels
@@ -247,9 +251,23 @@ def _policy(measurement: Measurement, recipe: Recipe) -> PolicyView:
                     CurvePoint(k=k, rate=Estimate(value=v, low=low, high=high))
                     for k, v, low, high in points
                 ),
+                kl_base=_mean(task.kl_base, confidence),
+                entropy=_mean(task.nll, confidence),
+                tokens=_mean(task.lengths, confidence),
             )
         )
     return PolicyView(name=measurement.policy, tasks=tuple(tasks))
+
+
+def _mean(values: npt.NDArray[Any] | None, confidence: float) -> Estimate:
+    """Mean of [P, n] values with Student's interval over prompts: they have no upper bound."""
+    if values is None or len(values) < 2:
+        return UNMEASURED if values is None else Estimate(value=float(values.mean()))
+    per_prompt = values.mean(axis=1, dtype=np.float64)
+    mean = float(per_prompt.mean())
+    t = student_quantile((1 + confidence) / 2, degrees=len(per_prompt) - 1)
+    half = t * float(per_prompt.std(ddof=1)) / math.sqrt(len(per_prompt))
+    return Estimate(value=mean, low=mean - half, high=mean + half)
 
 
 def _comparison(change: Attributions, *, stage: str | None) -> Comparison:

@@ -29,6 +29,7 @@ from posttrain.report.view import (
     Comparison,
     Effect,
     Estimate,
+    PolicyTask,
     PolicyView,
     RunView,
     StageView,
@@ -94,6 +95,7 @@ class Page:
     change_wide: Markup | None
     change_narrow: Markup | None
     passes: tuple[PassPanel, ...]
+    drift: tuple[tuple[str, tuple[tuple[str, PolicyTask], ...]], ...]
     support: tuple[tuple[str, int, Markup], ...]
     stages: tuple[StagePanel, ...]
     accounts: tuple[AccountPanel, ...]
@@ -171,6 +173,10 @@ def _page(view: RunView) -> Page:
         change_wide=_change(view, whole, ident="ch-w", narrow=False),
         change_narrow=_change(view, whole, ident="ch-n", narrow=True),
         passes=tuple(_passes(view.policies, task, i) for i, task in enumerate(view.tasks)),
+        drift=tuple(
+            (t, tuple((p.name, m) for p in view.policies if (m := task_of(p, t)) is not None))
+            for t in view.tasks
+        ),
         support=tuple(
             (m.task, len(m.prompts), support_map(m, ident=f"sup-{i}"))
             for i, m in enumerate(view.support)

@@ -178,13 +178,16 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTask:
-    """One policy on one task set: pass@1, and pass@k over ``num_samples`` draws per prompt."""
+    """One policy on one task set: success over ``num_samples`` draws per prompt, and its drift."""
 
     task: str
     num_prompts: int
     num_samples: int
     pass_at_1: Estimate
     curve: tuple[CurvePoint, ...] = ()
+    kl_base: Estimate = UNMEASURED  # nats per answer, KL(policy ‖ base)
+    entropy: Estimate = UNMEASURED  # nats per token
+    tokens: Estimate = UNMEASURED  # per answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
