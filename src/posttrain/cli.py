@@ -1,10 +1,13 @@
 """The command line.
 
 Heavy libraries are imported inside the commands that need them, so ``--help`` is instant.
+
+exit codes   0 done · 2 a mistake that the message explains · 3 a gate stopped the run · 130 Ctrl-C
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +18,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from posttrain.errors import ConfigError, PosttrainError, nearest
+from posttrain.errors import ConfigError, DataError, PosttrainError, nearest
 
 if TYPE_CHECKING:
     from posttrain.pipeline import Outcome
     from posttrain.probes.measurement import Measurement
-    from posttrain.recipe import Recipe
+    from posttrain.recipe import Measure, Recipe
+
+MISTAKE, STOPPED_BY_GATE, INTERRUPTED = 2, 3, 130
 
 OUT = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -32,7 +37,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         found = super().get_command(ctx, name)
         if found is None:
-            ctx.fail(f"no command {name!r}: {nearest(name, self.commands)}")
+            ctx.fail(f"no command {name!r}; {nearest(name, self.commands)}")
         return found
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -78,10 +83,14 @@ def _go(recipe_path: Path, out: Path | None) -> None:
     # Imported after the first line is on the screen: torch takes seconds.
     from posttrain.api import run as run_recipe
 
-    with console, _interrupts(console.note) as stop:
-        outcome = run_recipe(
-            recipe, out=out, root=recipe_path.parent, observe=console.observe, stop=stop
-        )
+    try:
+        with console, _interrupts(console.note) as stop:
+            outcome = run_recipe(
+                recipe, out=out, root=recipe_path.parent, observe=console.observe, stop=stop
+            )
+    except KeyboardInterrupt:
+        click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
+        sys.exit(INTERRUPTED)
     _finish(outcome, console.summary)
 
 
@@ -90,7 +99,7 @@ def _finish(outcome: Outcome, say: Callable[[Outcome, Path], None]) -> None:
 
     say(outcome, write_report(outcome.out))
     if outcome.stopped_by:
-        sys.exit(3)
+        sys.exit(STOPPED_BY_GATE)
 
 
 @cli.command()
@@ -107,7 +116,7 @@ def plan(recipe: Path) -> None:
 @click.argument("model")
 @click.option("--tasks", type=FILE, required=True, help="A recipe, or any YAML with `tasks`.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the measurement here (JSON).")
-@click.option("--samples", type=int, help="Samples per prompt.")
+@click.option("--samples", type=click.IntRange(min=2), help="Samples per prompt.")
 def probe(model: str, tasks: Path, out: Path | None, samples: int | None) -> None:
     """Measure a model on task sets: pass@k with intervals, support, length, entropy."""
     from posttrain.api import measure
@@ -129,14 +138,17 @@ def _measuring(path: Path, model: str, samples: int | None) -> Recipe:
     from posttrain.config import convert, read_yaml
     from posttrain.recipe import Recipe
 
-    content = dict(read_yaml(path))
+    content: dict[str, object] = dict(read_yaml(path))
     if not content.get("tasks"):
-        raise ConfigError(f"{path} has no tasks", expected="a mapping under `tasks`")
-    measure = dict(content.get("measure") or {})
-    if samples is not None:
+        raise ConfigError(
+            f"{path} has no tasks, so there is nothing to measure on",
+            expected="a mapping under `tasks`, as in a recipe",
+        )
+    measure = content.get("measure", {})
+    if samples is not None and isinstance(measure, dict):
         measure["samples"] = samples
     kept = {k: content[k] for k in ("dtype", "device", "threads", "seed") if k in content}
-    chosen = {
+    chosen: dict[str, object] = {
         "name": "probe",
         "model": str(Path(model).resolve()) if Path(model).exists() else model,
         "tasks": content["tasks"],
@@ -161,49 +173,79 @@ def compare(before: str, after: str | None) -> None:
     if after is None:
         names = _policies(Path(before))
         before, after = f"{before}:{names[0]}", f"{before}:{names[-1]}"
-    first, epsilon = _measurement(before)
-    second, _ = _measurement(after)
-    click.echo(comparison_table(attribute(first, second, epsilon=epsilon)))
+    (first, spec), (second, _) = _measurement(before), _measurement(after)
+    comparison = attribute(first, second, epsilon=spec.threshold, confidence=spec.confidence)
+    click.echo(comparison_table(comparison))
+
+
+def _recipe_of(out: Path) -> Recipe:
+    """The recipe of a run folder."""
+    from posttrain.recipe import load_recipe
+
+    if not (out / "recipe.json").is_file():
+        raise ConfigError(
+            f"{out} is not a run folder",
+            expected="a folder that `posttrain run` or `tour` wrote, with recipe.json in it",
+            fix="check the path: it is what --out said, or out/<recipe name>",
+        )
+    return load_recipe(out / "recipe.json")
 
 
 def _policies(out: Path) -> list[str]:
     """Names of the measured policies of a run, in order."""
-    from posttrain.recipe import load_recipe
-
-    if not (out / "recipe.json").is_file():
-        raise ConfigError(f"{out} is not a run folder", expected="recipe.json in it")
-    recipe = load_recipe(out / "recipe.json")
-    names = ["base", *(s.name for s in recipe.stages)]
+    names = ["base", *(s.name for s in _recipe_of(out).stages)]
     done = [n for n in names if (out / "measurements" / f"{n}.json").is_file()]
     if len(done) < 2:
-        raise ConfigError(f"{out} has measured {done or 'nothing'}", expected="two policies")
+        raise ConfigError(
+            f"{out} has measured {', '.join(done) or 'no policy'} so far",
+            expected="two policies to compare",
+            fix="let the run go on until its first stage is measured",
+        )
     return done
 
 
-def _measurement(text: str) -> tuple[Measurement, float | None]:
-    """A measurement from a file or RUN:POLICY, and the run's support threshold if known."""
-    from posttrain.probes.measurement import Measurement
-    from posttrain.recipe import load_recipe
+def _measurement(text: str) -> tuple[Measurement, Measure]:
+    """A measurement from a file or RUN:POLICY, and how to read it.
 
-    path, epsilon = Path(text), None
+    A file alone is read as :class:`Measure` reads its number of samples by default.
+    """
+    from posttrain.probes.measurement import Measurement
+    from posttrain.recipe import Measure
+
+    path, spec = Path(text), None
     if not path.is_file():
-        folder, _, policy = text.rpartition(":")
-        path = Path(folder) / "measurements" / f"{policy}.json"
-        if not path.is_file():
-            known = [p.stem for p in (Path(folder) / "measurements").glob("*.json")]
+        folder, colon, policy = text.rpartition(":")
+        if not colon:
             raise ConfigError(
                 f"no measurement {text}",
-                expected="a measurement file, or RUN:POLICY",
-                fix=nearest(policy, known),
+                expected="a file that `posttrain probe --out` wrote, or RUN:POLICY, such as "
+                "out/tour:base",
+                fix=f"name a policy: {text}:base" if path.is_dir() else "check the path",
             )
-        epsilon = load_recipe(Path(folder) / "recipe.json").measure.threshold
-    return Measurement.from_json(path.read_text(encoding="utf-8")), epsilon
+        recipe = _recipe_of(Path(folder))
+        path, spec = Path(folder) / "measurements" / f"{policy}.json", recipe.measure
+        if not path.is_file():
+            known = [p.stem for p in path.parent.glob("*.json")]
+            raise ConfigError(
+                f"{folder} has no measured policy {policy!r}", fix=nearest(policy, known)
+            )
+    try:
+        found = Measurement.from_json(path.read_text(encoding="utf-8"))
+    except (DataError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} is not a measurement: {error}",
+            expected="a file that `posttrain probe --out` wrote, or RUN:POLICY",
+        ) from None
+    if spec is None:
+        spec = Measure(samples=found.tasks[0].num_samples) if found.tasks else Measure()
+    return found, spec
 
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN", type=OUT)
 def report(run_folder: Path) -> None:
     """Write RUN/report.html again: one self-contained page."""
+    _recipe_of(run_folder)
     from posttrain.report.load import write_report
 
     click.echo(write_report(run_folder))
@@ -218,7 +260,7 @@ def methods(name: str | None) -> None:
     click.echo(method_page(name) if name else methods_table())
 
 
-@cli.group()
+@cli.group(cls=Commands)
 def ledger() -> None:
     """The hash-chained record of a run."""
 
@@ -231,6 +273,8 @@ def verify(path: Path, head: str | None) -> None:
     from posttrain.ledger import verify as verify_ledger
 
     file = path / "ledger.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"no ledger in {path}", expected="a run folder, or its ledger.jsonl")
     result = verify_ledger(file, head=head)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.kinds.items()))
     click.echo(f"{file}: the chain holds over {result.num_records} records ({kinds})")
@@ -267,10 +311,26 @@ def main() -> None:
         sys.exit(error.exit_code)
     except PosttrainError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(2)
+        sys.exit(MISTAKE)
+    except BrokenPipeError:  # the reader of `posttrain … | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        click.echo(f"{_system_words(error)}", err=True)
+        sys.exit(MISTAKE)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
-        sys.exit(130)
+        click.echo("stopped.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _system_words(error: OSError) -> str:
+    """What the operating system refused, and where."""
+    from posttrain.files import as_disk_full
+
+    if full := as_disk_full(error):
+        return f"DiskFull: {full}"
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
 
 
 if __name__ == "__main__":

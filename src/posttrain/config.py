@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no file {path}", fix="check the path") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}", expected="a mapping")

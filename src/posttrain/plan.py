@@ -158,6 +158,16 @@ def model_path(name: str, root: Path) -> str:
     return str(root / name) if (root / name).exists() else name
 
 
+def is_hub_id(name: str) -> bool:
+    """True for the form ``org/name``.
+
+    Example:
+        >>> is_hub_id("Qwen/Qwen3-0.6B"), is_hub_id("./model"), is_hub_id("model")
+        (True, False, False)
+    """
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def _outside(ref: str, root: Path) -> str:
     """What identifies a ``path:`` policy: its content when it is on this disk, else its hub id.
 
@@ -168,7 +178,7 @@ def _outside(ref: str, root: Path) -> str:
     folder = Path(model_path(name, root)).expanduser()
     if folder.is_dir():
         return hash_folder(folder)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if folder.exists() or not is_hub_id(name):
         raise ConfigError(
             f"no model folder {root / name}",
             expected="path:<folder or hub id>",

@@ -11,14 +11,16 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import yaml
 
 from posttrain import config
+from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.composition import Dataset, Rollouts, TeacherDistribution
+from posttrain.errors import ModelError
 from posttrain.files import hash_folder
-from posttrain.pipeline import model_path
-from posttrain.plan import Plan, PlannedStage, make_plan
+from posttrain.plan import Plan, PlannedStage, is_hub_id, make_plan, model_path
 from posttrain.recipe import Recipe
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -50,8 +52,19 @@ def preview(recipe: Recipe, *, root: Path) -> str:
     Raises:
         PosttrainError: whatever would stop the run: options, legality, data, model folder.
     """
-    folder = Path(model_path(recipe.model, root))
+    # Imported here: torch takes seconds.
+    from posttrain.engines.model import check_folder
+
+    folder = Path(model_path(recipe.model, root)).expanduser()
     local = folder.is_dir()
+    if local:
+        check_folder(folder)
+    elif not is_hub_id(recipe.model):
+        raise ModelError(
+            f"no model folder {root / recipe.model}",
+            expected="a folder with config.json and weights, or a hub id like org/name",
+            fix="check the path; it is relative to the recipe's folder",
+        )
     base = hash_folder(folder) if local else recipe.model
     plan = make_plan(recipe, root=root, base=base)
     shape = read_shape(folder) if local else None
@@ -87,7 +100,7 @@ def _stage_lines(
         f"   objective   {terms}",
         "   legality    ok: every column and author that the objective needs is provided",
     ]
-    volume = _volume(planned, plan, folder) if folder.is_dir() else None
+    volume = _volume(planned, plan, folder) if shape else None
     if volume:
         most = "" if volume.exact else "at most "
         lines.append(
@@ -137,12 +150,10 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
 
 def _volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
     """Count what a stage will draw; reads data files and the tokenizer."""
-    # Imported here: transformers takes a second, and only this needs it.
-    from posttrain.chat import ChatRenderer
     from posttrain.sources.dataset import DatasetSource
     from posttrain.tasks import build_taskset
 
-    renderer = ChatRenderer.from_folder(folder)
+    renderer = _renderer(folder)
     source, spec = planned.composition.source, planned.spec
     if isinstance(source, Dataset):
         shape = read_shape(folder)
@@ -174,17 +185,50 @@ def _volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
     )
 
 
+def _renderer(folder: Path) -> ChatRenderer:
+    """The renderer that the run will use, end tokens included, without loading the model."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        if (folder / "generation_config.json").is_file():
+            ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        else:
+            ends = AutoConfig.from_pretrained(folder).eos_token_id
+        tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return ChatRenderer(tokenizer, end_tokens=tuple(known))
+
+
 def read_shape(folder: Path) -> Shape:
-    """Count weights from safetensors headers, without reading any weight."""
+    """Count weights from safetensors headers, without reading any weight.
+
+    Raises:
+        ModelError: a file is not what its name says.
+    """
+    from transformers import AutoConfig
+
     total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        total += sum(math.prod(t["shape"]) for n, t in header.items() if n != "__metadata__")
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = settings.get("text_config", settings)
-    return Shape(total, text["max_position_embeddings"], text["vocab_size"])
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+            total += sum(math.prod(t["shape"]) for n, t in header.items() if n != "__metadata__")
+        settings = AutoConfig.from_pretrained(folder).get_text_config()
+        return Shape(total, settings.max_position_embeddings, settings.vocab_size)
+    except (OSError, ValueError, KeyError, AttributeError, struct.error, OverflowError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ModelError:
+    words = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(
+        f"{folder} cannot be read: {words[0]}",
+        expected="a causal language model that transformers can load",
+        fix="check that the folder was copied whole",
+    )
 
 
 def _size(num_bytes: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_house_rules import LAYERS
 
 from posttrain.cli import cli
 from posttrain.config import convert
@@ -120,6 +121,18 @@ def test_recipe_example_is_valid_and_legal(text):
 def test_there_are_examples_to_check():
     assert blocks("python runnable")
     assert blocks("yaml recipe")
+
+
+def test_the_layers_of_the_contributing_page_are_those_that_are_checked():
+    rows = re.findall(
+        r"^\| (\d) \| ([\w, ]+?)(?: \(.*\))? \|",
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    told: dict[int, set[str]] = {}
+    for depth, modules in rows:
+        told.setdefault(int(depth), set()).update(modules.split(", "))
+    assert told == dict(enumerate(LAYERS))
 
 
 @pytest.mark.parametrize("page", DECISIONS, ids=lambda p: p.stem)

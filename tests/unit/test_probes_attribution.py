@@ -12,11 +12,13 @@ from test_probes_measurement import measured, policy
 from posttrain.errors import ConfigError, RunError
 from posttrain.probes.attribution import (
     FOLDS,
+    MATERIAL,
     MeasuredRole,
     Part,
     attribute,
     compare,
     contributions,
+    role_in_run,
 )
 from posttrain.probes.measurement import TaskMeasurement
 from posttrain.probes.support import cutoffs
@@ -287,3 +289,30 @@ def test_what_cannot_be_compared_is_refused() -> None:
         attribute(measured(np.zeros((3, 1))), measured(np.zeros((3, 1))), epsilon=0.5)
     with pytest.raises(ConfigError, match="epsilon=0"):
         attribute(task, task, epsilon=0.0)
+
+
+def test_a_certain_but_immaterial_loss_is_consolidation():
+    change = measured_change(np.ones(24), np.full(24, 0.98))
+    assert change.gone.is_positive
+    assert change.gone.value < MATERIAL
+    assert change.dominant is MeasuredRole.CONSOLIDATION
+
+
+def test_bringing_back_what_an_earlier_policy_could_do_is_consolidation():
+    rng = np.random.default_rng(3)
+    good, ruined = np.full(24, 0.95), np.full(24, 0.3)
+    first, input_, result = (sampled(p, rng) for p in (good, ruined, good))
+    change = attribute(input_, result, epsilon=EPSILON)
+    earlier = attribute(first, result, epsilon=EPSILON)
+    assert change.dominant is MeasuredRole.RESHAPING
+    assert role_in_run(change, [earlier]) is MeasuredRole.CONSOLIDATION
+    assert role_in_run(change, []) is MeasuredRole.RESHAPING
+    never_better = attribute(input_, result, epsilon=EPSILON)
+    assert role_in_run(change, [never_better]) is MeasuredRole.RESHAPING
+    fell = attribute(first, input_, epsilon=EPSILON)
+    assert role_in_run(fell, [earlier]) is MeasuredRole.ATTRITION
+
+
+def measured_change(p0: np.ndarray, p1: np.ndarray):
+    rng = np.random.default_rng(0)
+    return attribute(sampled(p0, rng), sampled(p1, rng), epsilon=EPSILON)

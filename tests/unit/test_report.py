@@ -287,7 +287,7 @@ def test_headline_claims_only_what_excludes_zero() -> None:
     )
     assert headline(run).text == (
         "Training after lab-base: reverse became reachable (0.00 → 0.81 [0.74, 0.88]); "
-        "sums showed no clear change (0.90 → 0.92 [0.87, 0.97]); and "
+        "sums was kept (0.90 → 0.92 [0.87, 0.97]); and "
         "chains was partly lost, though 0.10 [0.05, 0.15] sharpened (0.40 → 0.20 [0.15, 0.25])."
     )
 

@@ -28,7 +28,7 @@ loss with opposite sign, so a part may come out slightly below zero. Read that a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -48,6 +48,8 @@ from posttrain.probes.support import SupportChange, cutoffs, support_change
 
 FOLDS = 4
 """Two decide on too few samples; with many, folds share deciders and the parts get noisier."""
+MATERIAL = 0.05
+"""Smallest change of pass@1 that gets a name. A smaller one may be certain and still not matter."""
 RETAINED = 0.75
 """Lower bound of retention from which "kept" is a finding rather than a lack of one."""
 
@@ -68,7 +70,7 @@ class MeasuredRole(StrEnum):
 
     EXPANSION = "expansion"  # support expansion: the gain is newly reachable for the most part
     RESHAPING = "reshaping"  # policy reshaping: the gain is sharpening for the most part
-    CONSOLIDATION = "consolidation"  # behaviour kept, and no change shown
+    CONSOLIDATION = "consolidation"  # behaviour kept, or brought back; no other material change
     ATTRITION = "attrition"  # more went away than came
     UNDETERMINED = "undetermined"  # the samples or the labels do not tell
 
@@ -105,28 +107,50 @@ class Attribution:
         2. expansion: more came than went away, newly reachable is above zero, and at least as
            large as sharpened;
         3. reshaping: more came than went away, sharpened is above zero, and the larger gain;
-        4. consolidation: no amount is above zero, the interval of ``change`` includes zero, kept is
-           above zero, and retention is at least RETAINED by its lower bound;
+        4. consolidation: no material amount is above zero, kept is above zero, and retention is
+           at least RETAINED by its lower bound;
         5. undetermined.
 
-        "Above" and "below" are said of whole intervals. Rules 1 to 3 do not apply when an
-        undetermined amount is larger than what they name.
+        "Above" and "below" are said of whole intervals; material means at least MATERIAL. Rules
+        1 to 3 name material amounts only, and do not apply when an undetermined amount is larger
+        than what they name.
         """
         unclear = max(self.undetermined_gain.value, self.undetermined_loss.value)
         new, sharper = self.parts[Part.NEWLY_REACHABLE], self.parts[Part.SHARPENED]
-        if self.gone.is_positive and self.balance.high < 0 and self.gone.value >= unclear:
+        named = max(unclear, MATERIAL)
+        if self.gone.is_positive and self.balance.high < 0 and self.gone.value >= named:
             return MeasuredRole.ATTRITION
         larger = new if new.value >= sharper.value else sharper
-        if larger.is_positive and self.balance.is_positive and larger.value >= unclear:
+        if larger.is_positive and self.balance.is_positive and larger.value >= named:
             return MeasuredRole.EXPANSION if larger is new else MeasuredRole.RESHAPING
         changes = [new, sharper, self.parts[Part.WEAKENED], self.parts[Part.LOST]]
         changes += [self.undetermined_gain, self.undetermined_loss]
-        still = not any(c.is_positive for c in changes)
-        still = still and self.change.low <= 0 <= self.change.high
+        still = not any(c.is_positive and c.value >= MATERIAL for c in changes)
         kept = self.retention is not None and self.retention.low >= RETAINED
         if still and kept and self.parts[Part.KEPT].is_positive:
             return MeasuredRole.CONSOLIDATION
         return MeasuredRole.UNDETERMINED
+
+
+def role_in_run(change: Attribution, earlier: Sequence[Attribution]) -> MeasuredRole:
+    """The role of a stage, seen from all policies that the run has measured before it.
+
+    A gain that only brings back what an earlier policy could do is a hand-off, not an expansion:
+    it counts as consolidation when that policy was clearly better than the stage's input (their
+    pass@1 intervals do not touch) and the result retains at least RETAINED of it.
+
+    Args:
+        change: from the stage's input to its result.
+        earlier: from each earlier policy to the stage's result.
+    """
+    role = change.dominant
+    if role not in (MeasuredRole.EXPANSION, MeasuredRole.RESHAPING):
+        return role
+    for old in earlier:
+        was_better = old.before.low > change.before.high
+        if was_better and old.retention is not None and old.retention.low >= RETAINED:
+            return MeasuredRole.CONSOLIDATION
+    return role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,14 @@
 """One sentence that says what a run did, made from measured numbers only.
 
-A change is only claimed when the interval of its part excludes zero. The numbers behind it are
-pass@1 before and after, with the interval of the latter.
+A change is only claimed when the interval of its part excludes zero and the part is material. The
+numbers behind it are pass@1 before and after, with the interval of the latter.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from posttrain.probes.attribution import MATERIAL
 from posttrain.report.view import Change, Estimate, RunView, task_of
 
 MAX_CLAUSES = 8
@@ -91,7 +92,7 @@ def _by_parts(change: Change) -> tuple[str, str]:
     if _size(gained) == 0 and _size(lost) == 0:
         if (change.undetermined.value or 0.0) >= MOSTLY:
             return "stayed undetermined", "open"
-        return "showed no clear change", "same"
+        return ("was kept" if change.kept.is_positive else "showed no clear change"), "same"
     if _size(gained) >= _size(lost):
         extra = f", though {lost.words} {_noun(loss)}" if _size(lost) > 0 else ""
         return gain + extra, "gain"
@@ -104,7 +105,9 @@ def _noun(loss: str) -> str:
 
 
 def _size(estimate: Estimate) -> float:
-    return (estimate.value or 0.0) if estimate.is_positive else 0.0
+    """A part's size if it is certain and large enough to mention, else 0."""
+    value = estimate.value or 0.0
+    return value if estimate.is_positive and value >= MATERIAL else 0.0
 
 
 def _by_pass_at_1(before: Estimate, after: Estimate) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from posttrain.files import write_atomic
 from posttrain.ledger import GENESIS, Record, RecordKind, read, verify
 from posttrain.pipeline import model_path, read_done
 from posttrain.plan import PlannedStage
-from posttrain.probes.attribution import Attribution, Part, compare
+from posttrain.probes.attribution import Attribution, Part, compare, role_in_run
 from posttrain.probes.attribution import Comparison as Attributions
 from posttrain.probes.bootstrap import Interval, student_quantile
 from posttrain.probes.measurement import Measurement
@@ -100,7 +100,6 @@ def load_view(out: Path) -> RunView:
     changes = [_compare(run, a, b) for a, b in pairwise(run.measurements)]
     whole = _compare(run, run.measurements[0], run.measurements[-1]) if changes else None
     accounts = [a for s in run.stages for a in _accounts(run, s)]
-    effects = {c.after: c for c in changes}
     newest = next((r for r in reversed(run.records) if r.kind is RecordKind.RUN), None)
     return RunView(
         name=run.recipe.name,
@@ -118,7 +117,7 @@ def load_view(out: Path) -> RunView:
             f"success rate of {spec.threshold:.3g}; {spec.confidence:.0%} intervals over prompts"
         ),
         unit="share of samples on held-out prompts that succeed (pass@1)",
-        stages=tuple(_stage(run, s, effects.get(s.spec.name)) for s in run.stages),
+        stages=tuple(_stage(run, s) for s in run.stages),
         policies=tuple(_policy(m, run.recipe) for m in run.measurements),
         comparisons=(
             *(_comparison(c, stage=c.after) for c in changes),
@@ -163,7 +162,20 @@ def _compare(run: _Run, before: Measurement, after: Measurement) -> Attributions
 # --- stages ----------------------------------------------------------------------------------
 
 
-def _stage(run: _Run, planned: PlannedStage, change: Attributions | None) -> StageView:
+def _effects(run: _Run, stage: str) -> Iterable[TaskEffect]:
+    """What the stage did per task, in the light of every policy measured before it."""
+    names = [m.policy for m in run.measurements]
+    if stage not in names:
+        return
+    at = names.index(stage)
+    result = run.measurements[at]
+    changes = [_compare(run, m, result) for m in run.measurements[:at]]
+    for tasks in zip(*(c.tasks for c in changes), strict=True):
+        *earlier, last = tasks
+        yield TaskEffect(task=last.task, effect=Effect(str(role_in_run(last, earlier))))
+
+
+def _stage(run: _Run, planned: PlannedStage) -> StageView:
     folder, spec = run.folder(planned), planned.spec
     done = read_done(folder)
     lines = _metrics(folder)
@@ -173,7 +185,6 @@ def _stage(run: _Run, planned: PlannedStage, change: Attributions | None) -> Sta
         if isinstance(signal, TeacherDistribution)
         for ref in dict.fromkeys(signal.routes.values())
     ]
-    effects = () if change is None else change.tasks
     return StageView(
         name=spec.name,
         method=str(spec.method.__struct_config__.tag),
@@ -183,7 +194,7 @@ def _stage(run: _Run, planned: PlannedStage, change: Attributions | None) -> Sta
         steps=len(lines),
         seconds=done.seconds if done else _elapsed(lines),
         intends=spec.intends,
-        effects=tuple(TaskEffect(task=t.task, effect=Effect(str(t.dominant))) for t in effects),
+        effects=tuple(_effects(run, spec.name)),
         teachers=tuple(teachers),
         tokens=tuple(
             TokenCount(kind=t.kind, name=t.producer, tokens=t.completion_tokens)

@@ -343,7 +343,8 @@ HOW_TO_READ: tuple[Definition, ...] = (
     ),
     Definition(
         term="Consolidation",
-        words="Behaviour gained earlier is kept, transferred or compressed without a clear loss.",
+        words="Behaviour that an earlier policy had is kept, or brought back after it was lost, "
+        "without another material change (0.05 of pass@1 or more).",
     ),
     Definition(
         term="Attrition",
@@ -358,13 +359,16 @@ HOW_TO_READ: tuple[Definition, ...] = (
     ),
     Definition(
         term="The five parts of a change",
-        words="Newly reachable: out before, in after. Sharpened and weakened: in both times, "
-        "with a clearly higher or lower success rate. Kept: in both times, no clear difference. "
-        "Lost: in before, out after. What the samples cannot decide is undetermined.",
+        words="A change of pass@1, split so that kept + gains = after and kept + losses = before. "
+        "Newly reachable: gained on prompts that were out before and are in after. Sharpened: "
+        "gained on prompts that were in before. Weakened: went away where the prompt is still in. "
+        "Lost: went away where it is now out. What the labels cannot decide is undetermined. One "
+        "part of the samples decides where a prompt belongs and another measures the amount, so "
+        "chance alone gives every part but kept an average of zero.",
     ),
     Definition(
         term="Retention",
-        words="Of the behaviour within reach before, the share still within reach after.",
+        words="Kept divided by pass@1 before: the share of the earlier successes that survived.",
     ),
     Definition(
         term="pass@k",

@@ -132,7 +132,8 @@ def _load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles of the file look themselves up here
     try:
-        spec.loader.exec_module(module)
+        # Not through the loader: its .pyc could outlive an edit, and would litter the folder.
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     except Exception as error:
         del sys.modules[name]
         raise TaskError(
