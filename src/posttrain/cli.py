@@ -147,7 +147,9 @@ def _measuring(path: Path, model: str, samples: int | None) -> Recipe:
     measure = content.get("measure", {})
     if samples is not None and isinstance(measure, dict):
         measure["samples"] = samples
-    kept = {k: content[k] for k in ("dtype", "device", "threads", "seed") if k in content}
+    kept: dict[str, object] = {
+        k: content[k] for k in ("dtype", "device", "threads", "seed") if k in content
+    }
     chosen: dict[str, object] = {
         "name": "probe",
         "model": str(Path(model).resolve()) if Path(model).exists() else model,

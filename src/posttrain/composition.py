@@ -159,7 +159,7 @@ class TeacherDistribution(
     top_k: int | None = None
     needs: ClassVar[frozenset[Column]] = frozenset()
     provides: ClassVar[frozenset[Column]] = frozenset(
-        {Column.TEACHER_IDS, Column.TEACHER_LOGPROBS, Column.TEACHER_LOGPROB}
+        {Column.TEACHER_IDS, Column.TEACHER_LOGPROBS}
     )
 
     def __post_init__(self) -> None:

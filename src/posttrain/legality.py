@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from posttrain.composition import Composition, Dataset, TermSpec
+from posttrain.composition import Composition, Dataset, ReferenceKL, Rollouts, TermSpec
 from posttrain.errors import LegalityError
 from posttrain.provenance import Kind
 from posttrain.trajectory import Column, Group
@@ -20,7 +20,6 @@ from posttrain.trajectory import Column, Group
 HOW_TO_GET = {
     Column.BEHAVIOUR_LOGPROB: "use a rollouts source: a data set has no behaviour log-probs",
     Column.REFERENCE_LOGPROB: "add the reference_logprobs signal",
-    Column.TEACHER_LOGPROB: "add the teacher_distribution signal",
     Column.TEACHER_IDS: "add the teacher_distribution signal",
     Column.TEACHER_LOGPROBS: "add the teacher_distribution signal",
     Column.ADVANTAGE: "add verify and group_advantage signals",
@@ -56,6 +55,7 @@ def check_composition(composition: Composition, *, stage: str) -> None:
         _check_columns(name, term.needs, have, stage=stage)
         _check_authors(term, name, composition, stage=stage)
     _check_ratios(composition, stage=stage)
+    _check_temperature(composition, stage=stage)
     covered = frozenset().union(*(readable(t) for t in composition.terms))
     if ignored := composition.source.writes - covered:
         raise LegalityError(
@@ -110,6 +110,18 @@ def _check_ratios(composition: Composition, *, stage: str) -> None:
             "policy with the distribution really sampled, and a truncated one gives zero to "
             "tokens that the policy does not",
             fix="sample untruncated (a temperature is fine), or use a term without a ratio",
+        )
+
+
+def _check_temperature(composition: Composition, *, stage: str) -> None:
+    source = composition.source
+    kl = any(isinstance(t, ReferenceKL) for t in composition.terms)
+    if kl and isinstance(source, Rollouts) and source.sampling.temperature != 1:
+        raise LegalityError(
+            f"stage {stage}: reference_kl on samples at temperature {source.sampling.temperature}",
+            expected="temperature 1: the estimate is over samples of the policy itself, and at "
+            "another temperature its gradient is not that of the KL",
+            fix="sample at temperature 1, or drop kl_weight",
         )
 
 

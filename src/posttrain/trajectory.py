@@ -38,7 +38,6 @@ class Column(StrEnum):
 
     BEHAVIOUR_LOGPROB = "behaviour_logprob"  # [T] under the distribution that was sampled
     REFERENCE_LOGPROB = "reference_logprob"  # [T] under the frozen reference
-    TEACHER_LOGPROB = "teacher_logprob"  # [T] of the tokens written, under the teacher
     TEACHER_IDS = "teacher_ids"  # [T, K] the teacher's K most likely tokens
     TEACHER_LOGPROBS = "teacher_logprobs"  # [T, K] their log-probs
     ADVANTAGE = "advantage"  # [T]

@@ -160,7 +160,7 @@ def test_author_digest_and_keys(tmp_path):
     assert len({g.task for g in groups}) == 5
     for group in groups:
         name, _, key = group.task.partition("/")
-        assert (name, len(key)) == ("d", 8)
+        assert (name, len(key)) == ("d", 16)
         t = group.members[0].trajectory
         assert t.task == group.task
         assert {(span.role, span.producer) for span in t.spans} == {

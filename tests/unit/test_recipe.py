@@ -26,6 +26,7 @@ from posttrain.composition import (
     CrossEntropy,
     GroupAdvantage,
     PairwiseLogistic,
+    ReferenceKL,
     ReferenceLogprobs,
     TeacherDistribution,
     TeacherReverseKL,
@@ -258,6 +259,14 @@ CREDIT = (Verify(), GroupAdvantage())
                 source=LIVE, signals=CREDIT, terms=(ClippedPolicyGradient(where=(Kind.HUMAN,)),)
             ),
             "not the gradient that it claims to be",
+        ),
+        (
+            Composition(
+                source=Rollouts(tasks=("sums",), sampling=SamplingSpec(temperature=0.7)),
+                signals=(ReferenceLogprobs(),),
+                terms=(ReferenceKL(),),
+            ),
+            "at another temperature its gradient is not that of the KL",
         ),
         (
             Composition(source=DATA, terms=(CrossEntropy(where=(Kind.LEARNER,)),)),

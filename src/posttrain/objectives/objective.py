@@ -32,6 +32,15 @@ class Objective:
         return frozenset().union(*(t.needs for t in self.terms))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """A metric name per term: its tag, numbered where two terms have the same one."""
+        tags = [str(t.__struct_config__.tag) for t in self.terms]
+        return tuple(
+            tag if tags.count(tag) == 1 else f"{tag}-{tags[: i + 1].count(tag)}"
+            for i, tag in enumerate(tags)
+        )
+
+    @property
     def reads(self) -> frozenset[Stat]:
         """Statistics of the policy that some term reads."""
         return frozenset().union(*(TERMS[type(t)].reads for t in self.terms))
@@ -56,8 +65,7 @@ class Objective:
         stats = token_stats(hidden_NX, head, batch, wanted=self.reads, vocab_size=vocab_size)
         total = hidden_NX.new_zeros((), dtype=torch.float32)
         metrics: dict[str, float] = {}
-        for term, count in zip(self.terms, counts, strict=True):
-            name = str(term.__struct_config__.tag)
+        for name, term, count in zip(self.names, self.terms, counts, strict=True):
             values = TERMS[type(term)].values(term, stats, batch)
             share = reduce_units(term, values.loss, batch, count=count)
             total = total + term.weight * share

@@ -15,13 +15,18 @@ from posttrain.batch import PackedBatch
 from posttrain.composition import PairwiseLogistic, TermSpec
 
 
+def per_unit(term: TermSpec) -> bool:
+    """True when every unit counts alike; False when tokens are averaged per sequence first."""
+    return isinstance(term, PairwiseLogistic) or term.aggregate == "token_mean"
+
+
 def mask_units(term: TermSpec, batch: PackedBatch) -> Tensor:
     """Bool mask over the units the term reads: [N] tokens, or [P] pairs.
 
     A pair counts only when everything trained in it was written by the kinds in ``where``.
     """
     allowed_N = batch.where(term.where)
-    if not isinstance(term, PairwiseLogistic):
+    if term.unit != "pair":
         return allowed_N
     barred_S = torch.zeros(batch.num_sequences, dtype=torch.bool, device=allowed_N.device)
     barred_S[batch.sequence_N[~allowed_N]] = True
@@ -33,7 +38,7 @@ def count_units(term: TermSpec, batches: Sequence[PackedBatch]) -> int:
     total = 0
     for batch in batches:
         mask = mask_units(term, batch)
-        if isinstance(term, PairwiseLogistic) or term.aggregate == "token_mean":
+        if per_unit(term):
             total += int(mask.sum())
         else:
             total += int(batch.sequence_N[mask].unique().numel())
@@ -54,7 +59,7 @@ def reduce_units(term: TermSpec, values: Tensor, batch: PackedBatch, *, count: i
         return values.sum() * 0.0
     # where, not a product: a masked value may be infinite, and inf * 0 is NaN.
     kept = torch.where(mask, values, torch.zeros_like(values))
-    if isinstance(term, PairwiseLogistic) or term.aggregate == "token_mean":
+    if per_unit(term):
         return kept.sum() / count
     lengths_S = torch.zeros(batch.num_sequences, device=values.device)
     lengths_S.index_add_(0, batch.sequence_N, mask.float())

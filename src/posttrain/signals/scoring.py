@@ -37,8 +37,8 @@ class TeacherSignal:
     teachers: Mapping[str, Policy]  # by policy reference
 
     def score(self, groups: Sequence[Group]) -> Sequence[Group]:
-        """The same groups with ``TEACHER_IDS`` [T, K], ``TEACHER_LOGPROBS`` [T, K or V] and
-        ``TEACHER_LOGPROB`` [T]."""
+        """The same groups with ``TEACHER_IDS`` [T, K] and ``TEACHER_LOGPROBS`` [T, K]; for the
+        whole vocabulary [T, 0] and [T, V]."""
         by_teacher: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
             by_teacher.setdefault(self._route(group.task), []).append(index)
@@ -51,16 +51,9 @@ class TeacherSignal:
         return [g for g in out if g is not None]
 
     def _ask(self, teacher: Policy, groups: Sequence[Group]) -> Sequence[Group]:
-        trajectories = _trajectories(groups)
-        tops = teacher.distributions(trajectories, top_k=self.spec.top_k)
-        written = teacher.logprobs(trajectories)
+        tops = teacher.distributions(_trajectories(groups), top_k=self.spec.top_k)
         columns: list[Mapping[Column, Array]] = [
-            {
-                Column.TEACHER_IDS: ids,
-                Column.TEACHER_LOGPROBS: values,
-                Column.TEACHER_LOGPROB: logprob,
-            }
-            for (ids, values), logprob in zip(tops, written, strict=True)
+            {Column.TEACHER_IDS: ids, Column.TEACHER_LOGPROBS: values} for ids, values in tops
         ]
         return _attach(groups, columns)
 

@@ -1,0 +1,155 @@
+"""Every seam's contract suite passes on what we ship, and fails on a broken part."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from posttrain.composition import GroupAdvantage, Rollouts
+from posttrain.errors import LegalityError, TaskError
+from posttrain.probes.measure import measure
+from posttrain.provenance import Kind
+from posttrain.recipe import Measure
+from posttrain.signals.credit import GroupAdvantageSignal
+from posttrain.signals.scoring import ReferenceSignal
+from posttrain.signals.verifier import Verifier
+from posttrain.sources.rollout import RolloutSource
+from posttrain.testing import (
+    FakePolicy,
+    FakeTaskSet,
+    as_group,
+    check_policy,
+    check_signal,
+    check_source,
+    check_taskset,
+    example_trajectory,
+)
+from posttrain.trajectory import Column
+
+TASKS = FakeTaskSet(size=8)
+SPEC = Rollouts(tasks=("letters",), group_size=4, max_new_tokens=3)
+
+
+def live(**answers):
+    return FakePolicy(answers or {"a": 0.3, "b": 0.7}, version=0)
+
+
+def rollouts(policy=None, seed=0):
+    return RolloutSource(SPEC, {"letters": TASKS}, policy or live(), seed)
+
+
+def test_fakes_keep_the_contracts():
+    check_taskset(TASKS)
+    check_policy(live(), TASKS.held_out[:3])
+
+
+def test_rollouts_keep_the_contract():
+    check_source(rollouts(), provides=SPEC.provides)
+
+
+def test_signals_keep_the_contract():
+    groups = rollouts().draw(3, step=0)
+    verifier = Verifier({"letters": TASKS}, live().renderer)
+    check_signal(verifier, groups, provides=frozenset({Column.REWARD}))
+    judged = verifier.score(groups)
+    credit = GroupAdvantageSignal(GroupAdvantage())
+    check_signal(credit, judged, provides=frozenset({Column.ADVANTAGE}))
+    reference = ReferenceSignal(FakePolicy({"a": 0.5, "b": 0.5}))
+    check_signal(reference, groups, provides=frozenset({Column.REFERENCE_LOGPROB}))
+
+
+def test_a_broken_part_fails_its_contract():
+    class Forgetful:
+        def score(self, groups):
+            return groups[:-1]
+
+    class Copier:
+        def score(self, groups):
+            return [as_group(*(replace(m.trajectory) for m in g.members)) for g in groups]
+
+    class Cursor:
+        def __init__(self):
+            self.at = 0
+
+        def draw(self, num_groups, *, step):
+            self.at += 1
+            return rollouts(seed=self.at).draw(num_groups, step=step)
+
+    groups = rollouts().draw(3, step=0)
+    for signal in (Forgetful(), Copier()):
+        with pytest.raises(AssertionError):
+            check_signal(signal, groups, provides=frozenset())
+    with pytest.raises(AssertionError, match="same step twice"):
+        check_source(Cursor(), provides=SPEC.provides)
+
+
+def test_rollouts_know_their_author_version_and_distribution():
+    (group, *_) = rollouts(replace(live(), version=7)).draw(2, step=3)
+    for member in group.members:
+        span = member.trajectory.spans[-1]
+        assert span.producer.kind is Kind.LEARNER
+        assert span.versions == (7, 7)
+        assert span.sampling is not None
+        assert span.logprobs is not None
+        assert member.trajectory.age(9) == 2
+    frozen = rollouts(FakePolicy({"a": 1.0})).draw(1, step=0)[0].members[0].trajectory
+    assert frozen.spans[-1].producer.kind is Kind.TEACHER
+    assert frozen.age(9) == 0
+
+
+def test_rollouts_share_task_sets_and_cover_an_epoch():
+    other = FakeTaskSet(name="others", size=4)
+    spec = Rollouts(tasks=("letters", "others"), group_size=1, max_new_tokens=3)
+    source = RolloutSource(spec, {"letters": TASKS, "others": other}, live(), 0)
+    keys = [g.task for step in range(4) for g in source.draw(4, step=step)]
+    assert sum(k.startswith("letters") for k in keys) == 8
+    assert len({k for k in keys if k.startswith("letters")}) == 8, "each prompt once per epoch"
+    assert {k for k in keys if k.startswith("others")} == {t.key for t in other.train}
+
+
+def test_a_prompt_without_room_is_refused():
+    with pytest.raises(TaskError, match="fewer than the model's context of 1"):
+        rollouts(replace(live(), context=1)).draw(1, step=0)
+
+
+def test_a_group_of_one_or_without_rewards_is_refused():
+    credit = GroupAdvantageSignal(GroupAdvantage())
+    with pytest.raises(LegalityError, match="at least two members"):
+        credit.score([as_group(example_trajectory())])
+    with pytest.raises(LegalityError, match="each with a reward"):
+        credit.score([as_group(example_trajectory(), example_trajectory())])
+
+
+def test_measuring_an_exactly_known_policy():
+    """Success rate, entropy and KL of a two-letter policy against their closed forms."""
+    policy, base = FakePolicy({"a": 0.3, "b": 0.7}), FakePolicy({"a": 0.6, "b": 0.4})
+    seen = []
+    result = measure(
+        "fake",
+        policy,
+        [FakeTaskSet(size=40)],
+        spec=Measure(samples=100, max_new_tokens=4, seed=1),
+        protocol="p",
+        observe=seen.append,
+        base=base,
+    )
+    task = result.task("letters")
+    n = task.scores.size
+    assert task.successes.mean() == pytest.approx(0.3, abs=4 * np.sqrt(0.21 / n))
+    entropy = -(0.3 * np.log(0.3) + 0.7 * np.log(0.7)) / 2  # two tokens, the second is certain
+    assert task.nll.mean() == pytest.approx(entropy, abs=0.02)
+    kl = 0.3 * np.log(0.3 / 0.6) + 0.7 * np.log(0.7 / 0.4)
+    assert task.kl_base.mean() == pytest.approx(kl, abs=0.08)
+    assert (task.distinct == 2).all()
+    assert not task.truncated.any()
+    assert [e.done for e in seen] == [0, 1]
+    again = measure(
+        "fake",
+        policy,
+        [FakeTaskSet(size=40)],
+        spec=Measure(samples=100, max_new_tokens=4, seed=1),
+        protocol="p",
+        observe=seen.append,
+        base=base,
+    )
+    np.testing.assert_array_equal(again.task("letters").scores, task.scores)
