@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from posttrain.composition import TermSpec
 from posttrain.errors import ConfigError, nearest
-from posttrain.methods import Compose, Dpo, Grpo, Method, Opd, Sft
+from posttrain.methods import METHODS
 from posttrain.probes.attribution import Attribution, Comparison, Part, compare
 from posttrain.probes.bootstrap import Interval
 from posttrain.probes.measurement import Measurement
@@ -20,7 +20,6 @@ from posttrain.probes.passk import pass_interval
 from posttrain.probes.support import Label, labels
 from posttrain.recipe import Measure, load_recipe
 
-METHODS: Mapping[str, type[Method]] = {
     "sft": Sft,
     "dpo": Dpo,
     "grpo": Grpo,

@@ -266,7 +266,7 @@ class LocalLearner:
         """A plain model folder. Adapters are merged, and saved beside it in ``adapter/``."""
         causal = self._model.causal
         if self._adapters is not None:
-            self._adapters.save_pretrained(folder / "adapter")
+            _save_adapters(self._adapters, folder / "adapter")
             causal = copy.deepcopy(self._adapters).merge_and_unload()
         causal.save_pretrained(folder)
         self._model.tokenizer.save_pretrained(folder)
@@ -297,6 +297,16 @@ def _attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-
                 task_type="CAUSAL_LM",
             ),
         )
+
+
+def _save_adapters(adapters, folder: Path) -> None:  # type: ignore[no-untyped-def]  # optional
+    """Save adapters so that equal ones give equal files: without local paths, lists in order."""
+    config = adapters.peft_config["default"]
+    config.base_model_name_or_path = ""  # else the folder that the base happened to lie in
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set, in any order
+    adapters.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # a card with nothing but that path
 
 
 def frozen(model: Model) -> LocalPolicy:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import PackedBatch
-from posttrain.composition import PairwiseLogistic, TermSpec
+from posttrain.composition import TermSpec
 
 
 def per_unit(term: TermSpec) -> bool:
     """True when every unit counts alike; False when tokens are averaged per sequence first."""
-    return isinstance(term, PairwiseLogistic) or term.aggregate == "token_mean"
+    return term.aggregate != "sequence_mean"
 
 
 def mask_units(term: TermSpec, batch: PackedBatch) -> Tensor:

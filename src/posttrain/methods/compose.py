@@ -1,0 +1,26 @@
+"""Any legal composition, by hand."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from posttrain.composition import Composition, SignalSpec, SourceSpec, TermSpec
+from posttrain.config import Config
+
+
+class Compose(Config, frozen=True, kw_only=True, tag="compose", tag_field="name"):
+    """Any legal composition, spelt out."""
+
+    source: SourceSpec
+    terms: tuple[TermSpec, ...]
+    signals: tuple[SignalSpec, ...] = ()
+
+    provenance: ClassVar[str] = "as composed"
+    interface: ClassVar[str] = "as composed"
+    tendency: ClassVar[str] = "measure it"
+    formula: ClassVar[str] = "the weighted sum of the terms"
+    paper: ClassVar[str] = "-"
+
+    def compose(self) -> Composition:
+        """Itself."""
+        return Composition(source=self.source, signals=self.signals, terms=self.terms)

@@ -1,0 +1,40 @@
+"""What a term's code returns, and what the registry keeps about it.
+
+Everything that is not the policy's own statistic is a constant in a term's code: columns carry no
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from posttrain.batch import PackedBatch
+from posttrain.head import Stat
+
+Stats = Mapping[Stat, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Values:
+    """A term's loss per unit, and what to show: numbers per unit, averaged like the loss."""
+
+    loss: Tensor
+    shown: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TermCode:
+    """The code of a term, and the statistics of the policy it reads."""
+
+    reads: frozenset[Stat]
+    values: Callable[..., Values]
+
+
+def sequence_sums(values_N: Tensor, batch: PackedBatch) -> Tensor:
+    """[S] sums over each sequence's trained tokens."""
+    sums_S = torch.zeros(batch.num_sequences, device=values_N.device)
+    return sums_S.index_add(0, batch.sequence_N, values_N)

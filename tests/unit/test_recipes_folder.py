@@ -1,0 +1,308 @@
+"""The recipes that users start from, and the page about them, work as they stand."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+from msgspec import inspect, structs
+
+from posttrain import config
+from posttrain.methods import Compose
+from posttrain.recipe import Budget, Measure, Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+PAGE = ROOT / "docs/recipes.md"
+# `preference` is set by dpo itself; compose and its parts have a page of the catalogue instead.
+NOT_FOR_RECIPES = {"preference"}
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def module(name: str):
+    spec = importlib.util.spec_from_file_location(f"recipes_{name}", FOLDER / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (FOLDER / "data" / name).read_text().splitlines()]
+
+
+def asked(prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def shortened(recipe: Recipe, *, steps: int) -> Recipe:
+    """The same stages with a budget of a few steps, and measured with few samples."""
+    stages = tuple(
+        structs.replace(s, budget=Budget(steps=steps), checkpoint_every=1) for s in recipe.stages
+    )
+    gates = [structs.replace(g, otherwise="warn") for s in stages for g in s.gates]
+    assert all(g.otherwise == "warn" for g in gates)
+    stages = tuple(
+        structs.replace(s, gates=tuple(structs.replace(g, otherwise="warn") for g in s.gates))
+        for s in stages
+    )
+    measure = Measure(tasks=recipe.measure.tasks, samples=2, max_new_tokens=4)
+    return structs.replace(recipe, stages=stages, measure=measure)
+
+
+# --- the files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_plan_of_every_recipe(path):
+    from posttrain.preview import preview
+
+    recipe = load_recipe(path)
+    text = preview(recipe, root=FOLDER)
+    assert text.count("legality    ok") == len(recipe.stages) >= 1
+    assert "not on this disk" not in text
+    resolved = yaml.safe_load(text.partition("resolved recipe:")[2])
+    again = config.convert(resolved, Recipe, origin="plan")
+    assert config.digest(again) == config.digest(recipe), "what plan prints is the recipe"
+
+
+def test_yaml_and_python_are_the_same_recipe():
+    ours, theirs = module("pipeline").RECIPE, load_recipe(FOLDER / "pipeline.yaml")
+    assert config.differences(config.plain(config.checked(ours)), config.plain(theirs)) == []
+    assert config.digest(ours) == config.digest(theirs)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "pipeline"])
+def test_runs_for_real_and_again_for_nothing(name, tmp_path):
+    from posttrain.api import run
+    from posttrain.events import StageStarted, StepDone
+
+    recipe = shortened(load_recipe(FOLDER / f"{name}.yaml"), steps=2)
+    events = []
+    outcome = run(recipe, out=tmp_path / "out", root=FOLDER, observe=events.append)
+    names = tuple(s.name for s in recipe.stages)
+    assert (outcome.finished, outcome.stopped_by) == (names, None)
+    steps = [e for e in events if isinstance(e, StepDone)]
+    assert [(e.stage, e.step) for e in steps] == [(n, s) for n in names for s in (1, 2)]
+    assert all(e.metrics["grad_norm"] > 0 for e in steps), "a step that teaches nothing"
+    for stage in names:
+        (folder,) = (tmp_path / "out/stages").glob(f"{stage}-*")
+        assert (folder / "model/config.json").is_file()
+
+    events.clear()
+    run(recipe, out=tmp_path / "out", root=FOLDER, observe=events.append)
+    assert [e.finished for e in events if isinstance(e, StageStarted)] == [True] * len(names)
+    assert not [e for e in events if isinstance(e, StepDone)]
+
+
+def options(node: inspect.Type, seen: set[type]) -> set[str]:
+    """Names of every option that can be written in a recipe."""
+    found: set[str] = set()
+    if isinstance(node, inspect.StructType):
+        if node.cls in seen or node.cls is Compose:
+            return found
+        seen.add(node.cls)
+        for field in node.fields:
+            found |= {field.encode_name} | options(field.type, seen)
+    elif isinstance(node, inspect.UnionType):
+        found = found.union(*(options(t, seen) for t in node.types))
+    elif isinstance(node, inspect.DictType):
+        found = options(node.value_type, seen)
+    elif isinstance(node, inspect.VarTupleType | inspect.ListType):
+        found = options(node.item_type, seen)
+    return found
+
+
+def test_every_option_is_explained_once_somewhere():
+    text = "\n".join(p.read_text(encoding="utf-8") for p in RECIPES)
+    with_comment = re.findall(r"^[ -]*(\w+):[^#\n]*#(.+)", text, re.MULTILINE)
+    explained = {key for key, _ in with_comment}
+    explained |= {word for _, comment in with_comment for word in re.findall(r"\w+", comment)}
+    written = set(re.findall(r"(\w+):", re.sub(r"#.*", "", text)))
+    known = options(inspect.type_info(Recipe), set()) - NOT_FOR_RECIPES
+    assert {"clip_low", "held_out", "alpha", "min_p", "epochs"} <= known
+    assert known - written - {"top_k", "top_p", "min_p"} == {"metric_absent"} - {"metric_absent"}
+    assert known - explained == set()
+
+
+# --- the data --------------------------------------------------------------------------------
+
+
+def held_out(recipe: Recipe, task: str) -> set[str]:
+    spec = recipe.tasks[task]
+    return {asked(r["prompt"]) for r in rows(Path(spec.path).name)[-spec.held_out :]}
+
+
+def test_no_demonstration_or_pair_asks_what_is_held_out():
+    pipeline = load_recipe(FOLDER / "pipeline.yaml")
+    letters, products = held_out(pipeline, "letters"), held_out(pipeline, "products")
+    assert len(letters) == 24
+    assert len(products) == 16
+    assert not letters & {asked(r["prompt"]) for r in rows("letters_demos.jsonl")}
+    assert not products & {asked(r["prompt"]) for r in rows("products_pairs.jsonl")}
+
+
+def test_the_data_is_right():
+    for row in rows("letters_demos.jsonl"):
+        (word,) = re.fullmatch(r"First letter of (\w+)\?", asked(row["prompt"])).groups()
+        assert row["completion"] == [{"role": "assistant", "content": word[0]}]
+    for row in rows("letters_tasks.jsonl"):
+        assert row["prompt"] == f"First letter of {row['prompt'][16:-1]}?"
+        assert row["answer"] == row["prompt"][16]
+    for row in [*rows("products_pairs.jsonl"), *rows("products_tasks.jsonl")]:
+        x, y = map(int, re.findall(r"\d+", asked(row["prompt"])))
+        if "chosen" in row:
+            assert [row[c][0]["content"] for c in ("chosen", "rejected")] == [
+                str(x * y),
+                str(x + y),
+            ]
+        else:
+            assert row["answer"] == x * y
+    assert all(20 <= len(p.read_text().splitlines()) < 100 for p in FOLDER.glob("data/*.jsonl"))
+
+
+def test_the_reward_tells_right_from_number_from_noise():
+    from posttrain.tasks.rewards import load_reward
+
+    reward = load_reward("data/rewards.py:product", FOLDER)
+    answers = ["12", " 12\n", "7", "twelve", ""]
+    scores = reward(["3 * 4"] * 5, answers, answer=["12"] * 5, level=["easy"] * 5)
+    assert scores == [1.0, 1.0, 0.1, 0.0, 0.0]
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def snippets(kind: str) -> list[str]:
+    return [body for info, body in FENCE.findall(PAGE.read_text(encoding="utf-8")) if info == kind]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The recipes in a folder of their own, at the place that the page's commands expect.
+
+    Budgets and samples in the YAML files are cut, so that every command takes seconds.
+    """
+    place = tmp_path_factory.mktemp("page")
+    (place / "src").symlink_to(ROOT / "src")
+    shutil.copytree(FOLDER, place / "recipes")
+    for path in (place / "recipes").glob("*.yaml"):
+        text = msgspec.json.decode(msgspec.json.encode(shortened(load_recipe(path), steps=2)))
+        path.write_text(yaml.safe_dump(text))
+    return place
+
+
+def execute(command: list[str], *, cwd: Path) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=240)
+    assert ran.returncode == 0, f"{command}: {ran.stdout[-500:]} {ran.stderr[-2000:]}"
+    return ran.stdout
+
+
+def test_every_snippet_of_the_page_is_of_a_kind_that_is_executed():
+    kinds = [info for info, _ in FENCE.findall(PAGE.read_text(encoding="utf-8"))]
+    tested = {"yaml recipe", "python", "python reward", "sh"}
+    tested |= {"json completion", "json messages", "json preference", "json task"}
+    assert set(kinds) == tested
+
+
+def test_the_page_stays_a_page():
+    text = PAGE.read_text(encoding="utf-8")
+    assert len(text.split()) < 1200
+    assert text.count("\n") < 170
+
+
+def test_yaml_on_the_page_runs(copy):
+    from posttrain.api import run
+
+    for number, text in enumerate(snippets("yaml recipe")):
+        path = copy / f"recipes/page{number}.yaml"
+        path.write_text(text)
+        outcome = run(load_recipe(path), out=copy / f"out/page{number}", root=path.parent)
+        assert outcome.finished == ("practise",)
+
+
+def test_python_on_the_page_runs_and_is_the_yaml_beside_it(copy):
+    (code,) = snippets("python")
+    check = "\nimport json\nfrom posttrain import config\nprint(json.dumps(config.plain(recipe.stages[0])))"
+    printed = execute([sys.executable, "-c", code + check], cwd=copy).splitlines()
+    assert printed[0] == "('practise',)"
+    (text,) = snippets("yaml recipe")
+    beside = config.plain(config.convert(yaml.safe_load(text), Recipe, origin="page").stages[0])
+    assert config.differences({**beside, "gates": []}, json.loads(printed[1])) == []
+
+
+def test_shell_on_the_page_runs(copy):
+    from posttrain.cli import cli
+
+    for line in [line for body in snippets("sh") for line in body.splitlines()]:
+        program, *words = shlex.split(line)
+        assert (program, words[0] in cli.commands) == ("posttrain", True)
+        printed = execute([sys.executable, "-m", "posttrain.cli", *words], cwd=copy)
+        assert printed
+    assert (copy / "out/sft/report.html").is_file()
+    assert "already finished" in execute(
+        [sys.executable, "-m", "posttrain.cli", "run", "recipes/sft.yaml", "--out", "out/sft"],
+        cwd=copy,
+    )
+
+
+@pytest.mark.parametrize("kind", ["completion", "messages", "preference"])
+def test_rows_on_the_page_are_read_as_that_format(kind, tmp_path):
+    from transformers import AutoTokenizer
+
+    from posttrain.chat import ChatRenderer
+    from posttrain.composition import Dataset
+    from posttrain.sources.dataset import DatasetSource
+
+    (row,) = snippets(f"json {kind}")
+    (tmp_path / "rows.jsonl").write_text(row)
+    source = DatasetSource(
+        Dataset(path="rows.jsonl", preference=kind == "preference"),
+        root=tmp_path,
+        renderer=ChatRenderer(AutoTokenizer.from_pretrained(ROOT / "src/posttrain/lab/base")),
+        context=128,
+        seed=0,
+    )
+    assert (source.format, source.num_groups) == (kind, 1)
+    answer = {"completion": "q", "messages": "q", "preference": "12"}[kind]
+    assert f"<|assistant|>⟦{answer}<|end|>⟧" in source.preview()
+
+
+def test_the_task_row_and_the_reward_on_the_page_fit_together(tmp_path):
+    from posttrain.recipe import JsonlTasks
+    from posttrain.tasks.jsonl import JsonlTaskSet
+
+    (row,), (code,) = snippets("json task"), snippets("python reward")
+    (tmp_path / "rows.jsonl").write_text(row)
+    (tmp_path / "mine.py").write_text(code)
+    spec = JsonlTasks(path="rows.jsonl", reward="mine.py:reward", held_out=0)
+    tasks = JsonlTaskSet("mine", spec, root=tmp_path, chat=True)
+    (task,) = tasks.train
+    assert tasks.score([task, task], ["it is 12.", "it is 7."]) == [1.0, 0.0]
+
+
+def test_policy_references_on_the_page_are_the_ones_that_exist(tmp_path):
+    from posttrain.errors import ConfigError
+    from posttrain.plan import make_plan
+
+    recipe = load_recipe(FOLDER / "dpo.yaml")
+    named = re.findall(r"^\| `([^`]+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"base", "input", "learner"} < set(named)
+    for ref in ["base", "input", "path:../models/teacher", "prefer-absent"]:
+        (stage,) = recipe.stages
+        method = structs.replace(stage.method, reference=ref)
+        changed = structs.replace(recipe, stages=(structs.replace(stage, method=method),))
+        if ref == "prefer-absent":
+            with pytest.raises(ConfigError, match="prefer-absent"):
+                make_plan(changed, root=FOLDER, base="0")
+        else:
+            assert make_plan(changed, root=FOLDER, base="0").stages
