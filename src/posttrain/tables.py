@@ -20,12 +20,6 @@ from posttrain.probes.passk import pass_interval
 from posttrain.probes.support import Label, labels
 from posttrain.recipe import Measure, load_recipe
 
-    "sft": Sft,
-    "dpo": Dpo,
-    "grpo": Grpo,
-    "opd": Opd,
-    "compose": Compose,
-}
 WIDTH = 118
 
 
