@@ -68,8 +68,7 @@ UNITE = Stage(
     groups_per_step=32,
     optimizer=Optimizer(lr=1e-3, warmup_steps=5, schedule="linear"),
     gates=tuple(
-        Gate(task=task, at_least=least, otherwise="warn")
-        for task, least in (("letters", 0.4), ("products", 0.3))
+        Gate(task=task, at_least=0.3, otherwise="warn") for task in ("letters", "products")
     ),
 )
 

@@ -99,3 +99,17 @@ def test_the_tour_is_an_ordinary_recipe(tmp_path):
     before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
     write_tour(tmp_path, seed=1)
     assert before == {p.name: p.read_bytes() for p in path.parent.iterdir()}
+
+
+def test_pretraining_is_reproducible_bit_for_bit(tmp_path):
+    from safetensors.numpy import load_file
+
+    from posttrain.lab.pretrain import pretrain
+
+    first, again = (
+        load_file(pretrain(tmp_path / name, reading=2, answering=2) / "model.safetensors") for name in "ab"
+    )
+    shipped = load_file(BASE / "model.safetensors")
+    assert first.keys() == again.keys() == shipped.keys()
+    assert all(np.array_equal(w, again[n]) for n, w in first.items())
+    assert all(w.shape == shipped[n].shape for n, w in first.items())

@@ -389,3 +389,15 @@ def test_conversations_need_a_template(tmp_path):
     with pytest.raises(ModelError, match="no chat template"):
         source(tmp_path, [CHAT], with_renderer=renderer(None))
     assert source(tmp_path, RAW, with_renderer=renderer(None)).num_groups == 5
+
+
+def test_plain_documents_train_every_token_that_something_precedes(tmp_path):
+    data = source(tmp_path, [{"text": "one two"}, {"text": "three"}])
+    assert data.format == "text"
+    for group in data.draw(2, step=0):
+        trajectory = group.members[0].trajectory
+        assert trajectory.prompt_length == 0
+        assert trajectory.trainable.all()
+        assert int(trajectory.tokens[-1]) in RENDERER.end_tokens
+    with pytest.raises(DataError, match="text of type"):
+        source(tmp_path, [{"text": " "}])

@@ -87,7 +87,7 @@ def tour_recipe(*, seed: int = 0, model: str = str(BASE)) -> Recipe:
                     },
                     max_new_tokens=ANSWER,
                 ),
-                budget=Budget(steps=80),
+                budget=Budget(steps=120),
                 groups_per_step=80,
                 optimizer=Optimizer(lr=1e-3, warmup_steps=5, schedule="linear"),
             ),
