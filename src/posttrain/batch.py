@@ -90,22 +90,51 @@ class PackedBatch:
             return torch.ones_like(self.kind_N, dtype=torch.bool)
         return torch.isin(self.kind_N, torch.tensor(wanted, device=self.kind_N.device))
 
+    def only(self, kept_N: Tensor) -> PackedBatch:
+        """The batch as if only these tokens were trained, all else forgotten.
 
-def pack(
-    groups: Sequence[Group], *, needs: frozenset[Column], max_tokens: int
-) -> list[PackedBatch]:
+        Sequences without a kept token are left out, with the pairs that they are part of, and
+        what is left is numbered anew. What the model computes stays as it is.
+        """
+        if bool(kept_N.all()):
+            return self
+        kept_S = torch.zeros(self.num_sequences, dtype=torch.bool, device=kept_N.device)
+        kept_S[self.sequence_N[kept_N]] = True
+        number_S = kept_S.cumsum(0) - 1
+        return replace(
+            self,
+            predict_N=self.predict_N[kept_N],
+            target_N=self.target_N[kept_N],
+            sequence_N=number_S[self.sequence_N[kept_N]],
+            kind_N=self.kind_N[kept_N],
+            temperature_N=self.temperature_N[kept_N],
+            columns={c: v[kept_N if c.per_token else kept_S] for c, v in self.columns.items()},
+            pairs_P2=number_S[self.pairs_P2[kept_S[self.pairs_P2].all(-1)]],
+            num_sequences=int(kept_S.sum()),
+        )
+
+
+Needs = frozenset[Column] | Mapping[Column, frozenset[Kind]]
+"""Columns that must be there: at every trained token, or at those of the authors named."""
+
+
+def pack(groups: Sequence[Group], *, needs: Needs, max_tokens: int) -> list[PackedBatch]:
     """Lay groups out as micro-batches of at most ``max_tokens`` computed tokens.
 
     A pair is never split; a single sequence longer than ``max_tokens`` gets a batch of its own.
 
     Args:
-        groups: scored trajectories. Every member must carry the columns in ``needs``.
-        needs: columns to bring along, aligned with the trained tokens.
+        groups: scored trajectories. Every member must carry the columns that its authors' tokens
+            need; a column may be missing, or not finite, elsewhere.
+        needs: columns to bring along, aligned with the trained tokens. What is missing is NaN in
+            the batch (-1 for ids), never a number that arithmetic would take for a value.
         max_tokens: budget of a micro-batch.
 
     Raises:
-        LegalityError: a needed column is missing or not finite at a trained token.
+        LegalityError: a needed column is missing or not finite at a token that needs it.
     """
+    if not isinstance(needs, Mapping):
+        needs = dict.fromkeys(needs, frozenset(KINDS))
     batches: list[PackedBatch] = []
     builder = _Builder(needs)
     for unit in _units(groups):
@@ -123,12 +152,12 @@ def pack_trajectories(
 ) -> list[tuple[PackedBatch, list[int]]]:
     """Pack bare trajectories for scoring, with the indices that each batch holds, in order."""
     packed: list[tuple[PackedBatch, list[int]]] = []
-    builder, members = _Builder(frozenset()), list[int]()
+    builder, members = _Builder({}), list[int]()
     for index, trajectory in enumerate(trajectories):
         unit = [Scored(trajectory=trajectory)]
         if members and builder.num_tokens + builder.cost(unit) > max_tokens:
             packed.append((builder.build(), members))
-            builder, members = _Builder(frozenset()), []
+            builder, members = _Builder({}), []
         builder.add(unit)
         members.append(index)
     if members:
@@ -149,11 +178,18 @@ def _temperature(span: Span) -> float:
     return span.sampling.temperature if span.sampling else 1.0
 
 
+def _filled(parts: Sequence[np.ndarray | int], column: Column) -> list[np.ndarray]:
+    """Rows of NaN (-1 for ids) in place of each number of missing rows."""
+    shape = next(part.shape[1:] for part in parts if isinstance(part, np.ndarray))
+    fill = -1 if column is Column.TEACHER_IDS else np.nan
+    return [np.full((part, *shape), fill) if isinstance(part, int) else part for part in parts]
+
+
 @dataclass(slots=True, eq=False)
 class _Builder:
     """Collects one micro-batch in numpy; ``build`` turns it into tensors."""
 
-    needs: frozenset[Column]
+    needs: Mapping[Column, frozenset[Kind]]
     num_tokens: int = 0
     num_sequences: int = 0
     tokens: list[np.ndarray] = field(default_factory=list)
@@ -165,7 +201,7 @@ class _Builder:
     sequence: list[np.ndarray] = field(default_factory=list)
     kind: list[np.ndarray] = field(default_factory=list)
     temperature: list[np.ndarray] = field(default_factory=list)
-    columns: dict[Column, list[np.ndarray]] = field(default_factory=dict)
+    columns: dict[Column, list[np.ndarray | int]] = field(default_factory=dict)  # int: rows to fill
     pairs: list[tuple[int, int]] = field(default_factory=list)
 
     def cost(self, unit: Sequence[Scored]) -> int:
@@ -219,15 +255,20 @@ class _Builder:
         self.predict.append(np.where(in_prompt, prompt_start + before, own_start + before - cut))
         self.target.append(trajectory.tokens[trained])
         self.sequence.append(np.full(len(trained), self.num_sequences))
-        kinds = trajectory.spread(lambda s: KINDS.index(s.producer.kind))
-        self.kind.append(kinds[trained])
+        kinds = trajectory.spread(lambda s: KINDS.index(s.producer.kind))[trained]
+        self.kind.append(kinds)
         self.temperature.append(trajectory.spread(_temperature)[trained])
-        self._add_columns(member, trained)
+        self._add_columns(member, trained, kinds)
         self.num_sequences += 1
 
-    def _add_columns(self, member: Scored, trained: np.ndarray) -> None:
-        for column in self.needs:
+    def _add_columns(self, member: Scored, trained: np.ndarray, kinds: np.ndarray) -> None:
+        for column, readers in self.needs.items():
+            read = np.isin(kinds, [KINDS.index(k) for k in readers])
+            parts = self.columns.setdefault(column, [])
             if column not in member.columns:
+                if not read.any():
+                    parts.append(len(trained) if column.per_token else 1)
+                    continue
                 raise LegalityError(
                     f"a trajectory of task {member.trajectory.task} has no {column}",
                     expected=f"every trained trajectory to carry {column}",
@@ -235,12 +276,13 @@ class _Builder:
                 )
             values = member.columns[column]
             chosen = values[trained] if column.per_token else values[None]
-            if not np.isfinite(chosen).all():
+            asked = chosen[read] if column.per_token else chosen[: int(read.any())]
+            if not np.isfinite(asked).all():
                 raise LegalityError(
                     f"{column} is not finite on a trajectory of task {member.trajectory.task}",
                     expected="a number at every trained token",
                 )
-            self.columns.setdefault(column, []).append(chosen)
+            parts.append(chosen)
 
     def build(self) -> PackedBatch:
         def whole(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
@@ -258,7 +300,11 @@ class _Builder:
             sequence_N=whole(self.sequence, torch.int64),
             kind_N=whole(self.kind, torch.int64),
             temperature_N=whole(self.temperature, torch.float32),
-            columns={c: whole(parts, typed(c)) for c, parts in self.columns.items()},
+            columns={
+                c: whole(_filled(parts, c), typed(c))
+                for c, parts in self.columns.items()
+                if any(isinstance(part, np.ndarray) for part in parts)
+            },
             pairs_P2=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
             num_sequences=self.num_sequences,
         )

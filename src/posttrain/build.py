@@ -10,23 +10,34 @@ from pathlib import Path
 from posttrain.chat import ChatRenderer
 from posttrain.composition import (
     Dataset,
-    GroupAdvantage,
+    Mix,
     ReferenceLogprobs,
+    Rollouts,
     SignalSpec,
     SourceSpec,
-    TeacherDistribution,
+    parts_of,
 )
-from posttrain.errors import ModelError
+from posttrain.composition.credit import CreditSpec
+from posttrain.composition.offline import OfflineSignal
+from posttrain.composition.preference_signals import PreferenceSignal
+from posttrain.composition.teaching import TeachingSpec
+from posttrain.extensions import SignalTools, signal_extension
+from posttrain.legality import scopes
 from posttrain.objectives.objective import Objective
 from posttrain.plan import PlannedStage
 from posttrain.protocols import Learner, Policy, Signal, Source
-from posttrain.signals.credit import GroupAdvantageSignal
-from posttrain.signals.scoring import ReferenceSignal, TeacherSignal
+from posttrain.signals.offline import offline_signal
+from posttrain.signals.parts import credit_signal
+from posttrain.signals.preference import preference_signal
+from posttrain.signals.scope import ScopedSignal
+from posttrain.signals.scoring import ReferenceSignal, check_same_tokens
+from posttrain.signals.teaching import teaching_signal
 from posttrain.signals.verifier import Verifier
 from posttrain.sources.dataset import DatasetSource
+from posttrain.sources.mix import MixSource
 from posttrain.sources.rollout import RolloutSource
 from posttrain.stage import Parts
-from posttrain.task import TaskSet
+from posttrain.task import Task, TaskSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,7 +56,7 @@ class Workshop:
         seed = zlib.crc32(f"{self.seed}/{planned.spec.name}".encode())
         return Parts(
             source=self._source(composition.source, planned, learner.policy, seed=seed),
-            signals=[self._signal(s, planned, learner.policy) for s in composition.signals],
+            signals=self._signals(planned, learner.policy),
             terms=composition.terms,
             objective=Objective(composition.terms),
             learner=learner,
@@ -56,6 +67,10 @@ class Workshop:
     ) -> Source:
         if isinstance(spec, Dataset):
             return self.dataset(spec, live, seed=seed)
+        if isinstance(spec, Mix):
+            seeds = (zlib.crc32(f"{seed}/{index}".encode()) for index in range(len(spec.parts)))
+            parts = zip(spec.parts, seeds, strict=True)
+            return MixSource(spec, [self._source(p, planned, live, seed=own) for p, own in parts])
         own = spec.policy == "learner"
         policy = live if own else self._grader(_resolve(spec.policy, planned), live)
         return RolloutSource(spec, self.tasksets, policy, seed)
@@ -71,28 +86,56 @@ class Workshop:
             spec, root=self.root, renderer=policy.renderer, context=policy.context, seed=seed
         )
 
+    def _signals(self, planned: PlannedStage, live: Policy) -> list[Signal]:
+        composition = planned.composition
+        signals = [self._signal(s, planned, live) for s in composition.signals]
+        if not isinstance(composition.source, Mix):
+            return signals
+        kinds = scopes(composition)
+        return [ScopedSignal(s, k) for s, k in zip(signals, kinds, strict=True)]
+
     def _signal(self, spec: SignalSpec, planned: PlannedStage, live: Policy) -> Signal:
-        if isinstance(spec, GroupAdvantage):
-            return GroupAdvantageSignal(spec)
+        if (extension := signal_extension(spec)) is not None:
+            asked = {
+                ref: self._grader(_resolve(ref, planned), live)
+                for ref in extension.references(spec)
+            }
+            tools = SignalTools(tasksets=self.tasksets, renderer=live.renderer, policies=asked)
+            return extension.build(spec, tools)
+        if isinstance(spec, CreditSpec):
+            drawn = [p for p in parts_of(planned.composition.source) if isinstance(p, Rollouts)]
+            longest = max((p.max_new_tokens for p in drawn), default=live.context)
+            judge = Verifier(self.tasksets, live.renderer)
+            return credit_signal(spec, live=live, judge=judge, max_new_tokens=longest)
+        if isinstance(spec, OfflineSignal):
+            return offline_signal(spec, live=live)
+        if isinstance(spec, PreferenceSignal):
+            return preference_signal(
+                spec, live=live, frozen=lambda ref: self._grader(_resolve(ref, planned), live)
+            )
         if isinstance(spec, ReferenceLogprobs):
             return ReferenceSignal(self._grader(_resolve(spec.policy, planned), live))
-        if isinstance(spec, TeacherDistribution):
-            teachers = {
-                ref: self._grader(_resolve(ref, planned), live) for ref in spec.routes.values()
-            }
-            return TeacherSignal(spec, teachers)
+        if isinstance(spec, TeachingSpec):
+            return teaching_signal(
+                spec,
+                live=live,
+                judge=lambda r: live if r == "learner" else self._grader(_resolve(r, planned), live),
+                stranger=lambda r: self.policy(_resolve(r, planned)),
+                tasks=self._tasks(planned),
+            )
         return Verifier(self.tasksets, live.renderer)
 
     def _grader(self, ref: str, live: Policy) -> Policy:
         """A frozen policy whose token ids mean what the learner's mean."""
         policy = self.policy(ref)
-        if policy.vocabulary != live.vocabulary:
-            raise ModelError(
-                f"{policy.producer.name} and the learner have different vocabularies",
-                expected="the same tokenizer and the same number of output rows",
-                fix="use a teacher or reference of the same family",
-            )
+        check_same_tokens(policy, live)
         return policy
+
+    def _tasks(self, planned: PlannedStage) -> Mapping[str, Task]:
+        """The training tasks that a stage may draw, by key."""
+        parts = parts_of(planned.composition.source)
+        names = [t for p in parts if isinstance(p, Rollouts) for t in p.tasks]
+        return {task.key: task for name in names for task in self.tasksets[name].train}
 
 
 def _resolve(ref: str, planned: PlannedStage) -> str:

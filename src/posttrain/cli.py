@@ -305,7 +305,7 @@ def _interrupts(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
 def main() -> None:
     """Entry point: errors of the tree become messages, not tracebacks."""
     try:
-        cli(standalone_mode=False)
+        cli(standalone_mode=False, prog_name="posttrain")
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:

@@ -21,6 +21,17 @@ from posttrain.errors import ConfigError, nearest
 T = TypeVar("T")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-5`` as text, since it wants a dot and a sign. People and JSON do not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base class of all configuration. Subclass it with typed, documented fields."""
 
@@ -84,7 +95,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
         ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"no file {path}", fix="check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

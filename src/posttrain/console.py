@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, final
 
 from rich.console import Console as Terminal
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from posttrain.events import (
@@ -67,7 +68,9 @@ class Console:
 
     def headline(self, name: str, out: Path) -> None:
         """The first line: what runs, and where it goes."""
-        self._terminal.print(f"[bold]posttrain[/bold] {name} → {out}  (loading …)")
+        self._terminal.print(
+            f"[bold]posttrain[/bold] {escape(name)} → {escape(str(out))}  (loading …)"
+        )
 
     def note(self, text: str) -> None:
         """One line."""

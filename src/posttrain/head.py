@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.batch import PackedBatch
+from posttrain.divergence import Divergence, Shape, divergence
 from posttrain.trajectory import Column
 
 CHUNK_ELEMENTS = 2**24
@@ -31,22 +32,31 @@ class Stat(StrEnum):
     LOGPROB = "logprob"  # log pi(y)
     SAMPLED_LOGPROB = "sampled_logprob"  # log pi(y) at the temperature the token was sampled at
     ENTROPY = "entropy"  # -sum_v pi log pi
-    TEACHER_REVERSE_KL = "teacher_reverse_kl"  # sum_v pi log(pi / pi_T)
+    LOG_COLLISION = "log_collision"  # log sum_v pi^2: two samples are the same token
+
+
+Wanted = Stat | Divergence
+"""A statistic of the policy alone, or a divergence from the teacher's columns."""
 
 
 def token_stats(
-    hidden_NX: Tensor, head: Head, batch: PackedBatch, *, wanted: frozenset[Stat], vocab_size: int
-) -> Mapping[Stat, Tensor]:
+    hidden_NX: Tensor,
+    head: Head,
+    batch: PackedBatch,
+    *,
+    wanted: frozenset[Wanted],
+    vocab_size: int,
+) -> Mapping[Wanted, Tensor]:
     """The wanted statistics at every trained token, in one chunked pass.
 
     Args:
         hidden_NX: final hidden states, already gathered with ``batch.predict_N``.
         head: maps hidden states to logits.
         batch: targets, temperatures and teacher columns.
-        wanted: which statistics to compute.
+        wanted: which statistics, and which divergences from the teacher's columns.
         vocab_size: V, which decides the chunk length.
     """
-    order = sorted(wanted)
+    order = sorted(wanted, key=repr)
     rows = max(CHUNK_ELEMENTS // vocab_size, 1)
     num = hidden_NX.shape[0]
 
@@ -66,7 +76,9 @@ def token_stats(
     return {stat: torch.cat([p[i] for p in parts]) for i, stat in enumerate(order)}
 
 
-def _stats(logits_NV: Tensor, batch: PackedBatch, part: slice, order: list[Stat]) -> list[Tensor]:
+def _stats(
+    logits_NV: Tensor, batch: PackedBatch, part: slice, order: list[Wanted]
+) -> list[Tensor]:
     logp_NV = logits_NV.log_softmax(-1)
     target_N1 = batch.target_N[part, None]
     out: list[Tensor] = []
@@ -77,11 +89,27 @@ def _stats(logits_NV: Tensor, batch: PackedBatch, part: slice, order: list[Stat]
             out.append(_at_temperature(logits_NV, logp_NV, batch.temperature_N[part], target_N1))
         elif stat is Stat.ENTROPY:
             out.append(-(logp_NV.exp() * logp_NV).sum(-1))
-        else:
-            ids_NK = batch.columns[Column.TEACHER_IDS][part]
-            teacher_NK = batch.columns[Column.TEACHER_LOGPROBS][part]
-            out.append(reverse_kl(logp_NV, ids_NK, teacher_NK))
+        elif stat is Stat.LOG_COLLISION:
+            out.append((2 * logp_NV).logsumexp(-1))
+        elif isinstance(stat, Divergence):
+            out.append(_compared(stat, logp_NV, batch, part))
     return out
+
+
+def _compared(wanted: Divergence, logp_NV: Tensor, batch: PackedBatch, part: slice) -> Tensor:
+    """[N] the divergence where there is a teacher; elsewhere NaN, which has no gradient."""
+    values_N = logp_NV.new_full((len(logp_NV),), float("nan"))
+    by_rank = wanted.shape is Shape.SORTED_L1
+    column = Column.TEACHER_SORTED if by_rank else Column.TEACHER_LOGPROBS
+    if column not in batch.columns:
+        return values_N
+    teacher_NK = batch.columns[column][part]
+    ids_NK = teacher_NK.long() if by_rank else batch.columns[Column.TEACHER_IDS][part]
+    known_N = ~teacher_NK[:, 0].isnan()
+    if bool(known_N.all()):
+        return divergence(wanted, logp_NV, ids_NK, teacher_NK)
+    values_N[known_N] = divergence(wanted, logp_NV[known_N], ids_NK[known_N], teacher_NK[known_N])
+    return values_N
 
 
 def _at_temperature(
@@ -106,12 +134,4 @@ def reverse_kl(logp_NV: Tensor, ids_NK: Tensor, teacher_NK: Tensor) -> Tensor:
         >>> bool(full.abs() < 1e-6)
         True
     """
-    if ids_NK.shape[1] == 0:
-        return (logp_NV.exp() * (logp_NV - teacher_NK)).sum(-1)
-    seen_NK = logp_NV.gather(-1, ids_NK)
-    kl_N = (seen_NK.exp() * (seen_NK - teacher_NK)).sum(-1)
-    if ids_NK.shape[1] == logp_NV.shape[1]:
-        return kl_N
-    rest_N = logp_NV.scatter(-1, ids_NK, float("-inf")).logsumexp(-1)
-    left_N = (1 - teacher_NK.exp().sum(-1)).clamp_min(1e-10).log()
-    return kl_N + rest_N.exp() * (rest_N - left_N)
+    return divergence(Divergence(Shape.REVERSE_KL), logp_NV, ids_NK, teacher_NK)

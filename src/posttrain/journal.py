@@ -116,6 +116,9 @@ class Journal:
             self._remember(group, step=step, role=UseRole.TRAIN, reason=None)
         for group in admission.stale:
             self._remember(group, step=step, role=UseRole.DISCARDED, reason="stale")
+        for reason, groups in admission.discarded.items():
+            for group in groups:
+                self._remember(group, step=step, role=UseRole.DISCARDED, reason=str(reason))
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")

@@ -1,6 +1,7 @@
 """Which compositions make sense, checked when a stage is planned and again per record.
 
-plan time     columns   every term's needs ⊆ what the source and earlier signals provide
+plan time     columns   every term's needs ⊆ what the source and earlier signals provide, for every
+                        author that the term reads
               authors   every term can read at least one kind of author the source writes
               ratios    no importance ratio against a truncated distribution
 per record    staleness every live span is at most ``max_age`` versions old
@@ -9,22 +10,53 @@ per record    staleness every live span is at most ``max_age`` versions old
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from posttrain.composition import Composition, Dataset, ReferenceKL, Rollouts, TermSpec
+from posttrain.composition import (
+    Composition,
+    Dataset,
+    ForeignTeacher,
+    MismatchedKL,
+    Mix,
+    ReferenceKL,
+    ReferenceLogprobs,
+    Rollouts,
+    SourceSpec,
+    TeacherAdvantage,
+    TeacherDistribution,
+    TeacherLogprobs,
+    Term,
+    TermSpec,
+    parts_of,
+)
+from posttrain.composition.credit import Grouped, KLPenalty, TrainerLogprobs
+from posttrain.composition.distillation import Softened
 from posttrain.errors import LegalityError
 from posttrain.provenance import Kind
-from posttrain.trajectory import Column, Group
+from posttrain.trajectory import Column, Discard, Group
 
 HOW_TO_GET = {
     Column.BEHAVIOUR_LOGPROB: "use a rollouts source: a data set has no behaviour log-probs",
     Column.REFERENCE_LOGPROB: "add the reference_logprobs signal",
     Column.TEACHER_IDS: "add the teacher_distribution signal",
     Column.TEACHER_LOGPROBS: "add the teacher_distribution signal",
+    Column.TEACHER_LOGPROB: "add the teacher_logprobs signal before it",
+    Column.TEACHER_SORTED: "add the foreign_teacher signal",
+    Column.TEACHER_ALIGNED: "add the foreign_teacher signal",
     Column.ADVANTAGE: "add verify and group_advantage signals",
     Column.REWARD: "add the verify signal before it",
-    Column.PREFERENCE: "use a data set of prompt/chosen/rejected rows with preference: true",
+    Column.PREFERENCE: "use a data set of prompt/chosen/rejected rows with preference: true, or "
+    "rollouts with verify and rank_pairs signals",
+    Column.TRAINER_LOGPROB: "add the trainer_logprobs signal, or own_logprobs on a data set",
+    Column.TOKEN_REWARD: "add the kl_penalty or soft_length_penalty signal before it",
+    Column.MARK: "add the mark_covariance signal",
+    Column.BASELINE: "add the greedy_baseline signal before it",
+    Column.DISCARD: "add the keep_informative, drop_cut_off or keep_rewards signal",
+    Column.WEIGHT: "name the data set's column of weights: `weight: <column>`",
+    Column.LABEL: "use a data set of prompt/completion/label rows, or pairs, with unpaired: true",
+    Column.MISMATCHED_KL: "add the mismatched_kl signal",
+    Column.LOG_RATIO_CENTRE: "add the log_ratio_centre signal",
 }
 
 WHY = {
@@ -32,9 +64,21 @@ WHY = {
     Column.REFERENCE_LOGPROB: "the loss is relative to a frozen reference",
     Column.TEACHER_IDS: "the teacher's distribution is the target",
     Column.TEACHER_LOGPROBS: "the teacher's distribution is the target",
+    Column.TEACHER_LOGPROB: "the teacher's probability of the written token is the reward",
+    Column.TEACHER_SORTED: "the teacher's sorted probabilities are the target",
+    Column.TEACHER_ALIGNED: "two tokenizers agree only here and there on what came before",
     Column.ADVANTAGE: "the gradient is weighted by it",
     Column.REWARD: "credit is assigned from rewards",
     Column.PREFERENCE: "the loss compares a chosen with a rejected answer",
+    Column.TRAINER_LOGPROB: "the sampler's probabilities are corrected to the trainer's",
+    Column.TOKEN_REWARD: "rewards of single tokens are part of the return",
+    Column.MARK: "only marked tokens are held back",
+    Column.BASELINE: "the reward is compared with that of the likeliest answer",
+    Column.DISCARD: "it says what is trained on",
+    Column.WEIGHT: "every row counts with its weight",
+    Column.LABEL: "the loss raises good answers and lowers bad ones",
+    Column.MISMATCHED_KL: "gains and losses are counted from what the policy gives to any answer",
+    Column.LOG_RATIO_CENTRE: "the classifier's threshold lies between good and bad answers",
 }
 
 
@@ -46,16 +90,20 @@ def check_composition(composition: Composition, *, stage: str) -> None:
     """
     if not composition.terms:
         raise LegalityError(f"stage {stage} has no objective term", expected="at least one")
-    have = composition.source.provides
-    for signal in composition.signals:
-        _check_columns(str(signal.__struct_config__.tag), signal.needs, have, stage=stage)
-        have |= signal.provides
+    have_by_kind = _check_signals(composition, stage=stage)
     for term in composition.terms:
         name = str(term.__struct_config__.tag)
+        # A term that can read nobody here is refused below, with what it lacks named first.
+        read = readable(term) & composition.source.writes or composition.source.writes
+        have = frozenset.intersection(*(have_by_kind[k] for k in read))
         _check_columns(name, term.needs, have, stage=stage)
         _check_authors(term, name, composition, stage=stage)
+        _check_options(term, name, have, stage=stage)
     _check_ratios(composition, stage=stage)
     _check_temperature(composition, stage=stage)
+    _check_one_reference(composition, stage=stage)
+    _check_credit(composition, stage=stage)
+    _check_teachers(composition, stage=stage)
     covered = frozenset().union(*(readable(t) for t in composition.terms))
     if ignored := composition.source.writes - covered:
         raise LegalityError(
@@ -63,6 +111,66 @@ def check_composition(composition: Composition, *, stage: str) -> None:
             expected="every author of trained tokens to be read by some term",
             fix="widen a term's where, or draw from another source",
         )
+
+
+def _check_signals(composition: Composition, *, stage: str) -> Mapping[Kind, frozenset[Column]]:
+    """Columns that stand beside each author's groups once all signals have judged."""
+    source = composition.source
+    have = {kind: _provided(source, kind) for kind in source.writes}
+    for signal, kinds in zip(composition.signals, scopes(composition), strict=True):
+        name = str(signal.__struct_config__.tag)
+        if not kinds:
+            raise LegalityError(
+                f"stage {stage}: nothing in the mix reads what {name} writes",
+                expected=f"a term that reads {_names(signal.provides)}",
+                fix="drop the signal: on a mix it would judge nobody",
+            )
+        for kind in sorted(kinds):
+            _check_columns(name, signal.needs, have[kind], stage=stage)
+            have[kind] |= signal.provides
+    return have
+
+
+def scopes(composition: Composition) -> tuple[frozenset[Kind], ...]:
+    """Per signal, the authors whose groups it judges.
+
+    With one source that is everybody. In a mix it is the authors for whom a term, or a later
+    signal, asks for one of its columns: a verifier cannot judge rows of a data set, and a teacher
+    need not score what no term compares with it.
+    """
+    source, writes = composition.source, composition.source.writes
+    if not isinstance(source, Mix):
+        return (writes,) * len(composition.signals)
+    readers = column_readers(composition.terms)
+    wanted = {k: {c for c, kinds in readers.items() if k in kinds} for k in writes}
+    found: list[frozenset[Kind]] = []
+    for signal in reversed(composition.signals):
+        kinds = frozenset(k for k in writes if wanted[k] & signal.provides)
+        for kind in kinds:
+            wanted[kind] |= signal.needs
+        found.append(kinds)
+    have = {kind: _provided(source, kind) for kind in writes}
+    for i, (signal, kinds) in enumerate(zip(composition.signals, reversed(found), strict=True)):
+        if Column.DISCARD in signal.provides:  # the stage reads it: judge whoever can be judged
+            kinds = frozenset(k for k in writes if signal.needs <= have[k])
+            found[len(found) - 1 - i] = kinds
+        for kind in kinds:
+            have[kind] |= signal.provides
+    return tuple(reversed(found))
+
+
+def _provided(source: SourceSpec, kind: Kind) -> frozenset[Column]:
+    return source.provides_for(kind) if isinstance(source, Mix) else source.provides
+
+
+def column_readers(terms: Sequence[TermSpec]) -> Mapping[Column, frozenset[Kind]]:
+    """Per column, the authors at whose tokens some term reads it. Elsewhere it may be missing."""
+    readers: dict[Column, frozenset[Kind]] = {}
+    for term in terms:
+        limited = term.limit.needs if isinstance(term, Term) else frozenset[Column]()
+        for column in term.needs | limited:
+            readers[column] = readers.get(column, frozenset()) | readable(term)
+    return readers
 
 
 def readable(term: TermSpec) -> frozenset[Kind]:
@@ -79,6 +187,31 @@ def _check_columns(
             expected=f"{column}, because {WHY.get(column, 'the term reads it')}; "
             f"provided are {_names(have) or 'no columns'}",
             fix=HOW_TO_GET[column],
+        )
+
+
+def _check_options(term: TermSpec, name: str, have: frozenset[Column], *, stage: str) -> None:
+    """The options that every term has must do something, and something with a meaning."""
+    if not isinstance(term, Term):
+        return
+    limit, schedule = term.limit, term.weight_schedule
+    _check_columns(f"the limit of {name}", limit.needs, have, stage=stage)
+    if (limit.entropy_share is not None and term.unit != "token") or (
+        (limit.rewards, limit.preference) != ("any", "any")
+        and term.unit not in ("token", "sequence")
+    ):
+        raise LegalityError(
+            f"stage {stage}: {name} compares whole {term.unit}s, and has {limit}",
+            expected="entropy_share on terms over tokens; rewards and preference on terms over "
+            "tokens or sequences",
+            fix="drop the limit",
+        )
+    if schedule is not None and schedule.end == term.weight:
+        raise LegalityError(
+            f"stage {stage}: {name} with weight {term.weight} and a weight_schedule to "
+            f"{schedule.end}",
+            expected="two different weights: this schedule would do nothing",
+            fix="drop weight_schedule",
         )
 
 
@@ -101,11 +234,13 @@ def _check_authors(term: TermSpec, name: str, composition: Composition, *, stage
 
 
 def _check_ratios(composition: Composition, *, stage: str) -> None:
-    source = composition.source
-    ratio = any(Column.BEHAVIOUR_LOGPROB in t.needs for t in composition.terms)
-    if ratio and not isinstance(source, Dataset) and source.sampling.is_truncated:
+    readers = column_readers(composition.terms).get(Column.BEHAVIOUR_LOGPROB, frozenset())
+    for part in parts_of(composition.source):
+        ratio = readers & part.writes
+        if not ratio or isinstance(part, Dataset) or not part.sampling.is_truncated:
+            continue
         raise LegalityError(
-            f"stage {stage}: an importance ratio on truncated sampling ({source.sampling})",
+            f"stage {stage}: an importance ratio on truncated sampling ({part.sampling})",
             expected="top_k 0, top_p 1, min_p 0 and temperature above 0: the ratio compares the "
             "policy with the distribution really sampled, and a truncated one gives zero to "
             "tokens that the policy does not",
@@ -113,16 +248,83 @@ def _check_ratios(composition: Composition, *, stage: str) -> None:
         )
 
 
-def _check_temperature(composition: Composition, *, stage: str) -> None:
-    source = composition.source
-    kl = any(isinstance(t, ReferenceKL) for t in composition.terms)
-    if kl and isinstance(source, Rollouts) and source.sampling.temperature != 1:
+def _check_one_reference(composition: Composition, *, stage: str) -> None:
+    signals = composition.signals
+    zero = {s.policy for s in signals if isinstance(s, MismatchedKL)}
+    reference = {s.policy for s in signals if isinstance(s, ReferenceLogprobs)}
+    if zero - reference:
         raise LegalityError(
-            f"stage {stage}: reference_kl on samples at temperature {source.sampling.temperature}",
+            f"stage {stage}: mismatched_kl against {sorted(zero)}, reference_logprobs of "
+            f"{sorted(reference)}",
+            expected="one reference: the zero point is that of the log-ratios",
+            fix="name the same policy in both signals",
+        )
+
+
+def _check_temperature(composition: Composition, *, stage: str) -> None:
+    read = frozenset[Kind]().union(
+        *(readable(t) for t in composition.terms if isinstance(t, ReferenceKL))
+    )
+    for part in parts_of(composition.source):
+        if isinstance(part, Dataset) or not part.writes & read or part.sampling.temperature == 1:
+            continue
+        raise LegalityError(
+            f"stage {stage}: reference_kl on samples at temperature {part.sampling.temperature}",
             expected="temperature 1: the estimate is over samples of the policy itself, and at "
             "another temperature its gradient is not that of the KL",
             fix="sample at temperature 1, or drop kl_weight",
         )
+
+
+def _check_credit(composition: Composition, *, stage: str) -> None:
+    """Groups large enough for their baselines, and log-probs of one and the same distribution."""
+    every = [p for p in parts_of(composition.source) if isinstance(p, Rollouts)]
+    for signal, kinds in zip(composition.signals, scopes(composition), strict=True):
+        name = str(signal.__struct_config__.tag)
+        drawn = [p for p in every if p.writes & kinds]
+        if isinstance(signal, Grouped):
+            for part in drawn:
+                if part.group_size < signal.min_group:
+                    raise LegalityError(
+                        f"stage {stage}: {name} on groups of {part.group_size}",
+                        expected=f"at least {signal.min_group}: members are compared with each "
+                        "other, and the advantage of a single one would be its raw reward",
+                        fix="raise group_size, or take a baseline from outside the group",
+                    )
+        warm = [p.sampling.temperature for p in drawn if p.sampling.temperature != 1]
+        if warm and isinstance(signal, KLPenalty | TrainerLogprobs | TeacherAdvantage):
+            raise LegalityError(
+                f"stage {stage}: {name} on samples at temperature {warm[0]}",
+                expected="temperature 1: it compares the sampled distribution with log-probs at "
+                "temperature 1, and would take the temperature for a difference of policies",
+                fix=f"sample at temperature 1, or drop {name}",
+            )
+
+
+def _check_teachers(composition: Composition, *, stage: str) -> None:
+    """Teachers that read a task need one; a softened divergence needs every logit."""
+    tops = {s.top_k for s in composition.signals if isinstance(s, TeacherDistribution) and s.top_k}
+    for term in composition.terms:
+        if tops and isinstance(term, Softened) and term.temperature != 1:
+            raise LegalityError(
+                f"stage {stage}: {term.__struct_config__.tag} at temperature {term.temperature} "
+                f"with a teacher's top {min(tops)}",
+                expected="temperature 1, or the full vocabulary: what a temperature does to the "
+                "tokens that the teacher left out is not known",
+                fix="drop top_k, or drop temperature",
+            )
+    for signal, kinds in zip(composition.signals, scopes(composition), strict=True):
+        told = isinstance(signal, TeacherDistribution | TeacherLogprobs) and signal.context
+        rows = [
+            p for p in parts_of(composition.source) if isinstance(p, Dataset) and p.writes & kinds
+        ]
+        if rows and (told or isinstance(signal, ForeignTeacher)):
+            raise LegalityError(
+                f"stage {stage}: {signal.__struct_config__.tag} on rows of {rows[0].path}",
+                expected="rollouts: what the teacher reads is written from a task's question and "
+                "answer, and rows of a data set have no task",
+                fix="use rollouts, or a teacher without a context",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +333,8 @@ class Admission:
 
     kept: tuple[Group, ...]
     stale: tuple[Group, ...]  # a live span was older than allowed
+    discarded: Mapping[Discard, tuple[Group, ...]] = field(default_factory=dict)  # by a signal
+    fresh: tuple[Group, ...] = ()  # whole groups, the discarded members included
 
 
 def admit(
@@ -148,7 +352,7 @@ def admit(
         LegalityError: a trained token was written by somebody whom no term may read.
     """
     allowed = frozenset().union(*(readable(t) for t in terms))
-    kept: list[Group] = []
+    fresh: list[Group] = []
     stale: list[Group] = []
     for group in groups:
         for member in group.members:
@@ -162,8 +366,22 @@ def admit(
                     fix="check the author that the source declares",
                 )
         ages = [m.trajectory.age(version) for m in group.members] if version is not None else [0]
-        (stale if max(ages) > max_age else kept).append(group)
-    return Admission(tuple(kept), tuple(stale))
+        (stale if max(ages) > max_age else fresh).append(group)
+    by_reason = {reason: _members_with(fresh, reason) for reason in Discard}
+    kept = by_reason.pop(Discard.KEPT)
+    return Admission(kept, tuple(stale), {r: gs for r, gs in by_reason.items() if gs}, tuple(fresh))
+
+
+def _members_with(groups: Sequence[Group], reason: Discard) -> tuple[Group, ...]:
+    """The groups reduced to members with this verdict; empty ones left out."""
+    code, out = float(reason.code), list[Group]()
+    for group in groups:
+        members = tuple(m for m in group.members if (m.scalar(Column.DISCARD) or 0.0) == code)
+        if len(members) == len(group.members):
+            out.append(group)
+        elif members:
+            out.append(Group(task=group.task, members=members))
+    return tuple(out)
 
 
 def _names(values: frozenset[Kind] | frozenset[Column]) -> str:

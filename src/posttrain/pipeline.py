@@ -23,7 +23,7 @@ import msgspec
 
 from posttrain import config
 from posttrain.build import Workshop
-from posttrain.composition import Dataset
+from posttrain.composition import Dataset, parts_of
 from posttrain.errors import DataError, ResumeRefused
 from posttrain.events import (
     GateDecided,
@@ -59,6 +59,7 @@ from posttrain.protocols import Engine, Learner, Policy
 from posttrain.recipe import Recipe
 from posttrain.records import Records
 from posttrain.sources.dataset import DatasetSource
+from posttrain.sources.mix import MixSource
 from posttrain.stage import Interrupted, Parts, run_stage
 from posttrain.task import TaskSet
 from posttrain.tasks import build_taskset
@@ -176,6 +177,7 @@ class _Run:
         run._check_data()
         for folder in abandoned:
             shutil.rmtree(folder)
+        _remove_partials(out)
         write_atomic(out / "recipe.json", msgspec.json.format(msgspec.json.encode(recipe)))
         records.model(recipe.model, digest=base.producer.digest, role="base")
         return run
@@ -237,9 +239,9 @@ class _Run:
             if planned.init not in known:
                 continue
             known.add(planned.spec.name)
-            source = planned.composition.source
-            if isinstance(source, Dataset) and read_done(self._folder(planned)) is None:
-                workshop.dataset(source, self.policies["base"])
+            for part in parts_of(planned.composition.source):
+                if isinstance(part, Dataset) and read_done(self._folder(planned)) is None:
+                    workshop.dataset(part, self.policies["base"])
 
     def _stage(self, planned: PlannedStage) -> Done:
         """Take a stage to its end, from wherever it stands."""
@@ -277,8 +279,11 @@ class _Run:
         parts = self._workshop().parts(planned, learner)
         rows = None
         if isinstance(parts.source, DatasetSource):
-            self.records.dataset(parts.source)
             rows = parts.source.num_groups
+        sources = parts.source.parts if isinstance(parts.source, MixSource) else [parts.source]
+        for source in sources:
+            if isinstance(source, DatasetSource):
+                self.records.dataset(source)
         steps = planned.steps(rows)
         journal = self._journal(planned, parts)
         progress = read_progress(folder)
@@ -398,6 +403,14 @@ def _read_measurement(path: Path) -> Measurement | None:
         return Measurement.from_json(path.read_text(encoding="utf-8"))
     except (DataError, UnicodeDecodeError):
         return None
+
+
+def _remove_partials(out: Path) -> None:
+    """Remove files that a kill left half written; their names end in random digits."""
+    for folder in (out, out / "measurements", *(out / "stages").glob("**")):
+        for file in folder.glob(".*.partial"):
+            if file.is_file():  # folders are settled by recover_folder, which may need them
+                file.unlink()
 
 
 def _refuse_changes(plan: Plan, out: Path) -> list[Path]:

@@ -13,17 +13,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain import extensions
 from posttrain.composition import (
     Composition,
     Dataset,
+    MismatchedKL,
+    Mix,
     ReferenceLogprobs,
     Rollouts,
     TeacherDistribution,
+    TeacherLogprobs,
+    parts_of,
 )
+from posttrain.composition.teaching import TeachingSpec, teachers_of
 from posttrain.config import digest, plain
 from posttrain.errors import ConfigError, DataError, nearest
 from posttrain.files import hash_file, hash_folder
-from posttrain.legality import check_composition
+from posttrain.legality import check_composition, scopes
 from posttrain.recipe import JsonlTasks, Recipe, Stage
 
 SEMANTICS = 1
@@ -49,11 +55,10 @@ class PlannedStage:
     def provenance(self) -> str:
         """In words, where its trajectories come from."""
         source = self.composition.source
-        if isinstance(source, Dataset):
-            return f"off-policy: {source.name or Path(source.path).name} ({source.author})"
-        if source.policy == "learner":
-            return "on-policy: the learner's own rollouts"
-        return f"off-policy: rollouts of {source.policy}"
+        if not isinstance(source, Mix):
+            return _drawn_from(source)
+        shares = zip(source.shares, source.parts, strict=True)
+        return "mixed: " + "; ".join(f"{share:.0%} {_drawn_from(part)}" for share, part in shares)
 
     def steps(self, num_rows: int | None) -> int:
         """The budget in optimiser steps; ``num_rows`` is the length of its data set.
@@ -65,11 +70,19 @@ class PlannedStage:
             return budget.steps
         if num_rows is None or budget.epochs is None:
             raise ConfigError(
-                f"stage {self.spec.name}: a budget in epochs on rollouts",
-                expected="a budget in steps: rollouts have no end",
+                f"stage {self.spec.name}: a budget in epochs on rollouts or a mix",
+                expected="a budget in steps: rollouts have no end, nor has a mix",
             )
         draws = budget.epochs * num_rows / spec.groups_per_step
         return max(1, math.ceil(draws * spec.updates_per_draw))
+
+
+def _drawn_from(part: Dataset | Rollouts) -> str:
+    if isinstance(part, Dataset):
+        return f"off-policy: {part.name or Path(part.path).name} ({part.author})"
+    if part.policy == "learner":
+        return "on-policy: the learner's own rollouts"
+    return f"off-policy: rollouts of {part.policy}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +131,7 @@ def make_plan(recipe: Recipe, *, root: Path, base: str) -> Plan:
                 spec=spec, composition=composition, init=init, inputs=inputs, identity=identity
             )
         )
-        if isinstance(composition.source, Rollouts):
+        if not isinstance(composition.source, Dataset):
             planned[-1].steps(None)
         identities[spec.name] = identity
         previous = spec.name
@@ -127,24 +140,36 @@ def make_plan(recipe: Recipe, *, root: Path, base: str) -> Plan:
 
 def _references(composition: Composition) -> Iterator[str]:
     """Every policy a composition names."""
-    if isinstance(composition.source, Rollouts):
-        yield composition.source.policy
+    yield from (p.policy for p in parts_of(composition.source) if isinstance(p, Rollouts))
+    yield from _graders(composition)
+    yield from _teachers(composition)
+
+
+def _teachers(composition: Composition) -> Iterator[str]:
+    """Policies that teach: frozen ones, or the learner itself with more to read."""
     for signal in composition.signals:
-        if isinstance(signal, ReferenceLogprobs):
+        if isinstance(signal, TeachingSpec):
+            yield from teachers_of(signal)
+
+
+def _graders(composition: Composition) -> Iterator[str]:
+    """Policies that judge what a source drew: frozen ones."""
+    for signal in composition.signals:
+        if isinstance(signal, ReferenceLogprobs | MismatchedKL):
             yield signal.policy
-        elif isinstance(signal, TeacherDistribution):
-            yield from signal.routes.values()
+        elif not isinstance(signal, TeachingSpec):
+            yield from extensions.references(signal)
 
 
 def _check_references(
     init: str, composition: Composition, known: Mapping[str, str], *, stage: str
 ) -> None:
     """Every policy exists, and only a source may draw from the live learner."""
-    source = composition.source
-    drawn = source.policy if isinstance(source, Rollouts) else None
-    for ref in (init, *_references(composition)):
-        barred = {"input", "learner"} if ref == init else {"learner"} if ref != drawn else set()
-        usable = set(known) - barred
+    graders = set(known) - {"learner"}
+    asked = [(init, graders - {"input"}), *((r, graders) for r in _graders(composition))]
+    drawn = [p.policy for p in parts_of(composition.source) if isinstance(p, Rollouts)]
+    asked.extend((policy, set(known)) for policy in (*drawn, *_teachers(composition)))
+    for ref, usable in asked:
         if ref not in usable:
             raise ConfigError(
                 f"stage {stage} refers to policy {ref!r}",
@@ -201,27 +226,32 @@ def _check_gates(recipe: Recipe) -> None:
 
 
 def _check_tasks(composition: Composition, recipe: Recipe, *, stage: str) -> None:
-    source = composition.source
-    if not isinstance(source, Rollouts):
-        return
-    for name in source.tasks:
+    parts = parts_of(composition.source)
+    drawn = {t for p in parts if isinstance(p, Rollouts) for t in p.tasks}
+    for name in sorted(drawn):
         if name not in recipe.tasks:
             raise ConfigError(
                 f"stage {stage} draws from task set {name!r}",
                 expected="a task set of this recipe",
                 fix=nearest(name, recipe.tasks),
             )
-    for signal in composition.signals:
-        if not isinstance(signal, TeacherDistribution):
+    for signal, kinds in zip(composition.signals, scopes(composition), strict=True):
+        if not isinstance(signal, TeacherDistribution | TeacherLogprobs):
             continue
-        unrouted = [t for t in source.tasks if t not in signal.routes and "*" not in signal.routes]
-        unused = set(signal.routes) - set(source.tasks) - {"*"}
-        if unrouted or unused:
+        routed = set(signal.routes)
+        asked = {name for p in parts if p.writes & kinds for name in _row_names(p)}
+        if ("*" not in routed and asked - routed) or routed - asked - {"*"}:
             raise ConfigError(
-                f"stage {stage}: teachers for {sorted(signal.routes)}, "
-                f"rollouts on {list(source.tasks)}",
-                expected='one route per task set, or a default "*", and no other',
+                f"stage {stage}: teachers for {sorted(routed)}, groups of {sorted(asked)}",
+                expected='one route per task set or data set, or a default "*", and no other',
             )
+
+
+def _row_names(part: Dataset | Rollouts) -> tuple[str, ...]:
+    """First halves of the task keys that a source draws."""
+    if isinstance(part, Dataset):
+        return (part.name or Path(part.path).stem,)
+    return part.tasks
 
 
 def _inputs(
@@ -235,13 +265,19 @@ def _inputs(
 ) -> dict[str, object]:
     """What the stage's weights depend on, as plain data."""
     resolved = plain(composition)
-    if isinstance(composition.source, Dataset):
-        resolved["source"]["path"] = _content(composition.source.path, root)
+    mixed = isinstance(composition.source, Mix)
+    plain_parts = resolved["source"]["parts"] if mixed else [resolved["source"]]
     tasks: dict[str, object] = {}
-    if isinstance(composition.source, Rollouts):
-        tasks = {t: resolved_taskset(recipe, t, root) for t in composition.source.tasks}
+    for part, as_plain in zip(parts_of(composition.source), plain_parts, strict=True):
+        if isinstance(part, Dataset):
+            as_plain["path"] = _content(part.path, root)
+        else:
+            tasks |= {t: resolved_taskset(recipe, t, root) for t in part.tasks}
     references = {r: known[r] for r in _references(composition)}
+    # The code of an extension counts as its version; ours counts in `semantics`.
+    packages = extensions.used_by(composition)
     return {
+        **({"extensions": packages} if packages else {}),
         "semantics": SEMANTICS,
         "name": spec.name,
         "composition": resolved,

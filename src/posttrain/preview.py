@@ -11,17 +11,20 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import yaml
 
 from posttrain import config
 from posttrain.chat import ChatRenderer, Tokenizer
-from posttrain.composition import Dataset, Rollouts, TeacherDistribution
+from posttrain.composition import Dataset, Mix, Rollouts, TeacherDistribution, parts_of
 from posttrain.errors import ModelError
 from posttrain.files import hash_folder
 from posttrain.plan import Plan, PlannedStage, is_hub_id, make_plan, model_path
 from posttrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from posttrain.sources.dataset import DatasetSource
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -140,9 +143,13 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
     teacher = 0
     for signal in planned.composition.signals:
         if isinstance(signal, TeacherDistribution):
-            source = planned.composition.source
-            assert isinstance(source, Rollouts)
-            rows = planned.spec.groups_per_step * source.group_size * source.max_new_tokens
+            sources = parts_of(planned.composition.source)
+            # A row of a data set has no limit of its own but the context.
+            longest = max(
+                p.group_size * p.max_new_tokens if isinstance(p, Rollouts) else shape.context
+                for p in sources
+            )
+            rows = planned.spec.groups_per_step * longest
             teacher = rows * (signal.top_k or shape.vocab_size) * 4
     held = f"; teacher distributions up to {_size(teacher)} per step" if teacher else ""
     return f"{parts}{extra}; logits at most {_size(logits)} at once{held}"
@@ -150,39 +157,55 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
 
 def _volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
     """Count what a stage will draw; reads data files and the tokenizer."""
+    source, spec = planned.composition.source, planned.spec
+    if isinstance(source, Dataset):
+        data = _dataset(source, plan, folder)
+        steps = planned.steps(data.num_groups)
+        groups = steps * spec.groups_per_step / spec.updates_per_draw
+        prompts, completions = _dataset_tokens(data, groups)
+        return Volume(steps, round(prompts), round(completions), rows=data.num_groups, exact=True)
+    steps = planned.steps(None)
+    drawn = math.ceil(steps / spec.updates_per_draw) * spec.groups_per_step
+    shares = source.shares if isinstance(source, Mix) else (1.0,)
+    tokens = [
+        _dataset_tokens(_dataset(part, plan, folder), share * drawn)
+        if isinstance(part, Dataset)
+        else _rollout_tokens(part, share * drawn, plan, folder)
+        for part, share in zip(parts_of(source), shares, strict=True)
+    ]
+    return Volume(steps, *(round(sum(side)) for side in zip(*tokens, strict=True)))
+
+
+def _dataset(source: Dataset, plan: Plan, folder: Path) -> DatasetSource:
     from posttrain.sources.dataset import DatasetSource
+
+    context = read_shape(folder).context
+    return DatasetSource(
+        source, root=plan.root, renderer=_renderer(folder), context=context, seed=0
+    )
+
+
+def _dataset_tokens(data: DatasetSource, groups: float) -> tuple[float, float]:
+    """(prompt, completion) tokens of so many rows, on average."""
+    passes = groups / data.num_groups
+    return (data.num_tokens - data.num_trainable) * passes, data.num_trainable * passes
+
+
+def _rollout_tokens(
+    source: Rollouts, groups: float, plan: Plan, folder: Path
+) -> tuple[float, float]:
+    """(prompt, completion) tokens of so many groups, at most."""
     from posttrain.tasks import build_taskset
 
     renderer = _renderer(folder)
-    source, spec = planned.composition.source, planned.spec
-    if isinstance(source, Dataset):
-        shape = read_shape(folder)
-        data = DatasetSource(
-            source, root=plan.root, renderer=renderer, context=shape.context, seed=0
-        )
-        steps = planned.steps(data.num_groups)
-        passes = steps * spec.groups_per_step / spec.updates_per_draw / data.num_groups
-        return Volume(
-            steps=steps,
-            prompts=round((data.num_tokens - data.num_trainable) * passes),
-            completions=round(data.num_trainable * passes),
-            rows=data.num_groups,
-            exact=True,
-        )
-    steps = planned.steps(None)
-    draws = math.ceil(steps / spec.updates_per_draw)
-    lengths = []
+    lengths = list[int]()
     for name in source.tasks:
         tasks = build_taskset(
             name, plan.recipe.tasks[name], root=plan.root, chat=renderer.has_template
         ).train
         lengths += [len(renderer.prompt(t).tokens) for t in tasks[:64]]
-    groups = draws * spec.groups_per_step
-    return Volume(
-        steps=steps,
-        prompts=round(groups * sum(lengths) / len(lengths)),
-        completions=groups * source.group_size * source.max_new_tokens,
-    )
+    prompts = groups * sum(lengths) / len(lengths)
+    return prompts, groups * source.group_size * source.max_new_tokens
 
 
 def _renderer(folder: Path) -> ChatRenderer:
@@ -214,6 +237,8 @@ def read_shape(folder: Path) -> Shape:
         for file in sorted(folder.glob("*.safetensors")):
             with file.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
+                if length > file.stat().st_size:
+                    raise ValueError(f"{file.name} is not a safetensors file")
                 header = json.loads(stream.read(length))
             total += sum(math.prod(t["shape"]) for n, t in header.items() if n != "__metadata__")
         settings = AutoConfig.from_pretrained(folder).get_text_config()

@@ -132,6 +132,15 @@ class Objective(Protocol):
     @property
     def needs(self) -> frozenset[Column]: ...
 
+    @property
+    def moving(self) -> Mapping[str, float]:
+        """Weights that follow a schedule, by metric name."""
+        ...
+
+    def at(self, *, step: int, steps: int) -> Objective:
+        """The objective of one update, its weights those of this step."""
+        ...
+
     def counts(self, batches: Sequence[PackedBatch]) -> tuple[int, ...]:
         """Global number of units per term, over all micro-batches of a step."""
         ...

@@ -12,10 +12,10 @@ from typing import Literal
 
 import msgspec
 
+from posttrain import extensions
 from posttrain.composition import PolicyRef, SamplingSpec
 from posttrain.config import Config, convert, read_yaml
 from posttrain.errors import ConfigError, nearest
-from posttrain.methods import Method
 
 Plain = str | int | float | bool | None
 RESERVED = frozenset({"base", "learner", "input", "previous"})
@@ -66,11 +66,13 @@ class Optimizer(Config, frozen=True, kw_only=True):
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.max_grad_norm <= 0 or self.warmup_steps < 0:
+        betas = all(0 <= b < 1 for b in self.betas)
+        # "not >=" rather than "<", so that NaN is refused too.
+        if not (self.lr >= 0 and self.max_grad_norm > 0 and self.warmup_steps >= 0 and betas):
             raise ConfigError(
                 f"optimizer with lr={self.lr}, max_grad_norm={self.max_grad_norm}, "
-                f"warmup_steps={self.warmup_steps}",
-                expected="lr >= 0, max_grad_norm > 0, warmup_steps >= 0",
+                f"warmup_steps={self.warmup_steps}, betas={self.betas}",
+                expected="lr >= 0, max_grad_norm > 0, warmup_steps >= 0, 0 <= betas < 1",
             )
 
 
@@ -80,6 +82,14 @@ class Lora(Config, frozen=True, kw_only=True):
     rank: int = 16
     alpha: int = 32
     target_modules: str | tuple[str, ...] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha < 1 or not self.target_modules:
+            raise ConfigError(
+                f"lora with rank={self.rank}, alpha={self.alpha}, "
+                f"target_modules={self.target_modules!r}",
+                expected="rank >= 1, alpha >= 1 and at least one module",
+            )
 
 
 class Budget(Config, frozen=True, kw_only=True):
@@ -133,7 +143,7 @@ class Stage(Config, frozen=True, kw_only=True):
     """
 
     name: str
-    method: Method
+    method: extensions.AnyMethod
     budget: Budget
     init: PolicyRef = "previous"
     optimizer: Optimizer = Optimizer()
@@ -158,6 +168,8 @@ class Stage(Config, frozen=True, kw_only=True):
             "micro_batch_tokens": self.micro_batch_tokens,
             "checkpoint_every": self.checkpoint_every,
         }
+        if self.max_age < 0:
+            raise ConfigError(f"stage {self.name}: max_age={self.max_age}", expected="0 or more")
         if low := [f"{k}={v}" for k, v in counts.items() if v < 1]:
             raise ConfigError(f"stage {self.name}: {', '.join(low)}", expected="at least 1")
         if self.updates_per_draw > self.groups_per_step:
@@ -187,10 +199,11 @@ class Measure(Config, frozen=True, kw_only=True):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 2 or not 0.5 < self.confidence < 1:
+        if self.samples < 2 or self.max_new_tokens < 1 or not 0.5 < self.confidence < 1:
             raise ConfigError(
-                f"measure with samples={self.samples}, confidence={self.confidence}",
-                expected="samples >= 2 and 0.5 < confidence < 1",
+                f"measure with samples={self.samples}, max_new_tokens={self.max_new_tokens}, "
+                f"confidence={self.confidence}",
+                expected="samples >= 2, max_new_tokens >= 1 and 0.5 < confidence < 1",
             )
         if self.epsilon is not None and self.epsilon < self.decidable:
             raise ConfigError(

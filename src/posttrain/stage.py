@@ -24,9 +24,10 @@ from posttrain.batch import pack
 from posttrain.composition import TermSpec
 from posttrain.events import Observer, StepDone
 from posttrain.journal import Journal
-from posttrain.legality import Admission, admit
+from posttrain.legality import Admission, admit, column_readers
 from posttrain.protocols import Learner, Objective, Signal, Source
 from posttrain.recipe import Optimizer, Stage
+from posttrain.signals.mismatch import mismatch_metrics
 from posttrain.trajectory import Column, Group
 
 
@@ -106,7 +107,8 @@ class _Run:
 
     def update(self, groups: Sequence[Group], *, step: int, clock: _Clock) -> None:
         """One optimiser step on one share of a draw."""
-        stage, learner, objective = self.stage, self.parts.learner, self.parts.objective
+        stage, learner = self.stage, self.parts.learner
+        objective = self.parts.objective.at(step=step, steps=self.steps)
         started = time.perf_counter()
         # Age is counted at consumption: a draw's second update is one version old by design.
         admission = admit(
@@ -115,7 +117,8 @@ class _Run:
             version=learner.policy.version,
             max_age=stage.max_age + stage.updates_per_draw - 1,
         )
-        batches = pack(admission.kept, needs=objective.needs, max_tokens=stage.micro_batch_tokens)
+        needs = column_readers(self.parts.terms)
+        batches = pack(admission.kept, needs=needs, max_tokens=stage.micro_batch_tokens)
         scale = lr_scale(stage.optimizer, step=step, steps=self.steps)
         report = learner.step(batches, objective, lr_scale=scale)
         train = time.perf_counter() - started
@@ -125,6 +128,7 @@ class _Run:
             "lr": stage.optimizer.lr * scale,
             "tokens": float(report.num_tokens),
             **report.metrics,
+            **objective.moving,
             **group_metrics(admission),
             "seconds_draw": clock.draw,
             "seconds_score": clock.score,
@@ -152,12 +156,14 @@ def group_metrics(admission: Admission) -> Mapping[str, float]:
     metrics: dict[str, float] = {}
     if admission.stale:
         metrics["stale_groups"] = float(len(admission.stale))
+    for reason, groups in admission.discarded.items():
+        metrics[f"discarded/{reason}"] = float(sum(len(g.members) for g in groups))
     rewards = [
         np.array([float(m.columns[Column.REWARD]) for m in g.members])
-        for g in admission.kept
+        for g in admission.fresh
         if all(Column.REWARD in m.columns for m in g.members)
     ]
-    lengths = [int(m.trajectory.trainable.sum()) for g in admission.kept for m in g.members]
+    lengths = [int(m.trajectory.trainable.sum()) for g in admission.fresh for m in g.members]
     if lengths:
         metrics["completion_tokens"] = float(np.mean(lengths))
     if rewards:
@@ -166,6 +172,7 @@ def group_metrics(admission: Admission) -> Mapping[str, float]:
         metrics["zero_variance"] = len(flat) / len(rewards)
         metrics["all_wrong"] = sum(r[0] <= 0 for r in flat) / len(rewards)
         metrics["all_right"] = metrics["zero_variance"] - metrics["all_wrong"]
+    metrics.update(mismatch_metrics(admission.kept))
     return metrics
 
 

@@ -10,9 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
 from rich.table import Table
 
+from posttrain.catalogue import entry, families, paper_words, prose
 from posttrain.composition import TermSpec
-from posttrain.errors import ConfigError, nearest
-from posttrain.methods import METHODS
 from posttrain.probes.attribution import Attribution, Comparison, Part, compare
 from posttrain.probes.bootstrap import Interval
 from posttrain.probes.measurement import Measurement
@@ -123,49 +122,57 @@ def outcome_table(out: Path) -> str:
 
 
 def methods_table() -> str:
-    """The map: provenance, interface and usual role of every named method."""
-    table = _table("methods", ("name", "provenance", "interface", "tends to", "paper"))
-    for name, method in METHODS.items():
-        table.add_row(name, method.provenance, method.interface, method.tendency, method.paper)
-    lines = [_text(table), "The role is a tendency: what a stage really did is measured."]
-    return "\n".join([*lines, "posttrain methods NAME explains one."])
+    """The map: every named method by family, with its formula and its usual role."""
+    every = [(n, m) for members in families().values() for n, m in members.items()]
+    name_width = max(len(n) for n, _ in every)
+    from_width = max(len(_short(m.provenance)) for _, m in every)
+    by_width = max(len(m.interface) for _, m in every)
+    lines: list[str] = []
+    for family, members in families().items():
+        lines += ["", family]
+        for name, method in members.items():
+            paper = paper_words(method.paper, link=False)
+            lines += [
+                f"  {name:{name_width}}  {_short(method.provenance):{from_width}}  "
+                f"{method.interface:{by_width}}  tends to {method.tendency}",
+                f"  {'':{name_width}}  {method.formula}   [{paper}]",
+            ]
+    lines += ["", "The role is a tendency: what a stage really did is measured."]
+    return "\n".join([*lines, "posttrain methods NAME explains one."]).lstrip("\n")
+
+
+def _short(provenance: str) -> str:
+    """``off-policy: ...`` without what follows."""
+    return provenance.partition(":")[0]
 
 
 def method_page(name: str) -> str:
-    """One method: what it composes, its options and defaults.
+    """One method: what it composes, its options and defaults, and a recipe.
 
     Raises:
         ConfigError: no such method.
     """
-    if name not in METHODS:
-        raise ConfigError(f"no method {name!r}", fix=nearest(name, METHODS))
-    method = METHODS[name]
-    options = [
-        f"  {f}: {_default(method, i)}"
-        for i, f in reversed(list(enumerate(reversed(method.__struct_fields__))))
+    e = entry(name)
+    lines = [
+        f"{name}: {prose(e.doc)}",
+        "",
+        f"family      {e.family}",
+        f"provenance  {e.provenance}",
+        f"interface   {e.interface}",
+        f"tends to    {e.tendency}",
+        f"minimises   {e.formula}",
+        f"paper       {paper_words(e.paper, link=False)}",
+        "",
+        "composes: " + " → ".join(p.tag for p in e.parts),
     ]
-    about = (method.__doc__ or "").strip()
-    return "\n".join(
-        [
-            f"{name}: {about}",
-            "",
-            f"provenance  {method.provenance}",
-            f"interface   {method.interface}",
-            f"tends to    {method.tendency}",
-            f"minimises   {method.formula}",
-            f"paper       arXiv {method.paper}" if method.paper != "-" else "paper       –",
-            "",
-            "options and defaults:",
-            *options,
-        ]
-    )
-
-
-def _default(method: type, from_the_end: int) -> str:
-    defaults = method.__struct_defaults__  # type: ignore[attr-defined]
-    if from_the_end >= len(defaults):
-        return "required"
-    return repr(defaults[len(defaults) - 1 - from_the_end])
+    for part in e.parts:
+        lines += [f"  {part.role:<6}  {part.tag}: {part.facts}"]
+        lines += [f"          {line}".rstrip() for line in prose(part.doc).splitlines()]
+    lines += [f"  option {variant}" for variant in e.variants]
+    lines += ["", "needs from you:", *(f"  {ask}" for ask in e.asks), "", "options:"]
+    wide = max((len(o.name) for o in e.options), default=0)
+    lines += [f"  {o.name:{wide}}  {o.default}   ({o.kind})" for o in e.options]
+    return "\n".join([*lines, "", "a recipe:", "", e.recipe.rstrip("\n")])
 
 
 def terms_words(terms: Sequence[TermSpec]) -> str:

@@ -13,6 +13,8 @@ from typing import Literal, final
 
 import numpy as np
 
+from posttrain.contracts import check_method as check_method
+from posttrain.contracts import check_term as check_term
 from posttrain.protocols import (
     Completion,
     Learner,

@@ -40,14 +40,59 @@ class Column(StrEnum):
     REFERENCE_LOGPROB = "reference_logprob"  # [T] under the frozen reference
     TEACHER_IDS = "teacher_ids"  # [T, K] the teacher's K most likely tokens
     TEACHER_LOGPROBS = "teacher_logprobs"  # [T, K] their log-probs
+    TEACHER_LOGPROB = "teacher_logprob"  # [T] the teacher's log-prob of the written token
+    TEACHER_SORTED = "teacher_sorted"  # [T, K] log-probs of another vocabulary, largest first
+    TEACHER_ALIGNED = "teacher_aligned"  # [T] 1 where TEACHER_SORTED follows the same text, else 0
     ADVANTAGE = "advantage"  # [T]
     REWARD = "reward"  # scalar
     PREFERENCE = "preference"  # scalar: +1 chosen, -1 rejected
+    TRAINER_LOGPROB = "trainer_logprob"  # [T] the learner's own scoring, before it was updated
+    TOKEN_REWARD = "token_reward"  # [T] added to the reward where it was earned: penalties
+    MARK = "mark"  # [T] 1 at tokens that a signal singled out, else 0
+    BASELINE = "baseline"  # scalar: the reward that the policy's likeliest answer got
+    DISCARD = "discard"  # scalar: 0 to train on it, else the index of a Discard
+    WEIGHT = "weight"  # scalar: how much a row of a data set counts
+    LABEL = "label"  # scalar: +1 good, -1 bad, judged without a comparison
+    MISMATCHED_KL = "mismatched_kl"  # scalar: mean log-ratio of other prompts' answers
+    LOG_RATIO_CENTRE = "log_ratio_centre"  # scalar: between those of good and of bad answers
 
     @property
     def per_token(self) -> bool:
         """True when the column has one entry per token."""
-        return self not in (Column.REWARD, Column.PREFERENCE)
+        return self not in SCALARS
+
+
+SCALARS = frozenset(
+    {
+        Column.REWARD,
+        Column.PREFERENCE,
+        Column.BASELINE,
+        Column.DISCARD,
+        Column.LABEL,
+        Column.MISMATCHED_KL,
+        Column.LOG_RATIO_CENTRE,
+        Column.WEIGHT,
+    }
+)
+"""Columns with one number per trajectory."""
+
+
+class Discard(StrEnum):
+    """Why a signal keeps a member out of the update. It stays in its group's statistics."""
+
+    KEPT = "kept"
+    EQUAL_REWARDS = "equal rewards"  # nothing in the group is better than anything else
+    CUT_OFF = "cut off"  # the token budget ended the answer, so its reward says little
+    LOW_REWARD = "reward too low"
+    NOT_BEST = "not among the best"  # of its group
+    DUPLICATE = "duplicate"  # of an earlier answer of its group
+    NO_ADVANTAGE = "no advantage"  # not better than the baseline
+    UNRANKED = "unranked"  # neither the best nor the worst of its group
+
+    @property
+    def code(self) -> int:
+        """What the ``DISCARD`` column holds."""
+        return tuple(Discard).index(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

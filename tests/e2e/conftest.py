@@ -16,13 +16,13 @@ def shared(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("shared") / "world")
 
 
-@pytest.fixture()
+@pytest.fixture
 def world(tmp_path):
     """A world of one's own."""
     return make_world(tmp_path / "world")
 
 
-@pytest.fixture()
+@pytest.fixture
 def posttrain(monkeypatch, capsys):
     """The command line, in this process: (arguments) -> exit code, stdout, stderr."""
     import sys

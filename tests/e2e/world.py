@@ -136,6 +136,7 @@ class Fault:
     before_file: str | None = None  # just before a file of this name takes its place
 
 
+NEVER = Fault()
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 
@@ -192,13 +193,13 @@ def _sit(path: Path, out: Path, fault: Fault, report: Path) -> None:
     except PosttrainError as error:
         report.write_text(f"{type(error).__name__}: {error}")
         os._exit(2)
-    except BaseException:
+    except:
         report.write_text(traceback.format_exc())
-        os._exit(1)
+        raise
     report.write_text(str(moments.count))
 
 
-def sit(path: Path, out: Path, fault: Fault = Fault()) -> tuple[int, str]:  # noqa: B008
+def sit(path: Path, out: Path, fault: Fault = NEVER) -> tuple[int, str]:
     """One process that runs a recipe; returns its exit code and last words."""
     report = path.parent / "last-words"
     report.unlink(missing_ok=True)

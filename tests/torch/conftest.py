@@ -11,7 +11,7 @@ def engine() -> LocalEngine:
     return LocalEngine(device=torch.device("cpu"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def learner(engine, tiny_folder):
     from posttrain.recipe import Optimizer
 

@@ -49,7 +49,8 @@ def test_support_is_as_constructed(measured, name):
     elif setting.support is Support.SELDOM:
         assert first.high < 0.25, "seldom: low pass@1"
         assert first.low > 0.01
-        assert at_64.low > 0.75, "but it can: high pass@64"
+        assert at_64.value > 0.8, "but it can: high pass@64"
+        assert at_64.low > 0.6
     else:
         total = counts.size * SAMPLES
         _, high = clopper_pearson(int(counts.sum()), total, confidence=0.95)
@@ -107,7 +108,7 @@ def test_pretraining_is_reproducible_bit_for_bit(tmp_path):
     from posttrain.lab.pretrain import pretrain
 
     first, again = (
-        load_file(pretrain(tmp_path / name, reading=2, answering=2) / "model.safetensors") for name in "ab"
+        load_file(pretrain(tmp_path / name, steps=3) / "model.safetensors") for name in "ab"
     )
     shipped = load_file(BASE / "model.safetensors")
     assert first.keys() == again.keys() == shipped.keys()

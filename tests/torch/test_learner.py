@@ -119,7 +119,7 @@ def test_a_folder_that_is_not_a_model(tmp_path, spoil):
 
 
 def test_a_missing_folder_says_so():
-    with pytest.raises(ModelError, match="no model folder at ./nowhere"):
+    with pytest.raises(ModelError, match="no model folder at"):
         load_model("./nowhere")
 
 
@@ -134,3 +134,33 @@ def test_remote_code_is_off_unless_named(tmp_path, engine):
     )
     with pytest.raises(ModelError):
         LocalEngine(device=torch.device("cpu"), remote_code="other").policy(str(folder))
+
+
+def test_bfloat16_training_keeps_small_steps(tiny_folder):
+    """At a small learning rate float32 and bfloat16 training move the weights alike."""
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        engine = LocalEngine(device=torch.device("cpu"), dtype=dtype)
+        optimizer = Optimizer(lr=1e-5)
+        learner = engine.learner(str(tiny_folder), name="t", optimizer=optimizer, lora=None, seed=0)
+        assert learner.policy.model.causal.dtype == getattr(torch, dtype)
+        before = {n: w.clone() for n, w in learner._masters.state().items()}
+        for seed in range(8):
+            learner.step(batches(seed), OBJECTIVE, lr_scale=1.0)
+        after = learner._masters.state()
+        assert all(w.dtype == torch.float32 for w in after.values())
+        moved[dtype] = float(np.mean([(after[n] - w).abs().mean() for n, w in before.items()]))
+        live = dict(learner.policy.model.causal.named_parameters())
+        assert all(torch.equal(live[n], w.to(live[n].dtype)) for n, w in after.items())
+    assert moved["bfloat16"] == pytest.approx(moved["float32"], rel=0.2)
+
+
+def test_a_window_that_only_the_mask_knows_is_refused(tmp_path):
+    from posttrain.engines.model import _check_windows
+
+    windowed = load_model(str(tiny_model(tmp_path / "w", family="mistral")))
+    full = load_model(str(tiny_model(tmp_path / "f")))
+    _check_windows(windowed, {6})
+    _check_windows(full, {None})
+    with pytest.raises(ModelError, match="do not hand down"):
+        _check_windows(windowed, {None})

@@ -11,6 +11,7 @@ from posttrain.batch import pack
 from posttrain.composition import (
     ClippedPolicyGradient,
     CrossEntropy,
+    GroupAdvantage,
     PairwiseLogistic,
     ReferenceKL,
     TeacherDistribution,
@@ -21,7 +22,6 @@ from posttrain.objectives.objective import Objective
 from posttrain.objectives.terms import TERMS
 from posttrain.provenance import Kind
 from posttrain.signals.credit import GroupAdvantageSignal, group_advantages
-from posttrain.composition import GroupAdvantage
 from posttrain.signals.scoring import TeacherSignal
 from posttrain.trajectory import Column, Group, Scored
 

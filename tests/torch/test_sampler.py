@@ -6,6 +6,7 @@ import torch
 
 from posttrain.engines import sampler
 from posttrain.engines.sampler import sample
+from posttrain.errors import TaskError
 from posttrain.protocols import Request
 from posttrain.provenance import Sampling
 from posttrain.task import Task
@@ -93,3 +94,19 @@ def test_ends_are_told_apart(engine, tmp_path):
         if done.end is End.CONTEXT:
             assert len(done.tokens) == room
     assert ends == {End.COMPLETED, End.LENGTH, End.CONTEXT}
+
+
+def test_top_k_keeps_no_more_than_k_of_equal_logits():
+    uniform = torch.from_numpy(np.random.default_rng(0).random(500))
+    logits = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(500, 1)
+    tokens, logprobs = sample(logits, Sampling(top_k=1), uniform)
+    assert len(set(tokens.tolist())) == 1
+    assert float(logprobs.abs().max()) == 0
+
+
+def test_prompts_without_tokens_or_room_are_refused(engine, tiny_folder):
+    policy = engine.policy(str(tiny_folder))
+    for prompt in (np.zeros(0, np.int32), np.zeros(policy.context, np.int32)):
+        request = Request(prompt=prompt, sampling=Sampling(), max_new_tokens=2)
+        with pytest.raises(TaskError, match="prompt tokens"):
+            policy.generate([request])

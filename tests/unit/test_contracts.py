@@ -153,3 +153,14 @@ def test_measuring_an_exactly_known_policy():
         base=base,
     )
     np.testing.assert_array_equal(again.task("letters").scores, task.scores)
+
+
+def test_every_update_of_a_draw_sees_every_task_set():
+    other = FakeTaskSet(name="others", size=8)
+    spec = Rollouts(tasks=("letters", "others"), group_size=1, max_new_tokens=3)
+    source = RolloutSource(spec, {"letters": TASKS, "others": other}, live(), 0)
+    for step in range(3):
+        groups = source.draw(8, step=step)
+        for update in range(2):
+            sets = [g.task.rpartition("/")[0] for g in groups[update::2]]
+            assert sorted(sets) == ["letters"] * 2 + ["others"] * 2

@@ -14,15 +14,40 @@ LAYERS = [
     {"errors"},
     {"config", "provenance", "trajectory", "task"},
     {"files", "ledger", "store", "events"},
-    {"composition", "methods", "recipe", "legality", "protocols", "chat", "batch", "head"},
+    {
+        "composition",
+        "methods",
+        "recipe",
+        "legality",
+        "protocols",
+        "chat",
+        "batch",
+        "head",
+        "divergence",
+        "extensions",
+    },
     {"sources", "signals", "objectives", "probes", "engines", "tasks"},
     {"journal", "gates", "stage", "plan"},
-    {"build", "records", "pipeline", "preview", "tables", "report", "testing"},
+    {
+        "build",
+        "records",
+        "pipeline",
+        "preview",
+        "tables",
+        "report",
+        "testing",
+        "catalogue",
+        "contracts",
+    },
     {"console", "lab", "api", "cli"},
 ]
 LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 SIBLINGS = LAYERS[4]
-TORCH_FREE_UNITS = {unit for layer in LAYERS[:4] for unit in layer} - {"batch", "head"}
+TORCH_FREE_UNITS = {unit for layer in LAYERS[:4] for unit in layer} - {
+    "batch",
+    "head",
+    "divergence",
+}
 MAX_FUNCTION, MAX_MODULE = 80, 500
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -9,9 +9,11 @@ from posttrain import (
     Gate,
     Grpo,
     JsonlTasks,
+    Lora,
     Measure,
     Opd,
     Optimizer,
+    PosttrainError,
     ReasoningGym,
     Recipe,
     Rollouts,
@@ -102,7 +104,7 @@ def test_a_resolved_recipe_reads_back(folder):
     ("old", "new", "message"),
     [
         ("epochs: 2", "epoks: 2", "did you mean 'epochs'"),
-        ("name: sft", "name: sfd", "did you mean 'sft'"),
+        ("name: sft", "name: sftt", "did you mean 'sft'"),
         ("group_size: 4", "groupsize: 4", "did you mean 'group_size'"),
         ("type: reasoning_gym", "type: reasoning_gim", "did you mean 'reasoning_gym'"),
         ("samples: 16", "sample: 16", "did you mean 'samples'"),
@@ -329,3 +331,28 @@ def test_jsonl_tasks_are_identified_by_content(folder):
     after = identities(recipe, folder)
     assert before[0] == after[0]
     assert before[1] != after[1]
+
+
+def test_exponents_without_a_dot_are_numbers(folder):
+    """YAML 1.1 alone would read 1e-5 as text."""
+    path = folder / "recipe.yaml"
+    path.write_text(YAML.replace("lr: 1.0e-4", "lr: 1e-6"))
+    assert load_recipe(path).stages[1].optimizer.lr == 1e-6
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Optimizer(lr=float("nan")),
+        lambda: Optimizer(betas=(1.5, 2)),
+        lambda: Lora(rank=0),
+        lambda: Measure(max_new_tokens=0),
+        lambda: SamplingSpec(top_p=0),
+        lambda: Stage(
+            name="s", method=Sft(data=Dataset(path="x")), budget=Budget(steps=1), max_age=-1
+        ),
+    ],
+)
+def test_values_that_would_crash_later_are_refused_now(make):
+    with pytest.raises(PosttrainError, match="expected"):
+        make()

@@ -10,50 +10,208 @@ code behind a specification lives in the folder of its kind: ``sources``, ``sign
 
 from __future__ import annotations
 
-from posttrain.composition.base import ANYONE, Aggregate, PolicyRef
-from posttrain.composition.distillation import DistillationTerm, TeacherReverseKL
-from posttrain.composition.policy import ClippedPolicyGradient, PolicyTerm, ReferenceKL
-from posttrain.composition.preference import PairwiseLogistic, PreferenceTerm
-from posttrain.composition.signals import (
+from posttrain import extensions
+from posttrain.composition.base import (
+    ANYONE,
+    Aggregate,
+    Limit,
+    PolicyRef,
+    Term,
+    WeightSchedule,
+)
+from posttrain.composition.credit import (
+    BestOfKAdvantage,
+    ClipCovariance,
+    DecoupledAdvantage,
+    DropCutOff,
+    GreedyBaseline,
     GroupAdvantage,
+    KeepInformative,
+    KLPenalty,
+    MarkCovariance,
+    SoftLengthPenalty,
+    TrainerLogprobs,
+)
+from posttrain.composition.distillation import (
+    DistillationTerm,
+    EntropyAwareKL,
+    TeacherForwardKL,
+    TeacherJensenShannon,
+    TeacherReverseKL,
+    TeacherSkewKL,
+    TeacherSkewReverseKL,
+    TeacherSortedL1,
+    TeacherTotalVariation,
+)
+from posttrain.composition.offline import (
+    AdvantageWeighted,
+    KeepPositiveAdvantages,
+    KeepRewards,
+    LeftoverLunch,
+    OfflineTerm,
+    OwnLogprobs,
+    RewardGold,
+)
+from posttrain.composition.policy import (
+    ClippedPolicyGradient,
+    ClippedWeightPolicyGradient,
+    EntropyBonus,
+    GeometricPolicyGradient,
+    LogRatioPenalty,
+    Mismatch,
+    PolicyGradient,
+    PolicyTerm,
+    ReferenceKL,
+    SequencePolicyGradient,
+    ShapedWeightPolicyGradient,
+    SoftGatedPolicyGradient,
+)
+from posttrain.composition.preference import (
+    BinaryClassifier,
+    ContrastiveLogistic,
+    OddsRatio,
+    PairwiseAnchored,
+    PairwiseDiscovered,
+    PairwiseDivergence,
+    PairwiseExact,
+    PairwiseHinge,
+    PairwiseLogistic,
+    PairwiseMean,
+    PairwiseNoiseContrastive,
+    PairwiseRobust,
+    PairwiseSelfPlay,
+    PairwiseShared,
+    PairwiseSquared,
+    PairwiseWeighted,
+    PreferenceTerm,
+    ProspectValue,
+    TargetMargin,
+)
+from posttrain.composition.preference_signals import LogRatioCentre, MismatchedKL, RankPairs
+from posttrain.composition.signals import (
     ReferenceLogprobs,
     SignalSpec,
-    TeacherDistribution,
     Verify,
 )
-from posttrain.composition.sources import Dataset, Rollouts, SamplingSpec, SourceSpec
-from posttrain.composition.supervised import CrossEntropy, SupervisedTerm
+from posttrain.composition.sources import (
+    Dataset,
+    Mix,
+    Rollouts,
+    SamplingSpec,
+    SourceSpec,
+    parts_of,
+)
+from posttrain.composition.supervised import (
+    CrossEntropy,
+    DynamicCrossEntropy,
+    ProbabilityLoss,
+    ProximalCrossEntropy,
+    SupervisedTerm,
+    WeightedCrossEntropy,
+)
+from posttrain.composition.teaching import (
+    DeltaAdvantage,
+    ForeignTeacher,
+    TeacherAdvantage,
+    TeacherDistribution,
+    TeacherLogprobs,
+)
 from posttrain.config import Config
 
 __all__ = [
     "ANYONE",
+    "AdvantageWeighted",
     "Aggregate",
+    "BestOfKAdvantage",
+    "BinaryClassifier",
+    "ClipCovariance",
     "ClippedPolicyGradient",
+    "ClippedWeightPolicyGradient",
     "Composition",
+    "ContrastiveLogistic",
     "CrossEntropy",
     "Dataset",
+    "DecoupledAdvantage",
+    "DeltaAdvantage",
+    "DropCutOff",
+    "DynamicCrossEntropy",
+    "EntropyAwareKL",
+    "EntropyBonus",
+    "ForeignTeacher",
+    "GeometricPolicyGradient",
+    "GreedyBaseline",
     "GroupAdvantage",
+    "KLPenalty",
+    "KeepInformative",
+    "KeepPositiveAdvantages",
+    "KeepRewards",
+    "LeftoverLunch",
+    "Limit",
+    "LogRatioCentre",
+    "LogRatioPenalty",
+    "MarkCovariance",
+    "Mismatch",
+    "MismatchedKL",
+    "Mix",
+    "OddsRatio",
+    "OwnLogprobs",
+    "PairwiseAnchored",
+    "PairwiseDiscovered",
+    "PairwiseDivergence",
+    "PairwiseExact",
+    "PairwiseHinge",
     "PairwiseLogistic",
+    "PairwiseMean",
+    "PairwiseNoiseContrastive",
+    "PairwiseRobust",
+    "PairwiseSelfPlay",
+    "PairwiseShared",
+    "PairwiseSquared",
+    "PairwiseWeighted",
+    "PolicyGradient",
     "PolicyRef",
+    "ProbabilityLoss",
+    "ProspectValue",
+    "ProximalCrossEntropy",
+    "RankPairs",
     "ReferenceKL",
     "ReferenceLogprobs",
+    "RewardGold",
     "Rollouts",
     "SamplingSpec",
+    "SequencePolicyGradient",
+    "ShapedWeightPolicyGradient",
     "SignalSpec",
+    "SoftGatedPolicyGradient",
+    "SoftLengthPenalty",
     "SourceSpec",
+    "TargetMargin",
+    "TeacherAdvantage",
     "TeacherDistribution",
+    "TeacherForwardKL",
+    "TeacherJensenShannon",
+    "TeacherLogprobs",
     "TeacherReverseKL",
+    "TeacherSkewKL",
+    "TeacherSkewReverseKL",
+    "TeacherSortedL1",
+    "TeacherTotalVariation",
+    "Term",
     "TermSpec",
+    "TrainerLogprobs",
     "Verify",
+    "WeightSchedule",
+    "WeightedCrossEntropy",
+    "parts_of",
 ]
 
 
-TermSpec = SupervisedTerm | PreferenceTerm | PolicyTerm | DistillationTerm
+TermSpec = SupervisedTerm | OfflineTerm | PreferenceTerm | PolicyTerm | DistillationTerm
 
 
 class Composition(Config, frozen=True, kw_only=True):
     """A method spelt out: where trajectories come from, who judges them, what is minimised."""
 
     source: SourceSpec
-    terms: tuple[TermSpec, ...]
-    signals: tuple[SignalSpec, ...] = ()
+    terms: tuple[extensions.AnyTerm, ...]
+    signals: tuple[extensions.AnySignal, ...] = ()

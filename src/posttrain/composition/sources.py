@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import floor
 from typing import Literal
 
 from posttrain.composition.base import PolicyRef
@@ -18,6 +19,9 @@ class SamplingSpec(Config, frozen=True, kw_only=True):
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.with_seed(0)  # refuses what no sampler could draw from
 
     def with_seed(self, seed: int) -> Sampling:
         """The exact distribution of one request."""
@@ -38,23 +42,46 @@ class SamplingSpec(Config, frozen=True, kw_only=True):
 class Dataset(Config, frozen=True, kw_only=True, tag="dataset", tag_field="type"):
     """Trajectories from a JSONL or Parquet file (off-policy).
 
-    ``format`` is detected from the columns: prompt/completion, messages, or
-    prompt/chosen/rejected. ``author`` and ``licence`` go into the ledger.
+    ``format`` is detected from the columns: text (plain documents, every token is trained),
+    prompt/completion, messages, prompt/chosen/rejected, or, for methods that learn from answers
+    judged one by one, prompt/completion/label with a true or false label (``unpaired``).
+    ``author`` and ``licence`` go into the ledger.
     """
 
     path: str
-    format: Literal["auto", "completion", "messages", "preference"] = "auto"
+    format: Literal["auto", "text", "completion", "messages", "preference", "unpaired"] = "auto"
     author: Kind = Kind.EXTERNAL
     name: str | None = None  # default: the file name
     licence: str | None = None
     too_long: Literal["error", "skip"] = "error"
     assistant_mask: Literal["template", "prefix"] = "template"
     preference: bool = False  # set by pairwise methods; checked against the file
+    unpaired: bool = False  # set by methods on labelled answers; a file of pairs serves them too
+    reward: str | None = None  # the column with each answer's reward, for logged answers
+    weight: str | None = None  # the column that says how much each row counts, 0 or more
+
+    def __post_init__(self) -> None:
+        if self.preference and self.unpaired:
+            raise ConfigError(
+                f"data set {self.path} with preference and unpaired",
+                expected="one of them: a stage compares answers, or judges each by itself",
+            )
+        if (self.preference or self.unpaired) and (self.reward or self.weight):
+            raise ConfigError(
+                f"data set {self.path} with reward={self.reward}, weight={self.weight}, and of "
+                "preferences",
+                expected="rewards and weights on single answers: a preference has no number",
+            )
 
     @property
     def provides(self) -> frozenset[Column]:
-        """Preferences, for a file of pairs."""
-        return frozenset({Column.PREFERENCE}) if self.preference else frozenset()
+        """Preferences for a file of pairs, labels for one of labelled answers; named numbers."""
+        if self.unpaired:
+            return frozenset({Column.LABEL})
+        if self.preference:
+            return frozenset({Column.PREFERENCE})
+        named = {Column.REWARD: self.reward, Column.WEIGHT: self.weight}
+        return frozenset(column for column, name in named.items() if name is not None)
 
     @property
     def writes(self) -> frozenset[Kind]:
@@ -93,4 +120,79 @@ class Rollouts(Config, frozen=True, kw_only=True, tag="rollouts", tag_field="typ
         return frozenset({Kind.LEARNER if self.policy == "learner" else Kind.TEACHER})
 
 
-SourceSpec = Dataset | Rollouts
+Part = Dataset | Rollouts
+"""A source that draws by itself."""
+
+
+class Mix(Config, frozen=True, kw_only=True, tag="mix", tag_field="type"):
+    """Several sources in fixed proportion: ``shares[i]`` of all groups come from ``parts[i]``.
+
+    A column counts as provided for an author when every part that this author writes provides it,
+    so a term on the learner's tokens may need what a data set cannot have. A signal judges the
+    groups whose authors' terms ask for its columns, and no others.
+
+    Example:
+        >>> demos, own = Dataset(path="demos.jsonl"), Rollouts(tasks=("sums",))
+        >>> mixed = Mix(parts=(demos, own), shares=(0.3, 0.7))
+        >>> [mixed.counts(8, step=s) for s in range(3)]
+        [(2, 6), (3, 5), (2, 6)]
+        >>> mixed.provides, sorted(mixed.provides_for(Kind.LEARNER))
+        (frozenset(), [<Column.BEHAVIOUR_LOGPROB: 'behaviour_logprob'>])
+    """
+
+    parts: tuple[Part, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        fits = len(self.parts) == len(self.shares) >= 2 and min(self.shares) > 0
+        if not fits or abs(sum(self.shares) - 1) > 1e-6:
+            raise ConfigError(
+                f"a mix of {len(self.parts)} parts with shares {list(self.shares)}",
+                expected="two parts or more, and for each a share above zero; shares sum to 1",
+            )
+
+    @property
+    def provides(self) -> frozenset[Column]:
+        """Columns that every part provides."""
+        return frozenset.intersection(*(p.provides for p in self.parts))
+
+    def provides_for(self, kind: Kind) -> frozenset[Column]:
+        """Columns that stand beside every group of this author."""
+        parts = [p.provides for p in self.parts if kind in p.writes]
+        return frozenset.intersection(*parts) if parts else frozenset()
+
+    @property
+    def writes(self) -> frozenset[Kind]:
+        """Everybody who writes a part."""
+        return frozenset().union(*(p.writes for p in self.parts))
+
+    def counts(self, num_groups: int, *, step: int) -> tuple[int, ...]:
+        """How many groups of a draw come from each part. They sum to ``num_groups``.
+
+        Shares that come out in whole groups are met in every draw. Others are met over draws:
+        what a part has given since the first draw is within one group of its share (for two or
+        three parts; each further part may add half a group).
+        """
+        before, after = (self._given((step + more) * num_groups) for more in (0, 1))
+        return tuple(b - a for a, b in zip(before, after, strict=True))
+
+    def _given(self, num_groups: int) -> tuple[int, ...]:
+        """Groups of each part among the first ``num_groups``.
+
+        Parts are split off one at a time, each by rounding its share of what is left. Every count
+        then grows with ``num_groups``, which largest remainders over all parts do not promise.
+        """
+        counts, left, share_left = list[int](), num_groups, 1.0
+        for share in self.shares[:-1]:
+            # A hair up, so that a half made of float dust rounds like a half.
+            counts.append(min(floor(left * min(share / share_left, 1.0) + 0.5 + 1e-9), left))
+            left, share_left = left - counts[-1], share_left - share
+        return (*counts, left)
+
+
+SourceSpec = Dataset | Rollouts | Mix
+
+
+def parts_of(source: SourceSpec) -> tuple[Part, ...]:
+    """The sources that draw by themselves: those of a mix, or the source itself."""
+    return source.parts if isinstance(source, Mix) else (source,)

@@ -174,4 +174,5 @@ def _block(members: Sequence[Segment], segments: Sequence[Segment]) -> _Block:
             distance[row, :, :p] = p + own[:, None] - torch.arange(p)[None, :]
         # A padded query must read something, or softmax gives NaN; its output is never placed.
         mask[row, n:, 0 if parent else width_p] = True
+        distance[row, n:, 0 if parent else width_p] = 0
     return _Block(query, key, mask, distance)

@@ -20,6 +20,7 @@ from torch import Tensor
 from posttrain.batch import PackedBatch, pack_trajectories
 from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.config import digest
+from posttrain.engines.masters import MasterWeights
 from posttrain.engines.model import Dtype, Model, load_model
 from posttrain.engines.sampler import generate
 from posttrain.errors import ConfigError, ModelError
@@ -178,8 +179,11 @@ class LocalLearner:
         self._policy = LocalPolicy(model, producer=producer, version=self._version)
         if lora is None:
             model.causal.requires_grad_(True)
+        self._masters = MasterWeights(
+            [(n, p) for n, p in model.causal.named_parameters() if p.requires_grad]
+        )
         self._optimizer = torch.optim.AdamW(
-            [p for _, p in self._trained()],
+            self._masters.parameters,
             lr=optimizer.lr,
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
@@ -213,7 +217,8 @@ class LocalLearner:
             total += float(loss.detach())
             for name, share in shares.items():
                 metrics[name] = metrics.get(name, 0.0) + share
-        weights = [p for _, p in self._trained()]
+        self._masters.take_gradients()
+        weights = self._masters.parameters
         norm = float(torch.nn.utils.clip_grad_norm_(weights, self._config.max_grad_norm))
         if not np.isfinite(norm):
             raise ModelError(
@@ -224,6 +229,7 @@ class LocalLearner:
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.lr * lr_scale
         self._optimizer.step()
+        self._masters.write_back()
         self._version.steps += 1
         return StepReport(
             loss=total,
@@ -236,7 +242,7 @@ class LocalLearner:
     def save(self, folder: Path) -> None:
         """Trained weights, optimiser state and version, as ``learner.pt``."""
         state = {
-            "weights": {n: p.detach() for n, p in self._trained()},
+            "weights": self._masters.state(),
             "optimizer": self._optimizer.state_dict(),
             "version": self._version.steps,
         }
@@ -249,30 +255,29 @@ class LocalLearner:
             ModelError: the file belongs to another model or adapter configuration.
         """
         state = torch.load(folder / "learner.pt", weights_only=True, map_location="cpu")
-        trained = dict(self._trained())
+        trained = self._masters.state()
         if trained.keys() != state["weights"].keys():
             raise ModelError(
                 f"{folder}/learner.pt holds {len(state['weights'])} weights, "
                 f"the learner trains {len(trained)}",
                 expected="the checkpoint of this very stage",
             )
-        with torch.no_grad():
-            for name, weight in state["weights"].items():
-                trained[name].copy_(weight)
+        self._masters.load(state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._version.steps = state["version"]
 
     def export(self, folder: Path) -> None:
-        """A plain model folder. Adapters are merged, and saved beside it in ``adapter/``."""
+        """A plain model folder. Adapters are merged, and saved beside it in ``adapter/``.
+
+        Merged weights are float32: rounded to bfloat16, a good part of a small adapter would be
+        lost, and the export would be another policy than the one that was trained.
+        """
         causal = self._model.causal
         if self._adapters is not None:
             _save_adapters(self._adapters, folder / "adapter")
-            causal = copy.deepcopy(self._adapters).merge_and_unload()
+            causal = copy.deepcopy(self._adapters).float().merge_and_unload()
         causal.save_pretrained(folder)
         self._model.tokenizer.save_pretrained(folder)
-
-    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(n, p) for n, p in self._model.causal.named_parameters() if p.requires_grad]
 
 
 def _attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-def]  # optional
@@ -287,16 +292,20 @@ def _attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-
     targets = lora.target_modules
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(
-            model.causal,
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                lora_dropout=0.0,
-                target_modules=targets if isinstance(targets, str) else list(targets),
-                task_type="CAUSAL_LM",
-            ),
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=0.0,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
         )
+        try:
+            return get_peft_model(model.causal, config)
+        except ValueError as error:
+            raise ConfigError(
+                f"lora on {targets!r}: {error}",
+                expected="names of linear layers of this model, or all-linear",
+            ) from error
 
 
 def _save_adapters(adapters, folder: Path) -> None:  # type: ignore[no-untyped-def]  # optional

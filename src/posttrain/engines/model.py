@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -186,7 +187,7 @@ def load_model(
         causal = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=IMPLEMENTATION, **where
         )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{name} could not be loaded: {first}",
@@ -216,20 +217,63 @@ def prove_packing(model: Model) -> None:
     segments = (Segment(0, 9, None), Segment(9, 3, 0), Segment(12, 2, 0))
     tokens = torch.tensor(prompt + first + second, device=model.device)
     positions = torch.tensor([*range(9), *range(9, 12), *range(9, 11)], device=model.device)
+    plan = _WindowsSeen(PackedPlan.of(segments, device=model.device))
     with torch.inference_mode():
-        plan = PackedPlan.of(segments, device=model.device)
-        packed = model.head(model.hidden(tokens, positions, plan)).log_softmax(-1)
+        try:
+            packed = model.head(model.hidden(tokens, positions, plan)).log_softmax(-1)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise ModelError(
+                f"{model.name} ({model.causal.config.model_type}) cannot run packed: {error}",
+                expected="a decoder with plain softmax attention",
+                fix="use another model family",
+            ) from error
         gap = 0.0
         for rest, start in ((first, 9), (second, 12)):
             own = _stock_logprobs(model, prompt + rest)
             ours = torch.cat([packed[:9], packed[start : start + len(rest)]])
             gap = max(gap, float((own - ours).abs().max()))
+    _check_windows(model, plan.windows)
     limit = TOLERANCE[model.causal.dtype]
     if not gap <= limit:
         raise ModelError(
             f"{model.name}: packed log-probs differ from the model's own by {gap:.2g}",
             expected=f"at most {limit} in {model.causal.dtype}",
             fix="this family mixes tokens in a way that packing cannot isolate; use another",
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _WindowsSeen:
+    """A plan that notes which sliding windows the layers hand down."""
+
+    packed: PackedPlan
+    windows: set[int | None] = field(default_factory=set)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
+    ) -> Tensor:
+        self.windows.add(window)
+        return self.packed.attend(layer, q, k, v, scaling=scaling, window=window)
+
+
+def _check_windows(model: Model, seen: set[int | None]) -> None:
+    """Refuse families that keep their window in the mask alone, where packing cannot see it.
+
+    The probe is too short to notice by its numbers: it fits into any real window.
+    """
+    config = model.causal.config.get_text_config().to_dict()
+    kinds = config.get("layer_types")
+    limited = ("sliding_attention", "chunked_attention")
+    if kinds is not None:
+        has_window = any(kind in limited for kind in kinds)
+    else:
+        has_window = bool(config.get("sliding_window") or config.get("attention_chunk_size"))
+    if has_window and seen == {None}:
+        raise ModelError(
+            f"{model.name} ({model.causal.config.model_type}) limits attention to a window or "
+            "chunk that its attention layers do not hand down",
+            expected="layers that pass sliding_window to the attention function",
+            fix="use another model family",
         )
 
 

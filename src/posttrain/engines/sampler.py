@@ -24,6 +24,7 @@ from torch import Tensor
 from posttrain.batch import Segment
 from posttrain.engines.attention import PackedPlan
 from posttrain.engines.model import Model
+from posttrain.errors import TaskError
 from posttrain.protocols import Completion, Request
 from posttrain.provenance import Sampling
 from posttrain.trajectory import End
@@ -132,6 +133,14 @@ def generate(
     Log-probs are those of the distribution that was sampled: after temperature and truncation.
     Greedy requests (temperature 0) have log-prob 0, since that distribution is one point.
     """
+    for request in requests:
+        if not 0 < len(request.prompt) < model.context or request.max_new_tokens < 1:
+            raise TaskError(
+                f"a prompt of {len(request.prompt)} tokens, {request.max_new_tokens} to draw",
+                expected=f"1 to {model.context - 1} prompt tokens (the model's context is "
+                f"{model.context}), and at least 1 to draw",
+                fix="shorten the task's prompts, or use a model with a longer context",
+            )
     done: list[Completion | None] = [None] * len(requests)
     with torch.inference_mode():
         for wave in _waves(requests, context=model.context):
@@ -293,8 +302,9 @@ def _truncate(logp_RV: Tensor, sampling: Sampling) -> Tensor:
         return logp_RV
     barred = torch.zeros_like(logp_RV, dtype=torch.bool)
     if 0 < sampling.top_k < logp_RV.shape[1]:
-        least = logp_RV.topk(sampling.top_k, -1).values[:, -1:]
-        barred |= logp_RV < least
+        # By index, not by value: of equal logits only as many stay as were asked for.
+        kept = logp_RV.topk(sampling.top_k, -1).indices
+        barred |= torch.ones_like(barred).scatter(-1, kept, False)
     if sampling.top_p < 1:
         masked = logp_RV.masked_fill(barred, float("-inf")).softmax(-1)
         ordered, order = masked.sort(-1, descending=True)

@@ -16,7 +16,6 @@ from random import Random
 
 from posttrain.files import write_atomic
 from posttrain.lab.settings import SETTINGS, Setting
-from posttrain.lab.tokenizer import ASSISTANT, END, USER
 from posttrain.task import Task
 from posttrain.tasks.reasoning_gym import ReasoningGymTaskSet
 
@@ -36,11 +35,6 @@ class Document:
     def row(self) -> Mapping[str, object]:
         """A line of a JSONL file in the ``messages`` format."""
         return {"messages": [_turn("user", self.question), _turn("assistant", self.answer)]}
-
-    @property
-    def text(self) -> Mapping[str, object]:
-        """A line of a JSONL file in the ``text`` format; the reader adds the final end token."""
-        return {"text": f"{USER}{self.question}{END}{ASSISTANT}{self.answer}"}
 
 
 def taskset(setting: Setting) -> ReasoningGymTaskSet:

@@ -46,7 +46,7 @@ def tour_recipe(*, seed: int = 0, model: str = str(BASE)) -> Recipe:
                         path="demonstrations.jsonl", name="lab-demonstrations", licence="CC0-1.0"
                     )
                 ),
-                budget=Budget(steps=160),
+                budget=Budget(steps=320),
                 groups_per_step=64,
                 optimizer=Optimizer(lr=1e-3, warmup_steps=10, schedule="linear"),
             ),

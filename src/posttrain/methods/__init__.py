@@ -11,13 +11,25 @@ from typing import get_args
 
 from posttrain.methods.compose import Compose
 from posttrain.methods.distillation import DistillationMethod, Opd
+from posttrain.methods.hybrid import HybridMethod
+from posttrain.methods.offline import OfflineMethod
 from posttrain.methods.policy import Grpo, PolicyMethod
 from posttrain.methods.preference import Dpo, PreferenceMethod
+from posttrain.methods.rejection import RejectionMethod
 from posttrain.methods.supervised import Sft, SupervisedMethod
 
 __all__ = ["METHODS", "Compose", "Dpo", "Grpo", "Method", "Opd", "Sft"]
 
-Method = SupervisedMethod | PreferenceMethod | PolicyMethod | DistillationMethod | Compose
+Method = (
+    SupervisedMethod
+    | RejectionMethod
+    | OfflineMethod
+    | PreferenceMethod
+    | PolicyMethod
+    | DistillationMethod
+    | HybridMethod
+    | Compose
+)
 
 METHODS: Mapping[str, type[Method]] = {
     str(method.__struct_config__.tag): method for method in get_args(Method)

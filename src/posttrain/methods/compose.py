@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from posttrain.composition import Composition, SignalSpec, SourceSpec, TermSpec
+from posttrain import extensions
+from posttrain.composition import Composition, SourceSpec
 from posttrain.config import Config
 
 
@@ -12,8 +13,8 @@ class Compose(Config, frozen=True, kw_only=True, tag="compose", tag_field="name"
     """Any legal composition, spelt out."""
 
     source: SourceSpec
-    terms: tuple[TermSpec, ...]
-    signals: tuple[SignalSpec, ...] = ()
+    terms: tuple[extensions.AnyTerm, ...]
+    signals: tuple[extensions.AnySignal, ...] = ()
 
     provenance: ClassVar[str] = "as composed"
     interface: ClassVar[str] = "as composed"

@@ -1,4 +1,5 @@
-"""Distillation methods."""
+"""Distillation with a distribution as the target. Policy gradients on a teacher's log-probs are in
+``distillation_rewards.py``, mixes with other methods in ``hybrid.py``."""
 
 from __future__ import annotations
 
@@ -7,44 +8,421 @@ from typing import ClassVar
 from posttrain.composition import (
     Aggregate,
     Composition,
+    CrossEntropy,
+    Dataset,
+    EntropyAwareKL,
+    ForeignTeacher,
+    Mix,
     PolicyRef,
     Rollouts,
     SamplingSpec,
+    SourceSpec,
     TeacherDistribution,
+    TeacherForwardKL,
+    TeacherJensenShannon,
     TeacherReverseKL,
+    TeacherSkewKL,
+    TeacherSkewReverseKL,
+    TeacherSortedL1,
+    TeacherTotalVariation,
+    TermSpec,
+    WeightSchedule,
 )
 from posttrain.config import Config
+from posttrain.errors import ConfigError
+from posttrain.methods.distillation_rewards import RewardedDistillation
+from posttrain.provenance import Kind
+
+ANSWER_SHOWN = "{question}\nThe correct answer is {answer}. Answer in your own words."
+DEMONSTRATION_SHOWN = (
+    "{question}\nThis is an example of a response to the question:\n{answer}\n"
+    "Now answer with a response of your own."
+)
 
 
-class Opd(Config, frozen=True, kw_only=True, tag="opd", tag_field="name"):
-    """On-policy distillation: the teacher grades every token of the learner's own rollouts."""
+class OnTasks(Config, frozen=True, kw_only=True):
+    """Whose prompts are answered, and how. Fields only."""
 
     tasks: tuple[str, ...]
-    teachers: dict[str, PolicyRef]
     group_size: int = 1
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
+
+    tendency: ClassVar[str] = "reshaping or consolidation"
+    interface: ClassVar[str] = "teacher targets"
+
+
+def rollouts(method: OnTasks, policy: PolicyRef = "learner") -> Rollouts:
+    """The method's prompts, answered by a policy."""
+    return Rollouts(
+        tasks=method.tasks,
+        policy=policy,
+        group_size=method.group_size,
+        max_new_tokens=method.max_new_tokens,
+        sampling=method.sampling,
+    )
+
+
+class SeqKd(OnTasks, frozen=True, kw_only=True, tag="seq_kd", tag_field="name"):
+    """Sequence-level distillation: the likelihood of a teacher's own answers."""
+
+    teacher: PolicyRef
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "off-policy"
+    interface: ClassVar[str] = "token targets"
+    formula: ClassVar[str] = "-log pi(y_t), y ~ pi_teacher"
+    paper: ClassVar[str] = "1606.07947"
+
+    def compose(self) -> Composition:
+        """Rollouts of the teacher; no signals; cross-entropy."""
+        source = rollouts(self, self.teacher)
+        return Composition(source=source, terms=(CrossEntropy(aggregate=self.aggregate),))
+
+
+class Kd(Config, frozen=True, kw_only=True, tag="kd", tag_field="name"):
+    """Logit distillation: the teacher's distribution at every token of given answers.
+
+    With ``temperature`` τ the loss is multiplied by τ², so that its gradient keeps its size.
+    """
+
+    data: Dataset
+    teachers: dict[str, PolicyRef]
+    temperature: float = 1.0
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "off-policy"
+    interface: ClassVar[str] = "teacher targets"
+    tendency: ClassVar[str] = "consolidation"
+    formula: ClassVar[str] = "tau^2 KL(pi_teacher || pi) per token, both at temperature tau"
+    paper: ClassVar[str] = "1503.02531"
+
+    def compose(self) -> Composition:
+        """Data set; teacher distributions; forward KL."""
+        term = TeacherForwardKL(
+            temperature=self.temperature, weight=self.temperature**2, aggregate=self.aggregate
+        )
+        signal = TeacherDistribution(routes=self.teachers, top_k=self.top_k)
+        return Composition(source=self.data, signals=(signal,), terms=(term,))
+
+
+class Opd(OnTasks, frozen=True, kw_only=True, tag="opd", tag_field="name"):
+    """On-policy distillation: the teacher grades every token of the learner's own rollouts."""
+
+    teachers: dict[str, PolicyRef]
     top_k: int | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "on-policy"
-    interface: ClassVar[str] = "teacher targets"
-    tendency: ClassVar[str] = "reshaping or consolidation"
     formula: ClassVar[str] = "KL(pi || pi_teacher) per token, on samples of pi"
     paper: ClassVar[str] = "2306.13649"
 
     def compose(self) -> Composition:
         """Live rollouts; teacher distributions routed by task set; reverse KL."""
+        return _taught(self, TeacherReverseKL(aggregate=self.aggregate))
+
+
+class EntropyAwareOpd(
+    OnTasks, frozen=True, kw_only=True, tag="entropy_aware_opd", tag_field="name"
+):
+    """OPD that also covers the teacher's answers where the teacher is unsure."""
+
+    teachers: dict[str, PolicyRef]
+    top_k: int | None = 16
+    threshold: float = 0.8
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "on-policy"
+    formula: ClassVar[str] = "KL(pi || pi_T) + [H(pi_T) > threshold] KL(pi_T || pi)"
+    paper: ClassVar[str] = "2603.07079"
+
+    def compose(self) -> Composition:
+        """Live rollouts; teacher distributions; both KLs."""
+        term = EntropyAwareKL(threshold=self.threshold, aggregate=self.aggregate)
+        return _taught(self, term)
+
+
+class TvDistillation(OnTasks, frozen=True, kw_only=True, tag="tv_distillation", tag_field="name"):
+    """Total variation to a teacher on the learner's own rollouts: a bounded loss per token."""
+
+    teachers: dict[str, PolicyRef]
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "on-policy"
+    formula: ClassVar[str] = "1/2 sum_v |pi_teacher - pi|, on samples of pi"
+    paper: ClassVar[str] = "2307.15190"
+
+    def compose(self) -> Composition:
+        """Live rollouts; teacher distributions; total variation."""
+        return _taught(self, TeacherTotalVariation(aggregate=self.aggregate))
+
+
+def _taught(method: Opd | EntropyAwareOpd | TvDistillation, term: TermSpec) -> Composition:
+    signal = TeacherDistribution(routes=method.teachers, top_k=method.top_k)
+    return Composition(source=rollouts(method), signals=(signal,), terms=(term,))
+
+
+class Gkd(OnTasks, frozen=True, kw_only=True, tag="gkd", tag_field="name"):
+    """Generalised distillation: a share λ of the learner's own rollouts, the rest given answers.
+
+    ``own`` is λ; at 1 there is no data, at 0 there are no rollouts. ``beta`` goes from the forward
+    KL at 0 to the reverse KL at 1; between them the loss is smaller, see teacher_jensen_shannon.
+    """
+
+    teachers: dict[str, PolicyRef]
+    data: Dataset | None = None
+    own: float = 0.5
+    beta: float = 0.5
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = (
+        "beta KL(pi_T || M) + (1-beta) KL(pi || M), M = beta pi_T + (1-beta) pi"
+    )
+    paper: ClassVar[str] = "2306.13649"
+
+    def __post_init__(self) -> None:
+        check_share(self.own, self.data)
+
+    def compose(self) -> Composition:
+        """A mix of data and live rollouts; teacher distributions; generalised Jensen-Shannon."""
         return Composition(
-            source=Rollouts(
-                tasks=self.tasks,
-                group_size=self.group_size,
-                max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling,
-            ),
+            source=mixed(self.data, rollouts(self), own=self.own),
             signals=(TeacherDistribution(routes=self.teachers, top_k=self.top_k),),
-            terms=(TeacherReverseKL(aggregate=self.aggregate),),
+            terms=(TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate),),
         )
 
 
-DistillationMethod = Opd
+class DistiLlm(OnTasks, frozen=True, kw_only=True, tag="distillm", tag_field="name"):
+    """Skewed KL on a mix of given answers and the learner's own rollouts.
+
+    The paper also replays old rollouts and adapts their share; here they are fresh, and the share
+    is fixed.
+    """
+
+    teachers: dict[str, PolicyRef]
+    data: Dataset | None = None
+    own: float = 0.5
+    alpha: float = 0.1
+    reverse: bool = True
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "KL(pi || (1-alpha) pi_T + alpha pi); or KL(pi_T || alpha pi_T + ...)"
+    paper: ClassVar[str] = "2402.03898"
+
+    def __post_init__(self) -> None:
+        check_share(self.own, self.data)
+
+    def compose(self) -> Composition:
+        """A mix of data and live rollouts; teacher distributions; a skew KL."""
+        kind = TeacherSkewReverseKL if self.reverse else TeacherSkewKL
+        return Composition(
+            source=mixed(self.data, rollouts(self), own=self.own),
+            signals=(TeacherDistribution(routes=self.teachers, top_k=self.top_k),),
+            terms=(kind(alpha=self.alpha, aggregate=self.aggregate),),
+        )
+
+
+class DistiLlm2(OnTasks, frozen=True, kw_only=True, tag="distillm2", tag_field="name"):
+    """Raise what the teacher says, lower what only the learner says.
+
+    Skew KL on the teacher's rollouts with weight 2 − β, skew reverse KL on the learner's with β,
+    and β moving from ``beta`` to ``beta_end``. The paper also fits α to every sample; here it is
+    constant. Each half is averaged over its own tokens.
+    """
+
+    teacher: PolicyRef
+    alpha: float = 0.1
+    beta: float = 1.0
+    beta_end: float = 1.5
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "(2-beta) SKL on y ~ pi_T, plus beta SRKL on y ~ pi"
+    paper: ClassVar[str] = "2503.07067"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.beta < 2 and 0 < self.beta_end < 2 and self.beta != self.beta_end):
+            raise ConfigError(
+                f"distillm2 with beta={self.beta}, beta_end={self.beta_end}",
+                expected="two different numbers between 0 and 2",
+            )
+
+    def compose(self) -> Composition:
+        """Half teacher, half learner; teacher distributions; one skew KL on each."""
+        own = WeightSchedule(end=self.beta_end)
+        other = WeightSchedule(end=2 - self.beta_end)
+        raised = TeacherSkewKL(
+            alpha=self.alpha,
+            aggregate=self.aggregate,
+            weight=2 - self.beta,
+            weight_schedule=other,
+            where=(Kind.TEACHER,),
+        )
+        lowered = TeacherSkewReverseKL(
+            alpha=self.alpha,
+            aggregate=self.aggregate,
+            weight=self.beta,
+            weight_schedule=own,
+            where=(Kind.LEARNER,),
+        )
+        parts = (rollouts(self, self.teacher), rollouts(self))
+        return Composition(
+            source=Mix(parts=parts, shares=(0.5, 0.5)),
+            signals=(TeacherDistribution(routes={"*": self.teacher}, top_k=self.top_k),),
+            terms=(raised, lowered),
+        )
+
+
+class Uld(OnTasks, frozen=True, kw_only=True, tag="uld", tag_field="name"):
+    """Distillation from a teacher with another tokenizer, by sorted probabilities.
+
+    Cross-entropy on given answers, and on the learner's own rollouts the L1 distance of sorted
+    probabilities where both tokenizers have a boundary. The paper compares on the given answers,
+    token by token from the start, whether or not the same text stands before.
+    """
+
+    teacher: PolicyRef
+    data: Dataset
+    own: float = 0.5
+    top_k: int = 100
+    weight: float = 1.5
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "-log pi(y_t) on data, + weight sum_i |pi_(i) - pi_T(i)| on rollouts"
+    paper: ClassVar[str] = "2402.12030"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.own < 1:
+            raise ConfigError(f"uld with own={self.own}", expected="above 0 and below 1")
+
+    def compose(self) -> Composition:
+        """Data and live rollouts; a foreign teacher on the rollouts; both losses."""
+        by_rank = TeacherSortedL1(
+            weight=self.weight, aggregate=self.aggregate, where=(Kind.LEARNER,)
+        )
+        written = CrossEntropy(aggregate=self.aggregate, where=(self.data.author,))
+        return Composition(
+            source=mixed(self.data, rollouts(self), own=self.own),
+            signals=(ForeignTeacher(teacher=self.teacher, top_k=self.top_k),),
+            terms=(written, by_rank),
+        )
+
+
+class Told(OnTasks, frozen=True, kw_only=True):
+    """A teacher with more to read than the learner. Fields only."""
+
+    teacher: PolicyRef = "input"
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "on-policy"
+    tendency: ClassVar[str] = "reshaping, or consolidation of what a prompt can do"
+
+
+class ContextDistillation(
+    Told, frozen=True, kw_only=True, tag="context_distillation", tag_field="name"
+):
+    """What a policy says with an instruction becomes what it says without.
+
+    On the learner's own rollouts (OPCD, arXiv 2602.12275); the first form of it (2209.15189)
+    imitates the instructed policy's answers, which is seq_kd from such data.
+    """
+
+    context: str
+
+    formula: ClassVar[str] = "KL(pi(. | x) || pi_teacher(. | context, x)), on samples of pi"
+    paper: ClassVar[str] = "2602.12275"
+
+    def compose(self) -> Composition:
+        """Live rollouts; the distribution of a teacher that reads more; reverse KL."""
+        return _told(self, self.context, TeacherReverseKL(aggregate=self.aggregate))
+
+
+class Opsd(Told, frozen=True, kw_only=True, tag="opsd", tag_field="name"):
+    """On-policy self-distillation: the teacher is the policy that knows the right answer.
+
+    The teacher is frozen where the stage begins; ``teacher: learner`` lets it move along.
+    """
+
+    context: str = ANSWER_SHOWN
+    beta: float = 0.5
+
+    formula: ClassVar[str] = "JSD_beta(pi_teacher(. | x, answer), pi(. | x)), on samples of pi"
+    paper: ClassVar[str] = "2601.18734"
+
+    def compose(self) -> Composition:
+        """Live rollouts; the distribution of a teacher that reads more; Jensen-Shannon."""
+        term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
+        return _told(self, self.context, term)
+
+
+class Sdft(Told, frozen=True, kw_only=True, tag="sdft", tag_field="name"):
+    """Self-distillation fine-tuning: the learner itself, shown a demonstration, is the teacher.
+
+    The demonstration is the task's ``answer``. The paper's teacher is a moving average of the
+    learner; here it is the learner at every draw, or a frozen policy.
+    """
+
+    teacher: PolicyRef = "learner"
+    context: str = DEMONSTRATION_SHOWN
+    beta: float = 0.5
+
+    formula: ClassVar[str] = "JSD_beta(pi(. | x, demonstration), pi(. | x)), on samples of pi"
+    paper: ClassVar[str] = "2601.19897"
+
+    def compose(self) -> Composition:
+        """Live rollouts; the learner's own distribution after a demonstration; Jensen-Shannon."""
+        term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
+        return _told(self, self.context, term)
+
+
+def _told(method: Told, context: str, term: TermSpec) -> Composition:
+    signal = TeacherDistribution(routes={"*": method.teacher}, top_k=method.top_k, context=context)
+    return Composition(source=rollouts(method), signals=(signal,), terms=(term,))
+
+
+def check_share(own: float, data: Dataset | None) -> None:
+    """Refuse a share that leaves the data unused, or asks for data that is not named.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if not 0 <= own <= 1 or (own < 1) != (data is not None):
+        raise ConfigError(
+            f"own={own} with {'data' if data else 'no data'}",
+            expected="a share of rollouts from 0 to 1, and data exactly when it is below 1",
+        )
+
+
+def mixed(data: Dataset | None, drawn: Rollouts, *, own: float) -> SourceSpec:
+    """A share ``own`` of rollouts, the rest data; one of the two alone at 1 and 0."""
+    if data is None:
+        return drawn
+    if own == 0:
+        return data
+    return Mix(parts=(data, drawn), shares=(1 - own, own))
+
+
+DistillationMethod = (
+    SeqKd
+    | Kd
+    | Opd
+    | EntropyAwareOpd
+    | TvDistillation
+    | Gkd
+    | DistiLlm
+    | DistiLlm2
+    | Uld
+    | ContextDistillation
+    | Opsd
+    | Sdft
+    | RewardedDistillation
+)

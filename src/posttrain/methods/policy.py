@@ -1,43 +1,52 @@
-"""Policy-gradient methods."""
+"""Policy-gradient methods named after their loss."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from posttrain.composition import (
     Aggregate,
+    ClipCovariance,
     ClippedPolicyGradient,
+    ClippedWeightPolicyGradient,
     Composition,
+    DropCutOff,
+    GeometricPolicyGradient,
     GroupAdvantage,
+    KeepInformative,
+    Limit,
+    LogRatioPenalty,
+    MarkCovariance,
+    Mismatch,
+    PolicyGradient,
     PolicyRef,
     ReferenceKL,
     ReferenceLogprobs,
-    Rollouts,
-    SamplingSpec,
+    SequencePolicyGradient,
+    ShapedWeightPolicyGradient,
     SignalSpec,
+    SoftGatedPolicyGradient,
+    SoftLengthPenalty,
     TermSpec,
-    Verify,
 )
-from posttrain.config import Config
 from posttrain.errors import ConfigError
+from posttrain.methods.on_rollouts import OnRollouts, on_rollouts
+from posttrain.methods.policy_estimators import EstimatorMethod
 
 
-class Grpo(Config, frozen=True, kw_only=True, tag="grpo", tag_field="name"):
-    """Group-relative policy optimisation on the learner's own rollouts."""
+class Grpo(OnRollouts, frozen=True, kw_only=True, tag="grpo", tag_field="name"):
+    """Group-relative policy optimisation on the learner's own rollouts.
 
-    tasks: tuple[str, ...]
-    group_size: int = 8
-    max_new_tokens: int = 64
-    sampling: SamplingSpec = SamplingSpec()
+    With ``group_size: 2`` it is 2-GRPO (arXiv 2510.00977).
+    """
+
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_weight: float = 0.0
     reference: PolicyRef = "input"
     aggregate: Aggregate = "sequence_mean"
+    mismatch: Mismatch | None = None
 
-    provenance: ClassVar[str] = "on-policy"
-    interface: ClassVar[str] = "verifier reward"
-    tendency: ClassVar[str] = "reshaping"
     formula: ClassVar[str] = "-min(r A, clip(r) A), A = (R - mean) / std over the group"
     paper: ClassVar[str] = "2402.03300"
 
@@ -50,22 +59,238 @@ class Grpo(Config, frozen=True, kw_only=True, tag="grpo", tag_field="name"):
 
     def compose(self) -> Composition:
         """Live rollouts; verifier and group advantage; clipped policy gradient, optional KL."""
-        signals: list[SignalSpec] = [Verify(), GroupAdvantage()]
+        signals: list[SignalSpec] = [GroupAdvantage()]
         terms: list[TermSpec] = [
             ClippedPolicyGradient(
-                clip_low=self.clip_low, clip_high=self.clip_high, aggregate=self.aggregate
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
+                aggregate=self.aggregate,
+                mismatch=self.mismatch,
             )
         ]
         if self.kl_weight:
             signals.append(ReferenceLogprobs(policy=self.reference))
             terms.append(ReferenceKL(weight=self.kl_weight, aggregate=self.aggregate))
-        source = Rollouts(
-            tasks=self.tasks,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
+        return on_rollouts(self, tuple(signals), tuple(terms), mismatch=self.mismatch)
+
+
+class DrGrpo(OnRollouts, frozen=True, kw_only=True, tag="dr_grpo", tag_field="name"):
+    """GRPO without its two biases: no std, and tokens divided by a constant length."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    formula: ClassVar[str] = "-min(r A, clip(r) A) summed / max_new_tokens, A = R - group mean"
+    paper: ClassVar[str] = "2503.20783"
+
+    def compose(self) -> Composition:
+        """Group mean; clipped policy gradient over the longest possible answer."""
+        term = ClippedPolicyGradient(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            aggregate="sequence_sum",
+            weight=1 / self.max_new_tokens,
         )
-        return Composition(source=source, signals=tuple(signals), terms=tuple(terms))
+        return on_rollouts(self, (GroupAdvantage(scale="none"),), (term,))
 
 
-PolicyMethod = Grpo
+class Dapo(OnRollouts, frozen=True, kw_only=True, tag="dapo", tag_field="name"):
+    """GRPO with a higher upper clip, a token mean, informative groups, and care for long answers.
+
+    ``overlong``: ``penalty`` lets the reward fall over the last fifth of ``max_new_tokens`` (the
+    paper's 4096 of 20480), ``filter`` leaves answers that were cut off out of the loss. Groups
+    that are dropped are not replaced in the same step.
+    """
+
+    group_size: int = 16
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    overlong: Literal["penalty", "filter", "ignore"] = "penalty"
+    mismatch: Mismatch | None = None
+
+    formula: ClassVar[str] = "-min(r A, clip(r) A) per token, over groups of unequal rewards"
+    paper: ClassVar[str] = "2503.14476"
+
+    def compose(self) -> Composition:
+        """Length penalty; group advantage; informative groups; clipped policy gradient."""
+        limit = self.max_new_tokens
+        penalty = SoftLengthPenalty(max_tokens=limit, cache_tokens=max(limit // 5, 1))
+        long: dict[str, tuple[SignalSpec, ...]] = {"penalty": (penalty,), "filter": (DropCutOff(),)}
+        signals = (*long.get(self.overlong, ()), GroupAdvantage(), KeepInformative())
+        term = ClippedPolicyGradient(
+            clip_low=self.clip_low, clip_high=self.clip_high, mismatch=self.mismatch
+        )
+        return on_rollouts(self, signals, (term,), mismatch=self.mismatch)
+
+
+class Gspo(OnRollouts, frozen=True, kw_only=True, tag="gspo", tag_field="name"):
+    """GRPO with one ratio per sequence. On the first update of a draw it is GRPO."""
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    mismatch: Mismatch | None = None
+
+    formula: ClassVar[str] = "-min(s A, clip(s) A), s = exp(mean log r)"
+    paper: ClassVar[str] = "2507.18071"
+
+    def compose(self) -> Composition:
+        """Group advantage; clipped sequence ratio."""
+        term = SequencePolicyGradient(
+            clip_low=self.clip_low, clip_high=self.clip_high, mismatch=self.mismatch
+        )
+        return on_rollouts(self, (GroupAdvantage(),), (term,), mismatch=self.mismatch)
+
+
+class Luspo(OnRollouts, frozen=True, kw_only=True, tag="luspo", tag_field="name"):
+    """GSPO times the sequence's length, so that long answers do not lose weight."""
+
+    clip_low: float = 2e-3
+    clip_high: float = 2.5e-3
+
+    formula: ClassVar[str] = "-|y| min(s A, clip(s) A), s = exp(mean log r)"
+    paper: ClassVar[str] = "2602.05261"
+
+    def compose(self) -> Composition:
+        """Group advantage; clipped sequence ratio, summed over tokens."""
+        term = SequencePolicyGradient(
+            clip_low=self.clip_low, clip_high=self.clip_high, aggregate="sequence_sum"
+        )
+        return on_rollouts(self, (GroupAdvantage(),), (term,))
+
+
+class Gmpo(OnRollouts, frozen=True, kw_only=True, tag="gmpo", tag_field="name"):
+    """GRPO with the geometric mean of clipped token ratios."""
+
+    clip: float = 0.4  # of log r, both ways
+
+    formula: ClassVar[str] = "-A exp(mean of one-sided clipped log r)"
+    paper: ClassVar[str] = "2507.20673"
+
+    def compose(self) -> Composition:
+        """Group advantage; geometric mean."""
+        term = GeometricPolicyGradient(clip_low=self.clip, clip_high=self.clip)
+        return on_rollouts(self, (GroupAdvantage(),), (term,))
+
+
+class Cispo(OnRollouts, frozen=True, kw_only=True, tag="cispo", tag_field="name"):
+    """A clipped weight on REINFORCE: every token keeps a gradient."""
+
+    ratio_low: float = 0.0
+    ratio_high: float = 5.0
+    mismatch: Mismatch | None = None
+
+    formula: ClassVar[str] = "-sg(clamp(r, low, high)) A log pi"
+    paper: ClassVar[str] = "2506.13585"
+
+    def compose(self) -> Composition:
+        """Group advantage; clipped weight."""
+        term = ClippedWeightPolicyGradient(
+            ratio_low=self.ratio_low, ratio_high=self.ratio_high, mismatch=self.mismatch
+        )
+        return on_rollouts(self, (GroupAdvantage(),), (term,), mismatch=self.mismatch)
+
+
+class Sapo(OnRollouts, frozen=True, kw_only=True, tag="sapo", tag_field="name"):
+    """A smooth gate in place of the clip."""
+
+    temperature_up: float = 1.0
+    temperature_down: float = 1.05
+
+    formula: ClassVar[str] = "-(4 / tau) sigmoid(tau (r - 1)) A"
+    paper: ClassVar[str] = "2511.20347"
+
+    def compose(self) -> Composition:
+        """Group advantage; soft gate."""
+        term = SoftGatedPolicyGradient(
+            temperature_up=self.temperature_up, temperature_down=self.temperature_down
+        )
+        return on_rollouts(self, (GroupAdvantage(),), (term,))
+
+
+class Vespo(OnRollouts, frozen=True, kw_only=True, tag="vespo", tag_field="name"):
+    """A smooth weight of the whole sequence's ratio."""
+
+    up: tuple[float, float] = (2.0, 3.0)
+    down: tuple[float, float] = (3.0, 2.0)
+
+    formula: ClassVar[str] = "-sg(W^k exp(lambda (1 - W))) A log pi, W the sequence ratio"
+    paper: ClassVar[str] = "2602.10693"
+
+    def compose(self) -> Composition:
+        """Group advantage; shaped sequence weight."""
+        term = ShapedWeightPolicyGradient(up=self.up, down=self.down)
+        return on_rollouts(self, (GroupAdvantage(),), (term,))
+
+
+class ClipCov(OnRollouts, frozen=True, kw_only=True, tag="clip_cov", tag_field="name"):
+    """GRPO in which a few tokens that would cost most entropy are left alone."""
+
+    share: float = 2e-4
+    clip: float = 0.2
+
+    formula: ClassVar[str] = "-min(r A, clip(r) A), A = 0 at some tokens of high covariance"
+    paper: ClassVar[str] = "2505.22617"
+
+    def compose(self) -> Composition:
+        """Group advantage; covariance clip; clipped policy gradient."""
+        signals = (GroupAdvantage(), ClipCovariance(share=self.share))
+        term = ClippedPolicyGradient(clip_low=self.clip, clip_high=self.clip)
+        return on_rollouts(self, signals, (term,))
+
+
+class KlCov(OnRollouts, frozen=True, kw_only=True, tag="kl_cov", tag_field="name"):
+    """No clip; tokens that would cost most entropy are held near where they were.
+
+    It differs from the unclipped gradient from the second update on a draw.
+    """
+
+    share: float = 2e-4
+    penalty: float = 1.0
+
+    formula: ClassVar[str] = "-r A + |log r| at tokens of the highest covariance"
+    paper: ClassVar[str] = "2505.22617"
+
+    def compose(self) -> Composition:
+        """Group advantage; marked covariance; policy gradient and a penalty."""
+        signals = (GroupAdvantage(), MarkCovariance(share=self.share))
+        return on_rollouts(self, signals, (PolicyGradient(), LogRatioPenalty(weight=self.penalty)))
+
+
+class HighEntropy(OnRollouts, frozen=True, kw_only=True, tag="high_entropy", tag_field="name"):
+    """A gradient only where the policy hesitates: the fifth of the tokens of highest entropy.
+
+    The threshold is per sequence; the paper's is per batch.
+    """
+
+    entropy_share: float = 0.2
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+
+    formula: ClassVar[str] = "-min(r A, clip(r) A) at the tokens of highest entropy"
+    paper: ClassVar[str] = "2506.01939"
+
+    def compose(self) -> Composition:
+        """Group advantage; clipped policy gradient, limited by entropy."""
+        term = ClippedPolicyGradient(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            limit=Limit(entropy_share=self.entropy_share),
+        )
+        return on_rollouts(self, (GroupAdvantage(),), (term,))
+
+
+PolicyMethod = (
+    Grpo
+    | DrGrpo
+    | Dapo
+    | Gspo
+    | Luspo
+    | Gmpo
+    | Cispo
+    | Sapo
+    | Vespo
+    | ClipCov
+    | KlCov
+    | HighEntropy
+    | EstimatorMethod
+)

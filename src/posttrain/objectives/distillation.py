@@ -2,21 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+import torch
 
 from posttrain.batch import PackedBatch
-from posttrain.composition.distillation import TeacherReverseKL
+from posttrain.composition.distillation import (
+    EntropyAwareKL,
+    Softened,
+    TeacherForwardKL,
+    TeacherJensenShannon,
+    TeacherReverseKL,
+    TeacherSkewKL,
+    TeacherSkewReverseKL,
+    TeacherSortedL1,
+    TeacherTotalVariation,
+)
 from posttrain.config import Config
-from posttrain.head import Stat
+from posttrain.divergence import TINY, Divergence, Shape
 from posttrain.objectives.values import Stats, TermCode, Values
+from posttrain.trajectory import Column
+
+FORWARD, REVERSE = Divergence(Shape.FORWARD_KL), Divergence(Shape.REVERSE_KL)
+BY_RANK = Divergence(Shape.SORTED_L1)
 
 
-def teacher_reverse_kl(term: TeacherReverseKL, stats: Stats, batch: PackedBatch) -> Values:
-    """[N] KL(π ‖ π_T) over the next token."""
-    kl_N = stats[Stat.TEACHER_REVERSE_KL]
-    return Values(kl_N, {"kl": kl_N.detach()})
+def divergence_of(term: Softened) -> Divergence:
+    """Which divergence the head computes for a term."""
+    shape, coefficient = Shape.TOTAL_VARIATION, 0.0
+    match term:
+        case TeacherForwardKL():
+            shape = Shape.FORWARD_KL
+        case TeacherReverseKL():
+            shape = Shape.REVERSE_KL
+        case TeacherJensenShannon():
+            shape, coefficient = Shape.JENSEN_SHANNON, term.beta
+        case TeacherSkewKL():
+            shape, coefficient = Shape.SKEW_KL, term.alpha
+        case TeacherSkewReverseKL():
+            shape, coefficient = Shape.SKEW_REVERSE_KL, term.alpha
+    return Divergence(shape, coefficient=coefficient, temperature=term.temperature)
+
+
+def teacher_divergence(term: Softened, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] the divergence over the next token."""
+    values_N = stats[divergence_of(term)]
+    is_kl = isinstance(term, TeacherForwardKL | TeacherReverseKL)
+    return Values(values_N, {"kl" if is_kl else "divergence": values_N.detach()})
+
+
+def entropy_aware_kl(term: EntropyAwareKL, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] reverse KL, plus forward KL where the teacher is unsure."""
+    teacher_NK = batch.columns[Column.TEACHER_LOGPROBS]
+    rest_N = (1 - teacher_NK.exp().sum(-1)).clamp_min(TINY)
+    entropy_N = -(teacher_NK.exp() * teacher_NK).sum(-1) - rest_N * rest_N.log()
+    unsure_N = entropy_N > term.threshold
+    loss_N = stats[REVERSE] + torch.where(unsure_N, stats[FORWARD], 0.0)
+    return Values(loss_N, {"kl": stats[REVERSE].detach(), "unsure": unsure_N.float()})
+
+
+def teacher_sorted_l1(term: TeacherSortedL1, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] L1 of sorted probabilities where the teacher stands after the same text."""
+    aligned_N = batch.columns[Column.TEACHER_ALIGNED]
+    return Values(aligned_N * stats[BY_RANK], {"aligned": aligned_N})
+
+
+def _compared(term: Softened) -> frozenset[Divergence]:
+    return frozenset({divergence_of(term)})
+
+
+def _code(values: Callable[..., Values], *fixed: Divergence) -> TermCode:
+    compares = (lambda _: frozenset(fixed)) if fixed else _compared
+    return TermCode(frozenset(), values, compares)
 
 
 TERMS: Mapping[type[Config], TermCode] = {
-    TeacherReverseKL: TermCode(frozenset({Stat.TEACHER_REVERSE_KL}), teacher_reverse_kl),
+    TeacherForwardKL: _code(teacher_divergence),
+    TeacherReverseKL: _code(teacher_divergence),
+    TeacherJensenShannon: _code(teacher_divergence),
+    TeacherSkewKL: _code(teacher_divergence),
+    TeacherSkewReverseKL: _code(teacher_divergence),
+    TeacherTotalVariation: _code(teacher_divergence),
+    EntropyAwareKL: _code(entropy_aware_kl, FORWARD, REVERSE),
+    TeacherSortedL1: _code(teacher_sorted_l1, BY_RANK),
 }

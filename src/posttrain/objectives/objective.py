@@ -7,14 +7,16 @@ hidden states ──head, chunked──▶ statistics [N] ──term──▶ va
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from posttrain.batch import PackedBatch
-from posttrain.composition import TermSpec
-from posttrain.head import Head, Stat, token_stats
+from posttrain.composition import Term, TermSpec
+from posttrain.head import Head, Stat, Wanted, token_stats
+from posttrain.objectives.limits import kept_units, limit_of
+from posttrain.objectives.reading import as_read, read_tokens
 from posttrain.objectives.reduce import count_units, reduce_units
 from posttrain.objectives.terms import TERMS
 from posttrain.trajectory import Column
@@ -25,11 +27,34 @@ class Objective:
     """The terms of a stage, ready to be evaluated on packed batches."""
 
     terms: tuple[TermSpec, ...]
+    progress: float = 0.0  # share of the stage's updates done, for weights that move
 
     @property
     def needs(self) -> frozenset[Column]:
         """Columns that ``pack`` must bring along."""
-        return frozenset().union(*(t.needs for t in self.terms))
+        return frozenset().union(*(t.needs | limit_of(t).needs for t in self.terms))
+
+    def at(self, *, step: int, steps: int) -> Objective:
+        """The objective of one update: the first has the initial weights, the last the final.
+
+        Example:
+            >>> from posttrain.composition import CrossEntropy, WeightSchedule
+            >>> moving = CrossEntropy(weight=2.0, weight_schedule=WeightSchedule(end=0.0))
+            >>> [Objective((moving,)).at(step=s, steps=5).weights for s in (0, 2, 4)]
+            [(2.0,), (1.0,), (0.0,)]
+        """
+        return replace(self, progress=step / max(steps - 1, 1))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Every term's weight now."""
+        return tuple(_weight(t, self.progress) for t in self.terms)
+
+    @property
+    def moving(self) -> Mapping[str, float]:
+        """The weights that follow a schedule, by metric name."""
+        now = zip(self.names, self.terms, self.weights, strict=True)
+        return {f"{n}/weight": w for n, t, w in now if isinstance(t, Term) and t.weight_schedule}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,13 +66,15 @@ class Objective:
         )
 
     @property
-    def reads(self) -> frozenset[Stat]:
-        """Statistics of the policy that some term reads."""
-        return frozenset().union(*(TERMS[type(t)].reads for t in self.terms))
+    def reads(self) -> frozenset[Wanted]:
+        """Statistics of the policy, and divergences from a teacher, that some term reads."""
+        own = frozenset[Wanted]().union(*(TERMS[type(t)].wants(t) for t in self.terms))
+        by_entropy = any(limit_of(t).entropy_share is not None for t in self.terms)
+        return own | {Stat.ENTROPY} if by_entropy else own
 
     def counts(self, batches: Sequence[PackedBatch]) -> tuple[int, ...]:
         """Global number of units per term, over all micro-batches of a step."""
-        return tuple(count_units(t, batches) for t in self.terms)
+        return tuple(_count(t, batches) for t in self.terms)
 
     def loss(
         self,
@@ -65,15 +92,43 @@ class Objective:
         stats = token_stats(hidden_NX, head, batch, wanted=self.reads, vocab_size=vocab_size)
         total = hidden_NX.new_zeros((), dtype=torch.float32)
         metrics: dict[str, float] = {}
-        for name, term, count in zip(self.names, self.terms, counts, strict=True):
-            values = TERMS[type(term)].values(term, stats, batch)
-            share = reduce_units(term, values.loss, batch, count=count)
-            total = total + term.weight * share
-            metrics[name] = float(share.detach())
+        parts = zip(self.names, self.terms, self.weights, counts, strict=True)
+        for name, term, weight, count in parts:
+            code = TERMS[type(term)]
+            seen, seen_stats = as_read(term, batch, stats)
+            if len(seen.target_N) == 0:
+                total, metrics[name] = total + 0.0 * hidden_NX.sum(), 0.0
+                continue
+            keep = kept_units(term, seen, entropy_N=seen_stats.get(Stat.ENTROPY))
+
+            def share(
+                per_unit: Tensor,
+                term: TermSpec = term,
+                seen: PackedBatch = seen,
+                count: int = count,
+                keep: Tensor | None = keep,
+                shown: bool = True,
+            ) -> Tensor:
+                return reduce_units(term, per_unit, seen, count=count, keep=keep, shown=shown)
+
+            values = code.values(term, seen_stats, seen)
+            own = share(values.loss, shown=False)
+            total = total + weight * own
+            metrics[name] = float(own.detach())
             for shown, per_unit in values.shown.items():
-                reduced = reduce_units(term, per_unit.detach(), batch, count=count)
-                metrics[f"{name}/{shown}"] = float(reduced)
-            if Stat.ENTROPY in TERMS[type(term)].reads:
-                entropy = reduce_units(term, stats[Stat.ENTROPY].detach(), batch, count=count)
-                metrics["entropy"] = float(entropy)
+                metrics[f"{name}/{shown}"] = float(share(per_unit.detach()))
+            if Stat.ENTROPY in code.reads:
+                metrics["entropy"] = float(share(seen_stats[Stat.ENTROPY].detach()))
         return total, metrics
+
+
+def _count(term: TermSpec, batches: Sequence[PackedBatch]) -> int:
+    seen = [b.only(read_tokens(term, b)) for b in batches]
+    seen = [b for b in seen if len(b.target_N)]
+    return count_units(term, seen, keep=[kept_units(term, b) for b in seen])
+
+
+def _weight(term: TermSpec, progress: float) -> float:
+    if not isinstance(term, Term) or term.weight_schedule is None:
+        return term.weight
+    return term.weight_schedule.at(term.weight, progress=progress)

@@ -13,31 +13,44 @@ from torch import Tensor
 
 from posttrain.batch import PackedBatch
 from posttrain.composition import TermSpec
+from posttrain.legality import readable
 
 
 def per_unit(term: TermSpec) -> bool:
-    """True when every unit counts alike; False when tokens are averaged per sequence first."""
-    return term.aggregate != "sequence_mean"
+    """True when the count is of units; False when it is of sequences."""
+    return term.aggregate not in ("sequence_mean", "sequence_sum")
 
 
 def mask_units(term: TermSpec, batch: PackedBatch) -> Tensor:
-    """Bool mask over the units the term reads: [N] tokens, or [P] pairs.
+    """Bool mask over the units the term reads: [N] tokens, [S] sequences, or [P] pairs.
 
-    A pair counts only when everything trained in it was written by the kinds in ``where``.
+    A sequence or pair counts only when everything trained in it was written by the kinds in
+    ``where``; a sequence without a trained token never does.
     """
-    allowed_N = batch.where(term.where)
-    if term.unit != "pair":
+    allowed_N = batch.where(readable(term))
+    if term.unit not in ("pair", "sequence"):
         return allowed_N
     barred_S = torch.zeros(batch.num_sequences, dtype=torch.bool, device=allowed_N.device)
     barred_S[batch.sequence_N[~allowed_N]] = True
+    if term.unit == "sequence":
+        trained_S = torch.zeros_like(barred_S)
+        trained_S[batch.sequence_N] = True
+        return trained_S & ~barred_S
     return ~barred_S[batch.pairs_P2].any(-1)
 
 
-def count_units(term: TermSpec, batches: Sequence[PackedBatch]) -> int:
-    """How many tokens, sequences or pairs the term averages over in this step."""
+def count_units(
+    term: TermSpec, batches: Sequence[PackedBatch], *, keep: Sequence[Tensor | None] = ()
+) -> int:
+    """How many tokens, sequences or pairs the term averages over in this step.
+
+    ``keep`` holds a further mask over units per batch, from ``limits.py``.
+    """
     total = 0
-    for batch in batches:
+    for batch, kept in zip(batches, keep or [None] * len(batches), strict=True):
         mask = mask_units(term, batch)
+        if kept is not None:
+            mask = mask & kept
         if per_unit(term):
             total += int(mask.sum())
         else:
@@ -45,7 +58,15 @@ def count_units(term: TermSpec, batches: Sequence[PackedBatch]) -> int:
     return total
 
 
-def reduce_units(term: TermSpec, values: Tensor, batch: PackedBatch, *, count: int) -> Tensor:
+def reduce_units(
+    term: TermSpec,
+    values: Tensor,
+    batch: PackedBatch,
+    *,
+    count: int,
+    keep: Tensor | None = None,
+    shown: bool = False,
+) -> Tensor:
     """This micro-batch's share of the term: the sum over its units divided by the global count.
 
     Args:
@@ -53,13 +74,17 @@ def reduce_units(term: TermSpec, values: Tensor, batch: PackedBatch, *, count: i
         values: [N] or [P], one per unit.
         batch: where the values come from.
         count: from :func:`count_units` over *all* micro-batches of the step.
+        keep: a further mask over units, from ``limits.py``.
+        shown: for a number to show, which is averaged where the loss is summed.
     """
     mask = mask_units(term, batch)
+    if keep is not None:
+        mask = mask & keep
     if count == 0:
         return values.sum() * 0.0
     # where, not a product: a masked value may be infinite, and inf * 0 is NaN.
     kept = torch.where(mask, values, torch.zeros_like(values))
-    if per_unit(term):
+    if per_unit(term) or (term.aggregate == "sequence_sum" and not shown):
         return kept.sum() / count
     lengths_S = torch.zeros(batch.num_sequences, device=values.device)
     lengths_S.index_add_(0, batch.sequence_N, mask.float())

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from posttrain.batch import PackedBatch
-from posttrain.composition.supervised import CrossEntropy
+from posttrain.composition.supervised import (
+    CrossEntropy,
+    DynamicCrossEntropy,
+    ProbabilityLoss,
+    ProximalCrossEntropy,
+    WeightedCrossEntropy,
+)
 from posttrain.config import Config
 from posttrain.head import Stat
 from posttrain.objectives.values import Stats, TermCode, Values
+from posttrain.trajectory import Column
 
 
 def cross_entropy(term: CrossEntropy, stats: Stats, batch: PackedBatch) -> Values:
@@ -16,6 +25,43 @@ def cross_entropy(term: CrossEntropy, stats: Stats, batch: PackedBatch) -> Value
     return Values(-stats[Stat.LOGPROB])
 
 
+def weighted_cross_entropy(term: WeightedCrossEntropy, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] −w log π(y)."""
+    weight_N = batch.columns[term.column][batch.sequence_N]
+    return Values(-weight_N * stats[Stat.LOGPROB], {term.by: weight_N})
+
+
+def dynamic_cross_entropy(term: DynamicCrossEntropy, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] −sg(π(y)) log π(y)."""
+    logprob_N = stats[Stat.LOGPROB]
+    probability_N = logprob_N.detach().exp()
+    return Values(-probability_N * logprob_N, {"probability": probability_N})
+
+
+def probability_loss(term: ProbabilityLoss, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] (1 − π(y)^α) / α above the threshold, else 0."""
+    logprob_N = stats[Stat.LOGPROB]
+    probability_N = logprob_N.detach().exp()
+    # expm1 keeps small exponents exact: their limit is −log π.
+    loss_N = -torch.expm1(term.alpha * logprob_N) / term.alpha if term.alpha else -logprob_N
+    trusted_N = probability_N >= term.at_least
+    loss_N = torch.where(trusted_N, loss_N, torch.zeros_like(loss_N))
+    return Values(loss_N, {"probability": probability_N, "trusted": trusted_N.float()})
+
+
+def proximal_cross_entropy(term: ProximalCrossEntropy, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] −min(r, 1 + ε)."""
+    log_ratio_N = stats[Stat.LOGPROB] - batch.columns[Column.TRAINER_LOGPROB]
+    ratio_N = log_ratio_N.exp()
+    bound = 1 + term.clip_high
+    shown = {"ratio": ratio_N.detach(), "clipped": (ratio_N > bound).float()}
+    return Values(-ratio_N.clamp(max=bound), shown)
+
+
 TERMS: Mapping[type[Config], TermCode] = {
     CrossEntropy: TermCode(frozenset({Stat.LOGPROB}), cross_entropy),
+    WeightedCrossEntropy: TermCode(frozenset({Stat.LOGPROB}), weighted_cross_entropy),
+    DynamicCrossEntropy: TermCode(frozenset({Stat.LOGPROB}), dynamic_cross_entropy),
+    ProbabilityLoss: TermCode(frozenset({Stat.LOGPROB}), probability_loss),
+    ProximalCrossEntropy: TermCode(frozenset({Stat.LOGPROB}), proximal_cross_entropy),
 }

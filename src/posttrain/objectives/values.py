@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import PackedBatch
-from posttrain.head import Stat
+from posttrain.config import Config
+from posttrain.divergence import Divergence
+from posttrain.head import Stat, Wanted
 
-Stats = Mapping[Stat, Tensor]
+Stats = Mapping[Wanted, Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,9 +34,14 @@ class TermCode:
 
     reads: frozenset[Stat]
     values: Callable[..., Values]
+    compares: Callable[..., frozenset[Divergence]] | None = None  # of a term, from its options
+
+    def wants(self, term: Config) -> frozenset[Wanted]:
+        """What the head must compute for a term."""
+        return self.reads | (self.compares(term) if self.compares else frozenset())
 
 
 def sequence_sums(values_N: Tensor, batch: PackedBatch) -> Tensor:
     """[S] sums over each sequence's trained tokens."""
-    sums_S = torch.zeros(batch.num_sequences, device=values_N.device)
+    sums_S = torch.zeros(batch.num_sequences, dtype=values_N.dtype, device=values_N.device)
     return sums_S.index_add(0, batch.sequence_N, values_N)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from posttrain.composition import SamplingSpec
 from posttrain.events import Measuring, Observer
 from posttrain.probes.measurement import Measurement, TaskMeasurement
 from posttrain.protocols import Completion, Policy, Prompt, Request
@@ -85,7 +86,10 @@ def _measure_task(
         lengths=np.array([len(c.tokens) for c in completions], np.int32).reshape(shape),
         truncated=np.array([c.end is not End.COMPLETED for c in completions]).reshape(shape),
         nll=np.array([-c.logprobs.mean() for c in completions], np.float32).reshape(shape),
-        kl_base=_kl(policy, base, prompts, completions, n) if base else None,
+        # Samples of a tempered or truncated policy say nothing unbiased about the policy's KL.
+        kl_base=_kl(policy, base, prompts, completions, n)
+        if base and spec.sampling == SamplingSpec()
+        else None,
         distinct=np.array(
             [len(set(texts[i * n : (i + 1) * n])) for i in range(len(tasks))], np.int32
         ),

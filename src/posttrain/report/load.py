@@ -20,7 +20,7 @@ from posttrain.composition import TeacherDistribution
 from posttrain.errors import LedgerBroken
 from posttrain.files import write_atomic
 from posttrain.ledger import GENESIS, Record, RecordKind, read, verify
-from posttrain.pipeline import model_path, read_done
+from posttrain.pipeline import read_done
 from posttrain.plan import PlannedStage
 from posttrain.probes.attribution import Attribution, Part, compare, role_in_run
 from posttrain.probes.attribution import Comparison as Attributions
@@ -209,7 +209,7 @@ def _metrics(folder: Path) -> list[Mapping[str, float]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
 
 
 def _elapsed(lines: Sequence[Mapping[str, float]]) -> float:
@@ -340,15 +340,16 @@ def _accounts(run: _Run, planned: PlannedStage) -> Iterable[Account]:
 def _samples(run: _Run, planned: PlannedStage) -> Iterable[Sample]:
     """Trajectories of the last shard: one of each reward where there are several."""
     shards, uses = run.shards(planned, "trajectories"), run.shards(planned, "uses")
-    if not shards:
+    models = [run.folder(s) / "model" for s in run.stages]
+    # All stages share one tokenizer; before the first export there is none in the run folder.
+    folder = next((m for m in models if m.is_dir()), None)
+    if not shards or folder is None:
         return
-    model = run.folder(planned) / "model"
-    folder = model if model.is_dir() else Path(model_path(run.recipe.model, run.out))
     renderer = ChatRenderer.from_folder(folder)
     rewards = {u.trajectory: u.reward for u in read_uses(uses[-1])}
     chosen: dict[tuple[str, float | None], Trajectory] = {}
     for trajectory in read_trajectories(shards[-1]):
-        kind = (trajectory.task.partition("/")[0], rewards.get(trajectory.id))
+        kind = (trajectory.task.rpartition("/")[0], rewards.get(trajectory.id))
         chosen.setdefault(kind, trajectory)
     for (_, reward), trajectory in list(chosen.items())[:SAMPLES_PER_STAGE]:
         yield Sample(

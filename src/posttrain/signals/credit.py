@@ -1,16 +1,24 @@
-"""Credit assignment: from one reward per trajectory to an advantage per token."""
+"""Credit assignment: from rewards to an advantage per token.
+
+    REWARD [scalar] ──┐
+                      ├─ + ─▶ returns ── − baseline ──▶ ÷ scale ──▶ ADVANTAGE [T]
+    TOKEN_REWARD [T] ─┘
+
+Shape legend: ``G`` members of a group, ``T`` tokens of a trajectory, ``M`` members of a draw.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import final
 
 import numpy as np
 
-from posttrain.composition import GroupAdvantage
+from posttrain.composition.credit import BestOfKAdvantage, DecoupledAdvantage, GroupAdvantage
 from posttrain.errors import LegalityError
-from posttrain.trajectory import Column, Group
+from posttrain.trajectory import Array, Column, Group, Scored
 
 EPSILON = 1e-6
 """Added to the standard deviation, as in GRPO's reference code."""
@@ -19,36 +27,117 @@ EPSILON = 1e-6
 @final
 @dataclass(frozen=True, slots=True)
 class GroupAdvantageSignal:
-    """Reward minus the group's mean, optionally over the group's unbiased standard deviation.
-
-    A group whose rewards are all equal gets exactly zero: it carries no signal, and the stage
-    counts and shows how many there were.
-    """
+    """Return minus a baseline, scaled: the estimators of its specification."""
 
     spec: GroupAdvantage
 
     def score(self, groups: Sequence[Group]) -> Sequence[Group]:
         """The same groups with ``ADVANTAGE`` [T] on every member."""
-        return [self._score(g) for g in groups]
+        if not groups:
+            return []
+        returns = [member_returns(g, at_least=self.spec.min_group) for g in groups]
+        centred = [r - b for r, b in zip(returns, self._baselines(groups, returns), strict=True)]
+        values = [
+            [self._per_token(m, float(a)) for m, a in zip(g.members, c, strict=True)]
+            for g, c in zip(groups, centred, strict=True)
+        ]
+        return with_advantages(groups, self._scaled(groups, returns, values))
 
-    def _score(self, group: Group) -> Group:
-        rewards = [m.scalar(Column.REWARD) for m in group.members]
-        if len(rewards) < 2 or any(r is None for r in rewards):
-            raise LegalityError(
-                f"task {group.task}: a group of {len(rewards)} with rewards {rewards}",
-                expected="at least two members, each with a reward",
-                fix="raise group_size; add the verify signal before group_advantage",
-            )
-        advantages = group_advantages(np.array(rewards, np.float64), scale=self.spec.scale)
-        members = tuple(
-            m.with_columns({Column.ADVANTAGE: np.full(len(m.trajectory), a, np.float32)})
-            for m, a in zip(group.members, advantages, strict=True)
-        )
-        return Group(task=group.task, members=members)
+    def _baselines(self, groups: Sequence[Group], returns: Sequence[Array]) -> list[Array]:
+        spec = self.spec
+        if spec.baseline == "constant":
+            return [np.full_like(r, spec.value) for r in returns]
+        if spec.baseline == "greedy":
+            return [
+                np.array([float(m.columns[Column.BASELINE]) for m in g.members]) for g in groups
+            ]
+        if spec.baseline == "batch_mean":
+            every = _draw(returns, self.spec)
+            same = bool((every == every[0]).all())
+            return [np.full_like(r, every[0] if same else every.mean()) for r in returns]
+        return [
+            group_baseline(r, kind=spec.baseline, lengths_G=_lengths(g))
+            for g, r in zip(groups, returns, strict=True)
+        ]
+
+    def _per_token(self, member: Scored, centred: float) -> Array:
+        """[T] float64, before scaling."""
+        values = np.full(len(member.trajectory), centred)
+        if self.spec.credit == "to_go":
+            earned = token_rewards(member)
+            values -= np.cumsum(earned) - earned  # what was earned before the token
+        return values
+
+    def _scaled(
+        self, groups: Sequence[Group], returns: Sequence[Array], values: list[list[Array]]
+    ) -> list[list[Array]]:
+        scale = self.spec.scale
+        if scale == "whiten":
+            return whitened(groups, values)
+        if scale == "std":
+            divisors = [float(r.std(ddof=1)) + EPSILON for r in returns]
+        elif scale == "batch_std":
+            divisors = [float(_draw(returns, self.spec).std(ddof=1)) + EPSILON] * len(groups)
+        elif scale == "informative":
+            unequal = sum(len(r) for r in returns if not _equal(r))
+            # With nothing to learn every advantage is 0, whatever it is divided by.
+            divisors = [unequal / sum(map(len, returns)) if unequal else 1.0] * len(groups)
+        else:
+            divisors = [1.0] * len(groups)
+        return [[v / d for v in vs] for vs, d in zip(values, divisors, strict=True)]
 
 
-def group_advantages(rewards_G: np.ndarray, *, scale: str) -> np.ndarray:
-    """[G] rewards -> [G] advantages.
+@final
+@dataclass(frozen=True, slots=True)
+class BestOfKSignal:
+    """What each member adds to the best of k."""
+
+    spec: BestOfKAdvantage
+
+    def score(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """The same groups with ``ADVANTAGE`` [T] on every member."""
+        values = []
+        for group in groups:
+            returns = member_returns(group, at_least=self.spec.min_group)
+            credit = best_of_k(returns, k=self.spec.k or len(returns))
+            rows = zip(group.members, credit, strict=True)
+            values.append([np.full(len(m.trajectory), a) for m, a in rows])
+        return with_advantages(groups, values)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class DecoupledSignal:
+    """Two rewards, each normalised in its group before they are added."""
+
+    spec: DecoupledAdvantage
+
+    def score(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """The same groups with ``ADVANTAGE`` [T] on every member."""
+        if not groups:
+            return []
+        sums = []
+        for group in groups:
+            given = member_rewards(group, at_least=self.spec.min_group)
+            earned = np.array([token_rewards(m).sum() for m in group.members])
+            parts = zip(self.spec.weights, (given, earned), strict=True)
+            sums.append(sum((w * group_advantages(r, scale="std") for w, r in parts), given * 0))
+        every = np.concatenate(sums)
+        mean, std = float(every.mean()), float(every.std(ddof=1)) + EPSILON
+        if _equal(every):
+            mean, std = float(every[0]), 1.0
+        values = [
+            [
+                np.full(len(m.trajectory), (a - mean) / std)
+                for m, a in zip(g.members, s, strict=True)
+            ]
+            for g, s in zip(groups, sums, strict=True)
+        ]
+        return with_advantages(groups, values)
+
+
+def group_advantages(rewards_G: Array, *, scale: str) -> Array:
+    """[G] rewards -> [G] advantages over the group's mean; ``scale`` is ``std`` or ``none``.
 
     Example:
         >>> group_advantages(np.array([1.0, 0.0]), scale="none").tolist()
@@ -56,7 +145,130 @@ def group_advantages(rewards_G: np.ndarray, *, scale: str) -> np.ndarray:
         >>> group_advantages(np.array([3.0, 3.0]), scale="std").tolist()
         [0.0, 0.0]
     """
-    if (rewards_G == rewards_G[0]).all():
-        return np.zeros_like(rewards_G)  # exactly: a rounding residue over EPSILON would count
-    centred = rewards_G - float(rewards_G.mean())
+    centred = rewards_G - group_baseline(rewards_G, kind="group_mean", lengths_G=rewards_G)
     return centred / (float(rewards_G.std(ddof=1)) + EPSILON) if scale == "std" else centred
+
+
+def group_baseline(returns_G: Array, *, kind: str, lengths_G: Array) -> Array:
+    """[G] what a member is compared with; the return itself when all are equal.
+
+    Args:
+        returns_G: at least two.
+        kind: ``group_mean``, ``leave_one_out`` or ``length_weighted``.
+        lengths_G: trained tokens per member.
+
+    Example:
+        >>> group_baseline(np.array([3.0, 0.0, 0.0]), kind="leave_one_out",
+        ...                lengths_G=np.ones(3)).tolist()
+        [0.0, 1.5, 1.5]
+        >>> group_baseline(np.array([1.0, 0.0]), kind="length_weighted",
+        ...                lengths_G=np.array([3.0, 1.0])).tolist()
+        [0.75, 0.75]
+    """
+    if _equal(returns_G):
+        return returns_G  # exactly: a rounding residue over EPSILON would count
+    if kind == "leave_one_out":
+        return (float(returns_G.sum()) - returns_G) / (len(returns_G) - 1)
+    if kind == "length_weighted":
+        return np.full_like(returns_G, float(lengths_G @ returns_G) / float(lengths_G.sum()))
+    return np.full_like(returns_G, float(returns_G.mean()))
+
+
+def best_of_k(returns_G: Array, *, k: int) -> Array:
+    """[G] mean over all k-sets S that hold a member of max R_S − max R_{S without it}.
+
+    Sorted, member j is the largest of C(j, k−2) of the C(G−1, k−1) sets of siblings.
+
+    Example:
+        >>> best_of_k(np.array([1.0, 0.0, 0.25]), k=3).tolist()
+        [0.75, 0.0, 0.0]
+        >>> best_of_k(np.array([1.0, 1.0, 0.0]), k=2).tolist()
+        [0.5, 0.5, 0.0]
+    """
+    out = np.zeros(len(returns_G))
+    share = [comb(j, k - 2) / comb(len(returns_G) - 1, k - 1) for j in range(len(returns_G) - 1)]
+    for i, own in enumerate(returns_G):
+        siblings = np.sort(np.delete(returns_G, i))
+        out[i] = float(np.maximum(own - siblings, 0) @ np.array(share))
+    return out
+
+
+def whitened(groups: Sequence[Group], values: Sequence[Sequence[Array]]) -> list[list[Array]]:
+    """Values with mean 0 and unbiased standard deviation 1 over the draw's *trained* tokens."""
+    flat = [
+        v[m.trajectory.trainable]
+        for g, vs in zip(groups, values, strict=True)
+        for m, v in zip(g.members, vs, strict=True)
+    ]
+    every = np.concatenate(flat)
+    if not len(every) or _equal(every):
+        return [[np.zeros_like(v) for v in vs] for vs in values]
+    mean, std = float(every.mean()), float(every.std(ddof=1)) + EPSILON
+    return [[(v - mean) / std for v in vs] for vs in values]
+
+
+def token_rewards(member: Scored) -> Array:
+    """[T] float64 rewards of single tokens; 0 outside trained tokens, and where nobody gave any."""
+    mask = member.trajectory.trainable
+    given = member.columns.get(Column.TOKEN_REWARD)
+    return np.zeros(len(mask)) if given is None else np.where(mask, given.astype(np.float64), 0.0)
+
+
+def member_rewards(group: Group, *, at_least: int) -> Array:
+    """[G] the verifier's rewards.
+
+    Raises:
+        LegalityError: fewer members than ``at_least``, or one without a reward.
+    """
+    rewards = [m.scalar(Column.REWARD) for m in group.members]
+    if len(rewards) < at_least or any(r is None for r in rewards):
+        raise LegalityError(
+            f"task {group.task}: a group of {len(rewards)} with rewards {rewards}",
+            expected=f"at least {_count(at_least)}, each with a reward",
+            fix="raise group_size; add the verify signal before the one that assigns credit",
+        )
+    return np.array(rewards, np.float64)
+
+
+def member_returns(group: Group, *, at_least: int) -> Array:
+    """[G] the verifier's reward plus every token reward."""
+    earned = np.array([token_rewards(m).sum() for m in group.members])
+    return np.asarray(member_rewards(group, at_least=at_least) + earned)
+
+
+def with_advantages(groups: Sequence[Group], values: Sequence[Sequence[Array]]) -> list[Group]:
+    """The groups with ``ADVANTAGE`` [T] in float32 on every member."""
+    return [
+        Group(
+            task=g.task,
+            members=tuple(
+                m.with_columns({Column.ADVANTAGE: v.astype(np.float32)})
+                for m, v in zip(g.members, vs, strict=True)
+            ),
+        )
+        for g, vs in zip(groups, values, strict=True)
+    ]
+
+
+def _draw(returns: Sequence[Array], spec: GroupAdvantage) -> Array:
+    """[M] returns of the whole draw, which must hold at least two."""
+    every = np.concatenate(returns)
+    if len(every) < 2:
+        raise LegalityError(
+            f"group_advantage with baseline={spec.baseline}, scale={spec.scale} on one trajectory",
+            expected="at least two in the draw: one has no mean to differ from",
+            fix="raise groups_per_step or group_size",
+        )
+    return every
+
+
+def _lengths(group: Group) -> Array:
+    return np.array([float(m.trajectory.trainable.sum()) for m in group.members])
+
+
+def _equal(values: Array) -> bool:
+    return bool((values == values[0]).all())
+
+
+def _count(at_least: int) -> str:
+    return {1: "one member", 2: "two members"}.get(at_least, f"{at_least} members")

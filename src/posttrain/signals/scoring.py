@@ -1,15 +1,30 @@
-"""Frozen policies as judges: log-probs of a reference, distributions of a teacher."""
+"""Frozen policies as judges: log-probs of a reference, distributions of a teacher.
+
+A teacher may have more to read than the learner had. Then its own prompt stands before the same
+completion, and what it says of the completion's tokens is moved back to where they stand in the
+learner's trajectory:
+
+    learner   q₀ q₁ q₂      | y₀ y₁ y₂        columns    –  –  –       | c₀ c₁ c₂
+    teacher   q₀ q₁ q₂ a₀ a₁| y₀ y₁ y₂        it says    –  –  –  –  – | c₀ c₁ c₂
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import final
 
-from posttrain.composition import TeacherDistribution
-from posttrain.errors import ConfigError, nearest
+import numpy as np
+
+from posttrain.composition import TeacherDistribution, TeacherLogprobs
+from posttrain.errors import ConfigError, ModelError, TaskError, nearest
 from posttrain.protocols import Policy
+from posttrain.provenance import Span
+from posttrain.task import Message, Task
 from posttrain.trajectory import Array, Column, Group, Trajectory
+
+PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2  # naïve 数学 🙂"
+"""Text on which tokenizers differ if they differ at all."""
 
 
 @final
@@ -22,43 +37,95 @@ class ReferenceSignal:
     def score(self, groups: Sequence[Group]) -> Sequence[Group]:
         """The same groups with the column on every member."""
         values = self.policy.logprobs(_trajectories(groups))
-        return _attach(groups, [{Column.REFERENCE_LOGPROB: v} for v in values])
+        return attach(groups, [{Column.REFERENCE_LOGPROB: v} for v in values])
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherSignal:
-    """Adds a teacher's next-token distribution at every written token.
+    """Adds what a teacher says at every written token: its distribution, or its log-prob.
 
-    The teacher is chosen by the task set of each group, ``"*"`` being the default.
+    The teacher is chosen by the task set of each group, ``"*"`` being the default. ``tasks`` are
+    those that may be drawn, by key; a context is written from them.
+
+    Raises:
+        TaskError: the context asks for an answer, and a task has none.
     """
 
-    spec: TeacherDistribution
+    spec: TeacherDistribution | TeacherLogprobs
     teachers: Mapping[str, Policy]  # by policy reference
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.spec.context is None or "{answer}" not in self.spec.context:
+            return
+        for task in self.tasks.values():
+            if task.answer is None:
+                raise TaskError(
+                    f"task {task.key} has no answer, and the teacher's context asks for it",
+                    expected="an answer in every task",
+                    fix="drop {answer} from the context, or use tasks with answers",
+                )
 
     def score(self, groups: Sequence[Group]) -> Sequence[Group]:
         """The same groups with ``TEACHER_IDS`` [T, K] and ``TEACHER_LOGPROBS`` [T, K]; for the
-        whole vocabulary [T, 0] and [T, V]."""
+        whole vocabulary [T, 0] and [T, V]. For log-probs alone with ``TEACHER_LOGPROB`` [T]."""
         by_teacher: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
             by_teacher.setdefault(self._route(group.task), []).append(index)
         out: list[Group | None] = [None] * len(groups)
         for reference, indices in by_teacher.items():
             chosen = [groups[i] for i in indices]
-            scored = self._ask(self.teachers[reference], chosen)
-            for index, group in zip(indices, scored, strict=True):
+            columns = self._ask(self.teachers[reference], _trajectories(chosen))
+            for index, group in zip(indices, attach(chosen, columns), strict=True):
                 out[index] = group
         return [g for g in out if g is not None]
 
-    def _ask(self, teacher: Policy, groups: Sequence[Group]) -> Sequence[Group]:
-        tops = teacher.distributions(_trajectories(groups), top_k=self.spec.top_k)
-        columns: list[Mapping[Column, Array]] = [
-            {Column.TEACHER_IDS: ids, Column.TEACHER_LOGPROBS: values} for ids, values in tops
+    def _ask(
+        self, teacher: Policy, trajectories: Sequence[Trajectory]
+    ) -> list[Mapping[Column, Array]]:
+        spec, read = self.spec, trajectories
+        if spec.context is not None:
+            read = [self._retold(t, teacher, spec.context) for t in trajectories]
+        pairs = list(zip(trajectories, read, strict=True))
+        if isinstance(spec, TeacherLogprobs):
+            values = zip(pairs, teacher.logprobs(read), strict=True)
+            return [{Column.TEACHER_LOGPROB: _moved(v, *pair)} for pair, v in values]
+        tops = zip(pairs, teacher.distributions(read, top_k=spec.top_k), strict=True)
+        return [
+            {
+                Column.TEACHER_IDS: _moved(ids, *pair, fill=-1),
+                Column.TEACHER_LOGPROBS: _moved(values, *pair),
+            }
+            for pair, (ids, values) in tops
         ]
-        return _attach(groups, columns)
+
+    def _retold(self, trajectory: Trajectory, teacher: Policy, context: str) -> Trajectory:
+        """The same completion after the prompt that the teacher reads."""
+        task = self.tasks.get(trajectory.task)
+        if task is None:
+            raise TaskError(
+                f"a trajectory of task {trajectory.task}, which no task set holds",
+                expected="a task: the teacher's context is written from its question and answer",
+            )
+        prompt = teacher.renderer.prompt(with_context(task, context))
+        cut = trajectory.prompt_length
+        tokens = np.concatenate([prompt.tokens, trajectory.tokens[cut:]]).astype(np.int32)
+        if len(tokens) > teacher.context:
+            raise TaskError(
+                f"the teacher would read {len(tokens)} tokens of {task.key}",
+                expected=f"at most its context of {teacher.context}",
+                fix="shorten the context template, or max_new_tokens",
+            )
+        return replace(
+            trajectory,
+            tokens=tokens,
+            prompt_length=len(prompt.tokens),
+            spans=(*prompt.spans, *_spans_from(trajectory, cut)),
+        )
 
     def _route(self, task: str) -> str:
-        taskset = task.partition("/")[0]
+        taskset = task.rpartition("/")[0]
         route = self.spec.routes.get(taskset, self.spec.routes.get("*"))
         if route is None:
             raise ConfigError(
@@ -69,11 +136,77 @@ class TeacherSignal:
         return route
 
 
+def with_context(task: Task, context: str) -> Task:
+    """The task as the teacher reads it: its last turn told through the template.
+
+    Example:
+        >>> sums = Task(taskset="sums", prompt="1+1=", answer="2")
+        >>> with_context(sums, "The answer is {answer}. {question}").prompt
+        'The answer is 2. 1+1='
+    """
+    told = context.format(question=task.text, answer=task.answer)
+    if isinstance(task.prompt, str):
+        return replace(task, prompt=told)
+    *before, last = task.prompt
+    return replace(task, prompt=(*before, Message(role=last.role, content=told)))
+
+
+def check_same_tokens(judge: Policy, live: Policy) -> None:
+    """Refuse a judge to whom the learner's token ids mean something else.
+
+    Raises:
+        ModelError: another vocabulary, another number of output rows, or a tokenizer that cuts a
+            probe text in other places.
+    """
+    probe = Task(taskset="probe", prompt=PROBE)
+    ours, theirs = (p.renderer.prompt(probe).tokens.tolist() for p in (live, judge))
+    name = judge.producer.name
+    if judge.vocabulary != live.vocabulary:
+        alike = "the same ids" if ours == theirs else "other ids"
+        raise ModelError(
+            f"{name} and the learner have different vocabularies; they give a probe text {alike}",
+            expected="the same token ids and the same number of output rows",
+            fix="use a teacher or reference of the same family, or the foreign_teacher signal",
+        )
+    if ours != theirs:
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        raise ModelError(
+            f"{name} and the learner share a vocabulary and cut a probe text differently: "
+            f"{len(theirs)} and {len(ours)} tokens, the first difference at {at}",
+            expected="one tokenizer: the judge would rate token sequences it never saw",
+            fix="use the learner's tokenizer files in the other folder, if they belong there",
+        )
+
+
+def _spans_from(trajectory: Trajectory, cut: int) -> list[Span]:
+    """The spans after the prompt."""
+    start, out = 0, list[Span]()
+    for span in trajectory.spans:
+        if start >= cut:
+            out.append(span)
+        start += span.length
+    if sum(s.length for s in out) != len(trajectory) - cut:
+        raise TaskError(
+            f"trajectory {trajectory.id}: a span reaches over the end of the prompt",
+            expected="a span to start where the completion starts",
+        )
+    return out
+
+
+def _moved(values: Array, to: Trajectory, read: Trajectory, *, fill: float = np.nan) -> Array:
+    """[T', ...] values of what the teacher read -> [T, ...] beside the learner's trajectory."""
+    if read is to:
+        return values
+    out = np.full((len(to), *values.shape[1:]), fill, values.dtype)
+    out[to.prompt_length :] = values[read.prompt_length :]
+    return out
+
+
 def _trajectories(groups: Sequence[Group]) -> list[Trajectory]:
     return [m.trajectory for g in groups for m in g.members]
 
 
-def _attach(groups: Sequence[Group], columns: Sequence[Mapping[Column, Array]]) -> list[Group]:
+def attach(groups: Sequence[Group], columns: Sequence[Mapping[Column, Array]]) -> list[Group]:
     """Hand out one mapping of columns per member, in order."""
     left = iter(columns)
     return [

@@ -60,7 +60,7 @@ class Verifier:
         found = self._tasks.get(group.task)
         if found is not None:
             return found
-        name = group.task.partition("/")[0]
+        name = group.task.rpartition("/")[0]
         raise TaskError(
             f"a trajectory of task {group.task}, which no task set holds",
             expected=f"a task of {', '.join(sorted(self._tasksets)) or '(no task set)'}",

@@ -24,10 +24,11 @@ from posttrain.chat import ChatRenderer, messages_from, read_jsonl
 from posttrain.composition import ANYONE, Dataset
 from posttrain.errors import ConfigError, DataError
 from posttrain.provenance import Kind, Producer, Role
+from posttrain.sources.numbers import row_numbers
 from posttrain.task import Message
 from posttrain.trajectory import Column, Group, Scored, Trajectory
 
-Format = Literal["completion", "messages", "preference"]
+Format = Literal["text", "completion", "messages", "preference", "unpaired"]
 Row = Mapping[str, object]
 
 COLUMNS: Mapping[Format, frozenset[str]] = MappingProxyType(
@@ -35,16 +36,23 @@ COLUMNS: Mapping[Format, frozenset[str]] = MappingProxyType(
         "preference": frozenset({"chosen", "rejected"}),
         "completion": frozenset({"prompt", "completion"}),
         "messages": frozenset({"messages"}),
+        "text": frozenset({"text"}),
+        "unpaired": frozenset({"prompt", "completion", "label"}),
     }
 )
 """Columns that each format needs. ``preference`` may have a ``prompt`` too."""
 
 _KNOWN_FORMATS = (
-    "prompt + completion, messages, or (for preference methods) prompt + chosen + rejected"
+    "text, prompt + completion, messages, or (for preference methods) prompt + chosen + rejected "
+    "or prompt + completion + label"
 )
 _UNIT_COLUMNS = {
     +1: MappingProxyType({Column.PREFERENCE: np.asarray(1.0)}),
     -1: MappingProxyType({Column.PREFERENCE: np.asarray(-1.0)}),
+}
+_LABELS = {
+    +1: MappingProxyType({Column.LABEL: np.asarray(1.0)}),
+    -1: MappingProxyType({Column.LABEL: np.asarray(-1.0)}),
 }
 
 
@@ -162,6 +170,8 @@ class DatasetSource:
                 )
             try:
                 members = self._members(row)
+                if numbers := row_numbers(self._spec, row):
+                    members = tuple(m.with_columns(numbers) for m in members)
             except DataError as error:
                 raise DataError(
                     f"{place}: {error.found}", expected=error.expected, fix=error.fix
@@ -181,14 +191,24 @@ class DatasetSource:
 
     def _members(self, row: Row) -> tuple[Scored, ...]:
         task = f"{self._name}/{_content_hash(row)}"
+        if self._format == "text":
+            return (Scored(trajectory=self._document(row["text"], task=task)),)
         if self._format == "preference":
             return self._pair(row, task)
+        if self._format == "unpaired":
+            return (self._labelled(row, task),)
         if self._format == "messages":
             messages = messages_from(row["messages"])
             _check_answer(messages)
             return (Scored(trajectory=self._checked(self._conversation(messages, task=task))),)
         written = self._continuation(row["prompt"], row["completion"], "completion", task=task)
         return (Scored(trajectory=self._checked(written)),)
+
+    def _document(self, text: object, *, task: str) -> Trajectory:
+        """A plain document: no prompt, and every token that something stands before is trained."""
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"a text of type {_kind(text)}", expected="text that is not empty")
+        return self._renderer.completion("", text, producer=self._producer, task=task)
 
     def _pair(self, row: Row, task: str) -> tuple[Scored, ...]:
         prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
@@ -206,10 +226,24 @@ class DatasetSource:
                 expected="an assistant mask over both answers",
                 fix="check the template's {% generation %} block, or set `assistant_mask: prefix`",
             )
+        columns = _LABELS if self._spec.unpaired else _UNIT_COLUMNS
         return (
-            Scored(trajectory=sides[0], columns=_UNIT_COLUMNS[+1]),
-            Scored(trajectory=sides[1], columns=_UNIT_COLUMNS[-1]),
+            Scored(trajectory=sides[0], columns=columns[+1]),
+            Scored(trajectory=sides[1], columns=columns[-1]),
         )
+
+    def _labelled(self, row: Row, task: str) -> Scored:
+        label = row["label"]
+        if not isinstance(label, bool):
+            raise DataError(f"a label {label!r} of type {_kind(label)}", expected="true or false")
+        written = self._continuation(row["prompt"], row["completion"], "completion", task=task)
+        if not written.trainable.any():
+            raise DataError(
+                "an answer without a trainable token",
+                expected="an assistant mask over the answer",
+                fix="check the template's {% generation %} block, or set `assistant_mask: prefix`",
+            )
+        return Scored(trajectory=self._checked(written), columns=_LABELS[+1 if label else -1])
 
     def _continuation(
         self, prompt: object, completion: object, column: str, *, task: str
@@ -260,6 +294,13 @@ class DatasetSource:
                 f"{self._path}: all {self._skipped} rows are longer than {self._context} tokens",
                 expected="rows that fit the context",
                 fix="shorten the rows, or use a model with a longer context",
+            )
+        labels = {m.scalar(Column.LABEL) for group in self._groups for m in group.members}
+        if len(labels) == 1 and self._spec.unpaired:
+            raise DataError(
+                f"{self._path}: every row has the label {'true' if 1.0 in labels else 'false'}",
+                expected="good answers and bad ones",
+                fix="add rows of the other kind; to learn from good ones alone, use sft",
             )
         trained = [t.tokens[t.trainable] for t in self._trajectories()]
         how = self._spec.assistant_mask
@@ -328,25 +369,57 @@ def _format(spec: Dataset, path: Path, first: Row) -> Format:
             )
     if not fitting:
         raise DataError(place, expected=_KNOWN_FORMATS, fix="rename the columns")
-    usable: list[Format] = [f for f in fitting if (f == "preference") == spec.preference]
-    if not usable and spec.preference:
-        raise DataError(
-            f"{place} are demonstrations, and the stage learns from preferences",
-            expected="prompt + chosen + rejected",
-            fix="use a file of pairs, or a method that learns from demonstrations (sft)",
-        )
+    _check_labels(spec, first, fitting, place=place)
+    usable: list[Format] = [f for f in fitting if f in _readable(spec)]
     if not usable:
-        raise DataError(
-            f"{place} are preference pairs, and the stage learns from demonstrations",
-            expected="prompt + completion, or messages",
-            fix="use a preference method (dpo), or a file of demonstrations",
-        )
+        raise _misfit(spec, fitting, place=place)
     if len(usable) > 1:
         raise DataError(
             f"{place} fit more than one format: {', '.join(usable)}",
             fix=f"set `format` to one of them: {', '.join(usable)}",
         )
     return usable[0]
+
+
+def _readable(spec: Dataset) -> frozenset[str]:
+    """The formats that the stage can learn from. Pairs are labelled answers too."""
+    if spec.preference:
+        return frozenset({"preference"})
+    if spec.unpaired:
+        return frozenset({"unpaired", "preference"})
+    return frozenset(COLUMNS) - {"unpaired", "preference"}
+
+
+def _check_labels(spec: Dataset, first: Row, fitting: Sequence[Format], *, place: str) -> None:
+    """Demonstrations of what not to do must not be learnt from by oversight."""
+    labelled = "unpaired" in fitting and isinstance(first["label"], bool)
+    if labelled and spec.format == "auto" and not (spec.preference or spec.unpaired):
+        raise DataError(
+            f"{place} with a label that is true or false, and the stage learns from demonstrations",
+            expected="answers that are all worth imitating",
+            fix="use a method that learns from labelled answers (kto, bco), or set "
+            "`format: completion` to learn from every row whatever its label",
+        )
+
+
+def _misfit(spec: Dataset, fitting: Sequence[Format], *, place: str) -> DataError:
+    if spec.preference or spec.unpaired:
+        pairs = "prompt + chosen + rejected"
+        labelled = "unpaired" in fitting
+        return DataError(
+            f"{place} are {'labelled answers' if labelled else 'demonstrations'}, and the stage "
+            f"learns from {'preferences' if spec.preference else 'answers judged one by one'}",
+            expected=pairs if spec.preference else f"prompt + completion + label, or {pairs}",
+            fix="use a method on labelled answers (kto, bco), or a file of pairs"
+            if labelled
+            else "use a file of pairs, or a method that learns from demonstrations (sft)",
+        )
+    return DataError(
+        f"{place} are {'preference pairs' if 'preference' in fitting else 'labelled answers'}, and "
+        "the stage learns from demonstrations",
+        expected="prompt + completion, or messages",
+        fix="use a preference method (dpo, kto), or a file of demonstrations",
+    )
 
 
 def _common_start(

@@ -21,7 +21,7 @@ from posttrain.trajectory import Column, Group, Scored, Trajectory
 class RolloutSource:
     """Draws prompts and samples a group of completions for each.
 
-    Task sets take turns, so every draw holds them in equal shares. Prompts and seeds are pure
+    Task sets take turns, so draws hold them in equal shares, up to one prompt. Prompts and seeds are pure
     functions of (seed, step): a resumed run draws what the interrupted one would have drawn.
 
     Raises:
@@ -36,7 +36,10 @@ class RolloutSource:
     def draw(self, num_groups: int, *, step: int) -> Sequence[Group]:
         """``num_groups`` groups of ``group_size`` rollouts."""
         first = step * num_groups
-        tasks = [self._task(first + i) for i in range(num_groups)]
+        # Set by set: a stage that splits a draw into several updates takes every n-th group, and
+        # in alternating order each update would see some task sets only.
+        places = sorted(range(num_groups), key=lambda i: (first + i) % len(self.spec.tasks))
+        tasks = [self._task(first + i) for i in places]
         prompts = [self.policy.renderer.prompt(t) for t in tasks]
         for task, prompt in zip(tasks, prompts, strict=True):
             if len(prompt.tokens) >= self.policy.context:

@@ -1,0 +1,228 @@
+"""Every method and every part, explained from what its class says and what it composes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from msgspec import structs
+
+from posttrain import extensions
+from posttrain.catalogue.example import datasets_of, legal_example, recipe_of, rows_of
+from posttrain.catalogue.words import Option, default_of, flow, options, written_types
+from posttrain.composition import (
+    Composition,
+    Rollouts,
+    SignalSpec,
+    SourceSpec,
+    TermSpec,
+    Verify,
+    parts_of,
+)
+from posttrain.config import Config
+from posttrain.errors import ConfigError, nearest
+from posttrain.legality import readable
+from posttrain.methods import METHODS, Method
+
+Role = Literal["source", "signal", "term"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A source, signal or term in a composition."""
+
+    role: Role
+    tag: str
+    facts: str  # what it needs, provides, reads, in one line
+    doc: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A method, explained."""
+
+    name: str
+    family: str  # title of the file it stands in, or the package it comes from
+    doc: str
+    provenance: str
+    interface: str
+    tendency: str
+    formula: str
+    paper: str
+    options: tuple[Option, ...]
+    parts: tuple[Part, ...]
+    variants: tuple[str, ...]  # what other values of its options add or replace
+    asks: tuple[str, ...]  # what the user must bring
+    recipe: str  # YAML
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of its documentation."""
+        return self.doc.split("\n\n")[0].replace("\n", " ")
+
+
+def known_methods(*, packages: bool = True) -> Mapping[str, type[Method]]:
+    """Methods by name: ours, and those of installed packages.
+
+    Example:
+        >>> set(METHODS) <= set(known_methods())
+        True
+    """
+    theirs: Mapping[str, Any] = extensions.installed().methods if packages else {}
+    return {**METHODS, **theirs}
+
+
+def entries(*, packages: bool = True) -> list[Entry]:
+    """Every method, families together, in the order in which they are defined."""
+    named = families(packages=packages).values()
+    return [entry(name) for members in named for name in members]
+
+
+def families(*, packages: bool = True) -> Mapping[str, Mapping[str, type[Method]]]:
+    """Methods by name, by the title of their family."""
+    found: dict[str, dict[str, type[Method]]] = {}
+    for name, kind in known_methods(packages=packages).items():
+        found.setdefault(_family(kind), {})[name] = kind
+    return found
+
+
+def entry(name: str) -> Entry:
+    """One method, explained.
+
+    Raises:
+        ConfigError: no such method, or one whose required options have no obvious example.
+    """
+    known = known_methods()
+    if name not in known:
+        raise ConfigError(f"no method {name!r}", fix=nearest(name, known))
+    kind = known[name]
+    given, method = legal_example(name, kind)
+    composition = method.compose()
+    return Entry(
+        name=name,
+        family=_family(kind),
+        doc=inspect.cleandoc(kind.__doc__ or ""),
+        provenance=kind.provenance,
+        interface=kind.interface,
+        tendency=kind.tendency,
+        formula=kind.formula,
+        paper=kind.paper,
+        options=options(kind),
+        parts=tuple(_parts(composition)),
+        variants=tuple(_variants(method, composition)),
+        asks=tuple(_asks(kind, composition)),
+        recipe=recipe_of(name, given, composition),
+    )
+
+
+def _family(kind: type[Config]) -> str:
+    if package := extensions.package_of(kind):
+        return f"From {package}"
+    return (sys.modules[kind.__module__].__doc__ or "").splitlines()[0].rstrip(".")
+
+
+def _parts(composition: Composition) -> Iterator[Part]:
+    source = composition.source
+    told = f"written by {_names(source.writes)}; provides {_names(source.provides)}"
+    yield _part("source", source, told)
+    for signal in composition.signals:
+        told = f"needs {_names(signal.needs)}; provides {_names(signal.provides)}"
+        yield _part("signal", signal, told)
+    for term in composition.terms:
+        told = (
+            f"weight {term.weight:g}, per {term.unit}, {term.aggregate}; needs "
+            f"{_names(term.needs)}; reads tokens of {_names(readable(term))}"
+        )
+        yield _part("term", term, told)
+
+
+def _part(role: Role, spec: Config, facts: str) -> Part:
+    doc = inspect.cleandoc(type(spec).__doc__ or "")
+    return Part(role=role, tag=str(spec.__struct_config__.tag), facts=facts, doc=doc)
+
+
+def _names(values: Any) -> str:
+    return ", ".join(sorted(str(v) for v in values)) or "nothing"
+
+
+def _tags(composition: Composition) -> list[str]:
+    parts: Sequence[Config] = (composition.source, *composition.signals, *composition.terms)
+    return [str(p.__struct_config__.tag) for p in parts]
+
+
+def _variants(method: Method, composition: Composition) -> Iterator[str]:
+    """Options that bring other parts in: found by trying them."""
+    usual = _tags(composition)
+    for option in structs.fields(type(method)):
+        for value in _others(option):
+            try:
+                tags = _tags(structs.replace(method, **{option.name: value}).compose())
+            except ConfigError:
+                continue  # not a value that stands alone
+            words = f"{option.name}: {flow(value) if value != 0.5 else 'above 0'}"
+            if added := [t for t in tags if t not in usual]:
+                gone = [t for t in usual if t not in tags]
+                instead = f" instead of {', '.join(gone)}" if gone else ""
+                yield f"{words} adds {', '.join(added)}{instead}"
+            elif gone := [t for t in usual if t not in tags]:
+                yield f"{words} drops {', '.join(gone)}"
+
+
+def _others(option: structs.FieldInfo) -> Sequence[Any]:
+    """Other values of an option that switches something, as far as its type names them."""
+    if option.required:
+        return ()
+    default = default_of(option)
+    if get_origin(option.type) is Literal:
+        return [v for v in get_args(option.type) if v != default]
+    if isinstance(default, bool):
+        return [not default]
+    return [0.5] if isinstance(default, float) and default == 0 else ()
+
+
+def _asks(kind: type[Method], composition: Composition) -> Iterator[str]:
+    """What only the user has."""
+    for data in datasets_of(composition):
+        yield f"a file with rows of {', '.join(rows_of(data))} (JSONL or Parquet)"
+    if any(isinstance(p, Rollouts) for p in parts_of(composition.source)):
+        judged = any(isinstance(s, Verify) for s in composition.signals)
+        scorer = "with a scorer for its answers" if judged else "for its prompts"
+        yield f"a task set, {scorer}"
+    for option in structs.fields(kind):
+        if option.required and "PolicyRef" in written_types(kind).get(option.name, ""):
+            yield f"{option.name}: a model with the learner's vocabulary"
+
+
+def known_parts(*, packages: bool = True) -> list[tuple[Part, tuple[Option, ...]]]:
+    """Every source, signal and term, with its options."""
+    have = extensions.installed()
+    theirs: Mapping[str, Sequence[type[Config]]] = {
+        "source": [],
+        "signal": [s.spec for s in have.signals.values()] if packages else [],
+        "term": [t.spec for t in have.terms.values()] if packages else [],
+    }
+    unions: Sequence[tuple[Role, Any]] = (
+        ("source", SourceSpec),
+        ("signal", SignalSpec),
+        ("term", TermSpec),
+    )
+    return [
+        (_part(role, spec, _class_facts(role, spec)), options(spec))
+        for role, union in unions
+        for spec in (*get_args(union), *theirs[role])
+    ]
+
+
+def _class_facts(role: Role, spec: Any) -> str:
+    """What is true of a part whatever its options are."""
+    if role == "source":
+        return ""
+    needs = _names(spec.needs) if isinstance(spec.needs, frozenset) else "depends on its options"
+    if role == "signal":
+        gives = spec.provides
+        told = _names(gives) if isinstance(gives, frozenset) else "depends on its options"
+        return f"needs {needs}; provides {told}"
+    return f"per {spec.unit}; needs {needs}; may read tokens of {_names(spec.accepts)}"

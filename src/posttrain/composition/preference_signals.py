@@ -1,0 +1,53 @@
+"""Signals for terms on preferences. Their code is in ``signals/preference.py``.
+
+REWARD ──rank_pairs──▶ PREFERENCE              (online pairs)
+LABEL, REFERENCE_LOGPROB ──log_ratio_centre──▶ LOG_RATIO_CENTRE     (bco)
+                           mismatched_kl──▶ MISMATCHED_KL           (kto)
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from posttrain.composition.base import PolicyRef
+from posttrain.config import Config
+from posttrain.trajectory import Column
+
+
+class RankPairs(Config, frozen=True, kw_only=True, tag="rank_pairs", tag_field="type"):
+    """The best of a group by reward is chosen, the worst rejected; the others are not trained on.
+
+    A group in which nothing is strictly better than anything else makes no pair. Both kinds of
+    leftover are discarded with their reason, so the ledger counts them. Of equal members the first
+    stands for all: rollouts of a group come in no order.
+    """
+
+    needs: ClassVar[frozenset[Column]] = frozenset({Column.REWARD})
+    provides: ClassVar[frozenset[Column]] = frozenset({Column.PREFERENCE, Column.DISCARD})
+
+
+class MismatchedKL(Config, frozen=True, kw_only=True, tag="mismatched_kl", tag_field="type"):
+    """KTO's baseline: mean log-ratio of answers under prompts that they do not belong to.
+
+    Every prompt of the draw is continued with the answer to another one, and both the live policy
+    and the reference score it. One number per draw, from the weights before the update. A draw
+    with a single prompt is refused. ``policy`` must be that of ``reference_logprobs``.
+    """
+
+    policy: PolicyRef = "input"
+    needs: ClassVar[frozenset[Column]] = frozenset()
+    provides: ClassVar[frozenset[Column]] = frozenset({Column.MISMATCHED_KL})
+
+
+class LogRatioCentre(Config, frozen=True, kw_only=True, tag="log_ratio_centre", tag_field="type"):
+    """BCO's shift: half of (mean log-ratio of good answers + mean log-ratio of bad ones).
+
+    One number per draw, from the weights before the update. A draw with answers of one kind only
+    takes the mean of those.
+    """
+
+    needs: ClassVar[frozenset[Column]] = frozenset({Column.LABEL, Column.REFERENCE_LOGPROB})
+    provides: ClassVar[frozenset[Column]] = frozenset({Column.LOG_RATIO_CENTRE})
+
+
+PreferenceSignal = RankPairs | MismatchedKL | LogRatioCentre

@@ -1,0 +1,141 @@
+"""Divergences between the policy and a teacher, per token, as functions of log-probs.
+
+Both sides are brought onto one set of outcomes first: the whole vocabulary, or the teacher's
+top-k with everything else as one more outcome. Merging outcomes never increases an f-divergence,
+so with a top-k every divergence here (all but ULD) is a lower bound of the full one.
+
+Shape legend: ``N`` tokens, ``V`` vocabulary, ``K`` top-k entries, ``W`` outcomes (V, or K + 1).
+``s`` is the policy (student) and ``t`` the teacher, as log-probs; exp(s) is π, exp(t) is π_T.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TINY = 1e-10
+"""Least probability of "any other token" on the teacher's side: its top-k may sum to 1."""
+
+
+class Shape(StrEnum):
+    """Which divergence."""
+
+    FORWARD_KL = "forward_kl"  # KL(π_T ‖ π)
+    REVERSE_KL = "reverse_kl"  # KL(π ‖ π_T)
+    JENSEN_SHANNON = "jensen_shannon"  # generalised, with β
+    SKEW_KL = "skew_kl"  # KL(π_T ‖ α π_T + (1−α) π)
+    SKEW_REVERSE_KL = "skew_reverse_kl"  # KL(π ‖ (1−α) π_T + α π)
+    TOTAL_VARIATION = "total_variation"  # ½ Σ |π_T − π|
+    SORTED_L1 = "sorted_l1"  # Σ |π_T − π| after sorting both: ULD
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """A divergence to read off every token's logits, as ``Stat`` is read.
+
+    ``coefficient`` is the β of Jensen-Shannon or the α of a skew KL, and unused otherwise.
+    ``temperature`` softens both sides, π^(1/τ) renormalised, before they are compared.
+    """
+
+    shape: Shape
+    coefficient: float = 0.0
+    temperature: float = 1.0
+
+
+def divergence(wanted: Divergence, logp_NV: Tensor, ids_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+    """[N] the divergence at every token.
+
+    Args:
+        wanted: which one.
+        logp_NV: [N, V] log-probs of the policy.
+        ids_NK: [N, K] the teacher's tokens; [N, 0] when it gave its whole vocabulary.
+        teacher_NK: [N, K] their log-probs, or [N, V].
+
+    Example:
+        >>> p, q = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
+        >>> nothing = torch.empty(1, 0, dtype=torch.int64)
+        >>> round(float(divergence(Divergence(Shape.TOTAL_VARIATION), p, nothing, q)), 4)
+        0.25
+        >>> float(divergence(Divergence(Shape.FORWARD_KL), p, nothing, p))
+        0.0
+    """
+    if wanted.shape is Shape.SORTED_L1:
+        return sorted_l1(logp_NV, teacher_NK)
+    if wanted.temperature != 1:
+        logp_NV = (logp_NV / wanted.temperature).log_softmax(-1)
+        teacher_NK = (teacher_NK / wanted.temperature).log_softmax(-1)
+    s_NW, t_NW = outcomes(logp_NV, ids_NK, teacher_NK)
+    c = wanted.coefficient
+    match wanted.shape:
+        case Shape.FORWARD_KL:
+            return kl(t_NW, s_NW)
+        case Shape.REVERSE_KL:
+            return kl(s_NW, t_NW)
+        case Shape.JENSEN_SHANNON:
+            return jensen_shannon(s_NW, t_NW, beta=c)
+        case Shape.SKEW_KL:
+            return kl(t_NW, mixture(t_NW, s_NW, share=c))
+        case Shape.SKEW_REVERSE_KL:
+            return kl(s_NW, mixture(s_NW, t_NW, share=c))
+        case Shape.TOTAL_VARIATION:
+            return 0.5 * (s_NW.exp() - t_NW.exp()).abs().sum(-1)
+
+
+def outcomes(logp_NV: Tensor, ids_NK: Tensor, teacher_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """([N, W], [N, W]) log-probs of policy and teacher over the outcomes that they share."""
+    if ids_NK.shape[1] == 0:
+        return logp_NV, teacher_NK
+    seen_NK = logp_NV.gather(-1, ids_NK)
+    if ids_NK.shape[1] == logp_NV.shape[1]:
+        return seen_NK, teacher_NK
+    rest_N = logp_NV.scatter(-1, ids_NK, float("-inf")).logsumexp(-1)
+    left_N = (1 - teacher_NK.exp().sum(-1)).clamp_min(TINY).log()
+    return torch.cat([seen_NK, rest_N[:, None]], -1), torch.cat([teacher_NK, left_N[:, None]], -1)
+
+
+def kl(a_NW: Tensor, b_NW: Tensor) -> Tensor:
+    """[N] Σ a log(a / b), both as log-probs."""
+    return (a_NW.exp() * (a_NW - b_NW)).sum(-1)
+
+
+def mixture(a_NW: Tensor, b_NW: Tensor, *, share: float) -> Tensor:
+    """[N, W] log(share · a + (1 − share) · b), for 0 < share < 1."""
+    return torch.logaddexp(a_NW + math.log(share), b_NW + math.log1p(-share))
+
+
+def jensen_shannon(s_NW: Tensor, t_NW: Tensor, *, beta: float) -> Tensor:
+    """[N] β KL(π_T ‖ M) + (1−β) KL(π ‖ M), M = β π_T + (1−β) π (GKD, arXiv 2306.13649).
+
+    It vanishes as β → 0 and β → 1: divided by β it tends to the forward KL, divided by 1−β to the
+    reverse KL. At exactly 0 and 1 this *is* the forward and the reverse KL, as in GKD's code, so
+    the scale jumps there.
+    """
+    if beta == 0:
+        return kl(t_NW, s_NW)
+    if beta == 1:
+        return kl(s_NW, t_NW)
+    m_NW = mixture(t_NW, s_NW, share=beta)
+    return beta * kl(t_NW, m_NW) + (1 - beta) * kl(s_NW, m_NW)
+
+
+def sorted_l1(logp_NV: Tensor, sorted_NK: Tensor) -> Tensor:
+    """[N] Σ_i |π_(i) − π_T(i)|, both sorted from the largest (ULD, arXiv 2402.12030).
+
+    Which token a probability belongs to is forgotten, so the vocabularies may differ. The shorter
+    vector is filled up with zeros.
+
+    Args:
+        logp_NV: [N, V] log-probs of the policy.
+        sorted_NK: [N, K] log-probs of the teacher's most likely tokens, in any order.
+    """
+    own_NV = logp_NV.exp().sort(-1, descending=True).values
+    other_NK = sorted_NK.exp().sort(-1, descending=True).values
+    width = max(own_NV.shape[1], other_NK.shape[1])
+    own_NW = F.pad(own_NV, (0, width - own_NV.shape[1]))
+    other_NW = F.pad(other_NK, (0, width - other_NK.shape[1]))
+    return (own_NW - other_NW).abs().sum(-1)

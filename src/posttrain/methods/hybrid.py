@@ -1,0 +1,86 @@
+"""Methods that imitate and explore in one step: two sources, a term for each."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from posttrain.composition import (
+    ClippedPolicyGradient,
+    Composition,
+    CrossEntropy,
+    Dataset,
+    GroupAdvantage,
+    Mix,
+    Rollouts,
+    SamplingSpec,
+    Verify,
+    WeightSchedule,
+)
+from posttrain.config import Config
+from posttrain.errors import ConfigError
+from posttrain.provenance import Kind
+
+
+class Chord(Config, frozen=True, kw_only=True, tag="chord", tag_field="name"):
+    """SFT as an auxiliary loss of GRPO, its weight μ falling while the policy takes over.
+
+    ``expert`` is the share of groups that are demonstrations; they weigh μ whatever their number,
+    since each term is averaged over its own tokens. μ falls from ``mu`` to ``mu_end`` on a cosine.
+    The paper's variant with token weights p (1 − p) is not this one.
+    """
+
+    data: Dataset
+    tasks: tuple[str, ...]
+    expert: float = 0.2
+    mu: float = 0.9
+    mu_end: float = 0.05
+    group_size: int = 8
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    provenance: ClassVar[str] = "mixed"
+    interface: ClassVar[str] = "verifier reward and token targets"
+    tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
+    formula: ClassVar[str] = "(1-mu) GRPO on own rollouts + mu (-log pi) on demonstrations"
+    paper: ClassVar[str] = "2508.11408"
+
+    def __post_init__(self) -> None:
+        weights = (self.mu, self.mu_end, self.expert)
+        if not all(0 < w < 1 for w in weights) or self.mu == self.mu_end or self.group_size < 2:
+            raise ConfigError(
+                f"chord with mu={self.mu}, mu_end={self.mu_end}, expert={self.expert}, "
+                f"group_size={self.group_size}",
+                expected="mu, mu_end and expert between 0 and 1, mu and mu_end different, groups "
+                "of 2 or more",
+            )
+
+    def compose(self) -> Composition:
+        """Demonstrations and live rollouts; group advantage on these; both losses."""
+        imitate = CrossEntropy(
+            weight=self.mu,
+            weight_schedule=WeightSchedule(end=self.mu_end, shape="cosine"),
+            where=(self.data.author,),
+        )
+        explore = ClippedPolicyGradient(
+            weight=1 - self.mu,
+            weight_schedule=WeightSchedule(end=1 - self.mu_end, shape="cosine"),
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            where=(Kind.LEARNER,),
+        )
+        own = Rollouts(
+            tasks=self.tasks,
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+        return Composition(
+            source=Mix(parts=(self.data, own), shares=(self.expert, 1 - self.expert)),
+            signals=(Verify(), GroupAdvantage()),
+            terms=(imitate, explore),
+        )
+
+
+HybridMethod = Chord

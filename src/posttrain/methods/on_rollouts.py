@@ -1,0 +1,62 @@
+"""What methods on the learner's own rollouts have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from posttrain.composition import (
+    Composition,
+    KLPenalty,
+    Mismatch,
+    PolicyRef,
+    ReferenceLogprobs,
+    Rollouts,
+    SamplingSpec,
+    SignalSpec,
+    TermSpec,
+    TrainerLogprobs,
+    Verify,
+)
+from posttrain.config import Config
+
+
+class OnRollouts(Config, frozen=True, kw_only=True):
+    """Which prompts are drawn and how they are answered. Fields only: methods add what they do."""
+
+    tasks: tuple[str, ...]
+    group_size: int = 8
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+
+    provenance: ClassVar[str] = "on-policy"
+    interface: ClassVar[str] = "verifier reward"
+    tendency: ClassVar[str] = "reshaping"
+
+
+def on_rollouts(
+    method: OnRollouts,
+    signals: tuple[SignalSpec, ...],
+    terms: tuple[TermSpec, ...],
+    *,
+    mismatch: Mismatch | None = None,
+) -> Composition:
+    """Live rollouts, judged by the verifier and then by ``signals``, under ``terms``.
+
+    ``mismatch`` is that of the terms: it needs the trainer's log-probs.
+    """
+    trainer: tuple[SignalSpec, ...] = (TrainerLogprobs(),) if mismatch else ()
+    return Composition(
+        source=Rollouts(
+            tasks=method.tasks,
+            group_size=method.group_size,
+            max_new_tokens=method.max_new_tokens,
+            sampling=method.sampling,
+        ),
+        signals=(Verify(), *signals, *trainer),
+        terms=terms,
+    )
+
+
+def kl_in_reward(beta: float, reference: PolicyRef) -> tuple[SignalSpec, ...]:
+    """The signals of a KL penalty in the reward; none for 0."""
+    return (ReferenceLogprobs(policy=reference), KLPenalty(beta=beta)) if beta else ()

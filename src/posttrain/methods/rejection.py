@@ -1,0 +1,210 @@
+"""Methods that imitate a policy's own answers, after choosing among them.
+
+All are one composition: rollouts, a verifier, a filter, cross-entropy. They differ in who samples,
+what the filter keeps, and in the stage around them (``init: base`` trains from the base again).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from posttrain.composition import (
+    Aggregate,
+    Composition,
+    CrossEntropy,
+    KeepRewards,
+    PolicyRef,
+    Rollouts,
+    SamplingSpec,
+    Verify,
+)
+from posttrain.config import Config
+from posttrain.errors import ConfigError
+
+OWN = "cross-entropy on the sampler's answers that pass the filter"
+
+
+def imitate(source: Rollouts, *, keep: KeepRewards | None, aggregate: Aggregate) -> Composition:
+    """Cross-entropy on the rollouts that a filter keeps; on all of them without one."""
+    signals = (Verify(), keep) if keep else ()
+    return Composition(source=source, signals=signals, terms=(CrossEntropy(aggregate=aggregate),))
+
+
+class Rft(Config, frozen=True, kw_only=True, tag="rft", tag_field="name"):
+    """Rejection-sampling fine-tuning: distinct right answers of a frozen policy."""
+
+    tasks: tuple[str, ...]
+    sampler: PolicyRef = "input"
+    at_least: float = 1.0
+    distinct: bool = True
+    group_size: int = 8
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "off-policy: a frozen copy's own answers"
+    interface: ClassVar[str] = "verifier reward"
+    tendency: ClassVar[str] = "reshaping"
+    formula: ClassVar[str] = f"{OWN}: R >= at_least"
+    paper: ClassVar[str] = "2308.01825"
+
+    def compose(self) -> Composition:
+        """Frozen rollouts; verifier and threshold; cross-entropy."""
+        source = Rollouts(
+            tasks=self.tasks,
+            policy=self.sampler,
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+        keep = KeepRewards(at_least=self.at_least, distinct=self.distinct)
+        return imitate(source, keep=keep, aggregate=self.aggregate)
+
+
+class Raft(Config, frozen=True, kw_only=True, tag="raft", tag_field="name"):
+    """Reward-ranked fine-tuning: the best of every group, sampled anew at every draw.
+
+    With another ``sampler`` than the learner this is best-of-n distillation. The best answer of a
+    group stays even when it is wrong, unless ``at_least`` says otherwise.
+    """
+
+    tasks: tuple[str, ...]
+    sampler: PolicyRef = "learner"
+    best: int = 1
+    at_least: float | None = None
+    group_size: int = 8
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "on-policy"
+    interface: ClassVar[str] = "verifier reward"
+    tendency: ClassVar[str] = "reshaping"
+    formula: ClassVar[str] = f"{OWN}: the group's highest R"
+    paper: ClassVar[str] = "2304.06767"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.best < self.group_size:
+            raise ConfigError(
+                f"raft with best={self.best} of group_size={self.group_size}",
+                expected="1 <= best < group_size: keeping everything is no choice",
+            )
+
+    def compose(self) -> Composition:
+        """Rollouts; verifier and rank; cross-entropy."""
+        source = Rollouts(
+            tasks=self.tasks,
+            policy=self.sampler,
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+        keep = KeepRewards(at_least=self.at_least, best=self.best)
+        return imitate(source, keep=keep, aggregate=self.aggregate)
+
+
+class Star(Config, frozen=True, kw_only=True, tag="star", tag_field="name"):
+    """STaR without rationalisation: the greedy answer to each prompt, where it is right.
+
+    One stage is one outer loop. The paper starts every loop from the base again: ``init: base``
+    and ``sampler: <the stage before>``. Failed prompts are not answered again with a hint.
+    """
+
+    tasks: tuple[str, ...]
+    sampler: PolicyRef = "input"
+    at_least: float = 1.0
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec(temperature=0.0)
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "off-policy: a frozen copy's own answers"
+    interface: ClassVar[str] = "verifier reward"
+    tendency: ClassVar[str] = "reshaping"
+    formula: ClassVar[str] = f"{OWN}: the likeliest one, R >= at_least"
+    paper: ClassVar[str] = "2203.14465"
+
+    def compose(self) -> Composition:
+        """One frozen, greedy rollout per prompt; verifier and threshold; cross-entropy."""
+        source = Rollouts(
+            tasks=self.tasks,
+            policy=self.sampler,
+            group_size=1,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+        return imitate(source, keep=KeepRewards(at_least=self.at_least), aggregate=self.aggregate)
+
+
+class RestEm(Config, frozen=True, kw_only=True, tag="rest_em", tag_field="name"):
+    """ReST-EM: up to ``best`` right answers per prompt of a frozen policy, learnt from the base.
+
+    One stage is one round of expectation (sampling) and maximisation (learning): ``init: base``
+    and ``sampler: <the stage before>``. The defaults of sampling and of the cut are from memory,
+    not confirmed against the paper.
+    """
+
+    tasks: tuple[str, ...]
+    sampler: PolicyRef = "input"
+    at_least: float = 1.0
+    best: int = 10
+    group_size: int = 32
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec(temperature=0.7, top_k=40)
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "off-policy: a frozen copy's own answers"
+    interface: ClassVar[str] = "verifier reward"
+    tendency: ClassVar[str] = "reshaping"
+    formula: ClassVar[str] = f"{OWN}: R >= at_least, at most `best` per prompt"
+    paper: ClassVar[str] = "2312.06585"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.best < self.group_size:
+            raise ConfigError(
+                f"rest_em with best={self.best} of group_size={self.group_size}",
+                expected="1 <= best < group_size: keeping everything is no choice",
+            )
+
+    def compose(self) -> Composition:
+        """Frozen rollouts; verifier, threshold and cut; cross-entropy."""
+        source = Rollouts(
+            tasks=self.tasks,
+            policy=self.sampler,
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+        keep = KeepRewards(at_least=self.at_least, best=self.best)
+        return imitate(source, keep=keep, aggregate=self.aggregate)
+
+
+class Ssd(Config, frozen=True, kw_only=True, tag="ssd", tag_field="name"):
+    """Simple self-distillation: a frozen copy's own answers, unverified, from the likely part of
+    its distribution only."""
+
+    tasks: tuple[str, ...]
+    sampler: PolicyRef = "input"
+    group_size: int = 1
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec(temperature=0.6, top_k=20, top_p=0.95)
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "off-policy: a frozen copy's own answers"
+    interface: ClassVar[str] = "token targets"
+    tendency: ClassVar[str] = "reshaping"
+    formula: ClassVar[str] = "-log pi(y_t), y from the truncated policy itself"
+    paper: ClassVar[str] = "2604.01193"
+
+    def compose(self) -> Composition:
+        """Frozen, truncated rollouts; no signals; cross-entropy."""
+        source = Rollouts(
+            tasks=self.tasks,
+            policy=self.sampler,
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+        return imitate(source, keep=None, aggregate=self.aggregate)
+
+
+RejectionMethod = Rft | Raft | Star | RestEm | Ssd

@@ -1,0 +1,45 @@
+"""From the specifications in ``composition/teaching.py`` to signals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from posttrain.composition.teaching import (
+    DeltaAdvantage,
+    ForeignTeacher,
+    TeacherAdvantage,
+    TeachingSpec,
+    teachers_of,
+)
+from posttrain.protocols import Policy, Signal
+from posttrain.signals.foreign import ForeignTeacherSignal
+from posttrain.signals.scoring import TeacherSignal
+from posttrain.signals.teacher_credit import DeltaAdvantageSignal, TeacherAdvantageSignal
+from posttrain.task import Task
+
+
+def teaching_signal(
+    spec: TeachingSpec,
+    *,
+    live: Policy,
+    judge: Callable[[str], Policy],
+    stranger: Callable[[str], Policy],
+    tasks: Mapping[str, Task],
+) -> Signal:
+    """The code behind a specification.
+
+    Args:
+        spec: which signal.
+        live: the learner's policy.
+        judge: a policy by reference, whose token ids are the learner's.
+        stranger: a frozen policy by reference, whatever its tokens.
+        tasks: those that the stage may draw, by key.
+    """
+    match spec:
+        case TeacherAdvantage():
+            return TeacherAdvantageSignal(spec)
+        case DeltaAdvantage():
+            return DeltaAdvantageSignal(spec, live, judge(spec.teacher), judge(spec.base))
+        case ForeignTeacher():
+            return ForeignTeacherSignal(spec, stranger(spec.teacher), live.renderer, tasks)
+    return TeacherSignal(spec, {ref: judge(ref) for ref in teachers_of(spec)}, tasks)

@@ -1,0 +1,37 @@
+"""Numbers beside an answer in a data file: its logged reward, its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain.composition import Dataset
+from posttrain.errors import DataError
+from posttrain.trajectory import Column
+
+
+def row_numbers(
+    spec: Dataset, row: Mapping[str, object]
+) -> Mapping[Column, npt.NDArray[np.float64]]:
+    """The row's reward and weight, where the specification names their columns.
+
+    Raises:
+        DataError: a missing or unusable number.
+    """
+    out: dict[Column, npt.NDArray[np.float64]] = {}
+    for column, name in ((Column.REWARD, spec.reward), (Column.WEIGHT, spec.weight)):
+        if name is None:
+            continue
+        value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise DataError(f"{column} {name}={value!r}", expected="a finite number in every row")
+        if column is Column.WEIGHT and value < 0:
+            raise DataError(
+                f"{column} {name}={value!r}",
+                expected="0 or more: a negative weight would push the answer away without bound",
+            )
+        out[column] = np.asarray(float(value))
+    return out

@@ -1,0 +1,101 @@
+"""An exported model needs nothing of ours: plain transformers gives the same text."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from world import dpo, grpo, opd, recipe, sft, sit, stage_folder, write_recipe
+
+PLAIN = """
+import json, sys, warnings
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "posttrain":
+            raise ImportError(f"{name} must not be needed")
+
+sys.meta_path.insert(0, Blocker())
+warnings.simplefilter("ignore")
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+try:
+    import posttrain
+    raise SystemExit("the blocker does not block")
+except ImportError:
+    pass
+found = {}
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    texts = []
+    for letter in "abcm":
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"say {letter}"}],
+            add_generation_prompt=True, return_tensors="pt", return_dict=True,
+        )
+        out = model.generate(**ids, do_sample=False, max_new_tokens=12)
+        texts.append(out[0, ids["input_ids"].shape[1]:].tolist())
+    found[folder] = texts
+print(json.dumps(found))
+"""
+
+
+def ours(folder):
+    """Greedy tokens by our own sampler."""
+    from posttrain.engines.local import LocalEngine
+    from posttrain.protocols import Request
+    from posttrain.provenance import Role, Sampling
+    from posttrain.task import Message, Task
+
+    policy = LocalEngine(device=torch.device("cpu")).policy(str(folder))
+    prompts = [
+        policy.renderer.prompt(
+            Task(taskset="say", prompt=(Message(Role.USER, f"say {letter}"),), answer=None)
+        )
+        for letter in "abcm"
+    ]
+    greedy = Sampling(temperature=0, seed=0)
+    requests = [Request(prompt=p.tokens, sampling=greedy, max_new_tokens=12) for p in prompts]
+    return [c.tokens.tolist() for c in policy.generate(requests)]
+
+
+def test_every_stage_in_plain_transformers(shared, tmp_path):
+    names = ["sft", "adapt", "grpo", "dpo", "opd"]
+    stages = [sft(), sft("adapt", lora={"rank": 2, "alpha": 4}), grpo(), dpo(), opd()]
+    path = write_recipe(shared, recipe(*stages), "export.yaml")
+    code, words = sit(path, tmp_path / "out")
+    assert code == 0, words
+    folders = [str(stage_folder(tmp_path / "out", n) / "model") for n in names]
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    plain = subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN, str(shared / "model"), *folders],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert plain.returncode == 0, plain.stderr
+    theirs = json.loads(plain.stdout)
+    for folder in (str(shared / "model"), *folders):
+        assert theirs[folder] == ours(folder), folder
+    # Else equal text would say nothing about the weights.
+    assert len({json.dumps(theirs[f]) for f in folders}) == len(folders)
+
+
+def test_adapters_are_saved_without_local_paths(shared, tmp_path):
+    path = write_recipe(shared, recipe(sft(lora={"rank": 2}), tasks={}), "adapter.yaml")
+    code, words = sit(path, tmp_path / "out")
+    assert code == 0, words
+    adapter = stage_folder(tmp_path / "out", "sft") / "model" / "adapter"
+    assert sorted(p.name for p in adapter.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["target_modules"] == sorted(settings["target_modules"])
+    assert str(tmp_path) not in (adapter / "adapter_config.json").read_text()
+    assert str(shared) not in (adapter / "adapter_config.json").read_text()

@@ -1,0 +1,110 @@
+"""Gates decide on bounds and stop a run; groups without variance teach nothing and are counted."""
+
+import json
+
+import pytest
+from safetensors.numpy import load_file
+from world import grpo, listing, metrics, recipe, rows, sft, stage_folder, write_recipe
+
+from posttrain.probes.measurement import Measurement
+from posttrain.probes.passk import pass_interval
+
+
+def with_gates(*gates):
+    return recipe(sft(gates=list(gates)), sft("after", budget={"steps": 1}))
+
+
+def gate(**options):
+    return {"task": "say", **options}
+
+
+def test_a_gate_that_passes(world, posttrain):
+    path = write_recipe(world, with_gates(gate(at_least=0.0), gate(at_most_lost=1.0)))
+    code, _, errors = posttrain("run", path, "--out", world / "out")
+    assert code == 0, errors
+    assert errors.count("✓ gate") == 2
+    decided = [b for kind, b in rows(world / "out") if kind == "gate"]
+    assert [b["passed"] for b in decided] == [True, True]
+
+
+def test_a_gate_that_stops_and_stops_again(world, posttrain):
+    path = write_recipe(world, with_gates(gate(at_least=1.0)))
+    code, _, errors = posttrain("run", path, "--out", world / "out")
+    assert code == 3
+    assert "stopped by a gate: pass@1 on say: at least 1;" in errors
+    assert "not shown, so stop" in errors
+    assert not list((world / "out" / "stages").glob("after-*")), "a later stage ran"
+    (decided,) = [b for kind, b in rows(world / "out") if kind == "gate"]
+    assert decided["stage"] == "sft"
+    assert not decided["passed"]
+
+    before = listing(world / "out")
+    code, _, errors = posttrain("run", path, "--out", world / "out")
+    assert code == 3
+    assert "not shown, so stop" in errors
+    after = listing(world / "out")
+    assert before["ledger.jsonl"] == after["ledger.jsonl"]
+
+
+def test_a_gate_that_warns(world, posttrain):
+    path = write_recipe(world, with_gates(gate(at_least=1.0, otherwise="warn")))
+    code, _, errors = posttrain("run", path, "--out", world / "out")
+    assert code == 0, errors
+    assert "✗ gate" in errors
+    assert "not shown, so warn" in errors
+    assert list((world / "out" / "stages").glob("after-*/done.json"))
+
+
+@pytest.mark.parametrize(("above", "code"), [(-0.001, 0), (0.001, 3)])
+def test_the_lower_bound_decides_and_not_the_middle(shared, tmp_path, posttrain, above, code):
+    """The same weights, asked for a little less and a little more than their lower bound."""
+    path = write_recipe(shared, recipe(sft()), "bound.yaml")
+    assert posttrain("run", path, "--out", tmp_path / "out")[0] == 0
+    text = (tmp_path / "out" / "measurements" / "sft.json").read_text()
+    interval = pass_interval(Measurement.from_json(text).task("say"), 1, confidence=0.95)
+    assert interval.low + 0.01 < interval.value, "the middle would decide otherwise"
+    asked = recipe(sft(gates=[gate(at_least=interval.low + above)]))
+    path = write_recipe(shared, asked, "bound.yaml")
+    assert posttrain("run", path, "--out", tmp_path / "out")[0] == code
+
+
+def test_a_gate_that_cannot_be_decided_is_found_before_training(world, posttrain):
+    path = write_recipe(world, with_gates(gate(metric="pass@8", at_least=0.1)))
+    code, _, errors = posttrain("run", path, "--out", world / "out")
+    assert code == 2
+    assert "stage sft: gate on pass@8, and every prompt is measured with 4 samples" in errors
+    assert not (world / "out" / "stages").exists()
+
+
+@pytest.mark.parametrize(("reward", "which"), [(0.0, "all_wrong"), (1.0, "all_right")])
+def test_flat_groups_move_nothing_and_are_counted(world, posttrain, reward, which):
+    text = f"def score(prompts, completions, **_):\n    return [{reward}] * len(completions)\n"
+    (world / "reward.py").write_text(text)
+    path = write_recipe(world, recipe(grpo(method={"kl_weight": 0.0})))
+    code, _, errors = posttrain("run", path, "--out", world / "out")
+    assert code == 0, errors
+    assert "no signal 100%" in errors
+    folder = stage_folder(world / "out", "grpo")
+    lines = metrics(folder)
+    assert len(lines) == 4
+    for line in lines:
+        shares = {k: line[k] for k in ("zero_variance", "all_wrong", "all_right")}
+        assert shares == {"zero_variance": 1, "all_wrong": 0, "all_right": 0, which: 1}
+        assert (line["loss"], line["grad_norm"]) == (0.0, 0.0)
+        assert json.loads(json.dumps(line, allow_nan=False))["reward"] == reward
+    before = load_file(world / "model" / "model.safetensors")
+    after = load_file(folder / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].tobytes() == after[name].tobytes(), name
+
+
+def test_groups_with_variance_do_move(shared, tmp_path, posttrain):
+    """What the test above relies on."""
+    path = write_recipe(shared, recipe(grpo(method={"kl_weight": 0.0})), "moves.yaml")
+    assert posttrain("run", path, "--out", tmp_path / "out")[0] == 0
+    folder = stage_folder(tmp_path / "out", "grpo")
+    assert any(line["zero_variance"] < 1 for line in metrics(folder))
+    before = load_file(shared / "model" / "model.safetensors")
+    after = load_file(folder / "model" / "model.safetensors")
+    assert any(before[n].tobytes() != after[n].tobytes() for n in before)

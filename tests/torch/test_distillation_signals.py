@@ -1,0 +1,431 @@
+"""Teachers as signals: privileged contexts, sampled log-ratios, deltas, foreign tokenizers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from material import gradients, trajectory
+
+from posttrain.batch import pack
+from posttrain.composition import (
+    Dataset,
+    DeltaAdvantage,
+    ForeignTeacher,
+    PolicyGradient,
+    Rollouts,
+    TeacherAdvantage,
+    TeacherDistribution,
+    TeacherLogprobs,
+    TeacherReverseKL,
+)
+from posttrain.errors import ConfigError, LegalityError, ModelError, TaskError
+from posttrain.head import Stat
+from posttrain.legality import check_composition
+from posttrain.methods.distillation import ContextDistillation, Kd, Opsd, Sdft
+from posttrain.methods.distillation_rewards import GOpd, IwOpd, MiniLlm, Opd2, OpdSampled
+from posttrain.objectives.objective import Objective
+from posttrain.objectives.terms import TERMS
+from posttrain.provenance import Role
+from posttrain.signals.foreign import ForeignTeacherSignal, boundaries
+from posttrain.signals.scoring import TeacherSignal, check_same_tokens, with_context
+from posttrain.signals.teacher_credit import (
+    DeltaAdvantageSignal,
+    TeacherAdvantageSignal,
+    credited,
+    delta_advantages,
+    early_weights,
+)
+from posttrain.sources.rollout import RolloutSource
+from posttrain.task import Message, Task
+from posttrain.testing import FakeTaskSet, check_signal, tiny_model
+from posttrain.trajectory import Column, Group, Scored
+
+TASKS = FakeTaskSet()
+BY_KEY = {t.key: t for t in TASKS.train}
+CONTEXT = "{question} it is {answer}."
+
+
+@pytest.fixture(scope="module")
+def teacher(engine, tmp_path_factory):
+    return engine.policy(str(tiny_model(tmp_path_factory.mktemp("teacher") / "m", seed=7)))
+
+
+def drawn(learner, *, size=2, groups=3):
+    spec = Rollouts(tasks=("letters",), group_size=size, max_new_tokens=6)
+    return RolloutSource(spec, {"letters": TASKS}, learner.policy, 0).draw(groups, step=0)
+
+
+def members(groups):
+    return [m for g in groups for m in g.members]
+
+
+# --- a teacher that reads more ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_a_context_moves_the_same_tokens_behind_another_prompt(learner, teacher, top_k):
+    """Position by position, against distributions asked for by hand."""
+    spec = TeacherDistribution(routes={"*": "t"}, top_k=top_k, context=CONTEXT)
+    groups = drawn(learner)
+    signal = TeacherSignal(spec, {"t": teacher}, BY_KEY)
+    check_signal(signal, groups, provides=spec.provides)
+    for member in members(signal.score(groups)):
+        record = member.trajectory
+        task = BY_KEY[record.task]
+        prompt = teacher.renderer.prompt(Task(taskset="x", prompt=f"{task.text} it is a.")).tokens
+        answer = record.tokens[record.prompt_length :]
+        by_hand = trajectory(prompt.tolist(), answer.tolist())
+        ((ids, values),) = teacher.distributions([by_hand], top_k=top_k)
+        got = member.columns[Column.TEACHER_LOGPROBS]
+        np.testing.assert_array_equal(got[record.prompt_length :], values[len(prompt) :])
+        assert np.isnan(got[: record.prompt_length]).all()
+        np.testing.assert_array_equal(
+            member.columns[Column.TEACHER_IDS][record.prompt_length :], ids[len(prompt) :]
+        )
+
+
+@pytest.mark.parametrize("spec", [TeacherLogprobs, TeacherDistribution])
+def test_a_context_that_writes_the_same_prompt_gives_the_same_columns(learner, teacher, spec):
+    """The question moved from the task into the template: the way through the context is exact."""
+    (group,) = drawn(learner, groups=1)
+    question = BY_KEY[group.task].text
+    empty = {group.task: Task(taskset="letters", prompt="", answer="a")}
+    plain = TeacherSignal(spec(routes={"*": "t"}), {"t": teacher})
+    told = spec(routes={"*": "t"}, context="{question}" + question)
+    ways = (plain, TeacherSignal(told, {"t": teacher}, empty))
+    for direct, moved in zip(*(members(w.score([group])) for w in ways), strict=True):
+        for column in spec(routes={"*": "t"}).provides:
+            np.testing.assert_array_equal(direct.columns[column], moved.columns[column])
+
+
+def test_the_last_turn_of_a_conversation_is_told():
+    system = Message(role=Role.SYSTEM, content="Be brief.")
+    asked = Message(role=Role.USER, content="1+1=")
+    task = Task(taskset="sums", prompt=(system, asked), answer="2")
+    told = with_context(task, "{question} ({answer})").prompt
+    assert told == (system, Message(role=Role.USER, content="1+1= (2)"))
+
+
+def test_the_learner_teaches_itself_when_it_is_told_the_answer(learner):
+    """The gradient is that of the KL to its own frozen distribution, and not zero."""
+    spec = TeacherDistribution(routes={"*": "learner"}, context=CONTEXT)
+    groups = TeacherSignal(spec, {"learner": learner.policy}, BY_KEY).score(drawn(learner))
+    objective = Objective((TeacherReverseKL(),))
+    batches = pack(groups, needs=objective.needs, max_tokens=10_000)
+    loss, grads = gradients(learner, batches, objective)
+    assert loss > 1e-3
+    assert max(float(g.abs().max()) for g in grads.values()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routes": {}}, "at least one route"),
+        ({"routes": {"*": "learner"}}, "nothing more to read"),
+        ({"routes": {"*": "base"}, "context": "no field"}, "template with {question}"),
+        ({"routes": {"*": "base"}, "context": "{question} {solution}"}, "template with {question}"),
+        ({"routes": {"*": "base"}, "context": "{question}"}, "more than the question"),
+        ({"routes": {"*": "base"}, "context": "{question} {"}, "for a brace"),
+        ({"routes": {"*": "base"}, "top_k": 0}, "at least 1"),
+    ],
+)
+def test_teachers_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TeacherDistribution(**options)
+
+
+def test_an_answer_that_no_task_has_is_missed_before_anything_runs(teacher):
+    spec = TeacherLogprobs(routes={"*": "t"}, context=CONTEXT)
+    bare = Task(taskset="letters", prompt="0")
+    with pytest.raises(TaskError, match="no answer"):
+        TeacherSignal(spec, {"t": teacher}, {bare.key: bare})
+
+
+def test_rows_of_a_data_set_have_no_task_to_write_a_context_from():
+    told = Kd(data=Dataset(path="d.jsonl"), teachers={"*": "base"}).compose()
+    from posttrain.composition import Composition
+
+    signal = TeacherDistribution(routes={"*": "base"}, context=CONTEXT)
+    with pytest.raises(LegalityError, match="have no task"):
+        check_composition(
+            Composition(source=told.source, signals=(signal,), terms=told.terms), stage="s"
+        )
+
+
+def test_a_context_too_long_for_the_teacher_is_named(learner, teacher):
+    spec = TeacherLogprobs(routes={"*": "t"}, context="{question}" + "a" * 500)
+    with pytest.raises(TaskError, match="at most its context"):
+        TeacherSignal(spec, {"t": teacher}, BY_KEY).score(drawn(learner))
+
+
+# --- tokens must mean the same ---------------------------------------------------------------
+
+
+def renamed(folder, *, change):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    return str(folder)
+
+
+def swapped(content):
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    return content
+
+
+def cut_elsewhere(content):
+    content["pre_tokenizer"]["pattern"] = {"Regex": "[\\s\\S]{2}|[\\s\\S]"}
+    return content
+
+
+def test_judges_with_other_tokens_are_refused(learner, engine, teacher, tmp_path):
+    check_same_tokens(teacher, learner.policy)
+    other = renamed(tiny_model(tmp_path / "a"), change=swapped)
+    with pytest.raises(ModelError, match="different vocabularies; they give a probe text other"):
+        check_same_tokens(engine.policy(other), learner.policy)
+    same_words = renamed(tiny_model(tmp_path / "b"), change=cut_elsewhere)
+    with pytest.raises(ModelError, match="share a vocabulary and cut a probe text differently"):
+        check_same_tokens(engine.policy(same_words), learner.policy)
+
+
+# --- distillation as a policy gradient -------------------------------------------------------
+
+
+def test_credit_by_hand():
+    gains = np.array([1.0, -2.0, 4.0])
+    np.testing.assert_allclose(credited(gains, credit="to_go"), [3, 2, 4])
+    np.testing.assert_allclose(credited(gains, credit="future_mean"), [1, 4, 0])
+    weights = early_weights(gains, strength=0.5)
+    np.testing.assert_allclose(weights, [1.5, 1 + 0.5 * (1 - 1 / 7), 1 + 0.5 * (1 - 3 / 7)])
+    np.testing.assert_array_equal(early_weights(np.zeros(2), strength=0.5), [1, 1])
+
+
+def credited_group(columns):
+    """One trajectory of two prompt tokens and as many written ones as the columns are long."""
+    length = len(next(iter(columns.values())))
+    record = trajectory([1, 2], list(range(3, 3 + length)))
+    full = {c: np.array([np.nan, np.nan, *v], np.float32) for c, v in columns.items()}
+    return [Group(task="t/0", members=(Scored(trajectory=record).with_columns(full),))]
+
+
+def test_extrapolation_by_hand():
+    columns = {
+        Column.TEACHER_LOGPROB: [-1.0, -3.0],
+        Column.BEHAVIOUR_LOGPROB: [-2.0, -2.0],
+        Column.REFERENCE_LOGPROB: [-2.5, -1.0],
+    }
+    for factor, expected in ((1.0, [1.0, -1.0]), (2.0, [2.5, -3.0])):
+        spec = TeacherAdvantage(extrapolation=factor)
+        (group,) = TeacherAdvantageSignal(spec).score(credited_group(columns))
+        got = group.members[0].columns[Column.ADVANTAGE]
+        np.testing.assert_allclose(got[2:], expected, rtol=1e-6)
+        assert np.isnan(got[:2]).all()
+    assert Column.REFERENCE_LOGPROB not in TeacherAdvantage().needs
+
+
+def enumerated(depth, logits, teacher):
+    """All sequences over 3 tokens of a tabular policy: [(tokens, log π, log π_T)], where the
+    next token's distribution depends on the token before (row 3: the start)."""
+    policy, other = logits.log_softmax(-1), teacher.log_softmax(-1)
+    out = []
+    for code in range(3**depth):
+        tokens = [code // 3**i % 3 for i in range(depth)]
+        states = [3, *tokens[:-1]]
+        own = torch.stack([policy[s, t] for s, t in zip(states, tokens, strict=True)])
+        their = torch.stack([other[s, t] for s, t in zip(states, tokens, strict=True)])
+        out.append((tokens, own, their))
+    return out
+
+
+@pytest.mark.parametrize(("credit", "whole"), [("token", False), ("to_go", True)])
+def test_the_expected_policy_gradient_is_that_of_the_reverse_kl(credit, whole):
+    """Summed exactly over every sequence: per token with prefixes held fixed, or over whole
+    sequences with the credit of what follows."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    teacher = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    expected_loss = torch.zeros((), dtype=torch.float64)
+    exact = torch.zeros((), dtype=torch.float64)
+    kl_S = (logits.softmax(-1) * (logits.log_softmax(-1) - teacher.log_softmax(-1))).sum(-1)
+    for tokens, own, their in enumerated(3, logits, teacher):
+        groups = credited_group(
+            {
+                Column.TEACHER_LOGPROB: their.tolist(),
+                Column.BEHAVIOUR_LOGPROB: own.tolist(),
+            }
+        )
+        scored = TeacherAdvantageSignal(TeacherAdvantage(credit=credit)).score(groups)
+        term = PolicyGradient()
+        (batch,) = pack(scored, needs=frozenset(term.needs), max_tokens=99)
+        stats = {Stat.SAMPLED_LOGPROB: own, Stat.LOGPROB: own, Stat.ENTROPY: torch.zeros(3)}
+        loss_N = TERMS[PolicyGradient].values(term, stats, batch).loss
+        probability = own.sum().exp()
+        expected_loss = expected_loss + probability.detach() * loss_N.sum()
+        states = [3, *tokens[:-1]]
+        exact = exact + (
+            probability * (own - their).sum()
+            if whole
+            else probability.detach() * kl_S[states].sum()
+        )
+    (got,) = torch.autograd.grad(expected_loss, logits, retain_graph=True)
+    (want,) = torch.autograd.grad(exact, logits)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert float(want.abs().max()) > 0.01
+
+
+def test_sampled_opd_on_real_models(learner, teacher):
+    """The advantages of fresh rollouts: teacher minus policy, both asked for directly."""
+    spec = TeacherLogprobs(routes={"*": "t"})
+    groups = TeacherSignal(spec, {"t": teacher}).score(drawn(learner))
+    scored = members(TeacherAdvantageSignal(TeacherAdvantage()).score(groups))
+    records = [m.trajectory for m in scored]
+    asked = zip(teacher.logprobs(records), learner.policy.logprobs(records), strict=True)
+    for member, (their, own) in zip(scored, asked, strict=True):
+        np.testing.assert_allclose(member.columns[Column.ADVANTAGE], their - own, atol=2e-4)
+
+
+# --- what tuning added -----------------------------------------------------------------------
+
+
+def test_delta_advantages_by_hand():
+    rng = np.random.default_rng(0)
+    own, teacher, base = (np.log(rng.dirichlet(np.ones(4), 6)) for _ in range(3))
+    written = rng.integers(0, 4, 6).astype(np.int32)
+    got = delta_advantages(own, teacher, base, written)
+    agreed = 0
+    for t in range(6):
+        delta, plain = teacher[t] - base[t], teacher[t] - own[t]
+        a = delta[written[t]] - np.exp(own[t]) @ delta
+        b = plain[written[t]] - np.exp(own[t]) @ plain
+        agreed += a * b > 0
+        assert got[t] == pytest.approx(a if a * b > 0 else 0.0)
+    assert 0 < agreed < 6
+
+
+def test_a_teacher_that_was_not_tuned_teaches_nothing(learner, teacher):
+    spec = DeltaAdvantage(teacher="t", base="b")
+    signal = DeltaAdvantageSignal(spec, learner.policy, teacher, teacher)
+    for member in members(signal.score(drawn(learner))):
+        trained = member.trajectory.trainable
+        assert (member.columns[Column.ADVANTAGE][trained] == 0).all()
+        assert np.isnan(member.columns[Column.ADVANTAGE][~trained]).all()
+    with pytest.raises(ConfigError, match="two different"):
+        DeltaAdvantage(teacher="t", base="t")
+
+
+# --- another tokenizer -----------------------------------------------------------------------
+
+
+def merged_pairs(content):
+    """A tokenizer that reads two letters at a time where it can."""
+    vocab = content["model"]["vocab"]
+    for pair in ("ab", "cd", "ba"):
+        vocab[pair] = len(vocab)
+    content["pre_tokenizer"]["pattern"] = {"Regex": "ab|cd|ba|[\\s\\S]"}
+    return content
+
+
+@pytest.fixture(scope="module")
+def stranger(engine, tmp_path_factory):
+    folder = tiny_model(tmp_path_factory.mktemp("stranger") / "m", seed=3)
+    return engine.policy(renamed(folder, change=merged_pairs))
+
+
+def test_foreign_teachers_are_compared_where_both_read_the_same_text(learner, stranger):
+    """Learner: a|b|c|d|e|end, teacher: ab|cd|e|end. Both stand at 0, 2, 4 and 5 characters."""
+    task = next(iter(BY_KEY.values()))
+    encode = learner.policy.renderer.prompt
+    answer = [*encode(Task(taskset="x", prompt="abcde")).tokens.tolist(), 1]
+    prompt = encode(task).tokens.tolist()
+    record = trajectory(prompt, answer)
+    groups = [
+        Group(
+            task=task.key,
+            members=(Scored(trajectory=type(record)(**{**fields(record), "task": task.key})),),
+        )
+    ]
+    spec = ForeignTeacher(teacher="s", top_k=5)
+    signal = ForeignTeacherSignal(spec, stranger, learner.policy.renderer, BY_KEY)
+    check_signal(signal, groups, provides=spec.provides)
+    (group,) = signal.score(groups)
+    columns = group.members[0].columns
+    cut = len(prompt)
+    assert columns[Column.TEACHER_ALIGNED][cut:].tolist() == [1, 0, 1, 0, 1, 1]
+
+    pieces = stranger.renderer.prompt(Task(taskset="x", prompt="abcde")).tokens.tolist()
+    assert len(pieces) == 3
+    asked = stranger.renderer.prompt(task).tokens.tolist()
+    by_hand = trajectory(asked, [*pieces, 1])
+    ((_, values),) = stranger.distributions([by_hand], top_k=5)
+    rows = columns[Column.TEACHER_SORTED][cut:]
+    np.testing.assert_allclose(rows[[0, 2, 4, 5]], values[len(asked) :], rtol=1e-5)
+
+
+def fields(record):
+    names = ("task", "tokens", "prompt_length", "spans", "end", "parent")
+    return {n: getattr(record, n) for n in names}
+
+
+def test_boundaries_leave_out_the_middle_of_a_character():
+    class Halves:
+        """Token 1 and 2 together are é; alone they are half of it."""
+
+        def text(self, tokens):
+            return "".join({0: "a"}.get(int(t), "") for t in tokens) + (
+                "é" if {1, 2} <= set(tokens.tolist()) else "\ufffd" if 1 in tokens.tolist() else ""
+            )
+
+    assert boundaries(Halves(), np.array([0, 1, 2], np.int32)) == [0, 1, None, 2]
+
+
+# --- named methods ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Opsd(tasks=("letters",)),
+        Sdft(tasks=("letters",)),
+        ContextDistillation(tasks=("letters",), context="Be brief. {question}"),
+        OpdSampled(tasks=("letters",), teachers={"*": "base"}),
+        IwOpd(tasks=("letters",), teachers={"*": "base"}),
+        GOpd(tasks=("letters",), teachers={"*": "base"}),
+        Opd2(tasks=("letters",), teacher="tuned", teacher_base="base"),
+        MiniLlm(tasks=("letters",), teachers={"*": "base"}),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_named_methods_are_legal(method):
+    check_composition(method.compose(), stage="s")
+
+
+def test_sampled_distillation_compares_one_and_the_same_temperature():
+    from posttrain.composition import SamplingSpec
+
+    warm = OpdSampled(
+        tasks=("letters",), teachers={"*": "base"}, sampling=SamplingSpec(temperature=0.7)
+    )
+    with pytest.raises(LegalityError, match=r"temperature 0\.7"):
+        check_composition(warm.compose(), stage="s")
+
+
+def test_methods_that_would_be_another_one_are_refused():
+    with pytest.raises(ConfigError, match="opd_sampled"):
+        GOpd(tasks=("letters",), teachers={"*": "base"}, extrapolation=1.0)
+    with pytest.raises(ConfigError, match="opd_sampled"):
+        IwOpd(tasks=("letters",), teachers={"*": "base"}, early=0.0)
+
+
+def test_a_missing_teacher_log_prob_is_named():
+    from posttrain.composition import Composition
+
+    with pytest.raises(LegalityError, match="teacher_advantage needs teacher_logprob"):
+        check_composition(
+            Composition(
+                source=Rollouts(tasks=("letters",)),
+                signals=(TeacherAdvantage(),),
+                terms=(PolicyGradient(),),
+            ),
+            stage="s",
+        )

@@ -1,0 +1,231 @@
+"""Sampler against trainer; signals that ask the learner; steps that lose members."""
+
+import json
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from material import gradients, largest_gap, on_policy, random_groups, with_column
+from test_policy_losses import ADVANTAGES, BEHAVIOUR, LENGTHS, RATIOS, by_sequence, material, spread
+
+from posttrain.batch import pack
+from posttrain.composition import (
+    ClippedPolicyGradient,
+    ClippedWeightPolicyGradient,
+    Mismatch,
+    PolicyGradient,
+    Rollouts,
+    SequencePolicyGradient,
+)
+from posttrain.errors import ConfigError
+from posttrain.head import Stat
+from posttrain.legality import admit
+from posttrain.methods import METHODS
+from posttrain.methods.policy import PolicyMethod
+from posttrain.objectives.objective import Objective
+from posttrain.objectives.policy_ratio import mismatch_weight
+from posttrain.objectives.terms import TERMS
+from posttrain.protocols import Request
+from posttrain.provenance import Sampling
+from posttrain.signals.mismatch import GreedyBaselineSignal, TrainerLogprobsSignal
+from posttrain.signals.verifier import Verifier
+from posttrain.sources.rollout import RolloutSource
+from posttrain.stage import group_metrics
+from posttrain.testing import FakeTaskSet, check_method, check_signal, check_term
+from posttrain.trajectory import Column, Discard
+
+GAPS = [0.0, 0.5, -0.2, 1.2, -1.5, 0.3, 0.1, 0.0, -0.4, 0.2]  # log w
+
+
+def batch():
+    return material(
+        {
+            Column.BEHAVIOUR_LOGPROB: BEHAVIOUR,
+            Column.TRAINER_LOGPROB: BEHAVIOUR + np.array(GAPS),
+            Column.ADVANTAGE: spread(ADVANTAGES),
+        }
+    )
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_weights_by_hand(level):
+    if level == "token":
+        w = [math.exp(g) for g in GAPS]
+    else:
+        reduce = sum if level == "sequence" else np.mean
+        w = [math.exp(reduce(part)) for part in by_sequence(GAPS) for _ in part]
+    for outside, want in {
+        "truncate": [min(x, 1.2) for x in w],
+        "mask": [x if 0.8 <= x <= 1.2 else 0.0 for x in w],
+        "reject": [1.0 if 0.8 <= x <= 1.2 else 0.0 for x in w],
+    }.items():
+        low = None if outside == "truncate" else 0.8
+        spec = Mismatch(level=level, outside=outside, low=low, high=1.2)
+        np.testing.assert_allclose(mismatch_weight(spec, batch()), want)
+        assert len(set(want)) > 1
+
+
+def test_a_long_sequence_may_overflow_without_nan():
+    far = material(
+        {
+            Column.BEHAVIOUR_LOGPROB: np.full(10, -800.0),
+            Column.TRAINER_LOGPROB: np.zeros(10),
+            Column.ADVANTAGE: spread(ADVANTAGES),
+        }
+    )
+    for outside, low, want in (("mask", 0.5, 0.0), ("reject", 0.5, 0.0), ("truncate", None, 2.0)):
+        spec = Mismatch(level="sequence", outside=outside, low=low)
+        assert (mismatch_weight(spec, far) == want).all()
+
+
+@pytest.mark.parametrize(
+    "term", [PolicyGradient, ClippedPolicyGradient, ClippedWeightPolicyGradient]
+)
+def test_the_correction_multiplies_a_loss_whose_ratio_is_to_the_trainer(term):
+    """The weight carries no gradient, and does not replace the ratio."""
+    spec = Mismatch(high=1.5)
+    logp = torch.tensor(BEHAVIOUR + np.log(RATIOS), requires_grad=True)
+    stats = {Stat.SAMPLED_LOGPROB: logp}
+    out = TERMS[term].values(term(mismatch=spec), stats, batch())
+    to_trainer = material(
+        {Column.BEHAVIOUR_LOGPROB: BEHAVIOUR + GAPS, Column.ADVANTAGE: spread(ADVANTAGES)}
+    )
+    plain = TERMS[term].values(term(), stats, to_trainer)
+    weights = torch.tensor([min(math.exp(g), 1.5) for g in GAPS], dtype=torch.float64)
+    np.testing.assert_allclose(out.loss.detach(), (weights * plain.loss).detach())
+    (got,) = torch.autograd.grad(out.loss.sum(), logp, retain_graph=True)
+    (want,) = torch.autograd.grad((weights * plain.loss).sum(), logp)
+    np.testing.assert_allclose(got, want)
+    np.testing.assert_allclose(out.shown["correction"], weights)
+
+
+def test_a_loss_per_sequence_takes_a_weight_per_sequence():
+    with pytest.raises(ConfigError, match="per token on a loss per sequence"):
+        SequencePolicyGradient(mismatch=Mismatch())
+    spec = Mismatch(level="geometric", outside="reject", low=0.9, high=1.1)
+    term = SequencePolicyGradient(mismatch=spec)
+    stats = {Stat.SAMPLED_LOGPROB: torch.tensor(BEHAVIOUR)}
+    kept = TERMS[type(term)].values(term, stats, batch()).loss != 0
+    inside = [0.9 <= math.exp(np.mean(part)) <= 1.1 for part in by_sequence(GAPS)]
+    assert kept.tolist() == spread(inside)
+    assert any(inside)
+    assert not all(inside)
+    assert len(inside) == len(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Mismatch(outside="mask"),
+        lambda: Mismatch(low=0.5),
+        lambda: Mismatch(outside="reject", low=2.0, high=1.0),
+        lambda: Mismatch(high=0.0),
+    ],
+)
+def test_bounds_that_cannot_work_are_refused(make):
+    with pytest.raises(ConfigError, match="mismatch"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        ClippedPolicyGradient(mismatch=Mismatch()),
+        PolicyGradient(mismatch=Mismatch(level="sequence"), aggregate="sequence_sum"),
+        ClippedWeightPolicyGradient(mismatch=Mismatch(level="geometric")),
+    ],
+)
+def test_corrected_terms_keep_the_contract_of_terms(term):
+    check_term(term)
+
+
+def test_on_one_device_there_is_nothing_to_correct(learner):
+    """The local sampler is the trainer: w = 1, and the correction changes no gradient."""
+    source = RolloutSource(
+        Rollouts(tasks=("letters",), group_size=3, max_new_tokens=7),
+        {"letters": FakeTaskSet()},
+        learner.policy,
+        0,
+    )
+    groups = with_column(
+        source.draw(4, step=0), Column.ADVANTAGE, lambda t: np.full(len(t), 0.5, np.float32)
+    )
+    signal = TrainerLogprobsSignal(learner.policy)
+    check_signal(signal, groups, provides=frozenset({Column.TRAINER_LOGPROB}))
+    groups = signal.score(groups)
+    health = group_metrics(admit(groups, (PolicyGradient(),), version=0, max_age=0))
+    assert health["mismatch/mean_weight"] == pytest.approx(1, abs=1e-5)
+    assert health["mismatch/effective_share"] == pytest.approx(1, abs=1e-5)
+    found = []
+    for term in (PolicyGradient(), PolicyGradient(mismatch=Mismatch(level="sequence"))):
+        objective = Objective((term,))
+        batches = pack(groups, needs=objective.needs, max_tokens=999)
+        found.append(gradients(learner, batches, objective)[1])
+    assert largest_gap(*found) < 1e-4
+
+
+def test_greedy_baseline_is_the_reward_of_the_likeliest_answer(learner):
+    letters = FakeTaskSet()
+    source = RolloutSource(
+        Rollouts(tasks=("letters",), group_size=2, max_new_tokens=6),
+        {"letters": letters},
+        learner.policy,
+        0,
+    )
+    groups = source.draw(3, step=0)
+    judge = Verifier({"letters": letters}, learner.policy.renderer)
+    signal = GreedyBaselineSignal(learner.policy, judge, 6)
+    check_signal(signal, groups, provides=frozenset({Column.BASELINE}))
+    by_key = {t.key: t for t in letters.train}
+    for group in signal.score(groups):
+        assert len(group.members) == 2  # the greedy answer is no member
+        first = group.members[0].trajectory
+        request = Request(
+            prompt=first.tokens[: first.prompt_length],
+            sampling=Sampling(temperature=0),
+            max_new_tokens=6,
+        )
+        (answer,) = learner.policy.generate([request])
+        text = learner.policy.renderer.text(answer.tokens)
+        [reward] = letters.score([by_key[group.task]], [text])
+        assert [m.scalar(Column.BASELINE) for m in group.members] == [reward, reward]
+
+
+def test_a_step_that_loses_everything_changes_nothing(learner):
+    groups = on_policy(random_groups(), learner.policy)
+    groups = with_column(groups, Column.REWARD, lambda t: np.array(1.0))
+    groups = with_column(groups, Column.ADVANTAGE, lambda t: np.zeros(len(t), np.float32))
+    code = float(Discard.EQUAL_REWARDS.code)
+    groups = with_column(groups, Column.DISCARD, lambda t: np.array(code))
+    objective = Objective((ClippedPolicyGradient(),))
+    admission = admit(groups, objective.terms, version=0, max_age=0)
+    assert admission.kept == ()
+    metrics = group_metrics(admission)
+    assert metrics["discarded/equal rewards"] == 12
+    assert (metrics["reward"], metrics["all_right"]) == (1.0, 1.0)
+    json.dumps(metrics, allow_nan=False)
+    before = {n: p.clone() for n, p in learner.policy.model.causal.named_parameters()}
+    batches = pack(admission.kept, needs=objective.needs, max_tokens=99)
+    report = learner.step(batches, objective, lr_scale=1.0)
+    assert (report.loss, report.num_trained) == (0.0, 0)
+    after = dict(learner.policy.model.causal.named_parameters())
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("level", ["token", "geometric"])
+def test_methods_with_a_correction_ask_for_the_trainer(level):
+    for name in ("grpo", "dapo", "cispo"):
+        check_method(METHODS[name](tasks=("a",), mismatch=Mismatch(level=level)))
+
+
+OPTIONS = {"gdpo": {"length_cache": 2}}
+
+
+POLICY_METHODS = [m.__struct_config__.tag for m in get_args(PolicyMethod)]
+
+
+@pytest.mark.parametrize("name", POLICY_METHODS)
+def test_every_method_keeps_the_contract_of_methods(name):
+    check_method(METHODS[name](tasks=("a",), **OPTIONS.get(name, {})))

@@ -1,0 +1,275 @@
+"""Fresh pairs from rewards, the named methods, and what a run of them leaves behind."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from material import gradients, largest_gap, random_groups, with_column
+
+from posttrain.batch import pack
+from posttrain.composition import (
+    Composition,
+    CrossEntropy,
+    Dataset,
+    Limit,
+    OddsRatio,
+    PairwiseHinge,
+    PairwiseLogistic,
+    PairwiseSquared,
+    RankPairs,
+    ReferenceLogprobs,
+    Rollouts,
+    TargetMargin,
+    Verify,
+)
+from posttrain.composition.preference import PreferenceTerm
+from posttrain.errors import ConfigError, LegalityError
+from posttrain.legality import admit, check_composition
+from posttrain.methods import METHODS
+from posttrain.methods.preference import PreferenceMethod
+from posttrain.objectives.objective import Objective
+from posttrain.objectives.terms import TERMS
+from posttrain.provenance import Kind
+from posttrain.signals.preference import RankPairsSignal
+from posttrain.signals.scoring import ReferenceSignal
+from posttrain.signals.verifier import Verifier
+from posttrain.sources.rollout import RolloutSource
+from posttrain.testing import FakeTaskSet, check_signal
+from posttrain.trajectory import Column, Discard, Group
+
+
+def rewarded(*rows, seed=0):
+    """One group per row of rewards."""
+    groups = [
+        random_groups(num_groups=1, size=len(row), seed=seed + i)[0] for i, row in enumerate(rows)
+    ]
+    left = iter([r for row in rows for r in row])
+    return with_column(groups, Column.REWARD, lambda t: np.array(float(next(left))))
+
+
+def column(group, name):
+    return [m.scalar(name) for m in group.members]
+
+
+def test_best_against_worst():
+    draw = rewarded([0.2, 0.9, 0.9, 0.1, 0.1], [1, 0], [0.5, 0.5, 0.5], [3.0])
+    signal = RankPairsSignal()
+    check_signal(signal, draw, provides=RankPairs.provides)
+    ranked = signal.score(draw)
+    assert [column(g, Column.PREFERENCE) for g in ranked] == [
+        [0, 1, 0, -1, 0],  # of equal members the first
+        [1, -1],
+        [0, 0, 0],
+        [0],
+    ]
+    unranked, equal = Discard.UNRANKED.code, Discard.EQUAL_REWARDS.code
+    assert [column(g, Column.DISCARD) for g in ranked] == [
+        [unranked, 0, unranked, 0, unranked],
+        [0, 0],
+        [equal] * 3,
+        [equal],
+    ]
+
+
+def test_discarded_members_take_no_part_and_keep_their_reason():
+    (group,) = rewarded([0.0, 1.0, 0.5, 0.7])
+    cut = iter([0, Discard.CUT_OFF.code, 0, 0])
+    (group,) = with_column([group], Column.DISCARD, lambda t: np.array(float(next(cut))))
+    (ranked,) = RankPairsSignal().score([group])
+    assert column(ranked, Column.PREFERENCE) == [-1, 0, 0, 1]
+    assert column(ranked, Column.DISCARD) == [0, Discard.CUT_OFF.code, Discard.UNRANKED.code, 0]
+
+
+def test_what_makes_no_pair_is_counted_and_costs_nothing(learner):
+    draw = RankPairsSignal().score(rewarded([0, 1, 0, 0], [1, 1, 1, 1]))
+    term = TargetMargin()
+    admitted = admit(draw, (term,), version=0, max_age=0)
+    assert [len(g.members) for g in admitted.kept] == [2]
+    assert sum(len(g.members) for g in admitted.discarded[Discard.UNRANKED]) == 2
+    assert sum(len(g.members) for g in admitted.discarded[Discard.EQUAL_REWARDS]) == 4
+    (batch,) = pack(admitted.kept, needs=term.needs, max_tokens=9999)
+    assert batch.pairs_P2.shape == (1, 2)
+    assert batch.num_sequences == 2
+
+
+def test_online_pairs_teach_what_the_same_pairs_in_a_file_teach(learner):
+    """Provenance decides the regime, not the loss: same pairs, same gradient."""
+    objective = Objective((TargetMargin(),))
+    (ranked,) = RankPairsSignal().score(rewarded([0, 1, 0.5]))
+    kept = admit([ranked], objective.terms, version=0, max_age=0).kept
+    live = pack(kept, needs=objective.needs, max_tokens=9999)
+    signs = {0: -1.0, 1: 1.0}
+    pair = Group(
+        task="file/0",
+        members=tuple(
+            ranked.members[i].with_columns({Column.PREFERENCE: np.array(s)})
+            for i, s in signs.items()
+        ),
+    )
+    value, grads = gradients(learner, live, objective)
+    from_file = pack([pair], needs=objective.needs, max_tokens=9999)
+    value_file, grads_file = gradients(learner, from_file, objective)
+    assert value == pytest.approx(value_file, rel=1e-6)
+    assert largest_gap(grads, grads_file) < 1e-6
+
+
+def test_a_draw_without_a_pair_changes_no_weight_gradient(learner):
+    objective = Objective((TargetMargin(),))
+    equal = with_column(
+        rewarded([1, 1]), Column.PREFERENCE, lambda t: np.array(0.0)
+    )  # as if nothing had been discarded
+    value, grads = gradients(
+        learner, pack(equal, needs=objective.needs, max_tokens=9999), objective
+    )
+    assert value == 0
+    assert all(float(g.abs().max()) == 0 for g in grads.values())
+
+
+def test_a_step_of_online_dpo_raises_the_best_and_lowers_the_worst(engine, tiny_folder):
+    """Rollouts, verifier, ranking, reference, step: the whole chain on a real model."""
+    from posttrain.recipe import Optimizer
+
+    learner = engine.learner(str(tiny_folder), name="t", optimizer=Optimizer(lr=1e-3), lora=None)
+    tasks = {"letters": FakeTaskSet()}
+    spec = METHODS["online_dpo"](tasks=("letters",), group_size=6, max_new_tokens=3).compose()
+    draw = RolloutSource(spec.source, tasks, learner.policy, 0).draw(8, step=0)
+    # a reward that a random model varies in: the first token's id
+    draw = with_column(draw, Column.REWARD, lambda t: np.array(float(t.tokens[t.prompt_length])))
+    draw = RankPairsSignal().score(draw)
+    draw = ReferenceSignal(engine.policy(str(tiny_folder))).score(draw)
+    objective = Objective(spec.terms)
+    kept = admit(draw, spec.terms, version=0, max_age=0).kept
+    assert len(kept) >= 6
+    batches = pack(kept, needs=objective.needs, max_tokens=999)
+    first = learner.step(batches, objective, lr_scale=1.0)
+    assert first.loss == pytest.approx(np.log(2), abs=1e-5), "the reference is the start"
+    second = learner.step(batches, objective, lr_scale=1.0)
+    assert second.metrics["pairwise_logistic/margin"] > 0
+    assert second.metrics["pairwise_logistic/chosen"] > 0
+    assert second.metrics["pairwise_logistic/rejected"] < 0
+
+
+def test_the_verifier_decides_who_is_chosen(learner):
+    tasks = {"letters": FakeTaskSet(answer="a")}
+    spec = Rollouts(tasks=("letters",), group_size=8, max_new_tokens=2)
+    draw = RolloutSource(spec, tasks, learner.policy, 1).draw(16, step=0)
+    judged = Verifier(tasks, learner.policy.renderer).score(draw)
+    for group in RankPairsSignal().score(judged):
+        for member in group.members:
+            sign = member.scalar(Column.PREFERENCE)
+            assert sign in (-1, 0, 1)
+            if sign:
+                assert member.scalar(Column.REWARD) == (1 if sign > 0 else 0)
+
+
+# --- methods ---------------------------------------------------------------------------------
+
+DATA = Dataset(path="x.jsonl")
+PAIR_FILE = Dataset(path="x.jsonl", preference=True)
+NLL = CrossEntropy(aggregate="sequence_mean", limit=Limit(preference="chosen"))
+
+
+def build(method, **options):
+    online = "tasks" in method.__struct_fields__
+    return method(**({"tasks": ("sums",)} if online else {"data": DATA}), **options)
+
+
+@pytest.mark.parametrize("method", get_args(PreferenceMethod), ids=lambda m: m.__name__)
+def test_every_method_composes_into_something_legal(method):
+    composition = build(method).compose()
+    check_composition(composition, stage="s")
+    assert METHODS[str(method.__struct_config__.tag)] is method
+    live = Kind.LEARNER in composition.source.writes
+    assert live == (method.provenance == "on-policy")
+    assert all(getattr(method, n) for n in ("interface", "tendency", "formula", "paper"))
+
+
+def test_every_term_has_code_and_a_method():
+    used = {type(t) for m in get_args(PreferenceMethod) for t in build(m).compose().terms}
+    ours = set(get_args(PreferenceTerm))
+    assert ours <= set(TERMS)
+    assert ours <= used
+
+
+def test_compositions_written_out():
+    assert build(METHODS["ipo"], tau=0.2).compose() == Composition(
+        source=PAIR_FILE, signals=(ReferenceLogprobs(),), terms=(PairwiseSquared(tau=0.2),)
+    )
+    assert build(METHODS["hinge"], reference="base").compose() == Composition(
+        source=PAIR_FILE, signals=(ReferenceLogprobs(policy="base"),), terms=(PairwiseHinge(),)
+    )
+    assert build(METHODS["orpo"]).compose() == Composition(
+        source=PAIR_FILE, terms=(NLL, OddsRatio(weight=0.1))
+    )
+    assert build(METHODS["irpo"]).compose() == Composition(
+        source=PAIR_FILE, signals=(ReferenceLogprobs(),), terms=(PairwiseLogistic(beta=0.1), NLL)
+    )
+    assert build(METHODS["simpo"]).compose() == Composition(
+        source=PAIR_FILE, terms=(TargetMargin(beta=2.5, gamma=1.375),)
+    )
+    judged = (Verify(), RankPairs(), ReferenceLogprobs())
+    live, frozen = (
+        Rollouts(tasks=("sums",), group_size=2, policy=policy) for policy in ("learner", "input")
+    )
+    assert build(METHODS["online_dpo"]).compose() == Composition(
+        source=live, signals=judged, terms=(PairwiseLogistic(beta=0.1),)
+    )
+    assert build(METHODS["iterative_dpo"]).compose() == Composition(
+        source=frozen, signals=judged, terms=(PairwiseLogistic(beta=0.1), NLL)
+    )
+
+
+@pytest.mark.parametrize("term", [PairwiseSquared(), PairwiseHinge(), OddsRatio(), TargetMargin()])
+def test_any_loss_on_pairs_goes_with_fresh_pairs(term):
+    composition = Composition(
+        source=Rollouts(tasks=("sums",)),
+        signals=(Verify(), RankPairs(), ReferenceLogprobs()),
+        terms=(term,),
+    )
+    check_composition(composition, stage="s")
+
+
+@pytest.mark.parametrize(
+    ("composition", "message"),
+    [
+        (
+            Composition(
+                source=Rollouts(tasks=("sums",)), signals=(RankPairs(),), terms=(TargetMargin(),)
+            ),
+            "rank_pairs needs reward",
+        ),
+        (
+            Composition(source=Rollouts(tasks=("sums",)), terms=(TargetMargin(),)),
+            "verify and rank_pairs",
+        ),
+        (Composition(source=PAIR_FILE, terms=(PairwiseSquared(),)), "needs reference_logprob"),
+        (Composition(source=DATA, terms=(NLL,)), "limit of cross_entropy needs preference"),
+        (
+            Composition(source=PAIR_FILE, terms=(TargetMargin(limit=Limit(preference="chosen")),)),
+            "compares whole pairs",
+        ),
+    ],
+)
+def test_compositions_that_cannot_work_are_refused(composition, message):
+    with pytest.raises(LegalityError, match=message):
+        check_composition(composition, stage="s")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("online_dpo", {"group_size": 1}, "one answer makes no pair"),
+        ("irpo", {"nll_weight": -1}, "0 or more"),
+        ("robust_dpo", {"flip_rate": 0.5}, "flip_rate < 0.5"),
+        ("exo", {"label_smoothing": 0}, "0 < label_smoothing"),
+        ("f_dpo", {"divergence": "alpha"}, "alpha=None"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build(METHODS[name], **options).compose()
+
+
+def test_alphapo_at_zero_is_simpo_and_says_so():
+    with pytest.raises(ConfigError, match="0 is simpo"):
+        build(METHODS["alphapo"], alpha=0)

@@ -1,0 +1,112 @@
+"""Every term of every named method keeps the contract of terms, and the contract can fail."""
+
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain.catalogue import known_methods
+from posttrain.catalogue.example import legal_example
+from posttrain.composition import ANYONE, CrossEntropy, Limit, ReferenceKL, Term, TermSpec
+from posttrain.errors import LegalityError
+from posttrain.head import Stat
+from posttrain.objectives.terms import TERMS
+from posttrain.objectives.values import TermCode, Values
+from posttrain.provenance import Kind
+from posttrain.testing import check_term
+from posttrain.trajectory import Column
+
+
+def terms_in_use() -> dict[str, TermSpec]:
+    found: dict[str, TermSpec] = {}
+    for name, kind in known_methods(packages=False).items():
+        for term in legal_example(name, kind)[1].compose().terms:
+            if term not in found.values():
+                found[f"{name}-{term.__struct_config__.tag}"] = term
+    return found
+
+
+TERMS_IN_USE = terms_in_use()
+
+
+@pytest.mark.parametrize("name", TERMS_IN_USE)
+def test_terms_of_named_methods_keep_the_contract(name):
+    check_term(TERMS_IN_USE[name])
+
+
+class Probe(Term, frozen=True, kw_only=True, tag="probe", tag_field="type"):
+    """A term for this file alone: its code is put in by each test."""
+
+    weight: float = 1.0
+    where: tuple[Kind, ...] = ()
+    aggregate: ClassVar[str] = "token_mean"
+    unit: ClassVar[str] = "token"
+    needs: ClassVar[frozenset[Column]] = frozenset()
+    accepts: ClassVar[frozenset[Kind]] = ANYONE
+
+
+READS = frozenset({Stat.LOGPROB})
+
+
+def broken(monkeypatch, values, reads=READS):
+    monkeypatch.setitem(TERMS, Probe, TermCode(reads, values))
+    return Probe()
+
+
+def test_a_good_term_passes(monkeypatch):
+    check_term(broken(monkeypatch, lambda t, s, b: Values(-s[Stat.LOGPROB])))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (lambda t, s, b: Values(-s[Stat.ENTROPY]), "statistics in `reads`"),
+        (lambda t, s, b: Values(-b.columns[Column.ADVANTAGE]), "columns belong in `needs`"),
+        (lambda t, s, b: Values(s[Stat.LOGPROB] / 0), "the loss is"),
+        (lambda t, s, b: Values(-s[Stat.LOGPROB].detach()), "no gradient reaches"),
+        (lambda t, s, b: Values(torch.rand_like(s[Stat.LOGPROB]) * s[Stat.LOGPROB]), "two losses"),
+        (lambda t, s, b: Values(s[Stat.LOGPROB] * s[Stat.LOGPROB].mean()), "micro-batches"),
+        (lambda t, s, b: Values(s[Stat.LOGPROB] / len(b.target_N)), "micro-batches"),
+        (lambda t, s, b: Values((s[Stat.LOGPROB] - 1e9).exp().sqrt()), "gradient is not finite"),
+    ],
+)
+def test_a_broken_term_is_found_out(monkeypatch, values, words):
+    with pytest.raises(AssertionError, match=words):
+        check_term(broken(monkeypatch, values))
+
+
+def test_a_term_sees_no_other_authors(monkeypatch):
+    """The objective takes their tokens out; the contract notices when it does not."""
+
+    def nosy(term, stats, batch):
+        foreign = (batch.kind_N != batch.kind_N[0]).any()
+        return Values(stats[Stat.LOGPROB] * (2.0 if foreign else 1.0))
+
+    check_term(broken(monkeypatch, nosy))
+    leaky = "posttrain.objectives.objective.as_read"
+    monkeypatch.setattr(leaky, lambda term, batch, stats: (batch, stats))
+    with pytest.raises(AssertionError, match="with where="):
+        check_term(broken(monkeypatch, nosy))
+
+
+def test_a_promised_zero_gradient(monkeypatch):
+    still = broken(monkeypatch, lambda t, s, b: Values(s[Stat.LOGPROB].detach()))
+    check_term(still, gradient="zero")
+    moving = broken(monkeypatch, lambda t, s, b: Values(s[Stat.LOGPROB]))
+    with pytest.raises(AssertionError, match="no gradient was promised"):
+        check_term(moving, gradient="zero")
+
+
+def constant(value):
+    return lambda trajectory: np.full(len(trajectory), value, np.float32)
+
+
+def test_columns_can_be_given():
+    check_term(ReferenceKL(), columns={Column.REFERENCE_LOGPROB: constant(-1.0)})
+    with pytest.raises(LegalityError, match="not finite"):
+        check_term(ReferenceKL(), columns={Column.REFERENCE_LOGPROB: constant(np.nan)})
+
+
+def test_limits_keep_the_contract():
+    check_term(CrossEntropy(limit=Limit(entropy_share=0.4)))
