@@ -1,4 +1,4 @@
-"""Shared fixtures. Heavy libraries are imported inside fixtures, so unit tests stay without them."""
+"""Shared fixtures. Heavy libraries are imported inside them, so unit tests stay light."""
 
 from pathlib import Path
 

@@ -119,7 +119,9 @@ class Workshop:
             return teaching_signal(
                 spec,
                 live=live,
-                judge=lambda r: live if r == "learner" else self._grader(_resolve(r, planned), live),
+                judge=lambda r: (
+                    live if r == "learner" else self._grader(_resolve(r, planned), live)
+                ),
                 stranger=lambda r: self.policy(_resolve(r, planned)),
                 tasks=self._tasks(planned),
             )

@@ -89,7 +89,8 @@ class Installed:
 
 NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "terms": ("weight", "where", "aggregate", "unit", "needs", "accepts"),
+        "terms": ("limit", "weight_schedule", "weight", "where", "aggregate", "unit")
+        + ("needs", "accepts"),
         "signals": ("needs", "provides"),
         "methods": ("provenance", "interface", "tendency", "formula", "paper", "compose"),
     }

@@ -76,9 +76,7 @@ def token_stats(
     return {stat: torch.cat([p[i] for p in parts]) for i, stat in enumerate(order)}
 
 
-def _stats(
-    logits_NV: Tensor, batch: PackedBatch, part: slice, order: list[Wanted]
-) -> list[Tensor]:
+def _stats(logits_NV: Tensor, batch: PackedBatch, part: slice, order: list[Wanted]) -> list[Tensor]:
     logp_NV = logits_NV.log_softmax(-1)
     target_N1 = batch.target_N[part, None]
     out: list[Tensor] = []

@@ -189,10 +189,11 @@ class _Run:
         base = self.policies["base"].producer
         self._measure("base", base.digest or base.name)
         finished: list[str] = []
-        for planned in self.plan.stages:
+        for number, planned in enumerate(self.plan.stages, start=1):
             done = self._stage(planned)
             finished.append(planned.spec.name)
             self._measure(planned.spec.name, done.digest)
+            self._forget(later=self.plan.stages[number:])
             if words := self._gates(planned):
                 return Outcome(out=self.out, finished=tuple(finished), stopped_by=words)
         return Outcome(out=self.out, finished=tuple(finished))
@@ -205,6 +206,14 @@ class _Run:
                 name = ref.removeprefix("path:")
                 self.records.model(name, digest=policy.producer.digest, role="outside")
         return self.policies[ref]
+
+    def _forget(self, *, later: Sequence[PlannedStage]) -> None:
+        """Let go of models that no later stage refers to. The base stays: KL is measured to it."""
+        needed = {"base"}
+        for planned in later:
+            needed |= {planned.init if r == "input" else r for r in planned.references}
+        for ref in set(self.policies) - needed:
+            del self.policies[ref]
 
     def _model_folder(self, ref: str) -> str:
         """The folder or hub id of a policy that is not the live learner."""

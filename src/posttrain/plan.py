@@ -52,6 +52,11 @@ class PlannedStage:
         return f"{self.spec.name}-{self.identity[:8]}"
 
     @property
+    def references(self) -> frozenset[str]:
+        """Policies that its parts refer to, the one it starts from aside."""
+        return frozenset(_references(self.composition))
+
+    @property
     def provenance(self) -> str:
         """In words, where its trajectories come from."""
         source = self.composition.source

@@ -306,6 +306,7 @@ BROKEN = {
     "other tag field": (GOOD.replace('"type"', '"name"'), "mine", "under 'name'"),
     "no unit": (GOOD.replace('    unit: ClassVar[str] = "token"\n', ""), "mine", "lacks unit"),
     "no docstring": (GOOD.replace('    """Something."""\n', ""), "mine", "no docstring"),
+    "not a Term": (GOOD.replace("Mine(Term,", "Mine(Config,"), "mine", "lacks limit"),
     "our name": (GOOD.replace('"mine"', '"cross_entropy"'), "cross_entropy", "that posttrain has"),
 }
 

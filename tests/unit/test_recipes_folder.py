@@ -23,7 +23,7 @@ FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 PAGE = ROOT / "docs/recipes.md"
 # Set by the method itself, never written by hand.
-NOT_FOR_RECIPES = {"preference"}
+NOT_FOR_RECIPES = {"preference", "unpaired"}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -21,8 +21,9 @@ from posttrain.trajectory import Column, Group, Scored, Trajectory
 class RolloutSource:
     """Draws prompts and samples a group of completions for each.
 
-    Task sets take turns, so draws hold them in equal shares, up to one prompt. Prompts and seeds are pure
-    functions of (seed, step): a resumed run draws what the interrupted one would have drawn.
+    Task sets take turns, so draws hold them in equal shares, up to one prompt. Prompts and seeds
+    are pure functions of (seed, step): a resumed run draws what the interrupted one would have
+    drawn.
 
     Raises:
         TaskError: a prompt leaves no room for a completion in the model's context.
