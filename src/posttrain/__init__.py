@@ -8,27 +8,31 @@ decide, the Ledger remembers.
     >>> Recipe(name="nothing", model="org/model").stages
     ()
 
-Importing this package loads no heavy library.
+Importing this package loads nothing: every name is looked up when it is first used.
 """
 
-from posttrain.composition import Composition, Dataset, Rollouts, SamplingSpec
-from posttrain.errors import PosttrainError
-from posttrain.methods import Compose, Dpo, Grpo, Opd, Sft
-from posttrain.provenance import Kind, Producer, Role, Sampling, Span
-from posttrain.recipe import (
-    Budget,
-    Gate,
-    JsonlTasks,
-    Lora,
-    Measure,
-    Optimizer,
-    ReasoningGym,
-    Recipe,
-    Stage,
-    load_recipe,
-)
-from posttrain.task import Message, Task, TaskSet
-from posttrain.trajectory import Column, End, Group, Scored, Trajectory
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from posttrain.composition import Composition, Dataset, Rollouts, SamplingSpec
+    from posttrain.errors import PosttrainError
+    from posttrain.methods import Compose, Dpo, Grpo, Opd, Sft
+    from posttrain.provenance import Kind, Producer, Role, Sampling, Span
+    from posttrain.recipe import (
+        Budget,
+        Gate,
+        JsonlTasks,
+        Lora,
+        Measure,
+        Optimizer,
+        ReasoningGym,
+        Recipe,
+        Stage,
+        load_recipe,
+    )
+    from posttrain.task import Message, Task, TaskSet
+    from posttrain.trajectory import Column, End, Group, Scored, Trajectory
 
 __all__ = [
     "Budget",
@@ -65,3 +69,49 @@ __all__ = [
     "Trajectory",
     "load_recipe",
 ]
+
+_HOMES = {
+    "Budget": "recipe",
+    "Column": "trajectory",
+    "Compose": "methods",
+    "Composition": "composition",
+    "Dataset": "composition",
+    "Dpo": "methods",
+    "End": "trajectory",
+    "Gate": "recipe",
+    "Group": "trajectory",
+    "Grpo": "methods",
+    "JsonlTasks": "recipe",
+    "Kind": "provenance",
+    "Lora": "recipe",
+    "Measure": "recipe",
+    "Message": "task",
+    "Opd": "methods",
+    "Optimizer": "recipe",
+    "PosttrainError": "errors",
+    "Producer": "provenance",
+    "ReasoningGym": "recipe",
+    "Recipe": "recipe",
+    "Role": "provenance",
+    "Rollouts": "composition",
+    "Sampling": "provenance",
+    "SamplingSpec": "composition",
+    "Scored": "trajectory",
+    "Sft": "methods",
+    "Span": "provenance",
+    "Stage": "recipe",
+    "Task": "task",
+    "TaskSet": "task",
+    "Trajectory": "trajectory",
+    "load_recipe": "recipe",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
+    return getattr(import_module(f"posttrain.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

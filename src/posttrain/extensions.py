@@ -89,8 +89,10 @@ class Installed:
 
 NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "terms": ("limit", "weight_schedule", "weight", "where", "aggregate", "unit")
-        + ("needs", "accepts"),
+        "terms": (
+            *("limit", "weight_schedule"),  # both come with posttrain.composition.Term
+            *("weight", "where", "aggregate", "unit", "needs", "accepts"),
+        ),
         "signals": ("needs", "provides"),
         "methods": ("provenance", "interface", "tendency", "formula", "paper", "compose"),
     }

@@ -96,7 +96,7 @@ def _highlighted(interval: Interval) -> str:
     star = "*" if interval.is_positive else ""
     # "+ 0.0" turns the minus zero of a rounded value into zero.
     value, low, high = (round(x, 2) + 0.0 for x in (interval.value, interval.low, interval.high))
-    return f"{value:.2f}{star}\n[{low:.2f}, {high:.2f}]"
+    return f"{value:.2f}{star}\n[{low:.2f},{high:.2f}]"
 
 
 def _note(task: Attribution) -> str:

@@ -259,6 +259,9 @@ def test_discopop_starts_on_the_wrong_side_of_its_hump():
     slope = 0.05 * (-0.75 + (1 - math.log(2)) / (4 * 0.05))
     assert chosen == pytest.approx(slope)
     assert chosen > 0 > rejected
+    rejected, chosen = slopes(PairwiseDiscovered(tau=0.1024), at_reference)
+    assert chosen < 0 < rejected, "from here on the way up is open"
+    assert slopes(PairwiseDiscovered(tau=0.1022), at_reference)[1] > 0
 
 
 ANTISYMMETRIC = [PairwiseLogistic(beta=0.7), PairwiseMean(beta=2.0), PairwiseShared(beta=0.7)]

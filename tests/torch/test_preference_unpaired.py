@@ -383,13 +383,17 @@ def test_compositions_that_cannot_work_are_refused(source, signals, term, messag
 
 
 def test_the_plan_knows_the_policy_behind_the_zero_point(tmp_path):
-    from posttrain.methods import METHODS
+    from posttrain.methods import Compose
     from posttrain.plan import make_plan
     from posttrain.recipe import Budget, Recipe, Stage
 
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(BAD))
-    kto = METHODS["kto"](data=Dataset(path="x.jsonl"), reference="nobody")
-    stage = Stage(name="s", method=kto, budget=Budget(steps=1))
+    method = Compose(
+        source=Dataset(path="x.jsonl", unpaired=True),
+        signals=(ReferenceLogprobs(), MismatchedKL(policy="nobody")),
+        terms=(ProspectValue(),),
+    )
+    stage = Stage(name="s", method=method, budget=Budget(steps=1))
     with pytest.raises(ConfigError, match="nobody"):
         make_plan(Recipe(name="r", model="m", stages=(stage,)), root=tmp_path, base="b")
 

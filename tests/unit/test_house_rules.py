@@ -165,6 +165,8 @@ def test_public_names_are_exact():
     modules = {n for n in public if n in LAYER}
     assert set(posttrain.__all__) == public - modules - {"annotations"}
     assert posttrain.__all__ == sorted(posttrain.__all__)
+    for name in posttrain.__all__:
+        assert getattr(posttrain, name).__name__ == name
 
 
 def test_nothing_is_called_utils():

@@ -246,7 +246,8 @@ class PairwiseDiscovered(
     (1−m) · −log σ(z) + m · e^{−z}, z = βΔ, m = σ(z/τ): logistic on pairs that are still wrong,
     exponential on those that are right. It is not convex: at these defaults a policy that equals
     its reference stands on the wrong side of a hump (local minimum at z = −0.12, maximum at
-    0.07), so the first steps go the wrong way.
+    0.07), so it moves the wrong way and stays there. At 0 the slope is −¾ + (1 − log 2)/(4τ): a
+    stage that starts at its reference needs τ above 0.1023.
     """
 
     beta: float = 0.05

@@ -53,7 +53,7 @@ def taught(method: Callable[[], Method], lr: float, inputs: Path, seed: int) -> 
     return _recipe(inputs, seed, teacher, _stage("student", method(), lr=lr, init="base"))
 
 
-def told(method: Callable[[], Method], hint: str, inputs: Path, seed: int) -> Recipe:
+def told(method: Callable[[], Method], hint: str, lr: float, inputs: Path, seed: int) -> Recipe:
     """A policy that can read a hint, and then learns to do without."""
     rows = (
         {
@@ -67,7 +67,7 @@ def told(method: Callable[[], Method], hint: str, inputs: Path, seed: int) -> Re
     write_rows(inputs / "hinted.jsonl", rows)
     hinted = Dataset(path="hinted.jsonl", name="lab-hinted", licence="CC0-1.0")
     reader = _stage("reader", Sft(data=hinted), lr=1e-3)
-    return _recipe(inputs, seed, reader, _stage("student", method(), lr=3e-4))
+    return _recipe(inputs, seed, reader, _stage("student", method(), lr=lr))
 
 
 def alone(method: Callable[[], Method], lr: float, inputs: Path, seed: int) -> Recipe:
@@ -111,10 +111,10 @@ def _sampled(method: Callable[..., Method], **options: object) -> Callable[[Path
 
 
 def _told(
-    method: Callable[..., Method], *, context: str = HINT, **options: object
+    method: Callable[..., Method], *, context: str = HINT, lr: float = 3e-4
 ) -> Callable[[Path, int], Recipe]:
-    make = partial(method, tasks=TASKS, max_new_tokens=ANSWER, context=context, **options)
-    return partial(told, make, context)
+    make = partial(method, tasks=TASKS, max_new_tokens=ANSWER, context=context)
+    return partial(told, make, context, lr)
 
 
 _MIXED = {"teachers": TEACHERS, "data": DATA}
@@ -138,7 +138,8 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "opd2": _sampled(Opd2, teacher="teacher", teacher_base="base", sampling=_COOL, scale=1.0),
         "minillm": _sampled(MiniLlm, teachers=TEACHERS),
         "opsd": _told(Opsd),
-        "sdft": _told(Sdft),
+        # At 3e-4 a teacher that moves with the learner is pulled along, and both get worse.
+        "sdft": _told(Sdft, lr=1e-4),
         "context_distillation": _told(ContextDistillation, context=INSTRUCTION),
         "chord": partial(
             alone,

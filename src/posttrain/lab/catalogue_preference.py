@@ -143,7 +143,7 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "ln_dpo": _of(LnDpo(data=PAIRS)),
         "ld_dpo": _of(LdDpo(data=PAIRS)),
         "wpo": _of(Wpo(data=PAIRS)),
-        "discopop": _of(DiscoPop(data=PAIRS)),
+        "discopop": _of(DiscoPop(data=PAIRS, tau=0.2)),
         "irpo": _of(Irpo(data=PAIRS)),
         "orpo": _of(Orpo(data=PAIRS)),
         "cpo": _of(Cpo(data=PAIRS)),
@@ -156,4 +156,7 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "iterative_dpo": _of(IterativeDpo(tasks=_TASKS, group_size=8, max_new_tokens=ANSWER)),
     }
 )
-"""A recipe per method, from a folder for its inputs and a seed."""
+"""A recipe per method, from a folder for its inputs and a seed.
+
+DiscoPOP has a larger tau than its paper's: from its own reference the paper's leads the wrong way.
+"""

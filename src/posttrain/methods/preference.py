@@ -253,7 +253,11 @@ class Wpo(OnPairsWithReference, frozen=True, kw_only=True, tag="wpo", tag_field=
 
 
 class DiscoPop(OnPairsWithReference, frozen=True, kw_only=True, tag="discopop", tag_field="name"):
-    """A loss that a language model proposed: logistic and exponential, blended by the gap."""
+    """A loss that a language model proposed: logistic and exponential, blended by the gap.
+
+    With the paper's tau, a learner that starts at its reference learns the opposite of the pairs:
+    raise tau above 0.11, or start from a policy that already prefers the chosen answers.
+    """
 
     beta: float = 0.05
     tau: float = 0.05
