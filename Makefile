@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/tour
 
-.PHONY: tour test unit check format lab clean
+.PHONY: tour test unit check format docs lab clean
 
 tour: $(VENV)/ready
 	$(BIN)/posttrain tour --out $(OUT)
@@ -16,14 +16,17 @@ unit: $(VENV)/ready
 	$(BIN)/python -m pytest tests/unit
 
 check: $(VENV)/ready
-	$(BIN)/ruff format --check src tests recipes
-	$(BIN)/ruff check src tests recipes
+	$(BIN)/ruff format --check src tests recipes benchmarks
+	$(BIN)/ruff check src tests recipes benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/unit/test_house_rules.py
 
 format: $(VENV)/ready
 	$(BIN)/ruff format src tests recipes
 	$(BIN)/ruff check --fix src tests recipes
+
+docs: $(VENV)/ready  ## write the map of methods again
+	$(BIN)/python -m posttrain.catalogue > docs/methods.md
 
 lab: $(VENV)/ready  ## make the lab's base model again, from nothing
 	$(BIN)/python -m posttrain.lab.pretrain out/lab
