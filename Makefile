@@ -10,7 +10,7 @@ tour: $(VENV)/ready
 	$(BIN)/posttrain tour --out $(OUT)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest tests src --doctest-modules --ignore=src/posttrain/lab/base
+	$(BIN)/python -m pytest tests src --doctest-modules
 
 unit: $(VENV)/ready
 	$(BIN)/python -m pytest tests/unit
