@@ -69,7 +69,7 @@ def test_log_probs_are_those_of_the_distribution_sampled(sampling):
         p[order[before >= spec.top_p]] = 0
     p[p < spec.min_p * p.max()] = 0
     p /= p.sum()
-    np.testing.assert_allclose(np.exp(logprobs), p[tokens.numpy()], rtol=1e-5)
+    np.testing.assert_allclose(logprobs.exp().numpy(), p[tokens.numpy()], rtol=1e-5)
     counts = np.bincount(tokens.numpy(), minlength=6)
     assert (counts[p == 0] == 0).all()
     sd = np.sqrt(num * p * (1 - p)) + 1e-9
@@ -110,3 +110,16 @@ def test_prompts_without_tokens_or_room_are_refused(engine, tiny_folder):
         request = Request(prompt=prompt, sampling=Sampling(), max_new_tokens=2)
         with pytest.raises(TaskError, match="prompt tokens"):
             policy.generate([request])
+
+
+def test_rows_are_bounded_by_memory(engine, tiny_folder, monkeypatch):
+    """Two layers, two key/value heads of size 8, float32: 2·2·2·8·4 = 256 bytes per token."""
+    policy = engine.policy(str(tiny_folder))
+    monkeypatch.setattr(sampler, "KEY_VALUE_BYTES", 256 * 100)
+    assert sampler._rows_that_fit(policy.model, 10) == 10
+    assert sampler._rows_that_fit(policy.model, 1000) == 1
+    requests = requests_for(policy, count=24)
+    bounded = policy.generate(requests)
+    monkeypatch.undo()
+    for a, b in zip(bounded, policy.generate(requests), strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()

@@ -8,6 +8,7 @@ the learner's own: ratio 1 is a test, not a hope.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from posttrain.protocols import Completion, Objective, Request, StepReport
 from posttrain.provenance import FloatArray, IntArray, Kind, Producer
 from posttrain.recipe import Lora, Optimizer
 from posttrain.trajectory import Trajectory
+
+# peft asks transformers for an attribute by its old name; nothing a user could act on.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 SCORE_TOKENS = 16384
 """Tokens scored together when no gradient is needed."""

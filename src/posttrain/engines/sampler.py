@@ -32,6 +32,9 @@ from posttrain.trajectory import End
 MAX_ROWS = 1024
 """Rows decoded together. More rows use a wide machine better, and need more memory."""
 
+KEY_VALUE_BYTES = 2**31
+"""Most memory for keys and values of a wave; large models decode fewer rows together."""
+
 COMPACT_BELOW = 0.75
 """Finished rows are dropped once fewer than this share of the rows is still going."""
 
@@ -143,13 +146,13 @@ def generate(
             )
     done: list[Completion | None] = [None] * len(requests)
     with torch.inference_mode():
-        for wave in _waves(requests, context=model.context):
+        for wave in _waves(requests, model):
             for index, completion in _run(model, requests, wave, end_tokens):
                 done[index] = completion
     return [c for c in done if c is not None]
 
 
-def _waves(requests: Sequence[Request], *, context: int) -> Iterator[_Wave]:
+def _waves(requests: Sequence[Request], model: Model) -> Iterator[_Wave]:
     """Group requests by decoding and prompt; prompts of similar length go together."""
     by_decoding: dict[tuple[Sampling, int], dict[bytes, list[int]]] = {}
     for index, request in enumerate(requests):
@@ -157,19 +160,31 @@ def _waves(requests: Sequence[Request], *, context: int) -> Iterator[_Wave]:
         prompts = by_decoding.setdefault(decoding, {})
         prompts.setdefault(request.prompt.tobytes(), []).append(index)
     for (sampling, capacity), prompts in by_decoding.items():
+        longest = max(len(requests[ids[0]].prompt) for ids in prompts.values())
+        rows = _rows_that_fit(model, capacity + longest)
         chunks: list[list[int]] = []
         for ids in prompts.values():
-            chunks.extend(ids[i : i + MAX_ROWS] for i in range(0, len(ids), MAX_ROWS))
+            chunks.extend(ids[i : i + rows] for i in range(0, len(ids), rows))
         chunks.sort(key=lambda ids: (len(requests[ids[0]].prompt), len(ids)))
         wave: list[list[int]] = []
         for ids in chunks:
             widest = max([len(ids), *(len(w) for w in wave)])
-            if wave and widest * (len(wave) + 1) > MAX_ROWS:
+            if wave and widest * (len(wave) + 1) > rows:
                 yield _wave(wave, requests, sampling, capacity)
                 wave = []
             wave.append(ids)
         if wave:
             yield _wave(wave, requests, sampling, capacity)
+
+
+def _rows_that_fit(model: Model, tokens: int) -> int:
+    """Rows of ``tokens`` keys and values each within the memory budget, at most MAX_ROWS."""
+    config = model.causal.config.get_text_config().to_dict()
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    kept = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * size
+    per_row = kept * tokens * model.causal.dtype.itemsize
+    return max(1, min(MAX_ROWS, int(KEY_VALUE_BYTES // per_row)))
 
 
 def _wave(
