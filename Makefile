@@ -13,7 +13,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest tests src --doctest-modules
 
 unit: $(VENV)/ready
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -n 2
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check src tests recipes benchmarks
