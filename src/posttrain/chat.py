@@ -64,10 +64,25 @@ def read_jsonl(path: Path) -> list[tuple[int, Mapping[str, object]]]:
             ) from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: {type(row).__name__}", expected="a JSON object")
+        if "\\ud" in line.lower() and not _is_text(row):
+            raise DataError(
+                f"{path}, row {number}: half of a surrogate pair, which is no character",
+                expected="text that can be written as UTF-8",
+                fix="repair the escape (both halves: \\ud83d\\ude00)",
+            )
         rows.append((number, row))
     if not rows:
         raise DataError(f"{path} is empty", expected="one JSON object per line")
     return rows
+
+
+def _is_text(row: Mapping[str, object]) -> bool:
+    """False when some string in the row cannot be encoded."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def messages_from(value: object) -> tuple[Message, ...]:

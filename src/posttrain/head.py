@@ -20,7 +20,8 @@ from posttrain.divergence import Divergence, Shape, divergence
 from posttrain.trajectory import Column
 
 CHUNK_ELEMENTS = 2**24
-"""Logits held at once (64 MiB in float32)."""
+"""Entries of one chunk's logits (64 MiB in float32). Their log-softmax and what the statistics
+need beside it come on top, a few times that."""
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [N, X] -> float32 logits [N, V], everything the model does to them included."""
@@ -115,7 +116,10 @@ def _at_temperature(
 ) -> Tensor:
     if bool((temperature_N == 1).all()):
         return logp_NV.gather(-1, target_N1)[:, 0]
-    scaled = (logits_NV / temperature_N[:, None]).log_softmax(-1)
+    # A greedy token (temperature 0) has no ratio, and no term may ask for one. Divided by 0 it
+    # would still make the gradient of its whole micro-batch NaN: 0 · NaN is NaN.
+    divisor_N = torch.where(temperature_N > 0, temperature_N, torch.ones_like(temperature_N))
+    scaled = (logits_NV / divisor_N[:, None]).log_softmax(-1)
     return scaled.gather(-1, target_N1)[:, 0]
 
 

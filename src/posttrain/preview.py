@@ -152,7 +152,7 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
             rows = planned.spec.groups_per_step * longest
             teacher = rows * (signal.top_k or shape.vocab_size) * 4
     held = f"; teacher distributions up to {_size(teacher)} per step" if teacher else ""
-    return f"{parts}{extra}; logits at most {_size(logits)} at once{held}"
+    return f"{parts}{extra}; logits {_size(logits)} per chunk{held}"
 
 
 def _volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:

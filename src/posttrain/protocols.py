@@ -122,7 +122,7 @@ class StepReport:
     loss: float
     grad_norm: float
     num_tokens: int  # tokens that went through the model
-    num_trained: int  # tokens that a term read
+    num_trained: int  # trainable tokens in the step, whether or not a term read them
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 

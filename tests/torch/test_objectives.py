@@ -243,3 +243,21 @@ def test_each_term_has_its_own_global_count(learner):
         alone = pack(part, needs=frozenset(), max_tokens=10_000)
         separate += gradients(learner, alone, Objective((term,)))[0]
     assert loss == pytest.approx(separate, abs=1e-6)
+
+
+def test_a_greedy_answer_does_not_poison_its_micro_batch(learner):
+    """A term over other authors' tokens must not care that these were drawn at temperature 0."""
+    live = on_policy(random_groups(num_groups=1), learner.policy)
+    live = with_column(live, Column.ADVANTAGE, lambda t: np.ones(len(t), np.float32))
+    greedy = trajectory([7, 8], [9, 10], kind=Kind.LEARNER, temperature=0.0)
+    member = Scored(trajectory=greedy)
+    both = [*live, *on_policy([Group(task="test/0", members=(member,))], learner.policy)]
+    both = with_column(both, Column.ADVANTAGE, lambda t: np.ones(len(t), np.float32))
+    objective = Objective((ClippedPolicyGradient(),))
+    whole = pack(both, needs=objective.needs, max_tokens=10_000)
+    loss, grads = gradients(learner, whole, objective)
+    assert math.isfinite(loss)
+    assert all(bool(torch.isfinite(g).all()) for g in grads.values())
+    split = pack(both, needs=objective.needs, max_tokens=1)
+    _, apart = gradients(learner, split, objective)
+    assert largest_gap(grads, apart) < 1e-5

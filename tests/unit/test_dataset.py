@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.chat import ChatRenderer
+from posttrain.chat import ChatRenderer, read_jsonl
 from posttrain.composition import Dataset
 from posttrain.errors import ConfigError, DataError, ModelError
 from posttrain.provenance import Kind, Producer, Role
@@ -401,3 +401,13 @@ def test_plain_documents_train_every_token_that_something_precedes(tmp_path):
         assert int(trajectory.tokens[-1]) in RENDERER.end_tokens
     with pytest.raises(DataError, match="text of type"):
         source(tmp_path, [{"text": " "}])
+
+
+def test_half_a_surrogate_pair_is_named_by_row(tmp_path):
+    path = tmp_path / "d.jsonl"
+    good = '{"prompt": "a", "completion": "\\ud83d\\ude00"}'
+    path.write_text(good + "\n")
+    assert len(read_jsonl(path)) == 1
+    path.write_text(good + '\n{"prompt": "a", "completion": "\\ud83d"}\n')
+    with pytest.raises(DataError, match="row 2: half of a surrogate pair"):
+        read_jsonl(path)

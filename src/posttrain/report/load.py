@@ -227,14 +227,20 @@ def _series(lines: Sequence[Mapping[str, float]]) -> Iterable[Series]:
 
 
 def _gates(run: _Run, planned: PlannedStage) -> Iterable[GateView]:
-    for record in run.records:
-        body = record.body
-        if record.kind is RecordKind.GATE and body["stage"] == planned.spec.name:
-            gate = body["gate"]
-            assert isinstance(gate, Mapping)
-            stopped = Outcome.STOPPED if gate["otherwise"] == "stop" else Outcome.WARNED
-            outcome = Outcome.PASSED if body["passed"] else stopped
-            yield GateView(outcome=outcome, words=str(body["words"]))
+    """The last decision of each gate that the recipe still has, in the recipe's order."""
+    latest = {
+        config.digest(r.body["gate"]): r.body
+        for r in run.records
+        if r.kind is RecordKind.GATE and r.body["stage"] == planned.spec.name
+    }
+    for gate in planned.spec.gates:
+        body = latest.get(config.digest(config.plain(gate)))
+        if body is None:
+            continue
+        missed = Outcome.STOPPED if gate.otherwise == "stop" else Outcome.WARNED
+        yield GateView(
+            outcome=Outcome.PASSED if body["passed"] else missed, words=str(body["words"])
+        )
 
 
 # --- what was measured -----------------------------------------------------------------------
@@ -409,6 +415,12 @@ def _warnings(run: _Run, whole: Attributions | None) -> Iterable[str]:
             yield (
                 f"{planned.spec.name}: {mean:.0%} of the groups had equal rewards and taught "
                 "nothing; larger groups or other prompts would give more signal"
+            )
+        idle = [m for m in _metrics(run.folder(planned)) if m.get("tokens") == 0]
+        if idle:
+            yield (
+                f"{planned.spec.name}: {len(idle)} steps had nothing to learn from and changed "
+                "nothing: every answer was filtered out or too old"
             )
     for task in whole.tasks if whole else ():
         unclear = max(task.undetermined_gain.value, task.undetermined_loss.value)
