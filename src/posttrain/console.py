@@ -11,6 +11,7 @@ from rich.console import Console as Terminal
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from posttrain.clock import seconds_in
 from posttrain.events import (
     Event,
     GateDecided,
@@ -48,6 +49,7 @@ class Console:
         self._bar: TaskID | None = None
         self._seconds_per_step = 0.0
         self._tokens_per_second = 0.0
+        self._seconds: dict[str, float] = {}  # of the stage so far, by what they went into
         self._last_line = 0.0
         self._stage_began = time.monotonic()
 
@@ -109,6 +111,7 @@ class Console:
         self._clear()
         self._stage_began = time.monotonic()
         self._seconds_per_step = self._tokens_per_second = 0.0
+        self._seconds = {}
         state = "already finished" if event.finished else f"{event.steps} steps"
         if event.step and not event.finished:
             state = f"going on from step {event.step} of {event.steps}"
@@ -131,6 +134,11 @@ class Console:
         if "zero_variance" in event.metrics:
             parts.append(f"no signal {event.metrics['zero_variance']:.0%}")
         parts.append(f"{self._tokens_per_second:,.0f} tok/s")
+        for name, seconds in seconds_in(event.metrics).items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        if total := sum(self._seconds.values()):
+            most = max(self._seconds, key=lambda name: self._seconds[name])
+            parts.append(f"{most} {self._seconds[most] / total:.0%}")
         parts.append(f"{_duration(left)} left")
         words = " · ".join(parts)
         if self._bar is not None:

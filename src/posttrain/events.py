@@ -20,12 +20,16 @@ class StageStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """One optimiser step. ``metrics`` holds loss, reward, entropy and the like by name."""
+    """One optimiser step.
+
+    ``metrics`` holds loss, reward, entropy and the like by name, and the time by what it went
+    into as ``seconds/<name>`` (see ``clock.py``).
+    """
 
     stage: str
     step: int
     steps: int
-    seconds: float  # wall time of this step, drawing and scoring included
+    seconds: float  # wall time since the step before, drawing and scoring included
     num_tokens: int  # tokens that were sampled or trained on
     metrics: Mapping[str, float] = field(default_factory=dict)
 

@@ -14,12 +14,12 @@ checkpoint between two draws resumes bit for bit.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from posttrain import clock
 from posttrain.batch import pack
 from posttrain.composition import TermSpec
 from posttrain.events import Observer, StepDone
@@ -68,31 +68,24 @@ def run_stage(
     run = _Run(stage, parts, steps, journal, observe)
     updates = stage.updates_per_draw
     step = committed = journal.resume(parts.learner)
+    clock.drain()  # what happened before the first step is none of its time
     while step < steps:
-        started = time.perf_counter()
-        groups = parts.source.draw(stage.groups_per_step, step=step // updates)
-        drawn = time.perf_counter()
-        for signal in parts.signals:
-            groups = signal.score(groups)
-        clock = _Clock(drawn - started, time.perf_counter() - drawn)
+        with clock.measure("draw"):
+            groups = parts.source.draw(stage.groups_per_step, step=step // updates)
+        with clock.measure("score"):
+            for signal in parts.signals:
+                groups = signal.score(groups)
         # A draw cannot be repeated with newer weights, so it is committed whole or not at all.
         for update in range(min(updates, steps - step)):
-            run.update(groups[update::updates], step=step, clock=clock)
-            step, clock = step + 1, _Clock(0.0, 0.0)
+            run.update(groups[update::updates], step=step)
+            step += 1
         halt = stop()
         if step - committed >= stage.checkpoint_every or step >= steps or halt:
-            journal.commit(step, parts.learner)
+            with clock.measure("journal"):
+                journal.commit(step, parts.learner)
             committed = step
         if halt and step < steps:
             raise Interrupted(f"stage {stage.name} at step {step} of {steps}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Clock:
-    """Seconds a draw took before any update."""
-
-    draw: float
-    score: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,23 +98,23 @@ class _Run:
     journal: Journal
     observe: Observer
 
-    def update(self, groups: Sequence[Group], *, step: int, clock: _Clock) -> None:
+    def update(self, groups: Sequence[Group], *, step: int) -> None:
         """One optimiser step on one share of a draw."""
         stage, learner = self.stage, self.parts.learner
         objective = self.parts.objective.at(step=step, steps=self.steps)
-        started = time.perf_counter()
-        # Age is counted at consumption: a draw's second update is one version old by design.
-        admission = admit(
-            groups,
-            self.parts.terms,
-            version=learner.policy.version,
-            max_age=stage.max_age + stage.updates_per_draw - 1,
-        )
-        needs = column_readers(self.parts.terms)
-        batches = pack(admission.kept, needs=needs, max_tokens=stage.micro_batch_tokens)
+        with clock.measure("pack"):
+            # Age is counted at consumption: a draw's second update is one version old by design.
+            admission = admit(
+                groups,
+                self.parts.terms,
+                version=learner.policy.version,
+                max_age=stage.max_age + stage.updates_per_draw - 1,
+            )
+            needs = column_readers(self.parts.terms)
+            batches = pack(admission.kept, needs=needs, max_tokens=stage.micro_batch_tokens)
         scale = lr_scale(stage.optimizer, step=step, steps=self.steps)
         report = learner.step(batches, objective, lr_scale=scale)
-        train = time.perf_counter() - started
+        seconds = clock.drain()
         metrics = {
             "loss": report.loss,
             "grad_norm": report.grad_norm,
@@ -130,17 +123,16 @@ class _Run:
             **report.metrics,
             **objective.moving,
             **group_metrics(admission),
-            "seconds_draw": clock.draw,
-            "seconds_score": clock.score,
-            "seconds_train": train,
+            **{f"{clock.PREFIX}{name}": value for name, value in seconds.items()},
         }
-        self.journal.record(step, admission, metrics)
+        with clock.measure("journal"):
+            self.journal.record(step, admission, metrics)
         self.observe(
             StepDone(
                 stage=stage.name,
                 step=step + 1,
                 steps=self.steps,
-                seconds=clock.draw + clock.score + train,
+                seconds=sum(seconds.values()),
                 num_tokens=report.num_tokens,
                 metrics=metrics,
             )

@@ -242,7 +242,7 @@ def stage_folder(out: Path, name: str) -> Path:
 def metrics(folder: Path) -> list[dict]:
     """Lines without what a clock says."""
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if not k.startswith("seconds_")} for x in lines]
+    return [{k: v for k, v in x.items() if not k.startswith("seconds/")} for x in lines]
 
 
 def rows(out: Path, *, sittings: bool = False) -> list[tuple[str, dict]]:

@@ -6,6 +6,7 @@ import math
 import random
 from itertools import pairwise
 
+from posttrain.clock import GROUPS
 from posttrain.provenance import Kind, Role
 from posttrain.report.view import (
     Account,
@@ -29,6 +30,7 @@ from posttrain.report.view import (
     Support,
     SupportMap,
     TaskEffect,
+    TimePart,
     Token,
     TokenCount,
     Totals,
@@ -173,6 +175,11 @@ def samples() -> tuple[Sample, ...]:
     )
 
 
+def times(**seconds: float) -> tuple[TimePart, ...]:
+    group = {n: g for g, names in GROUPS.items() for n in names}
+    return tuple(TimePart(group=group[n], name=n, seconds=s) for n, s in seconds.items())
+
+
 def stages(dice: random.Random) -> tuple[StageView, ...]:
     expansion, reshaping = Effect.EXPANSION, Effect.RESHAPING
     undecided, attrition, kept = Effect.UNDETERMINED, Effect.ATTRITION, Effect.CONSOLIDATION
@@ -198,6 +205,7 @@ def stages(dice: random.Random) -> tuple[StageView, ...]:
             effects=effects(undecided, undecided, undecided, expansion),
             steps=120,
             seconds=48.2,
+            times=times(pack=1.2, forward=14.0, backward=29.5, optimizer=2.1, idle=0.4),
             tokens=tokens(Kind.EXTERNAL, "lab-demos", 61_440),
             series=(wave("loss", 2.9, 0.41, dice), wave("grad norm", 3.1, 0.6, dice)),
             gates=(
@@ -216,6 +224,18 @@ def stages(dice: random.Random) -> tuple[StageView, ...]:
             effects=effects(undecided, reshaping, attrition, reshaping),
             steps=120,
             seconds=211.9,
+            times=times(
+                draw=1.1,
+                prefill=6.0,
+                decode=118.2,
+                verify=4.4,
+                reference=11.0,
+                forward=22.0,
+                backward=45.0,
+                optimizer=2.2,
+                journal=1.0,
+                idle=0.3,
+            ),
             tokens=tokens(Kind.LEARNER, "run-7f3a", 245_760),
             series=(
                 wave("reward", 0.31, 0.74, dice),

@@ -12,7 +12,7 @@ import posttrain
 ROOT = Path(posttrain.__file__).parent
 LAYERS = [
     {"errors"},
-    {"config", "provenance", "trajectory", "task"},
+    {"config", "provenance", "trajectory", "task", "clock"},
     {"files", "ledger", "store", "events"},
     {
         "composition",

@@ -23,7 +23,7 @@ from posttrain.errors import DataError
 from posttrain.provenance import Kind
 from posttrain.report import render
 from posttrain.report.change import change_chart
-from posttrain.report.charts import curve, pass_at_k, support_map, thinned, token_bar
+from posttrain.report.charts import curve, pass_at_k, support_map, thinned, time_bar, token_bar
 from posttrain.report.headline import headline
 from posttrain.report.svg import tag
 from posttrain.report.view import (
@@ -40,6 +40,7 @@ from posttrain.report.view import (
     Series,
     Support,
     SupportMap,
+    TimePart,
     Totals,
 )
 
@@ -418,6 +419,18 @@ def test_token_bar_is_proportional_and_hatches_what_was_discarded() -> None:
     assert boxes(svg, "kind human")[0] == boxes(svg, "discarded")[0] == (375.0, 125.0 - 1.5)
 
 
+def test_time_bar_is_proportional_and_says_shares() -> None:
+    parts = (
+        TimePart(group="sampling", name="decode", seconds=30.0),
+        TimePart(group="the rest", name="idle", seconds=10.0),
+    )
+    svg = time_bar(parts, ident="b", title="t", most=80.0)
+    assert boxes(svg, "time sampling")[0] == (0.0, 375.0 - 1.5)
+    assert boxes(svg, "time the-rest")[0] == (375.0, 125.0 - 1.5)
+    assert "decode: 30 s, 75%" in svg
+    assert "no times" in time_bar((), ident="b", title="t")
+
+
 def test_a_long_series_keeps_its_extremes_and_ends() -> None:
     points = [(i, 0.0) for i in range(10_000)]
     points[1234], points[8765] = (1234, 9.0), (8765, -7.0)
@@ -548,7 +561,7 @@ def test_a_page_with_missing_or_odd_parts_is_whole(view: RunView, name: str) -> 
     text = Reader(shown).text
     assert words in text
     assert not re.search(r"\b(nan|None|Undefined|inf)\b", text)
-    assert Reader(shown).tags.count("section") == 10
+    assert Reader(shown).tags.count("section") == 11
 
 
 def test_the_full_page_has_sound_drawings_and_is_the_same_twice(view: RunView, page: str) -> None:

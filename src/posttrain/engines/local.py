@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain import clock
 from posttrain.batch import PackedBatch, pack_trajectories
 from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.config import digest
@@ -90,7 +91,8 @@ class LocalPolicy:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
-        return generate(self._model, requests, end_tokens=self._renderer.end_tokens)
+        with clock.measure("decode"):
+            return generate(self._model, requests, end_tokens=self._renderer.end_tokens)
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory, at temperature 1; NaN where nothing is trained."""
@@ -210,23 +212,37 @@ class LocalLearner:
         counts = objective.counts(batches)
         total, metrics = 0.0, dict[str, float]()
         for batch in (b.to(self._model.device) for b in batches):
-            loss, shares = objective.loss(
-                self._model.predicting(batch),
-                self._model.head,
-                batch,
-                counts=counts,
-                vocab_size=self._model.vocab_size,
-            )
-            loss.backward()
-            total += float(loss.detach())
+            with clock.measure("forward"):
+                loss, shares = objective.loss(
+                    self._model.predicting(batch),
+                    self._model.head,
+                    batch,
+                    counts=counts,
+                    vocab_size=self._model.vocab_size,
+                )
+            with clock.measure("backward"):
+                loss.backward()
+                total += float(loss.detach())
             for name, share in shares.items():
                 metrics[name] = metrics.get(name, 0.0) + share
+        with clock.measure("optimizer"):
+            norm = self._update(lr_scale, loss=total)
+        return StepReport(
+            loss=total,
+            grad_norm=norm,
+            num_tokens=sum(b.num_tokens for b in batches),
+            num_trained=sum(len(b.target_N) for b in batches),
+            metrics=metrics,
+        )
+
+    def _update(self, lr_scale: float, *, loss: float) -> float:
+        """Clip and apply the gradients that were collected; returns their norm."""
         self._masters.take_gradients()
         weights = self._masters.parameters
         norm = float(torch.nn.utils.clip_grad_norm_(weights, self._config.max_grad_norm))
         if not np.isfinite(norm):
             raise ModelError(
-                f"the gradient is not finite at version {self._version.steps} (loss {total})",
+                f"the gradient is not finite at version {self._version.steps} (loss {loss})",
                 expected="finite losses and gradients",
                 fix="lower the learning rate; the last checkpoint is intact",
             )
@@ -235,13 +251,7 @@ class LocalLearner:
         self._optimizer.step()
         self._masters.write_back()
         self._version.steps += 1
-        return StepReport(
-            loss=total,
-            grad_norm=norm,
-            num_tokens=sum(b.num_tokens for b in batches),
-            num_trained=sum(len(b.target_N) for b in batches),
-            metrics=metrics,
-        )
+        return norm
 
     def save(self, folder: Path) -> None:
         """Trained weights, optimiser state and version, as ``learner.pt``."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain import clock
 from posttrain.batch import Segment
 from posttrain.engines.attention import PackedPlan
 from posttrain.engines.model import Model
@@ -202,7 +203,8 @@ def _run(
     """Decode one wave; yields completions as their rows finish."""
     device = model.device
     lengths = np.array([len(p) for p in wave.prompts])
-    plan, hidden_PX = _prefill(model, wave)
+    with clock.measure("prefill"):
+        plan, hidden_PX = _prefill(model, wave)
     ids_PG = wave.ids_PG
     ids_R = ids_PG.reshape(-1)
     uniform = np.zeros((ids_R.size, wave.capacity))

@@ -1,4 +1,4 @@
-"""The charts of a report, as inline SVG: pass@k, support map, curves of a stage, token bars.
+"""The charts of a report, as inline SVG: pass@k, support map, curves of a stage, stacked bars.
 
 Each function is pure: values in, one escaped drawing out. ``ident`` must be unique on the page.
 """
@@ -14,6 +14,7 @@ from markupsafe import Markup
 from posttrain.provenance import Kind
 from posttrain.report.svg import (
     compact,
+    duration,
     figure,
     fit,
     label,
@@ -30,6 +31,7 @@ from posttrain.report.view import (
     Series,
     Support,
     SupportMap,
+    TimePart,
     known,
     task_of,
 )
@@ -251,6 +253,28 @@ def token_bar(
     told = ", ".join(f"{w} {n:,}{' discarded' if d else ''}" for _, w, n, d in counts)
     return figure(
         *parts, ident=ident, width=1000, height=26, title=title, desc=told or "no tokens",
+        class_="bar",
+        stretch=True,
+    )  # fmt: skip
+
+
+def time_bar(parts: Sequence[TimePart], *, ident: str, title: str, most: float = 0) -> Markup:
+    """One stacked bar of seconds, coloured by group.
+
+    ``most`` sets the scale, so that bars of several stages can be compared.
+    """
+    total = sum(p.seconds for p in parts)
+    scale = 1000 / max(total, most, 1e-9)
+    drawn, x = [rect(0, 0, 1000, 26, "track", rx=3)], 0.0
+    for part in parts:
+        width = part.seconds * scale
+        words = f"{part.name}: {duration(part.seconds)}, {part.seconds / total:.0%}"
+        class_ = f"time {part.group.replace(' ', '-')}"
+        drawn.append(rect(x, 0, width - 1.5, 26, class_, tag("title", words)))
+        x += width
+    told = ", ".join(f"{p.name} {duration(p.seconds)}" for p in parts)
+    return figure(
+        *drawn, ident=ident, width=1000, height=26, title=title, desc=told or "no times",
         class_="bar",
         stretch=True,
     )  # fmt: skip

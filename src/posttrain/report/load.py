@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from posttrain import config
 from posttrain.chat import ChatRenderer
+from posttrain.clock import GROUPS, seconds_in
 from posttrain.composition import TeacherDistribution
 from posttrain.errors import LedgerBroken
 from posttrain.files import write_atomic
@@ -54,6 +55,7 @@ from posttrain.report.view import (
     Support,
     SupportMap,
     TaskEffect,
+    TimePart,
     Token,
     TokenCount,
     Totals,
@@ -202,6 +204,7 @@ def _stage(run: _Run, planned: PlannedStage) -> StageView:
         ),
         series=tuple(_series(lines)),
         gates=tuple(_gates(run, planned)),
+        times=tuple(_times(lines)),
     )
 
 
@@ -213,8 +216,16 @@ def _metrics(folder: Path) -> list[Mapping[str, float]]:
 
 
 def _elapsed(lines: Sequence[Mapping[str, float]]) -> float:
-    parts = ("seconds_draw", "seconds_score", "seconds_train")
-    return sum(line.get(p, 0.0) for line in lines for p in parts)
+    return sum(sum(seconds_in(line).values()) for line in lines)
+
+
+def _times(lines: Sequence[Mapping[str, float]]) -> Iterable[TimePart]:
+    """What the steps' time went into, in the order of the clock; parts that took none are out."""
+    steps = [seconds_in(line) for line in lines]
+    for group, names in GROUPS.items():
+        for name in names:
+            if seconds := sum(step.get(name, 0.0) for step in steps):
+                yield TimePart(group=group, name=name, seconds=seconds)
 
 
 def _series(lines: Sequence[Mapping[str, float]]) -> Iterable[Series]:

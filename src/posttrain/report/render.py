@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from posttrain.provenance import Kind
 from posttrain.report.change import change_chart
-from posttrain.report.charts import curve, pass_at_k, support_map, token_bar
+from posttrain.report.charts import curve, pass_at_k, support_map, time_bar, token_bar
 from posttrain.report.headline import Headline, headline
 from posttrain.report.picture import effect_glyph, pipeline
 from posttrain.report.svg import clean, compact, duration
@@ -33,6 +33,7 @@ from posttrain.report.view import (
     PolicyView,
     RunView,
     StageView,
+    TimePart,
     Token,
     task_of,
 )
@@ -84,6 +85,15 @@ class AccountPanel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TimePanel:
+    """One stage of where the time went: the bar, and (part, share of the stage) behind it."""
+
+    stage: str
+    bar: Markup
+    rows: tuple[tuple[TimePart, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
     """Everything the template places."""
 
@@ -98,6 +108,8 @@ class Page:
     drift: tuple[tuple[str, tuple[tuple[str, PolicyTask], ...]], ...]
     support: tuple[tuple[str, int, Markup], ...]
     stages: tuple[StagePanel, ...]
+    times: tuple[TimePanel, ...]
+    time_groups: tuple[str, ...]
     accounts: tuple[AccountPanel, ...]
     trained: int
     discarded: int
@@ -182,6 +194,8 @@ def _page(view: RunView) -> Page:
             for i, m in enumerate(view.support)
         ),
         stages=tuple(_stage(view, stage, i) for i, stage in enumerate(view.stages)),
+        times=_times(view.stages),
+        time_groups=tuple(dict.fromkeys(p.group for s in view.stages for p in s.times)),
         accounts=_accounts(view.accounts),
         trained=sum(a.trained for a in view.accounts),
         discarded=sum(a.discarded for a in view.accounts),
@@ -228,6 +242,20 @@ def _stage(view: RunView, stage: StageView, index: int) -> StagePanel:
         tokens=token_bar(parts, ident=f"st{index}-tok", title=f"Tokens of {stage.name} by producer")
         if parts
         else None,
+    )
+
+
+def _times(stages: Sequence[StageView]) -> tuple[TimePanel, ...]:
+    totals = {s.name: sum(p.seconds for p in s.times) for s in stages}
+    most = max(totals.values(), default=0.0)
+    return tuple(
+        TimePanel(
+            stage=s.name,
+            bar=time_bar(s.times, ident=f"time-{i}", title=f"Time of {s.name}", most=most),
+            rows=tuple((p, f"{p.seconds / totals[s.name]:.1%}") for p in s.times),
+        )
+        for i, s in enumerate(stages)
+        if totals[s.name] > 0
     )
 
 

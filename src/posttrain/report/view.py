@@ -143,6 +143,15 @@ class TokenCount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TimePart:
+    """What a stage spent on one kind of work; names and groups are those of ``clock.py``."""
+
+    group: str
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageView:
     """One intervention: what it was meant to do, what it did, and what it cost.
 
@@ -163,6 +172,7 @@ class StageView:
     tokens: tuple[TokenCount, ...] = ()
     series: tuple[Series, ...] = ()
     gates: tuple[GateView, ...] = ()
+    times: tuple[TimePart, ...] = ()
 
 
 # --- what was measured -----------------------------------------------------------------------

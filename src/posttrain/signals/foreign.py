@@ -12,6 +12,7 @@ from typing import final
 
 import numpy as np
 
+from posttrain import clock
 from posttrain.composition import ForeignTeacher
 from posttrain.errors import TaskError
 from posttrain.protocols import Policy, Renderer
@@ -38,7 +39,8 @@ class ForeignTeacherSignal:
         """The same groups with both columns on every member."""
         trajectories = [m.trajectory for g in groups for m in g.members]
         read = [self._retokenised(t) for t in trajectories]
-        tops = self.teacher.distributions(read, top_k=self.spec.top_k)
+        with clock.measure("teacher"):
+            tops = self.teacher.distributions(read, top_k=self.spec.top_k)
         return attach(
             groups,
             [

@@ -16,6 +16,7 @@ from typing import final
 
 import numpy as np
 
+from posttrain import clock
 from posttrain.composition import TeacherDistribution, TeacherLogprobs
 from posttrain.errors import ConfigError, ModelError, TaskError, nearest
 from posttrain.protocols import Policy
@@ -36,7 +37,8 @@ class ReferenceSignal:
 
     def score(self, groups: Sequence[Group]) -> Sequence[Group]:
         """The same groups with the column on every member."""
-        values = self.policy.logprobs(_trajectories(groups))
+        with clock.measure("reference"):
+            values = self.policy.logprobs(_trajectories(groups))
         return attach(groups, [{Column.REFERENCE_LOGPROB: v} for v in values])
 
 
@@ -76,7 +78,8 @@ class TeacherSignal:
         out: list[Group | None] = [None] * len(groups)
         for reference, indices in by_teacher.items():
             chosen = [groups[i] for i in indices]
-            columns = self._ask(self.teachers[reference], _trajectories(chosen))
+            with clock.measure("teacher"):
+                columns = self._ask(self.teachers[reference], _trajectories(chosen))
             for index, group in zip(indices, attach(chosen, columns), strict=True):
                 out[index] = group
         return [g for g in out if g is not None]

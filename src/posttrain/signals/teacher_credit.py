@@ -9,6 +9,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
+from posttrain import clock
 from posttrain.composition import DeltaAdvantage, TeacherAdvantage
 from posttrain.protocols import Policy
 from posttrain.signals.scoring import attach
@@ -92,7 +93,8 @@ class DeltaAdvantageSignal:
         """The same groups with the column on every member, NaN where nothing is trained."""
         trajectories = [m.trajectory for g in groups for m in g.members]
         asked = (self.live, self.teacher, self.base)
-        logps = [p.distributions(trajectories, top_k=None) for p in asked]
+        with clock.measure("teacher"):
+            logps = [p.distributions(trajectories, top_k=None) for p in asked]
         columns = []
         for index, trajectory in enumerate(trajectories):
             trained = trajectory.trainable

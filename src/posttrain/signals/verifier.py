@@ -12,6 +12,7 @@ from typing import final
 
 import numpy as np
 
+from posttrain import clock
 from posttrain.errors import TaskError, nearest
 from posttrain.protocols import Renderer
 from posttrain.task import Task, TaskSet
@@ -72,7 +73,8 @@ class Verifier:
         tasks = [self._find(group)[1] for group in groups for _ in group.members]
         trajectories = [member.trajectory for group in groups for member in group.members]
         texts = [self._renderer.text(t.tokens[t.prompt_length :]) for t in trajectories]
-        scores = self._tasksets[name].score(tasks, texts)
+        with clock.measure("verify"):
+            scores = self._tasksets[name].score(tasks, texts)
         if len(scores) != len(texts) or not all(math.isfinite(s) for s in scores):
             raise TaskError(
                 f"task set {name} scored {len(texts)} completions with {list(scores)[:8]}",

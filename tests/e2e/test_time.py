@@ -1,0 +1,41 @@
+"""Every step says where its time went, and the report shows it."""
+
+import json
+import time
+
+from world import grpo, opd, recipe, sft, sit, stage_folder, write_recipe
+
+from posttrain.clock import NAMES, seconds_in
+from posttrain.report.load import write_report
+
+TRAINING = {"draw", "score", "pack", "forward", "backward", "optimizer", "idle"}
+
+
+def test_a_run_says_where_the_time_went(shared):
+    path = write_recipe(shared, recipe(sft(), grpo(), opd()), "timed.yaml")
+    out, started = shared / "timed", time.monotonic()
+    code, words = sit(path, out)
+    assert code == 0, words
+    wall = time.monotonic() - started
+    expected = {
+        "sft": TRAINING,
+        "grpo": TRAINING | {"prefill", "decode", "verify", "reference"},
+        "opd": TRAINING | {"prefill", "decode", "teacher"},
+    }
+    total = 0.0
+    for name, names in expected.items():
+        lines = (stage_folder(out, name) / "metrics.jsonl").read_text().splitlines()
+        steps = [seconds_in(json.loads(line)) for line in lines]
+        assert [set(s) - {"journal"} for s in steps] == [names] * 4
+        # A step's own row is written after it: its writing counts to the next step.
+        assert ["journal" in s for s in steps] == [False, True, True, True]
+        assert all(v >= 0 for s in steps for v in s.values())
+        assert set().union(*steps) <= set(NAMES)
+        total += sum(sum(s.values()) for s in steps)
+    assert 0 < total < wall
+    page = write_report(out).read_text()
+    assert "Where the time went" in page
+    section = page[page.index('id="time"') : page.index('id="tokens"')]
+    assert section.count("<svg") - section.count('class="swatch"') == 3
+    for name in ("decode", "reference", "teacher", "backward"):
+        assert f"<td>{name}</td>" in section
