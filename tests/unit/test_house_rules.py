@@ -32,6 +32,7 @@ LAYERS = [
         "build",
         "records",
         "pipeline",
+        "diagnosis",
         "preview",
         "tables",
         "report",
