@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posttrain.chat import ChatRenderer
 from posttrain.composition import (
+    MOVING,
     Dataset,
     Mix,
     ReferenceLogprobs,
@@ -51,6 +52,15 @@ class Workshop:
 
     def parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         """Build a stage around its learner."""
+        if (moving := learner.moving) is not None:
+            return self._following(moving)._parts(planned, learner)
+        return self._parts(planned, learner)
+
+    def _following(self, moving: Policy) -> Workshop:
+        """The same workshop, which finds the learner's own reference too."""
+        return replace(self, policy=lambda ref: moving if ref == MOVING else self.policy(ref))
+
+    def _parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         composition = planned.composition
         # The stage's own stream of randomness, the same in every sitting.
         seed = zlib.crc32(f"{self.seed}/{planned.spec.name}".encode())

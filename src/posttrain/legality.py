@@ -282,7 +282,7 @@ def _check_credit(composition: Composition, *, stage: str) -> None:
     for signal, kinds in zip(composition.signals, scopes(composition), strict=True):
         name = str(signal.__struct_config__.tag)
         drawn = [p for p in every if p.writes & kinds]
-        if isinstance(signal, Grouped):
+        if isinstance(signal, Grouped | TeacherDistribution):
             for part in drawn:
                 if part.group_size < signal.min_group:
                     raise LegalityError(

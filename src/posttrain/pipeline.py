@@ -284,6 +284,7 @@ class _Run:
             optimizer=spec.optimizer,
             lora=spec.lora,
             seed=self.plan.recipe.seed,
+            moving=planned.composition.moving,
         )
         parts = self._workshop().parts(planned, learner)
         rows = None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from posttrain import extensions
 from posttrain.composition import (
+    MOVING,
     Composition,
     Dataset,
     MismatchedKL,
@@ -126,6 +127,8 @@ def make_plan(recipe: Recipe, *, root: Path, base: str) -> Plan:
         outside = [r for r in (init, *_references(composition)) if r.startswith("path:")]
         known = {**identities, "learner": "learner"} | {r: _outside(r, root) for r in outside}
         known["input"] = known.get(init, init)
+        if composition.moving is not None:
+            known[MOVING] = MOVING
         _check_references(init, composition, known, stage=spec.name)
         _check_tasks(composition, recipe, stage=spec.name)
         check_composition(composition, stage=spec.name)
@@ -170,8 +173,16 @@ def _check_references(
     init: str, composition: Composition, known: Mapping[str, str], *, stage: str
 ) -> None:
     """Every policy exists, and only a source may draw from the live learner."""
+    named = set(_references(composition))
+    if (MOVING in named) != (composition.moving is not None):
+        raise ConfigError(
+            f"stage {stage}: {'' if MOVING in named else 'no '}part refers to policy {MOVING!r}, "
+            f"and the composition has {'no ' if MOVING in named else 'a '}moving reference",
+            expected="both or neither",
+            fix="moving: {every: ..., rate: ...} in the composition, or another policy",
+        )
     graders = set(known) - {"learner"}
-    asked = [(init, graders - {"input"}), *((r, graders) for r in _graders(composition))]
+    asked = [(init, graders - {"input", MOVING}), *((r, graders) for r in _graders(composition))]
     drawn = [p.policy for p in parts_of(composition.source) if isinstance(p, Rollouts)]
     asked.extend((policy, set(known)) for policy in (*drawn, *_teachers(composition)))
     for ref, usable in asked:

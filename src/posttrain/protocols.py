@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.batch import PackedBatch
+    from posttrain.composition.moving import MovingReference
     from posttrain.head import Head
     from posttrain.recipe import Lora, Optimizer
 
@@ -164,6 +165,11 @@ class Learner(Protocol):
     @property
     def policy(self) -> Policy: ...
 
+    @property
+    def moving(self) -> Policy | None:
+        """The reference that follows the learner; None when the stage declares none."""
+        ...
+
     def step(
         self, batches: Sequence[PackedBatch], objective: Objective, *, lr_scale: float
     ) -> StepReport:
@@ -189,7 +195,14 @@ class Engine(Protocol):
         ...
 
     def learner(
-        self, model: str, *, name: str, optimizer: Optimizer, lora: Lora | None, seed: int
+        self,
+        model: str,
+        *,
+        name: str,
+        optimizer: Optimizer,
+        lora: Lora | None,
+        seed: int,
+        moving: MovingReference | None = None,
     ) -> Learner:
         """A learner that starts from a folder or a hub id; adapters start from ``seed``."""
         ...

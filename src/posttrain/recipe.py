@@ -18,7 +18,7 @@ from posttrain.config import Config, convert, read_yaml
 from posttrain.errors import ConfigError, nearest
 
 Plain = str | int | float | bool | None
-RESERVED = frozenset({"base", "learner", "input", "previous"})
+RESERVED = frozenset({"base", "learner", "input", "moving", "previous"})
 
 
 # --- task sets -------------------------------------------------------------------------------

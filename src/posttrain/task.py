@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -49,6 +49,26 @@ class Task:
         )
         content = json.dumps([turns, self.answer], ensure_ascii=False)
         return f"{self.taskset}/{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def with_context(task: Task, context: str, **shown: str) -> Task:
+    """The task as somebody reads it who knows more: its last turn told through a template.
+
+    Args:
+        task: question and answer.
+        context: a template with ``{question}``, and ``{answer}`` or a name in ``shown``.
+        shown: further texts by name.
+
+    Example:
+        >>> sums = Task(taskset="sums", prompt="1+1=", answer="2")
+        >>> with_context(sums, "The answer is {answer}. {question}").prompt
+        'The answer is 2. 1+1='
+    """
+    told = context.format(question=task.text, answer=task.answer, **shown)
+    if isinstance(task.prompt, str):
+        return replace(task, prompt=told)
+    *before, last = task.prompt
+    return replace(task, prompt=(*before, Message(role=last.role, content=told)))
 
 
 class TaskSet(Protocol):

@@ -88,6 +88,7 @@ class Discard(StrEnum):
     DUPLICATE = "duplicate"  # of an earlier answer of its group
     NO_ADVANTAGE = "no advantage"  # not better than the baseline
     UNRANKED = "unranked"  # neither the best nor the worst of its group
+    NO_SUCCESS = "no successful sibling"  # that could be shown to a teacher
 
     @property
     def code(self) -> int:

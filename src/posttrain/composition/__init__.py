@@ -43,6 +43,7 @@ from posttrain.composition.distillation import (
     TeacherSortedL1,
     TeacherTotalVariation,
 )
+from posttrain.composition.moving import MOVING, MovingReference
 from posttrain.composition.offline import (
     AdvantageWeighted,
     KeepPositiveAdvantages,
@@ -120,6 +121,7 @@ from posttrain.config import Config
 
 __all__ = [
     "ANYONE",
+    "MOVING",
     "AdvantageWeighted",
     "Aggregate",
     "BestOfKAdvantage",
@@ -153,6 +155,7 @@ __all__ = [
     "Mismatch",
     "MismatchedKL",
     "Mix",
+    "MovingReference",
     "OddsRatio",
     "OwnLogprobs",
     "PairwiseAnchored",
@@ -210,8 +213,12 @@ TermSpec = SupervisedTerm | OfflineTerm | PreferenceTerm | PolicyTerm | Distilla
 
 
 class Composition(Config, frozen=True, kw_only=True):
-    """A method spelt out: where trajectories come from, who judges them, what is minimised."""
+    """A method spelt out: where trajectories come from, who judges them, what is minimised.
+
+    ``moving`` gives the learner a reference that follows it, for parts that name policy ``moving``.
+    """
 
     source: SourceSpec
     terms: tuple[extensions.AnyTerm, ...]
     signals: tuple[extensions.AnySignal, ...] = ()
+    moving: MovingReference | None = None

@@ -15,7 +15,8 @@ ANYONE = frozenset(Kind) - {Kind.TEMPLATE, Kind.ENVIRONMENT}
 
 PolicyRef = str
 """``learner``; ``input`` (the policy the stage started from); ``base``; an earlier stage's name;
-or ``path:<folder or hub id>``."""
+``moving`` (the composition's reference that follows the learner); or
+``path:<folder or hub id>``."""
 
 Aggregate = Literal["token_mean", "sequence_mean", "sequence_sum"]
 """``token_mean``: every token counts alike. ``sequence_mean``: every sequence counts alike,

@@ -34,17 +34,40 @@ class TeacherDistribution(
     same; only what stands before them differs. With a context the teacher may be the ``learner``
     itself: what it says when it knows more (SDFT 2601.19897, OPSD 2601.18734; context
     distillation 2209.15189).
+
+    ``{success}`` stands for the first *other* answer of the group with a reward of at least
+    ``success`` (SDPO 2601.20802). An answer without such a sibling is discarded.
     """
 
     routes: dict[str, PolicyRef]
     top_k: int | None = None
     context: str | None = None
-    needs: ClassVar[Columns] = frozenset()
-    provides: ClassVar[Columns] = frozenset({Column.TEACHER_IDS, Column.TEACHER_LOGPROBS})
+    success: float = 1.0
+
+    @property
+    def shows_success(self) -> bool:
+        """True when the teacher reads another answer of the group."""
+        return "success" in _fields(self.context)
+
+    @property
+    def min_group(self) -> int:
+        """Members that a group must have."""
+        return 2 if self.shows_success else 1
+
+    @property
+    def needs(self) -> Columns:
+        """Rewards, if successful answers are shown."""
+        return frozenset({Column.REWARD} if self.shows_success else ())
+
+    @property
+    def provides(self) -> Columns:
+        """The distribution, and which answers have a sibling to learn from."""
+        verdict = {Column.DISCARD} if self.shows_success else set()
+        return frozenset({Column.TEACHER_IDS, Column.TEACHER_LOGPROBS} | verdict)
 
     def __post_init__(self) -> None:
         _check_routes(self.routes)
-        check_context(self.context, self.routes)
+        check_context(self.context, self.routes, shown=("answer", "success"))
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}", expected="at least 1, or null")
 
@@ -148,7 +171,22 @@ def _check_routes(routes: dict[str, PolicyRef]) -> None:
         raise ConfigError("no teacher", expected='at least one route, such as {"*": base}')
 
 
-def check_context(context: str | None, routes: dict[str, PolicyRef]) -> None:
+def _fields(context: str | None) -> set[str]:
+    """Names in braces.
+
+    Raises:
+        ConfigError: the template cannot be read.
+    """
+    try:
+        parts = string.Formatter().parse(context or "")
+        return {name for _, name, _, _ in parts if name is not None}
+    except ValueError as error:
+        raise ConfigError(f"context {context!r}: {error}", fix="write {{ for a brace") from None
+
+
+def check_context(
+    context: str | None, routes: dict[str, PolicyRef], *, shown: tuple[str, ...] = ("answer",)
+) -> None:
     """Refuse a template that says nothing new, and a learner that would teach itself nothing.
 
     Raises:
@@ -162,14 +200,12 @@ def check_context(context: str | None, routes: dict[str, PolicyRef]) -> None:
                 fix='for example context: "{question} (the answer is {answer})"',
             )
         return
-    try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(context) if name is not None}
-    except ValueError as error:
-        raise ConfigError(f"context {context!r}: {error}", fix="write {{ for a brace") from None
-    if "question" not in fields or not fields <= {"question", "answer"}:
+    fields = _fields(context)
+    if "question" not in fields or not fields <= {"question", *shown}:
+        more = " and ".join(f"{{{name}}}" for name in shown)
         raise ConfigError(
             f"context {context!r}",
-            expected="a template with {question}, and {answer} if the teacher is to know it",
+            expected=f"a template with {{question}}, and {more} if the teacher is to know it",
         )
     if context == "{question}":
         raise ConfigError(f"context {context!r}", expected="more than the question alone")

@@ -21,10 +21,12 @@ from torch import Tensor
 from posttrain import clock
 from posttrain.batch import PackedBatch, pack_trajectories
 from posttrain.chat import ChatRenderer, Tokenizer
+from posttrain.composition.moving import MOVING, MovingReference
 from posttrain.config import digest
 from posttrain.engines.masters import MasterWeights
 from posttrain.engines.model import Dtype, Model, load_model
 from posttrain.engines.sampler import generate
+from posttrain.engines.shadow import Shadow
 from posttrain.errors import ConfigError, ModelError
 from posttrain.head import CHUNK_ELEMENTS, Stat, token_stats
 from posttrain.protocols import Completion, Objective, Request, StepReport
@@ -165,8 +167,8 @@ def _spread(
 class LocalLearner:
     """A model being trained with AdamW, all of it or through low-rank adapters.
 
-    Saving keeps the trained weights, the optimiser state and the version: a learner that loads
-    them goes on bit for bit on the same machine.
+    Saving keeps the trained weights, the optimiser state, the version and the moving reference if
+    there is one: a learner that loads them goes on bit for bit on the same machine.
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class LocalLearner:
         optimizer: Optimizer,
         lora: Lora | None = None,
         seed: int = 0,
+        moving: MovingReference | None = None,
     ) -> None:
         self._adapters = _attach(model, lora, seed=seed) if lora else None
         self._model, self._config = model, optimizer
@@ -194,6 +197,14 @@ class LocalLearner:
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
         )
+        self._shadow = Shadow(model, [*self._masters.state()], moving) if moving else None
+        follower = Producer(kind=Kind.TEACHER, name=f"{name}/{MOVING}")
+        self._moving = LocalPolicy(self._shadow.model, producer=follower) if self._shadow else None
+
+    @property
+    def moving(self) -> LocalPolicy | None:
+        """The policy that follows the learner, if the stage declares one."""
+        return self._moving
 
     @property
     def policy(self) -> LocalPolicy:
@@ -251,6 +262,8 @@ class LocalLearner:
         self._optimizer.step()
         self._masters.write_back()
         self._version.steps += 1
+        if self._shadow is not None:
+            self._shadow.follow(self._masters.state(), step=self._version.steps)
         return norm
 
     def save(self, folder: Path) -> None:
@@ -259,6 +272,7 @@ class LocalLearner:
             "weights": self._masters.state(),
             "optimizer": self._optimizer.state_dict(),
             "version": self._version.steps,
+            "moving": self._shadow.state() if self._shadow else {},
         }
         torch.save(state, folder / "learner.pt")
 
@@ -276,6 +290,8 @@ class LocalLearner:
                 f"the learner trains {len(trained)}",
                 expected="the checkpoint of this very stage",
             )
+        if self._shadow is not None:
+            self._shadow.load(state.get("moving", {}))
         self._masters.load(state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._version.steps = state["version"]
@@ -358,10 +374,19 @@ class LocalEngine:
         return frozen(self._load(model))
 
     def learner(
-        self, model: str, *, name: str, optimizer: Optimizer, lora: Lora | None, seed: int = 0
+        self,
+        model: str,
+        *,
+        name: str,
+        optimizer: Optimizer,
+        lora: Lora | None,
+        seed: int = 0,
+        moving: MovingReference | None = None,
     ) -> LocalLearner:
         """A learner that starts from a folder or a hub id."""
-        return LocalLearner(self._load(model), name=name, optimizer=optimizer, lora=lora, seed=seed)
+        return LocalLearner(
+            self._load(model), name=name, optimizer=optimizer, lora=lora, seed=seed, moving=moving
+        )
 
     def _load(self, model: str) -> Model:
         return load_model(

@@ -30,6 +30,7 @@ from posttrain.methods.distillation import (
     Opd,
     Opsd,
     Sdft,
+    Sdpo,
     SeqKd,
     TvDistillation,
     Uld,
@@ -38,12 +39,13 @@ from posttrain.methods.distillation_rewards import GOpd, IwOpd, MiniLlm, Opd2, O
 from posttrain.methods.hybrid import Chord
 from posttrain.methods.supervised import Sft
 from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
-from posttrain.signals.scoring import with_context
+from posttrain.task import with_context
 
 STEPS, GROUPS = 40, 64
 TASKS, TEACHERS = (PRODUCTS.name,), {"*": "teacher"}
 HINT = "{answer} {question}"
 INSTRUCTION = "Multiply! {question}"
+SIBLING = "{success} {question}"
 DATA = Dataset(path="demonstrations.jsonl", name="lab-demonstrations", licence="CC0-1.0")
 
 
@@ -53,7 +55,15 @@ def taught(method: Callable[[], Method], lr: float, inputs: Path, seed: int) -> 
     return _recipe(inputs, seed, teacher, _stage("student", method(), lr=lr, init="base"))
 
 
-def told(method: Callable[[], Method], hint: str, lr: float, inputs: Path, seed: int) -> Recipe:
+def told(
+    method: Callable[[], Method],
+    hint: str,
+    lr: float,
+    inputs: Path,
+    seed: int,
+    *,
+    groups: int = GROUPS,
+) -> Recipe:
     """A policy that can read a hint, and then learns to do without."""
     rows = (
         {
@@ -67,7 +77,7 @@ def told(method: Callable[[], Method], hint: str, lr: float, inputs: Path, seed:
     write_rows(inputs / "hinted.jsonl", rows)
     hinted = Dataset(path="hinted.jsonl", name="lab-hinted", licence="CC0-1.0")
     reader = _stage("reader", Sft(data=hinted), lr=1e-3)
-    return _recipe(inputs, seed, reader, _stage("student", method(), lr=lr))
+    return _recipe(inputs, seed, reader, _stage("student", method(), lr=lr, groups=groups))
 
 
 def alone(method: Callable[[], Method], lr: float, inputs: Path, seed: int) -> Recipe:
@@ -75,13 +85,15 @@ def alone(method: Callable[[], Method], lr: float, inputs: Path, seed: int) -> R
     return _recipe(inputs, seed, _stage("student", method(), lr=lr))
 
 
-def _stage(name: str, method: Method, *, lr: float, init: str = "previous") -> Stage:
+def _stage(
+    name: str, method: Method, *, lr: float, init: str = "previous", groups: int = GROUPS
+) -> Stage:
     return Stage(
         name=name,
         method=method,
         init=init,
         budget=Budget(steps=STEPS),
-        groups_per_step=GROUPS,
+        groups_per_step=groups,
         optimizer=Optimizer(lr=lr, warmup_steps=4),
     )
 
@@ -119,6 +131,7 @@ def _told(
 
 _MIXED = {"teachers": TEACHERS, "data": DATA}
 _COOL = SamplingSpec(temperature=0.7)
+_SDPO = partial(Sdpo, tasks=TASKS, group_size=8, max_new_tokens=ANSWER, context=SIBLING, top_k=None)
 
 SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
     {
@@ -139,7 +152,9 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "minillm": _sampled(MiniLlm, teachers=TEACHERS),
         "opsd": _told(Opsd),
         # At 3e-4 a teacher that moves with the learner is pulled along, and both get worse.
-        "sdft": _told(Sdft, lr=1e-4),
+        "sdft": _told(Sdft),
+        "sdft_live_teacher": _told(partial(Sdft, teacher="learner"), lr=1e-4),
+        "sdpo": partial(told, _SDPO, HINT, 3e-4, groups=GROUPS // 4),
         "context_distillation": _told(ContextDistillation, context=INSTRUCTION),
         "chord": partial(
             alone,

@@ -18,6 +18,7 @@ from posttrain.composition import Dataset
 from posttrain.lab.corpus import preference_pairs, write_rows
 from posttrain.lab.settings import CHAINS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.methods.moving_preference import TrDpo
 from posttrain.methods.preference import (
     AlphaPo,
     Apo,
@@ -128,6 +129,7 @@ _TASKS = (CHAINS.name,)
 SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
     {
         "dpo": _of(Dpo(data=PAIRS)),
+        "tr_dpo": _of(TrDpo(data=PAIRS, every=10)),
         "cdpo": _of(Dpo(data=PAIRS, label_smoothing=0.1)),
         "robust_dpo": _of(RobustDpo(data=PAIRS)),
         "ipo": _of(Ipo(data=PAIRS)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from posttrain import extensions
-from posttrain.composition import Composition, SourceSpec
+from posttrain.composition import Composition, MovingReference, SourceSpec
 from posttrain.config import Config
 
 
@@ -15,6 +15,7 @@ class Compose(Config, frozen=True, kw_only=True, tag="compose", tag_field="name"
     source: SourceSpec
     terms: tuple[extensions.AnyTerm, ...]
     signals: tuple[extensions.AnySignal, ...] = ()
+    moving: MovingReference | None = None
 
     provenance: ClassVar[str] = "as composed"
     interface: ClassVar[str] = "as composed"
@@ -24,4 +25,6 @@ class Compose(Config, frozen=True, kw_only=True, tag="compose", tag_field="name"
 
     def compose(self) -> Composition:
         """Itself."""
-        return Composition(source=self.source, signals=self.signals, terms=self.terms)
+        return Composition(
+            source=self.source, signals=self.signals, terms=self.terms, moving=self.moving
+        )

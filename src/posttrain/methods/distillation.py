@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from msgspec.structs import replace
+
 from posttrain.composition import (
+    MOVING,
     Aggregate,
     Composition,
     CrossEntropy,
@@ -13,6 +16,7 @@ from posttrain.composition import (
     EntropyAwareKL,
     ForeignTeacher,
     Mix,
+    MovingReference,
     PolicyRef,
     Rollouts,
     SamplingSpec,
@@ -26,6 +30,7 @@ from posttrain.composition import (
     TeacherSortedL1,
     TeacherTotalVariation,
     TermSpec,
+    Verify,
     WeightSchedule,
 )
 from posttrain.config import Config
@@ -37,6 +42,10 @@ ANSWER_SHOWN = "{question}\nThe correct answer is {answer}. Answer in your own w
 DEMONSTRATION_SHOWN = (
     "{question}\nThis is an example of a response to the question:\n{answer}\n"
     "Now answer with a response of your own."
+)
+SUCCESS_SHOWN = (
+    "{question}\nThis answer to the question was correct:\n{success}\n"
+    "Now solve the question in your own words."
 )
 
 
@@ -367,11 +376,13 @@ class Opsd(Told, frozen=True, kw_only=True, tag="opsd", tag_field="name"):
 class Sdft(Told, frozen=True, kw_only=True, tag="sdft", tag_field="name"):
     """Self-distillation fine-tuning: the learner itself, shown a demonstration, is the teacher.
 
-    The demonstration is the task's ``answer``. The paper's teacher is a moving average of the
-    learner; here it is the learner at every draw, or a frozen policy.
+    The demonstration is the task's ``answer``. The teacher is a moving average of the learner
+    (``rate`` per step, its default not confirmed against the paper); ``teacher: learner`` is the
+    learner at every draw, and any other policy stays as it is.
     """
 
-    teacher: PolicyRef = "learner"
+    teacher: PolicyRef = MOVING
+    rate: float = 0.05
     context: str = DEMONSTRATION_SHOWN
     beta: float = 0.5
 
@@ -381,12 +392,51 @@ class Sdft(Told, frozen=True, kw_only=True, tag="sdft", tag_field="name"):
     def compose(self) -> Composition:
         """Live rollouts; the learner's own distribution after a demonstration; Jensen-Shannon."""
         term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
-        return _told(self, self.context, term)
+        return _told(self, self.context, term, rate=self.rate)
 
 
-def _told(method: Told, context: str, term: TermSpec) -> Composition:
-    signal = TeacherDistribution(routes={"*": method.teacher}, top_k=method.top_k, context=context)
-    return Composition(source=rollouts(method), signals=(signal,), terms=(term,))
+class Sdpo(Told, frozen=True, kw_only=True, tag="sdpo", tag_field="name"):
+    """Self-distillation policy optimisation: the teacher is shown a sibling that succeeded.
+
+    The teacher, a moving average of the learner, reads the first other answer of the group with a
+    reward of at least ``success``; answers without one are left out. The paper also shows
+    feedback in words where an environment gives any; here a reward is all there is.
+    """
+
+    teacher: PolicyRef = MOVING
+    rate: float = 0.05
+    group_size: int = 8
+    success: float = 1.0
+    top_k: int | None = 100
+    context: str = SUCCESS_SHOWN
+    beta: float = 0.5
+
+    interface: ClassVar[str] = "verifier reward, then teacher targets"
+    formula: ClassVar[str] = "JSD_beta(pi_ema(. | x, a sibling that succeeded), pi(. | x))"
+    paper: ClassVar[str] = "2601.20802"
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ConfigError(
+                f"sdpo with group_size={self.group_size}",
+                expected="at least 2: a single answer has no sibling",
+            )
+
+    def compose(self) -> Composition:
+        """Live rollouts; verifier; an averaged teacher that reads a sibling; Jensen-Shannon."""
+        term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
+        plain = _told(self, self.context, term, rate=self.rate, success=self.success)
+        return replace(plain, signals=(Verify(), *plain.signals))
+
+
+def _told(
+    method: Told, context: str, term: TermSpec, *, rate: float = 1.0, success: float = 1.0
+) -> Composition:
+    signal = TeacherDistribution(
+        routes={"*": method.teacher}, top_k=method.top_k, context=context, success=success
+    )
+    moving = MovingReference(rate=rate) if method.teacher == MOVING else None
+    return Composition(source=rollouts(method), signals=(signal,), terms=(term,), moving=moving)
 
 
 def check_share(own: float, data: Dataset | None) -> None:
@@ -424,5 +474,6 @@ DistillationMethod = (
     | ContextDistillation
     | Opsd
     | Sdft
+    | Sdpo
     | RewardedDistillation
 )

@@ -1,8 +1,4 @@
-"""Preference methods: on fixed pairs, on labelled answers, and on fresh pairs of rollouts.
-
-Moving the reference (TR-DPO) needs no method: a pipeline of DPO stages, each with
-``reference: input``, replaces the reference by the learner at every stage boundary.
-"""
+"""Preference methods: on fixed pairs, on labelled answers, and on fresh pairs of rollouts."""
 
 from __future__ import annotations
 
@@ -45,6 +41,7 @@ from posttrain.composition.preference import (
 )
 from posttrain.config import Config
 from posttrain.errors import ConfigError
+from posttrain.methods.moving_preference import MovingPreferenceMethod
 from posttrain.methods.unpaired import UnpairedMethod
 
 
@@ -454,4 +451,4 @@ PairMethod = (
     | OnlineDpo
     | IterativeDpo
 )
-PreferenceMethod = PairMethod | UnpairedMethod
+PreferenceMethod = PairMethod | MovingPreferenceMethod | UnpairedMethod

@@ -21,8 +21,8 @@ from posttrain.composition import TeacherDistribution, TeacherLogprobs
 from posttrain.errors import ConfigError, ModelError, TaskError, nearest
 from posttrain.protocols import Policy
 from posttrain.provenance import Span
-from posttrain.task import Message, Task
-from posttrain.trajectory import Array, Column, Group, Trajectory
+from posttrain.task import Task, with_context
+from posttrain.trajectory import Array, Column, Discard, Group, Scored, Trajectory
 
 PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2  # naïve 数学 🙂"
 """Text on which tokenizers differ if they differ at all."""
@@ -48,7 +48,8 @@ class TeacherSignal:
     """Adds what a teacher says at every written token: its distribution, or its log-prob.
 
     The teacher is chosen by the task set of each group, ``"*"`` being the default. ``tasks`` are
-    those that may be drawn, by key; a context is written from them.
+    those that may be drawn, by key; a context is written from them, and from answers of the
+    group. An answer that should be shown another one, and has none, is discarded.
 
     Raises:
         TaskError: the context asks for an answer, and a task has none.
@@ -79,31 +80,44 @@ class TeacherSignal:
         for reference, indices in by_teacher.items():
             chosen = [groups[i] for i in indices]
             with clock.measure("teacher"):
-                columns = self._ask(self.teachers[reference], _trajectories(chosen))
+                columns = self._ask(self.teachers[reference], chosen)
             for index, group in zip(indices, attach(chosen, columns), strict=True):
                 out[index] = group
         return [g for g in out if g is not None]
 
-    def _ask(
-        self, teacher: Policy, trajectories: Sequence[Trajectory]
-    ) -> list[Mapping[Column, Array]]:
-        spec, read = self.spec, trajectories
+    def _ask(self, teacher: Policy, groups: Sequence[Group]) -> list[Mapping[Column, Array]]:
+        spec, trajectories = self.spec, _trajectories(groups)
+        read: Sequence[Trajectory] = trajectories
+        if isinstance(spec, TeacherDistribution) and spec.shows_success:
+            return self._shown(spec, teacher, groups)
         if spec.context is not None:
             read = [self._retold(t, teacher, spec.context) for t in trajectories]
         pairs = list(zip(trajectories, read, strict=True))
         if isinstance(spec, TeacherLogprobs):
             values = zip(pairs, teacher.logprobs(read), strict=True)
             return [{Column.TEACHER_LOGPROB: _moved(v, *pair)} for pair, v in values]
-        tops = zip(pairs, teacher.distributions(read, top_k=spec.top_k), strict=True)
-        return [
-            {
-                Column.TEACHER_IDS: _moved(ids, *pair, fill=-1),
-                Column.TEACHER_LOGPROBS: _moved(values, *pair),
-            }
-            for pair, (ids, values) in tops
-        ]
+        return _distributions(teacher, pairs, top_k=spec.top_k)
 
-    def _retold(self, trajectory: Trajectory, teacher: Policy, context: str) -> Trajectory:
+    def _shown(
+        self, spec: TeacherDistribution, teacher: Policy, groups: Sequence[Group]
+    ) -> list[Mapping[Column, Array]]:
+        """As :meth:`_ask`, with a sibling's text in the context, and verdicts."""
+        members = [m for g in groups for m in g.members]
+        siblings = [s for g in groups for s in _successful_siblings(g, at_least=spec.success)]
+        pairs = []
+        for member, sibling in zip(members, siblings, strict=True):
+            own = read = member.trajectory
+            if sibling is not None and spec.context is not None:
+                text = teacher.renderer.text(sibling.tokens[sibling.prompt_length :])
+                read = self._retold(own, teacher, spec.context, success=text)
+            pairs.append((own, read))
+        verdicts = [_verdict(m, s) for m, s in zip(members, siblings, strict=True)]
+        said = _distributions(teacher, pairs, top_k=spec.top_k)
+        return [{**c, Column.DISCARD: v} for c, v in zip(said, verdicts, strict=True)]
+
+    def _retold(
+        self, trajectory: Trajectory, teacher: Policy, context: str, **shown: str
+    ) -> Trajectory:
         """The same completion after the prompt that the teacher reads."""
         task = self.tasks.get(trajectory.task)
         if task is None:
@@ -111,7 +125,7 @@ class TeacherSignal:
                 f"a trajectory of task {trajectory.task}, which no task set holds",
                 expected="a task: the teacher's context is written from its question and answer",
             )
-        prompt = teacher.renderer.prompt(with_context(task, context))
+        prompt = teacher.renderer.prompt(with_context(task, context, **shown))
         cut = trajectory.prompt_length
         tokens = np.concatenate([prompt.tokens, trajectory.tokens[cut:]]).astype(np.int32)
         if len(tokens) > teacher.context:
@@ -139,19 +153,31 @@ class TeacherSignal:
         return route
 
 
-def with_context(task: Task, context: str) -> Task:
-    """The task as the teacher reads it: its last turn told through the template.
+def _distributions(
+    teacher: Policy, pairs: Sequence[tuple[Trajectory, Trajectory]], *, top_k: int | None
+) -> list[Mapping[Column, Array]]:
+    """What a teacher says of (the learner's trajectory, what the teacher reads)."""
+    tops = teacher.distributions([read for _, read in pairs], top_k=top_k)
+    return [
+        {
+            Column.TEACHER_IDS: _moved(ids, *pair, fill=-1),
+            Column.TEACHER_LOGPROBS: _moved(values, *pair),
+        }
+        for pair, (ids, values) in zip(pairs, tops, strict=True)
+    ]
 
-    Example:
-        >>> sums = Task(taskset="sums", prompt="1+1=", answer="2")
-        >>> with_context(sums, "The answer is {answer}. {question}").prompt
-        'The answer is 2. 1+1='
-    """
-    told = context.format(question=task.text, answer=task.answer)
-    if isinstance(task.prompt, str):
-        return replace(task, prompt=told)
-    *before, last = task.prompt
-    return replace(task, prompt=(*before, Message(role=last.role, content=told)))
+
+def _successful_siblings(group: Group, *, at_least: float) -> list[Trajectory | None]:
+    """For every member the first other one whose reward is high enough."""
+    good = [i for i, m in enumerate(group.members) if float(m.columns[Column.REWARD]) >= at_least]
+    firsts = [next((j for j in good if j != i), None) for i in range(len(group.members))]
+    return [None if j is None else group.members[j].trajectory for j in firsts]
+
+
+def _verdict(member: Scored, sibling: Trajectory | None) -> Array:
+    """Without a sibling there is nothing to learn; what another signal decided stays."""
+    earlier = member.scalar(Column.DISCARD) or 0.0
+    return np.asarray(earlier or float(Discard.NO_SUCCESS.code if sibling is None else 0))
 
 
 def check_same_tokens(judge: Policy, live: Policy) -> None:
