@@ -96,11 +96,8 @@ def make_world(root, engine, model):
     return World(root, engine, model)
 
 
-TIMES = ("seconds_draw", "seconds_score", "seconds_train")
-
-
 def untimed(metrics):
-    return [{k: v for k, v in m.items() if k not in TIMES} for m in metrics]
+    return [{k: v for k, v in m.items() if not k.startswith("seconds")} for m in metrics]
 
 
 def check_resume(world, method, *, steps=4, stop_after=2, **options):
