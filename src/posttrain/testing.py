@@ -6,12 +6,13 @@ function of its seam; each raises ``AssertionError`` with the broken promise in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, final
 
 import numpy as np
+import numpy.typing as npt
 
 from posttrain.contracts import check_method as check_method
 from posttrain.contracts import check_term as check_term
@@ -188,6 +189,110 @@ class FakePolicy:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
+class TablePolicy:
+    """A policy given by its next-character table, so that everything about it can be worked out.
+
+    ``next`` maps the text so far, prompt included, to the probabilities of each character of
+    ``alphabet`` and, last, of ending the turn.
+
+    Example:
+        >>> coin = TablePolicy("ab", lambda text: (0.25, 0.25, 0.5))
+        >>> [(text, round(float(np.exp(logp)), 4)) for text, logp in coin.answers("?", longest=1)]
+        [('', 0.5), ('a', 0.25), ('b', 0.25)]
+    """
+
+    alphabet: str
+    next: Callable[[str], Sequence[float]]
+    name: str = "table"
+    renderer: CharRenderer = field(default_factory=CharRenderer)
+    context: int = 1024
+    vocabulary: str = "code points"
+    version: int | None = None
+
+    @property
+    def producer(self) -> Producer:
+        """Frozen."""
+        return Producer(kind=Kind.TEACHER, name=self.name)
+
+    def answers(self, prompt: str, *, longest: int) -> Iterator[tuple[str, float]]:
+        """Every (answer, log-prob) it can write in ``longest`` tokens; they sum to 1.
+
+        An answer of ``longest`` characters is one that the budget cut off.
+        """
+        if not longest:
+            yield "", 0.0
+            return
+        *letters, end = self._row(prompt)
+        if end > 0:
+            yield "", float(np.log(end))
+        for letter, p in zip(self.alphabet, letters, strict=True):
+            if p > 0:
+                for rest, logp in self.answers(prompt + letter, longest=longest - 1):
+                    yield letter + rest, float(np.log(p)) + logp
+
+    def _row(self, text: str) -> npt.NDArray[np.float64]:
+        row = np.asarray(self.next(text), np.float64)
+        if row.shape != (len(self.alphabet) + 1,) or abs(row.sum() - 1) > 1e-9 or row.min() < 0:
+            raise ValueError(f"{row} is no distribution over {self.alphabet!r} and the end")
+        return row
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Draw each request from its own seed, with its temperature; refuses truncation."""
+        return [self._generate(request) for request in requests]
+
+    def _generate(self, request: Request) -> Completion:
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        heat = request.sampling.temperature
+        if request.sampling.is_truncated and heat > 0:
+            raise NotImplementedError("TablePolicy does not truncate")
+        rng = np.random.default_rng(request.sampling.seed)
+        codes = [*(ord(c) for c in self.alphabet), 0]
+        prompt = "".join(chr(t) for t in request.prompt)
+        while len(tokens) < request.max_new_tokens and (not tokens or tokens[-1]):
+            row = self._row(prompt + "".join(chr(t) for t in tokens))
+            row = np.eye(len(row))[row.argmax()] if heat == 0 else row ** (1 / heat)
+            row = row / row.sum()
+            pick = int(rng.choice(len(row), p=row))
+            tokens.append(codes[pick])
+            logprobs.append(float(np.log(row[pick])))
+        return Completion(
+            tokens=np.array(tokens, np.int32),
+            logprobs=np.array(logprobs, np.float32),
+            end=End.LENGTH if tokens[-1] else End.COMPLETED,
+        )
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """Exact log-probs of trainable tokens; NaN elsewhere."""
+        full = self.distributions(trajectories, top_k=None)
+        return [
+            np.take_along_axis(logp, t.tokens[:, None].astype(np.int64), 1)[:, 0]
+            for t, (_, logp) in zip(trajectories, full, strict=True)
+        ]
+
+    def distributions(
+        self, trajectories: Sequence[Trajectory], *, top_k: int | None
+    ) -> list[tuple[IntArray, FloatArray]]:
+        """Exact next-token log-probs over the 128 ASCII codes."""
+        out = []
+        codes = [*(ord(c) for c in self.alphabet), 0]
+        for trajectory in trajectories:
+            values = np.full((len(trajectory), 128), np.nan, np.float32)
+            whole = "".join(chr(t) for t in trajectory.tokens)
+            for at in np.flatnonzero(trajectory.trainable):
+                values[at] = -np.inf
+                with np.errstate(divide="ignore"):
+                    values[at, codes] = np.log(self._row(whole[:at]))
+            if top_k is None:
+                out.append((np.zeros((len(trajectory), 0), np.int32), values))
+            else:
+                ids = np.argsort(-values, axis=1, kind="stable")[:, :top_k].astype(np.int32)
+                out.append((ids, np.take_along_axis(values, ids.astype(np.int64), 1)))
+        return out
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
 class FakeTaskSet:
     """Prompts ``0``, ``1``, … whose right answer is always the same letter."""
 
@@ -212,6 +317,35 @@ class FakeTaskSet:
     def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
         """1 for the right letter."""
         return [float(c == t.answer) for t, c in zip(tasks, completions, strict=True)]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class RuleTaskSet:
+    """Plain prompts whose answers are judged by a rule on (prompt, answer).
+
+    ``prompts`` are held out; those of ``practice`` may be trained on.
+    """
+
+    prompts: tuple[str, ...]
+    rule: Callable[[str, str], bool]
+    practice: tuple[str, ...] = ()
+    name: str = "rule"
+    success: float = 1.0
+
+    @property
+    def train(self) -> Sequence[Task]:
+        """The prompts of ``practice``."""
+        return [Task(taskset=self.name, prompt=p) for p in self.practice]
+
+    @property
+    def held_out(self) -> Sequence[Task]:
+        """The prompts that only probes may use."""
+        return [Task(taskset=self.name, prompt=p) for p in self.prompts]
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
+        """1 where the rule holds."""
+        return [float(self.rule(t.text, c)) for t, c in zip(tasks, completions, strict=True)]
 
 
 def example_trajectory(
