@@ -51,7 +51,14 @@ from posttrain.journal import (
     read_progress,
 )
 from posttrain.ledger import Ledger
-from posttrain.plan import Plan, PlannedStage, make_plan, model_path, resolved_taskset
+from posttrain.plan import (
+    Plan,
+    PlannedStage,
+    make_plan,
+    model_path,
+    protocol_of,
+    protocol_parts,
+)
 from posttrain.probes.measure import measure
 from posttrain.probes.measurement import Measurement
 from posttrain.probes.passk import pass_interval
@@ -126,6 +133,7 @@ def measure_model(
         tasksets,
         spec=recipe.measure,
         protocol=protocol_of(recipe, tasksets, root=root),
+        parts=protocol_parts(recipe, tasksets, root=root),
         observe=observe,
     )
 
@@ -144,6 +152,7 @@ class _Run:
     records: Records
     tasksets: Mapping[str, TaskSet]
     protocol: str
+    parts: Mapping[str, str]  # of the protocol
     policies: dict[str, Policy]
     measured: dict[str, Measurement] = field(default_factory=dict)
 
@@ -168,11 +177,23 @@ class _Run:
             name: build_taskset(name, spec, root=root, chat=chat)
             for name, spec in recipe.tasks.items()
         }
-        protocol = protocol_of(recipe, [tasksets[t] for t in recipe.measured_tasks], root=root)
+        measured = [tasksets[t] for t in recipe.measured_tasks]
+        protocol = protocol_of(recipe, measured, root=root)
+        parts = protocol_parts(recipe, measured, root=root)
         ledger = Ledger.open(out / "ledger.jsonl")
         records = Records(ledger, recipe)
         run = cls(
-            plan, out, engine, observe, stop, ledger, records, tasksets, protocol, {"base": base}
+            plan=plan,
+            out=out,
+            engine=engine,
+            observe=observe,
+            stop=stop,
+            ledger=ledger,
+            records=records,
+            tasksets=tasksets,
+            protocol=protocol,
+            parts=parts,
+            policies={"base": base},
         )
         run._check_data()
         for folder in abandoned:
@@ -366,6 +387,7 @@ class _Run:
             spec=recipe.measure,
             base=self.policies["base"] if name != "base" else None,
             protocol=self.protocol,
+            parts=self.parts,
             observe=self.observe,
             stop=self.stop,
         )
@@ -387,22 +409,6 @@ class _Run:
             if not decision.passed and gate.otherwise == "stop":
                 return decision.words
         return None
-
-
-def protocol_of(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> str:
-    """Digest of everything that must be equal for two measurements to be comparable.
-
-    Args:
-        recipe: sampling and seeds, and where the task sets come from, scorers included.
-        tasksets: those that are measured, built.
-        root: folder that the recipe's paths are relative to.
-    """
-    keys = {t.name: [task.key for task in t.held_out] for t in tasksets}
-    judged = {t.name: resolved_taskset(recipe, t.name, root) for t in tasksets}
-    spec = msgspec.to_builtins(recipe.measure)
-    # How counts are read, not how they are taken; and names, which `keys` repeats.
-    del spec["epsilon"], spec["confidence"], spec["tasks"]
-    return config.digest([spec, keys, judged])
 
 
 def _read_measurement(path: Path) -> Measurement | None:

@@ -9,7 +9,7 @@ and checkpoint intervals are no part of it: they do not change the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from posttrain.composition import (
     Mix,
     ReferenceLogprobs,
     Rollouts,
+    SamplingSpec,
     TeacherDistribution,
     TeacherLogprobs,
     parts_of,
@@ -32,6 +33,7 @@ from posttrain.errors import ConfigError, DataError, nearest
 from posttrain.files import hash_file, hash_folder
 from posttrain.legality import check_composition, scopes
 from posttrain.recipe import JsonlTasks, Recipe, Stage
+from posttrain.task import TaskSet
 
 SEMANTICS = 1
 """Raised when the same configuration comes to mean another computation."""
@@ -310,6 +312,46 @@ def _inputs(
         "references": references,
         "tasks": tasks,
     }
+
+
+def protocol_of(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> str:
+    """Digest of everything that must be equal for two measurements to be comparable.
+
+    Args:
+        recipe: sampling and seeds, and where the task sets come from, scorers included.
+        tasksets: those that are measured, built.
+        root: folder that the recipe's paths are relative to.
+    """
+    keys = {t.name: [task.key for task in t.held_out] for t in tasksets}
+    judged = {t.name: resolved_taskset(recipe, t.name, root) for t in tasksets}
+    spec = plain(recipe.measure)
+    # How counts are read, not how they are taken; and names, which `keys` repeats.
+    del spec["epsilon"], spec["confidence"], spec["tasks"]
+    return digest([spec, keys, judged])
+
+
+def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> dict[str, str]:
+    """What :func:`protocol_of` digests, part by part, so that people can be told what differs.
+
+    See :class:`posttrain.probes.measurement.Measurement`; the template is added by who measures.
+    """
+    spec = recipe.measure
+    usual = plain(SamplingSpec())
+    words = [f"{k} {v:g}" for k, v in plain(spec.sampling).items() if v != usual[k]]
+    words = words or ["the policy's own distribution"]
+    parts = {
+        "decoding": ", ".join([*words, f"at most {spec.max_new_tokens} tokens"]),
+        "samples": f"{spec.samples} per prompt",
+        "seeds": f"from {spec.seed}",
+    }
+    for taskset in tasksets:
+        judged = resolved_taskset(recipe, taskset.name, root)
+        parts[f"prompts of {taskset.name}"] = digest([t.key for t in taskset.held_out])
+        # Where its prompts come from is told by the prompts.
+        parts[f"verifier of {taskset.name}"] = digest(
+            {k: v for k, v in judged.items() if k not in ("path", "train", "held_out", "seed")}
+        )
+    return parts
 
 
 def resolved_taskset(recipe: Recipe, name: str, root: Path) -> dict[str, object]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from posttrain.provenance import Role
 
@@ -99,3 +99,14 @@ class TaskSet(Protocol):
             TaskError: the scorer raised, or returned the wrong number of scores or a NaN.
         """
         ...
+
+
+@runtime_checkable
+class ReadsAnswers(Protocol):
+    """What a task set may offer besides: the final answer in a completion, as its scorer sees it.
+
+    Probes count answers with it. Without it, two completions hold the same answer when their texts
+    are equal apart from space.
+    """
+
+    def final_answer(self, completion: str) -> str: ...

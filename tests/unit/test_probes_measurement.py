@@ -43,6 +43,10 @@ def rich(seed: int = 0) -> Measurement:
         nll=np.array([[np.nan, np.inf, -0.0, 1e-45, 3.3]] * 3, np.float32),
         kl_base=rng.normal(size=(3, 2)),
         distinct=[1, 5, 2],
+        answers=[[0, 0, 0, 0, 0], [0, 1, 2, 3, 4], [0, 1, 1, 0, 1]],
+        self_bleu=rng.random(3),
+        repetition=rng.random((3, 5)),
+        recheck=rng.random((3, 2)) < 0.5,
     )
     return policy(measured(rng.random((4, 7)) < 0.5), graded)
 
@@ -80,6 +84,11 @@ def test_arrays_are_copies_that_nobody_can_change() -> None:
         ({"distinct": np.zeros((2, 4))}, "distinct of shape"),
         ({"kl_base": np.zeros((2, 5))}, "kl_base of shape"),
         ({"kl_base": np.zeros((2, 0))}, "kl_base of shape"),
+        ({"recheck": np.zeros((2, 5))}, "recheck of shape"),
+        ({"answers": np.zeros((2, 3))}, "answers of shape"),
+        ({"answers": np.full((2, 4), 4)}, "outside 0 to 3"),
+        ({"self_bleu": np.zeros((2, 4))}, "self_bleu of shape"),
+        ({"repetition": np.zeros(2)}, "repetition of shape"),
         ({"prompts": ("a", "a")}, "every prompt once"),
     ],
 )
@@ -99,6 +108,11 @@ def test_json_round_trip_keeps_every_bit() -> None:
             x, y = (np.asarray(object.__getattribute__(m, name)) for m in (a, b))
             assert x.dtype == y.dtype
             assert x.tobytes() == y.tobytes()
+    for name in ("answers", "self_bleu", "repetition", "recheck"):
+        stored = [np.asarray(object.__getattribute__(m.tasks[1], name)) for m in (first, second)]
+        assert stored[0].dtype == stored[1].dtype
+        assert stored[0].tobytes() == stored[1].tobytes()
+        assert object.__getattribute__(second.tasks[0], name) is None
     assert second.tasks[0].kl_base is None
     kl = first.tasks[1].kl_base, second.tasks[1].kl_base
     assert kl[0] is not None
@@ -190,7 +204,7 @@ def test_other_protocols_are_refused_with_what_differs() -> None:
     missing = told(policy(measured(np.zeros((3, 4)), "products"), name="tuned", protocol="q" * 64))
     assert "only base was measured on 'sums'" in missing
     assert "only tuned was measured on 'products'" in missing
-    assert "sampling, seeds or prompt texts" in told(replace(base, protocol="q" * 64))
+    assert "decoding, seeds, verifier or prompt texts" in told(replace(base, protocol="q" * 64))
 
 
 def test_equal_protocols_that_contradict_themselves_are_refused() -> None:
@@ -198,3 +212,67 @@ def test_equal_protocols_that_contradict_themselves_are_refused() -> None:
     turned = measured(np.zeros((3, 4)), prompts=("sums/2", "sums/1", "sums/0"))
     with pytest.raises(RunError, match="in another order"):
         require_comparable(base, policy(turned, name="tuned"))
+
+
+PARTS = {
+    "decoding": "temperature 1",
+    "template": "none",
+    "prompts of sums": "a" * 64,
+    "verifier of sums": "b" * 64,
+    "prompts of products": "c" * 64,
+    "verifier of products": "d" * 64,
+}
+
+
+def known(**changes: str) -> Measurement:
+    tasks = tuple(measured(np.zeros((3, 4)), name) for name in ("sums", "products"))
+    parts = PARTS | {name.replace("_", " "): value for name, value in changes.items()}
+    return replace(policy(*tasks), parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "says"),
+    [
+        ("decoding", "temperature 0.7", "the decoding ('temperature 1' and 'temperature 0.7')"),
+        ("template", "e" * 64, "the template ('none' and "),
+        ("prompts_of_sums", "e" * 64, "what differs: the prompts of sums\n"),
+        ("verifier_of_products", "e" * 64, "what differs: the verifier of products\n"),
+    ],
+)
+def test_the_part_of_the_protocol_that_differs_is_named(part: str, value: str, says: str) -> None:
+    with pytest.raises(RunError) as caught:
+        require_comparable(known(), known(**{part: value}))
+    assert says in str(caught.value)
+    others = [n for n in PARTS if n != part.replace("_", " ")]
+    assert not any(f"the {name}" in str(caught.value) for name in others)
+
+
+def test_known_parts_decide_and_a_task_set_left_out_does_not_matter() -> None:
+    one, other = known(), replace(known(verifier_of_products="e" * 64), protocol="q" * 64)
+    require_comparable(one, replace(one, protocol="q" * 64))
+    with pytest.raises(RunError, match="verifier of products"):
+        require_comparable(one, other)
+    require_comparable(one.only(["sums"]), other.only(["sums"]))
+    assert [t.taskset for t in one.only(["products", "sums", "sums"]).tasks] == ["products", "sums"]
+    with pytest.raises(RunError, match="did you mean 'sums'"):
+        one.only(["sum"])
+
+
+def test_files_without_parts_are_held_to_their_digests() -> None:
+    old = replace(known(), parts={})
+    require_comparable(old, known())
+    with pytest.raises(RunError, match="decoding, seeds, verifier or prompt texts"):
+        require_comparable(old, replace(known(), protocol="q" * 64))
+
+
+def test_parts_survive_the_file_and_old_files_load() -> None:
+    again = Measurement.from_json(known().to_json())
+    assert dict(again.parts) == PARTS
+    document = json.loads(rich().to_json())
+    del document["parts"]
+    for task in document["tasks"]:
+        for name in ("answers", "self_bleu", "repetition", "recheck"):
+            del task[name]
+    old = Measurement.from_json(json.dumps(document))
+    assert not old.parts
+    assert old.tasks[1].answers is None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from posttrain.errors import DataError, TaskError
 from posttrain.provenance import Role
 from posttrain.recipe import JsonlTasks, ReasoningGym
-from posttrain.task import Message, Task
+from posttrain.task import Message, ReadsAnswers, Task
 from posttrain.tasks import build_taskset
 from posttrain.tasks.rewards import is_number, last_number, load_reward
 
@@ -221,6 +221,16 @@ def test_jsonl_conversation_for_a_model_without_template(tmp_path):
 def test_jsonl_negative_held_out(tmp_path):
     with pytest.raises(TaskError, match="held_out=-1"):
         jsonl(tmp_path, [{"prompt": "a", "answer": "1"}], held_out=-1)
+
+
+def test_jsonl_reads_the_answer_that_its_reward_judges(tmp_path):
+    rows = [{"prompt": "a", "answer": "2"}]
+    number = jsonl(tmp_path, rows, held_out=0, reward="number")
+    assert isinstance(number, ReadsAnswers)
+    texts = ["so 4 / 2 = 2.0", "it is 2.", "2", "1,000", "1e3", "no  idea\n"]
+    assert [number.final_answer(t) for t in texts] == ["2", "2", "2", "1000", "1000", "no idea"]
+    exact = jsonl(tmp_path, rows, held_out=0, reward="exact")
+    assert exact.final_answer(" so\n2 ") == "so 2"
 
 
 def test_jsonl_number_reward_needs_a_numeric_answer(tmp_path):

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import json
+import re
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -22,6 +27,7 @@ from posttrain.provenance import FloatArray, IntArray
 
 BoolArray = npt.NDArray[np.bool_]
 FORMAT = "posttrain.measurement/1"
+_DIGEST = re.compile(r"[0-9a-f]{16,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,6 +38,11 @@ class TaskMeasurement:
     nats: its mean estimates the entropy per token. ``kl_base`` holds, for the first K <= n samples
     of each prompt, the sum over tokens of log π − log π_base on the policy's own sample, in nats:
     its mean estimates KL(π ‖ π_base) without bias, though single values may be negative.
+
+    Fields that default to None are missing in files of earlier versions; probes that need them
+    say so. ``answers`` numbers the different final answers to a prompt from 0, in the order in
+    which they first came. ``recheck`` holds, for the first R <= n samples of each prompt, True
+    where scoring the same answer once more gave another score.
 
     Raises:
         DataError: shapes that do not fit, no prompt or no sample, a prompt named twice, or a
@@ -55,6 +66,10 @@ class TaskMeasurement:
     nll: FloatArray  # [P, n]
     distinct: IntArray  # [P] number of distinct answers
     kl_base: FloatArray | None = None  # [P, K], K <= n
+    answers: IntArray | None = None  # [P, n], numbers of the prompt's distinct answers
+    self_bleu: FloatArray | None = None  # [P], 0 to 1, see texts.py
+    repetition: FloatArray | None = None  # [P, n], 0 to 1, see texts.py
+    recheck: BoolArray | None = None  # [P, R], R <= n
 
     def __post_init__(self) -> None:
         if len(set(self.prompts)) != len(self.prompts):
@@ -73,10 +88,25 @@ class TaskMeasurement:
         self._freeze("truncated", self.truncated, np.bool_, shape)
         self._freeze("nll", self.nll, np.float32, shape)
         self._freeze("distinct", self.distinct, np.int32, shape[:1])
-        if self.kl_base is not None:
-            asked = np.shape(self.kl_base)
-            used = asked[1] if len(asked) == 2 and 1 <= asked[1] <= shape[1] else shape[1]
-            self._freeze("kl_base", self.kl_base, np.float32, (shape[0], used))
+        for name, dtype, extra in (
+            ("kl_base", np.float32, self.kl_base),
+            ("recheck", np.bool_, self.recheck),
+        ):
+            if extra is not None:
+                asked = np.shape(extra)
+                used = asked[1] if len(asked) == 2 and 1 <= asked[1] <= shape[1] else shape[1]
+                self._freeze(name, extra, dtype, (shape[0], used))
+        if self.answers is not None:
+            self._freeze("answers", self.answers, np.int32, shape)
+            if self.answers.min() < 0 or self.answers.max() >= shape[1]:
+                raise DataError(
+                    f"{self.taskset}: answers numbered outside 0 to {shape[1] - 1}",
+                    expected="numbers of the distinct answers of one prompt",
+                )
+        if self.self_bleu is not None:
+            self._freeze("self_bleu", self.self_bleu, np.float32, shape[:1])
+        if self.repetition is not None:
+            self._freeze("repetition", self.repetition, np.float32, shape)
         if not np.isfinite(self.scores).all():
             raise DataError(f"{self.taskset}: scores that are not finite", expected="finite scores")
 
@@ -112,15 +142,20 @@ class Measurement:
     """Everything a probe saw of one policy.
 
     ``digest`` names the policy's weights. ``protocol`` is the hash of prompts, sampling and seeds:
-    two measurements can be compared only when theirs are equal.
+    two measurements can be compared only when theirs are equal. ``parts`` says the same part by
+    part, as short words or digests, so that a refusal can name what differs: ``decoding``,
+    ``seeds``, ``template``, and ``prompts of T`` and ``verifier of T`` for each task set T. Files
+    of earlier versions have none.
     """
 
     policy: str
     digest: str
     protocol: str
     tasks: tuple[TaskMeasurement, ...]
+    parts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
         names = [t.taskset for t in self.tasks]
         if doubled := sorted({n for n in names if names.count(n) > 1}):
             raise DataError(f"{self.policy}: task sets measured twice: {doubled}")
@@ -137,6 +172,20 @@ class Measurement:
         known = [t.taskset for t in self.tasks]
         raise RunError(f"no measurement of {self.policy} on {name!r}", fix=nearest(name, known))
 
+    def only(self, names: Sequence[str]) -> Measurement:
+        """The same policy on some of the task sets, in the order given.
+
+        Its protocol names the parts that concern them, if the parts are known.
+
+        Raises:
+            RunError: a task set was not measured.
+        """
+        tasks = tuple(self.task(name) for name in dict.fromkeys(names))
+        kept = {n for t in tasks for n in (f"prompts of {t.taskset}", f"verifier of {t.taskset}")}
+        parts = {k: v for k, v in self.parts.items() if " of " not in k or k in kept}
+        protocol = digest_of(parts) if parts else self.protocol
+        return replace(self, protocol=protocol, tasks=tasks, parts=parts)
+
     def to_json(self) -> str:
         """One JSON document that :meth:`from_json` reads back bit for bit.
 
@@ -149,6 +198,7 @@ class Measurement:
             digest=self.digest,
             protocol=self.protocol,
             tasks=[_to_wire(t) for t in self.tasks],
+            parts=dict(self.parts),
         )
         return msgspec.json.format(msgspec.json.encode(wire), indent=1).decode()
 
@@ -169,7 +219,11 @@ class Measurement:
             raise DataError(f"measurement of format {wire.format!r}", expected=FORMAT)
         tasks = tuple(_from_wire(t) for t in wire.tasks)
         return Measurement(
-            policy=wire.policy, digest=wire.digest, protocol=wire.protocol, tasks=tasks
+            policy=wire.policy,
+            digest=wire.digest,
+            protocol=wire.protocol,
+            tasks=tasks,
+            parts=wire.parts,
         )
 
 
@@ -183,12 +237,15 @@ def require_comparable(before: Measurement, after: Measurement) -> None:
         RunError: the protocols differ; the message says in what, as far as the measurements show.
     """
     found = _task_differences(before, after)
-    if before.protocol != after.protocol:
-        seen = found or ["nothing that the measurements show: sampling, seeds or prompt texts"]
+    named = _part_differences(before, after)
+    told = bool(before.parts and after.parts)  # then the digests say nothing more
+    if named or (not told and before.protocol != after.protocol):
+        seen = [*named, *found]
+        unseen = "nothing that the measurements show: decoding, seeds, verifier or prompt texts"
         raise RunError(
             f"{before.policy} and {after.policy} were measured in different ways "
             f"(protocols {before.protocol[:8]} and {after.protocol[:8]}); what differs: "
-            + "; ".join(seen),
+            + "; ".join(seen or [unseen]),
             expected="the same prompts, samples, decoding, seeds and scorer for both",
             fix="measure both policies again with one recipe",
         )
@@ -233,6 +290,23 @@ def differences(before: TaskMeasurement, after: TaskMeasurement) -> list[str]:
     return found
 
 
+def _part_differences(before: Measurement, after: Measurement) -> list[str]:
+    """Which named parts of the protocol differ; none when one side is of an earlier version."""
+    found = []
+    for name in before.parts:
+        old, new = before.parts[name], after.parts.get(name)
+        if new is None or old == new:  # a task set of one side only is told elsewhere
+            continue
+        opaque = _DIGEST.fullmatch(old) and _DIGEST.fullmatch(new)
+        found.append(f"the {name}" if opaque else f"the {name} ({old!r} and {new!r})")
+    return found
+
+
+def digest_of(parts: Mapping[str, str]) -> str:
+    """The protocol that consists of these parts."""
+    return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()
+
+
 def _task_differences(before: Measurement, after: Measurement) -> list[str]:
     first, second = ({t.taskset: t for t in m.tasks} for m in (before, after))
     found = [f"only {before.policy} was measured on {n!r}" for n in first if n not in second]
@@ -262,6 +336,10 @@ class _WireTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     lengths: _Array
     nll: _Array
     kl_base: _Array | None
+    answers: _Array | None = None
+    self_bleu: _Array | None = None
+    repetition: _Array | None = None
+    recheck: list[str] | None = None
 
 
 class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -270,6 +348,7 @@ class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     digest: str
     protocol: str
     tasks: list[_WireTask]
+    parts: dict[str, str] = {}
 
 
 def _to_wire(task: TaskMeasurement) -> _WireTask:
@@ -284,13 +363,20 @@ def _to_wire(task: TaskMeasurement) -> _WireTask:
         distinct=[int(d) for d in task.distinct],
         lengths=_pack(task.lengths),
         nll=_pack(task.nll),
-        kl_base=None if task.kl_base is None else _pack(task.kl_base),
+        kl_base=_packed(task.kl_base),
+        answers=_packed(task.answers),
+        self_bleu=_packed(task.self_bleu),
+        repetition=_packed(task.repetition),
+        recheck=None if task.recheck is None else _bits(task.recheck),
     )
 
 
 def _from_wire(wire: _WireTask) -> TaskMeasurement:
     def floats(stored: _Array) -> FloatArray:
         return _unpack(stored, "<f4", where=wire.taskset)
+
+    def known(stored: _Array | None) -> FloatArray | None:
+        return None if stored is None else floats(stored)
 
     scores = (
         floats(wire.scores)
@@ -306,7 +392,11 @@ def _from_wire(wire: _WireTask) -> TaskMeasurement:
         distinct=np.array(wire.distinct, np.int32),
         lengths=_unpack(wire.lengths, "<i4", where=wire.taskset),
         nll=floats(wire.nll),
-        kl_base=None if wire.kl_base is None else floats(wire.kl_base),
+        kl_base=known(wire.kl_base),
+        answers=None if wire.answers is None else _unpack(wire.answers, "<i4", where=wire.taskset),
+        self_bleu=known(wire.self_bleu),
+        repetition=known(wire.repetition),
+        recheck=None if wire.recheck is None else _unbits(wire.recheck, where=wire.taskset),
     )
 
 
@@ -324,6 +414,10 @@ def _pack(array: npt.NDArray[Any]) -> _Array:
     little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"))
     coded = base64.b64encode(zlib.compress(little.tobytes(), 9)).decode()
     return _Array(dtype=little.dtype.str, shape=list(array.shape), zlib64=coded)
+
+
+def _packed(array: npt.NDArray[Any] | None) -> _Array | None:
+    return None if array is None else _pack(array)
 
 
 def _unpack(stored: _Array, dtype: str, *, where: str) -> npt.NDArray[Any]:

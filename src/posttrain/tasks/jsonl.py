@@ -18,7 +18,7 @@ from posttrain.errors import DataError, TaskError
 from posttrain.provenance import Role
 from posttrain.recipe import JsonlTasks
 from posttrain.task import Message, Task
-from posttrain.tasks.rewards import BUILTINS, call_reward, is_number, load_reward
+from posttrain.tasks.rewards import BUILTINS, call_reward, is_number, last_number, load_reward
 
 _RESERVED = frozenset({"prompts", "completions"})
 
@@ -101,6 +101,12 @@ class JsonlTaskSet:
             completions=list(completions),
             columns={**columns, "answer": [task.answer for task in tasks]},
         )
+
+    def final_answer(self, completion: str) -> str:
+        """The last number, for the reward ``number``; else the text with single spaces."""
+        if self._spec.reward == "number" and (found := last_number(completion)) is not None:
+            return f"{found.normalize():f}"
+        return " ".join(completion.split())
 
     def _read(self) -> list[Task]:
         tasks: list[Task] = []
