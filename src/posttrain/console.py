@@ -83,7 +83,7 @@ class Console:
         from posttrain.tables import outcome_table
 
         self._terminal.print()
-        print(outcome_table(outcome.out))
+        print(outcome_table(outcome.out, final=outcome.final))
         if outcome.stopped_by:
             self._terminal.print(f"stopped by a gate: {outcome.stopped_by}", markup=False)
         print(f"\nreport: {report.resolve()}")

@@ -12,7 +12,6 @@ OUT/
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ import msgspec
 from posttrain import config
 from posttrain.build import Workshop
 from posttrain.composition import Dataset, parts_of
-from posttrain.errors import DataError, ResumeRefused
 from posttrain.events import (
     GateDecided,
     Measured,
@@ -40,20 +38,19 @@ from posttrain.files import (
     recover_folder,
     write_atomic,
 )
-from posttrain.gates import decide
+from posttrain.gates import Decision, Detour, decide, detour
 from posttrain.journal import (
-    About,
     Done,
     Journal,
-    has_started,
-    read_about,
     read_done,
     read_progress,
 )
 from posttrain.ledger import Ledger
+from posttrain.leftovers import read_measurement, refuse_changes, remove_partials
 from posttrain.plan import (
     Plan,
     PlannedStage,
+    all_plans,
     make_plan,
     model_path,
     protocol_of,
@@ -77,7 +74,8 @@ class Outcome:
     """How a run ended."""
 
     out: Path
-    finished: tuple[str, ...]  # stages, in order
+    finished: tuple[str, ...]  # stages that ran, in order
+    final: str  # the policy that the run ended with: a stage, or "base"
     stopped_by: str | None = None  # the gate that stopped it, in words
 
 
@@ -155,6 +153,7 @@ class _Run:
     parts: Mapping[str, str]  # of the protocol
     policies: dict[str, Policy]
     measured: dict[str, Measurement] = field(default_factory=dict)
+    detours: dict[str, Detour] = field(default_factory=dict)  # what gates decided, by stage
 
     @classmethod
     def open(
@@ -170,8 +169,7 @@ class _Run:
         recipe = config.checked(recipe)
         observe(Note(text=f"loading {recipe.model}"))
         base = engine.policy(model_path(recipe.model, root))
-        plan = make_plan(recipe, root=root, base=base.producer.digest or recipe.model)
-        abandoned = _refuse_changes(plan, out)
+        plans = all_plans(recipe, root=root, base=base.producer.digest or recipe.model)
         chat = base.renderer.has_template
         tasksets = {
             name: build_taskset(name, spec, root=root, chat=chat)
@@ -183,7 +181,7 @@ class _Run:
         ledger = Ledger.open(out / "ledger.jsonl")
         records = Records(ledger, recipe)
         run = cls(
-            plan=plan,
+            plan=plans[0],
             out=out,
             engine=engine,
             observe=observe,
@@ -195,10 +193,13 @@ class _Run:
             parts=parts,
             policies={"base": base},
         )
-        run._check_data()
+        for plan in plans:
+            run._check_data(plan)
+        run._retrace()
+        abandoned = refuse_changes(run.plan, out)
         for folder in abandoned:
             shutil.rmtree(folder)
-        _remove_partials(out)
+        remove_partials(out)
         write_atomic(out / "recipe.json", msgspec.json.format(msgspec.json.encode(recipe)))
         records.model(recipe.model, digest=base.producer.digest, role="base")
         return run
@@ -209,15 +210,61 @@ class _Run:
         """Measure the base, then every stage in turn, with its measurement and gates."""
         base = self.policies["base"].producer
         self._measure("base", base.digest or base.name)
-        finished: list[str] = []
-        for number, planned in enumerate(self.plan.stages, start=1):
+        position = 0
+        while position < len(self.plan.stages):
+            planned = self.plan.stages[position]
             done = self._stage(planned)
-            finished.append(planned.spec.name)
             self._measure(planned.spec.name, done.digest)
-            self._forget(later=self.plan.stages[number:])
-            if words := self._gates(planned):
-                return Outcome(out=self.out, finished=tuple(finished), stopped_by=words)
-        return Outcome(out=self.out, finished=tuple(finished))
+            stopped_by = self._gates(planned)
+            position += 1
+            if stopped_by:
+                return self._outcome(position, stopped_by)
+            self._forget(later=self.plan.stages[position:])
+        return self._outcome(position, None)
+
+    def _outcome(self, num_stages: int, stopped_by: str | None) -> Outcome:
+        ran = self.plan.stages[:num_stages]
+        final = self.plan.final
+        if stopped_by:
+            last = ran[-1]
+            back = self.detours.get(last.spec.name, Detour()).rolled_back
+            final = last.init if back else last.spec.name
+        return Outcome(
+            out=self.out,
+            finished=tuple(s.spec.name for s in ran),
+            final=final,
+            stopped_by=stopped_by,
+        )
+
+    def _retrace(self) -> None:
+        """Follow the path of earlier sittings as far as it was measured and decided."""
+        known: dict[str, Measurement] = {}
+        base = self.policies["base"].producer
+        if (measured := self._known("base", base.digest or base.name)) is None:
+            return
+        known["base"] = measured
+        position = 0
+        while position < len(self.plan.stages):
+            planned = self.plan.stages[position]
+            done = read_done(self._folder(planned))
+            found = self._known(planned.spec.name, done.digest) if done else None
+            if found is None:
+                return
+            known[planned.spec.name] = found
+            self._turn(planned, detour(self._decisions(planned, known)))
+            position += 1
+
+    def _turn(self, planned: PlannedStage, detour: Detour) -> None:
+        """Plan again from here when the gates lead elsewhere than the present plan goes."""
+        if detour == self.detours.get(planned.spec.name, Detour()):
+            return
+        self.detours[planned.spec.name] = detour
+        self.plan = make_plan(
+            self.plan.recipe,
+            root=self.plan.root,
+            base=self.policies["base"].producer.digest or self.plan.recipe.model,
+            detours=self.detours,
+        )
 
     def policy(self, ref: str) -> Policy:
         """The frozen policy behind a reference, loaded once."""
@@ -258,14 +305,14 @@ class _Run:
             policy=self.policy,
         )
 
-    def _check_data(self) -> None:
+    def _check_data(self, plan: Plan) -> None:
         """Find a broken row now rather than after the stages before it were trained.
 
         Stages that descend from a model outside the recipe are checked when they begin: their
         tokenizer is not loaded yet.
         """
         workshop, known = self._workshop(), {"base"}
-        for planned in self.plan.stages:
+        for planned in plan.stages:
             if planned.init not in known:
                 continue
             known.add(planned.spec.name)
@@ -284,6 +331,7 @@ class _Run:
         about = {
             "name": planned.spec.name,
             "identity": planned.identity,
+            "init": planned.init,
             "inputs": planned.inputs,
         }
         write_atomic(folder / "stage.json", msgspec.json.format(msgspec.json.encode(about)))
@@ -363,9 +411,8 @@ class _Run:
         """Measure a policy, unless these very weights were measured in this very way before."""
         spec = self.plan.recipe.measure
         path = self.out / "measurements" / f"{name}.json"
-        known = _read_measurement(path)
-        cached = known is not None and (known.digest, known.protocol) == (digest, self.protocol)
-        result = known if known is not None and cached else self._take(name, path)
+        known = self._known(name, digest)
+        result = known or self._take(name, path)
         self.records.measured(result, path)
         self.measured[name] = result
         first = {t.taskset: pass_interval(t, 1, confidence=spec.confidence) for t in result.tasks}
@@ -373,7 +420,7 @@ class _Run:
             Measured(
                 policy=name,
                 pass_at_1={n: (i.value, i.low, i.high) for n, i in first.items()},
-                cached=cached,
+                cached=known is not None,
             )
         )
 
@@ -394,88 +441,38 @@ class _Run:
         write_atomic(path, result.to_json())
         return result
 
+    def _known(self, name: str, digest: str) -> Measurement | None:
+        """An earlier measurement of these very weights, taken in this very way."""
+        known = read_measurement(self.out / "measurements" / f"{name}.json")
+        same = known is not None and (known.digest, known.protocol) == (digest, self.protocol)
+        return known if same else None
+
     def _gates(self, planned: PlannedStage) -> str | None:
-        """Decide the stage's gates; returns words when one stops the run."""
-        name = planned.spec.name
-        for gate in planned.spec.gates:
-            decision = decide(
+        """Decide the stage's gates, and take the way they lead; words when one stops the run."""
+        decisions = self._decisions(planned, self.measured)
+        for decision in decisions:
+            self.records.gate(planned.spec.name, decision)
+            self.observe(
+                GateDecided(stage=planned.spec.name, passed=decision.passed, words=decision.words)
+            )
+        way = detour(decisions)
+        self._turn(planned, way)
+        return way.stopped_by
+
+    def _decisions(
+        self, planned: PlannedStage, measured: Mapping[str, Measurement]
+    ) -> list[Decision]:
+        return [
+            decide(
                 gate,
-                base=self.measured["base"].task(gate.task),
-                now=self.measured[name].task(gate.task),
+                now=measured[planned.spec.name].task(gate.task),
+                since=measured[planned.init if gate.since == "input" else gate.since].task(
+                    gate.task
+                ),
                 confidence=self.plan.recipe.measure.confidence,
             )
-            self.records.gate(name, gate, decision)
-            self.observe(GateDecided(stage=name, passed=decision.passed, words=decision.words))
-            if not decision.passed and gate.otherwise == "stop":
-                return decision.words
-        return None
-
-
-def _read_measurement(path: Path) -> Measurement | None:
-    """What was measured before. A damaged file is none: measuring again gives the same."""
-    if not path.is_file():
-        return None
-    try:
-        return Measurement.from_json(path.read_text(encoding="utf-8"))
-    except (DataError, UnicodeDecodeError):
-        return None
-
-
-def _remove_partials(out: Path) -> None:
-    """Remove files that a kill left half written; their names end in random digits."""
-    for folder in (out, out / "measurements", *(out / "stages").glob("**")):
-        for file in folder.glob(".*.partial"):
-            if file.is_file():  # folders are settled by recover_folder, which may need them
-                file.unlink()
-
-
-def _refuse_changes(plan: Plan, out: Path) -> list[Path]:
-    """Refuse to go on when a stage that has started would now mean something else.
-
-    A stage without a checkpoint has not started: nothing of it could be lost.
-
-    Returns:
-        Folders of such stages, which the change makes useless.
-
-    Raises:
-        ResumeRefused: lists what changed.
-    """
-    abandoned: list[Path] = []
-    started: list[tuple[PlannedStage, Path, About]] = []
-    for planned in plan.stages:
-        for folder in sorted((out / "stages").glob(f"{planned.spec.name}-*")):
-            about = read_about(folder)
-            # The pattern also finds `sft-long` for `sft`.
-            if about is None or about.name != planned.spec.name:
-                continue
-            if about.identity == planned.identity:
-                continue
-            if has_started(folder):
-                started.append((planned, folder, about))
-            else:
-                abandoned.append(folder)
-    if started:
-        planned, _, about = started[0]
-        others = "" if len(started) == 1 else " (and what builds on it)"
-        raise ResumeRefused(
-            f"stage {planned.spec.name} has started in {out} and would now be another: "
-            + "; ".join(_changes(planned, about)[:6]),
-            expected="the recipe and data that the stage started with",
-            fix=f"undo the change; or choose another --out; or start the stage{others} again: "
-            + "rm -r "
-            + " ".join(str(folder) for _, folder, _ in started),
-        )
-    return abandoned
-
-
-def _changes(planned: PlannedStage, about: About) -> list[str]:
-    """What differs from the stage that started, digests cut to what a person can compare."""
-    now = msgspec.json.decode(msgspec.json.encode(planned.inputs))
-    lines = []
-    for line in config.differences(about.inputs, now):
-        short, digests = re.subn(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", line)
-        lines.append(f"{short} (the content changed)" if digests == 2 else short)
-    return lines
+            for gate in planned.spec.gates
+        ]
 
 
 __all__ = [

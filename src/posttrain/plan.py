@@ -8,10 +8,12 @@ and checkpoint intervals are no part of it: they do not change the weights.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from posttrain import extensions
 from posttrain.composition import (
@@ -31,9 +33,14 @@ from posttrain.composition.teaching import TeachingSpec, teachers_of
 from posttrain.config import digest, plain
 from posttrain.errors import ConfigError, DataError, nearest
 from posttrain.files import hash_file, hash_folder
+from posttrain.gates import Detour
 from posttrain.legality import check_composition, scopes
+from posttrain.probes.per_prompt import METRICS, parse
 from posttrain.recipe import JsonlTasks, Recipe, Stage
 from posttrain.task import TaskSet
+
+MAX_PATHS = 64
+"""Most ways that the gates of one recipe may lead."""
 
 SEMANTICS = 1
 """Raised when the same configuration comes to mean another computation."""
@@ -95,24 +102,28 @@ def _drawn_from(part: Dataset | Rollouts) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A recipe, resolved and found legal."""
+    """A recipe, resolved and found legal, on one path through its gates."""
 
     recipe: Recipe
     root: Path  # paths in the recipe are relative to it
-    stages: tuple[PlannedStage, ...]
+    stages: tuple[PlannedStage, ...]  # those of the path, in order
+    final: str  # the policy that the path ends with: a stage, or "base"
 
     def stage(self, name: str) -> PlannedStage:
         """The stage of that name."""
         return next(s for s in self.stages if s.spec.name == name)
 
 
-def make_plan(recipe: Recipe, *, root: Path, base: str) -> Plan:
-    """Resolve every stage, check that it is legal, and compute its identity.
+def make_plan(
+    recipe: Recipe, *, root: Path, base: str, detours: Mapping[str, Detour] = MappingProxyType({})
+) -> Plan:
+    """Resolve every stage of a path, check that it is legal, and compute its identity.
 
     Args:
         recipe: the configuration.
         root: folder that its paths are relative to.
         base: digest of the base model (or its name, while it is not on disk).
+        detours: what gates decided, by stage; the others are taken to pass.
 
     Raises:
         ConfigError: an unknown task set, stage, policy or option value.
@@ -123,7 +134,7 @@ def make_plan(recipe: Recipe, *, root: Path, base: str) -> Plan:
     identities = {"base": base}
     planned: list[PlannedStage] = []
     previous = "base"
-    for spec in recipe.stages:
+    for spec in stages_of(recipe, detours):
         composition = spec.method.compose()
         init = previous if spec.init == "previous" else spec.init
         outside = [r for r in (init, *_references(composition)) if r.startswith("path:")]
@@ -132,6 +143,7 @@ def make_plan(recipe: Recipe, *, root: Path, base: str) -> Plan:
         if composition.moving is not None:
             known[MOVING] = MOVING
         _check_references(init, composition, known, stage=spec.name)
+        _check_since(spec, known)
         _check_tasks(composition, recipe, stage=spec.name)
         check_composition(composition, stage=spec.name)
         inputs = _inputs(spec, composition, recipe, known, init=init, root=root)
@@ -144,8 +156,53 @@ def make_plan(recipe: Recipe, *, root: Path, base: str) -> Plan:
         if not isinstance(composition.source, Dataset):
             planned[-1].steps(None)
         identities[spec.name] = identity
-        previous = spec.name
-    return Plan(recipe=recipe, root=root, stages=tuple(planned))
+        previous = init if detours.get(spec.name, Detour()).rolled_back else spec.name
+    return Plan(recipe=recipe, root=root, stages=tuple(planned), final=previous)
+
+
+def stages_of(recipe: Recipe, detours: Mapping[str, Detour]) -> Iterator[Stage]:
+    """The stages of one path: from each to the next of the recipe, or where it or a gate says."""
+    names = [s.name for s in recipe.stages]
+    position = 0
+    while position < len(names):
+        stage = recipe.stages[position]
+        yield stage
+        target = detours.get(stage.name, Detour()).to or stage.then
+        position = (
+            position + 1
+            if target is None
+            else len(names)
+            if target == "end"
+            else names.index(target)
+        )
+
+
+def all_plans(recipe: Recipe, *, root: Path, base: str) -> list[Plan]:
+    """A plan per path that the gates may decide on, the one where all pass first.
+
+    So a path that cannot work is found before training, and not by the gate that leads to it.
+
+    Raises:
+        ConfigError: more than MAX_PATHS paths; or as :func:`make_plan`, for any of them.
+    """
+    options: list[list[tuple[str, Detour]]] = []
+    for stage in recipe.stages:
+        backs = {False, *(True for g in stage.gates if g.otherwise == "roll_back")}
+        targets = [None, *dict.fromkeys(g.to for g in stage.gates if g.otherwise == "branch")]
+        options.append([(stage.name, Detour(b, t)) for b in sorted(backs) for t in targets])
+    num = math.prod(map(len, options))
+    if num > MAX_PATHS:
+        raise ConfigError(
+            f"{num} paths through the gates that branch or roll back",
+            expected=f"at most {MAX_PATHS}",
+            fix="split the recipe",
+        )
+    plans = [
+        make_plan(recipe, root=root, base=base, detours=dict(choice))
+        for choice in itertools.product(*options)
+    ]
+    known = {tuple(s.identity for s in plan.stages): plan for plan in reversed(plans)}
+    return list(reversed(known.values()))
 
 
 def _references(composition: Composition) -> Iterator[str]:
@@ -234,13 +291,29 @@ def _check_gates(recipe: Recipe) -> None:
     """A gate that could not be decided would be found out after its stage was trained."""
     for stage in recipe.stages:
         for gate in stage.gates:
-            if int(gate.metric.partition("@")[2]) > recipe.measure.samples:
+            key, k = parse(gate.metric)
+            if METRICS[key].takes_k and k > recipe.measure.samples:
                 raise ConfigError(
                     f"stage {stage.name}: gate on {gate.metric}, and every prompt is measured "
                     f"with {recipe.measure.samples} samples",
-                    expected="k of pass@k <= measure.samples",
+                    expected=f"k of {key}@k <= measure.samples",
                     fix="raise measure.samples, or lower k",
                 )
+            if key == "kl_base" and recipe.measure.sampling != SamplingSpec():
+                raise ConfigError(
+                    f"stage {stage.name}: gate on kl_base with tempered or truncated sampling",
+                    expected="measure.sampling at temperature 1, without truncation",
+                )
+
+
+def _check_since(spec: Stage, known: Mapping[str, str]) -> None:
+    """What a gate compares with was measured: the base or a stage of this path."""
+    for gate in spec.gates:
+        if gate.compares and (gate.since not in known or known[gate.since].startswith("path:")):
+            raise ConfigError(
+                f"stage {spec.name}: gate since {gate.since!r}, which is not measured before it",
+                expected="base, or a stage that is sure to run before",
+            )
 
 
 def _check_tasks(composition: Composition, recipe: Recipe, *, stage: str) -> None:

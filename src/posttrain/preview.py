@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -20,7 +21,7 @@ from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.composition import Dataset, Mix, Rollouts, TeacherDistribution, parts_of
 from posttrain.errors import ModelError
 from posttrain.files import hash_folder
-from posttrain.plan import Plan, PlannedStage, is_hub_id, make_plan, model_path
+from posttrain.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
 from posttrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def preview(recipe: Recipe, *, root: Path) -> str:
             fix="check the path; it is relative to the recipe's folder",
         )
     base = hash_folder(folder) if local else recipe.model
-    plan = make_plan(recipe, root=root, base=base)
+    plan, *others = all_plans(recipe, root=root, base=base)
     shape = read_shape(folder) if local else None
     lines = [
         f"recipe    {recipe.name}  (identity {config.digest(recipe)[:16]})",
@@ -85,6 +86,7 @@ def preview(recipe: Recipe, *, root: Path) -> str:
         )
     for number, planned in enumerate(plan.stages, start=1):
         lines += ["", *_stage_lines(number, planned, plan, shape, folder)]
+    lines += _detours(plan, others)
     resolved = yaml.safe_dump(config.plain(recipe), sort_keys=False, allow_unicode=True)
     return "\n".join([*lines, "", "resolved recipe:", "", resolved.rstrip()])
 
@@ -118,13 +120,19 @@ def _stage_lines(
     if shape:
         lines.append("   memory      " + _memory(planned, plan.recipe, shape))
     for gate in spec.gates:
-        asked = (
-            f"at least {gate.at_least:g}"
-            if gate.at_least is not None
-            else f"at most {gate.at_most_lost:g} lost"
-        )
-        lines.append(f"   gate        {gate.metric} on {gate.task}: {asked}, else {gate.otherwise}")
+        act = f"branch to {gate.to}" if gate.to else gate.otherwise.replace("_", " ")
+        lines.append(f"   gate        {gate.metric} on {gate.task}: {gate.words}, else {act}")
+    if spec.then:
+        lines.append(f"   then        {spec.then}")
     return lines
+
+
+def _detours(plan: Plan, others: Sequence[Plan]) -> list[str]:
+    """The other ways that gates may lead, each found legal."""
+    if not others:
+        return []
+    ways = [" → ".join(f"{s.spec.name} (from {s.init})" for s in o.stages) for o in others]
+    return ["", "if gates decide otherwise:", *(f"   {way}" for way in ways)]
 
 
 def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:

@@ -18,7 +18,7 @@ from posttrain.config import Config, convert, read_yaml
 from posttrain.errors import ConfigError, nearest
 
 Plain = str | int | float | bool | None
-RESERVED = frozenset({"base", "learner", "input", "moving", "previous"})
+RESERVED = frozenset({"base", "learner", "input", "moving", "previous", "end"})
 
 
 # --- task sets -------------------------------------------------------------------------------
@@ -110,28 +110,72 @@ class Budget(Config, frozen=True, kw_only=True):
 class Gate(Config, frozen=True, kw_only=True):
     """A decision after a stage, taken on the bound of an interval, not on its middle.
 
-    ``at_least`` passes when the lower bound reaches it; ``at_most_lost`` passes when the value
-    cannot have dropped by more than that since the base (upper bound of the loss).
+    ``at_least`` and ``at_most`` ask for the metric itself; ``at_most_lost``, ``at_least_gained``
+    and ``at_most_gained`` for its change, prompt by prompt, since another policy: ``base``,
+    ``input`` (what the stage started from) or an earlier stage. A bound that the whole interval
+    keeps is shown; one that the whole interval breaks is refuted; in between, ``doubt`` decides.
 
-    Example: ``{task: products, metric: pass@1, at_least: 0.5, otherwise: stop}``
+    ``otherwise`` says what a gate that does not pass does: ``stop`` the run, ``warn``,
+    ``roll_back`` (go on from what the stage started from) or ``branch`` to the later stage ``to``.
+
+    Example: ``{task: products, metric: zero_variance@8, at_most: 0.6, otherwise: branch,
+    to: guided}``
     """
 
     task: str
     metric: str = "pass@1"
     at_least: float | None = None
+    at_most: float | None = None
     at_most_lost: float | None = None
-    otherwise: Literal["stop", "warn"] = "stop"
+    at_least_gained: float | None = None
+    at_most_gained: float | None = None
+    since: PolicyRef = "base"
+    doubt: Literal["fails", "passes"] = "fails"
+    otherwise: Literal["stop", "warn", "roll_back", "branch"] = "stop"
+    to: str | None = None
 
     def __post_init__(self) -> None:
-        head, _, k = self.metric.partition("@")
-        if head != "pass" or not k.isdigit() or int(k) < 1:
-            raise ConfigError(f"gate on metric {self.metric!r}", expected="pass@<k>, k >= 1")
-        if (self.at_least is None) == (self.at_most_lost is None):
+        if len(self.asked) != 1:
             raise ConfigError(
-                f"gate on {self.task} with at_least={self.at_least}, "
-                f"at_most_lost={self.at_most_lost}",
-                expected="exactly one of them",
+                f"gate on {self.task} with {', '.join(self.asked) or 'no bound'}",
+                expected="exactly one of at_least, at_most, at_most_lost, at_least_gained, "
+                "at_most_gained",
             )
+        if (self.otherwise == "branch") != (self.to is not None):
+            raise ConfigError(
+                f"gate on {self.task} with otherwise: {self.otherwise} and to: {self.to}",
+                expected="`to`, a later stage, exactly when it branches",
+            )
+        if self.since != "base" and not self.compares:
+            raise ConfigError(
+                f"gate on {self.task} with since: {self.since}",
+                expected="a bound on a change: at_most_lost, at_least_gained or at_most_gained",
+            )
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """The bound, by its name: one entry."""
+        bounds = {
+            "at_least": self.at_least,
+            "at_most": self.at_most,
+            "at_most_lost": self.at_most_lost,
+            "at_least_gained": self.at_least_gained,
+            "at_most_gained": self.at_most_gained,
+        }
+        return {name: bound for name, bound in bounds.items() if bound is not None}
+
+    @property
+    def compares(self) -> bool:
+        """True when it asks for a change since another policy."""
+        return not self.asked.keys() & {"at_least", "at_most"}
+
+    @property
+    def words(self) -> str:
+        """What is asked, in words."""
+        ((name, bound),) = self.asked.items()
+        since = f" since {self.since}" if self.compares else ""
+        head, _, tail = name.removeprefix("at_").partition("_")
+        return f"at {head} {bound:g}{' ' + tail if tail else ''}{since}"
 
 
 class Stage(Config, frozen=True, kw_only=True):
@@ -139,7 +183,8 @@ class Stage(Config, frozen=True, kw_only=True):
 
     ``groups_per_step`` prompts, demonstrations or pairs are drawn at a time; the learner takes
     ``updates_per_draw`` steps on each draw. ``init`` is where the weights start: ``previous``,
-    ``base`` or the name of an earlier stage. ``intends`` is a note; the role is measured.
+    ``base`` or the name of an earlier stage. ``then`` is the stage that follows, if not the next
+    one of the recipe: a later one, or ``end``. ``intends`` is a note; the role is measured.
     """
 
     name: str
@@ -154,6 +199,7 @@ class Stage(Config, frozen=True, kw_only=True):
     lora: Lora | None = None
     checkpoint_every: int = 25
     gates: tuple[Gate, ...] = ()
+    then: str | None = None
     intends: Literal["expansion", "reshaping", "consolidation"] | None = None
 
     def __post_init__(self) -> None:
@@ -264,6 +310,26 @@ class Recipe(Config, frozen=True, kw_only=True):
                     raise ConfigError(
                         f"stage {stage.name}: gate on task {gate.task!r}, which is not measured",
                         fix=nearest(gate.task, self.measured_tasks),
+                    )
+        self._check_order(names)
+
+    def _check_order(self, names: list[str]) -> None:
+        """What follows a stage stands after it; what it is compared with stands before it."""
+        for number, stage in enumerate(self.stages):
+            later, earlier = [*names[number + 1 :], "end"], ["base", "input", *names[:number]]
+            for target in (stage.then, *(g.to for g in stage.gates)):
+                if target is not None and target not in later:
+                    raise ConfigError(
+                        f"stage {stage.name} goes on with {target!r}",
+                        expected=f"a later stage: {', '.join(later)}",
+                        fix=nearest(target, later),
+                    )
+            for gate in stage.gates:
+                if gate.since not in earlier:
+                    raise ConfigError(
+                        f"stage {stage.name}: gate since {gate.since!r}",
+                        expected=", ".join(earlier),
+                        fix=nearest(gate.since, earlier),
                     )
 
     @property

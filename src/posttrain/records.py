@@ -21,7 +21,7 @@ from posttrain.ledger import Ledger, RecordKind, read
 from posttrain.plan import PlannedStage
 from posttrain.probes.measurement import Measurement
 from posttrain.probes.passk import pass_interval
-from posttrain.recipe import Gate, Recipe
+from posttrain.recipe import Recipe
 from posttrain.sources.dataset import DatasetSource
 
 LIBRARIES = ("posttrain", "torch", "transformers", "numpy")
@@ -105,13 +105,18 @@ class Records:
                 },
             )
 
-    def gate(self, stage: str, gate: Gate, decision: Decision) -> None:
-        """What was asked of a stage, and the answer."""
+    def gate(self, stage: str, decision: Decision) -> None:
+        """What was asked of a stage, what was seen, and the answer."""
+        seen = decision.interval
         self._once(
             RecordKind.GATE,
             {
                 "stage": stage,
-                "gate": msgspec.to_builtins(gate),
+                "gate": msgspec.to_builtins(decision.gate),
+                "value": seen.value,
+                "ci": [seen.low, seen.high],
+                "confidence": seen.confidence,
+                "verdict": decision.verdict,
                 "passed": decision.passed,
                 "words": decision.words,
             },

@@ -107,17 +107,19 @@ def _note(task: Attribution) -> str:
     return f"  {task.task}: {words}" if words else ""
 
 
-def outcome_table(out: Path) -> str:
+def outcome_table(out: Path, *, final: str) -> str:
     """Base to final policy of a run."""
     recipe = load_recipe(out / "recipe.json")
-    measured = [
-        out / "measurements" / f"{n}.json" for n in ("base", *(s.name for s in recipe.stages))
-    ]
-    done = [Measurement.from_json(p.read_text("utf-8")) for p in measured if p.is_file()]
-    if len(done) < 2 or not done[0].tasks:
+    if final == "base":
+        return "the run ended with the base: every stage was rolled back, or there was none"
+    files = [out / "measurements" / f"{name}.json" for name in ("base", final)]
+    if not all(f.is_file() for f in files):
+        return "nothing was measured: the recipe has no task sets"
+    base, result = (Measurement.from_json(f.read_text("utf-8")) for f in files)
+    if not base.tasks:
         return "nothing was measured: the recipe has no task sets"
     spec = recipe.measure
-    change = compare(done[0], done[-1], epsilon=spec.threshold, confidence=spec.confidence)
+    change = compare(base, result, epsilon=spec.threshold, confidence=spec.confidence)
     return comparison_table(change)
 
 

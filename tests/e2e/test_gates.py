@@ -32,7 +32,7 @@ def test_a_gate_that_stops_and_stops_again(world, posttrain):
     code, _, errors = posttrain("run", path, "--out", world / "out")
     assert code == 3
     assert "stopped by a gate: pass@1 on say: at least 1;" in errors
-    assert "not shown, so stop" in errors
+    assert "so stop" in errors
     assert not list((world / "out" / "stages").glob("after-*")), "a later stage ran"
     (decided,) = [b for kind, b in rows(world / "out") if kind == "gate"]
     assert decided["stage"] == "sft"
@@ -41,7 +41,7 @@ def test_a_gate_that_stops_and_stops_again(world, posttrain):
     before = listing(world / "out")
     code, _, errors = posttrain("run", path, "--out", world / "out")
     assert code == 3
-    assert "not shown, so stop" in errors
+    assert "so stop" in errors
     after = listing(world / "out")
     assert before["ledger.jsonl"] == after["ledger.jsonl"]
 
@@ -51,7 +51,7 @@ def test_a_gate_that_warns(world, posttrain):
     code, _, errors = posttrain("run", path, "--out", world / "out")
     assert code == 0, errors
     assert "✗ gate" in errors
-    assert "not shown, so warn" in errors
+    assert "so warn" in errors
     assert list((world / "out" / "stages").glob("after-*/done.json"))
 
 
@@ -108,3 +108,93 @@ def test_groups_with_variance_do_move(shared, tmp_path, posttrain):
     before = load_file(shared / "model" / "model.safetensors")
     after = load_file(folder / "model" / "model.safetensors")
     assert any(before[n].tobytes() != after[n].tobytes() for n in before)
+
+
+# --- gates that lead elsewhere -----------------------------------------------------------------
+
+
+def stages_run(out):
+    return sorted(p.name.rpartition("-")[0] for p in (out / "stages").iterdir())
+
+
+def start_of(out, name):
+    return json.loads((stage_folder(out, name) / "stage.json").read_text())["init"]
+
+
+def forked(*, at_least):
+    """After `sft`, `easy` when the gate passes and `hard` when it does not; `last` after both."""
+    fork = gate(at_least=at_least, otherwise="branch", to="hard")
+    one = {"budget": {"steps": 1}}
+    return recipe(
+        sft(gates=[fork]), sft("easy", then="last", **one), sft("hard", **one), sft("last", **one)
+    )
+
+
+@pytest.mark.parametrize(("at_least", "way"), [(0.0, "easy"), (1.0, "hard")])
+def test_a_branch_is_taken_again_when_the_run_goes_on(world, posttrain, at_least, way):
+    path, out = write_recipe(world, forked(at_least=at_least)), world / "out"
+    assert posttrain("run", path, "--out", out)[0] == 0
+    assert stages_run(out) == sorted(["sft", way, "last"])
+    assert start_of(out, "last") == way
+    before = listing(out)
+    code, _, errors = posttrain("run", path, "--out", out)
+    assert code == 0, errors
+    after = listing(out)
+    same = [n for n in before if n not in ("lock", "recipe.json", "report.html")]
+    assert {n: before[n] for n in same} == {n: after[n] for n in same}
+
+
+def test_the_plan_shows_every_way(world, posttrain):
+    code, text, errors = posttrain("plan", write_recipe(world, forked(at_least=0.5)))
+    assert code == 0, errors
+    assert "at least 0.5, else branch to hard" in text
+    assert "sft (from base) → hard (from sft) → last (from hard)" in text
+
+
+def test_a_way_that_cannot_work_is_found_before_training(world, posttrain):
+    """`last` compares with `easy`, which the other way leaves out."""
+    content = forked(at_least=0.5)
+    content["stages"][-1]["gates"] = [gate(at_most_lost=0.1, since="easy")]
+    code, _, errors = posttrain("run", write_recipe(world, content), "--out", world / "out")
+    assert code == 2
+    assert "gate since 'easy', which is not measured before it" in errors
+    assert not (world / "out" / "stages").exists()
+
+
+def test_what_did_harm_is_left_aside(world, posttrain):
+    """The next stage starts from what the harmful one started from, and so does the result."""
+    back = gate(at_least_gained=1.0, since="input", otherwise="roll_back")
+    stages = [sft(), sft("harm", gates=[back]), sft("after", gates=[back], budget={"steps": 1})]
+    path, out = write_recipe(world, recipe(*stages)), world / "out"
+    code, _, errors = posttrain("run", path, "--out", out)
+    assert code == 0, errors
+    assert errors.count("so roll back") == 2
+    assert start_of(out, "harm") == start_of(out, "after") == "sft"
+    page = (out / "report.html").read_text()
+    assert "rolled back" in page
+    before = listing(out)["ledger.jsonl"]
+    assert posttrain("run", path, "--out", out)[0] == 0
+    assert listing(out)["ledger.jsonl"] == before
+
+
+def test_a_stage_can_be_the_last(world, posttrain):
+    path = write_recipe(world, recipe(sft(then="end"), sft("never")))
+    assert posttrain("run", path, "--out", world / "out")[0] == 0
+    assert stages_run(world / "out") == ["sft"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"then": "sft"}, "a later stage: after, end"),
+        ({"gates": [gate(at_least=0.1, otherwise="branch", to="aftr")]}, "after"),
+        ({"gates": [gate(at_most_lost=0.1, since="after")]}, "since 'after'"),
+        ({"gates": [gate(metric="zero_varance@2", at_most=0.1)]}, "zero_variance"),
+        ({"gates": [gate(metric="best@5", at_most=0.1)]}, "measured with 4 samples"),
+    ],
+)
+def test_ways_that_make_no_sense(world, posttrain, change, word):
+    path = write_recipe(world, recipe(sft(**change), sft("after")))
+    code, _, errors = posttrain("run", path, "--out", world / "out")
+    assert code == 2
+    assert word in errors

@@ -7,7 +7,6 @@ import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,13 @@ from posttrain.trajectory import Trajectory
 
 CURVES = ("loss", "reward", "entropy", "kl", "grad_norm", "zero_variance", "accuracy")
 SAMPLES_PER_STAGE = 4
+OUTCOMES = {
+    "stop": Outcome.STOPPED,
+    "warn": Outcome.WARNED,
+    "roll_back": Outcome.ROLLED_BACK,
+    "branch": Outcome.BRANCHED,
+}
+"""What a gate that did not pass did."""
 
 
 def write_report(out: Path) -> Path:
@@ -99,8 +105,14 @@ def load_view(out: Path) -> RunView:
     """Everything the report of a run folder shows, finished or not."""
     run = _open(out)
     spec = run.recipe.measure
-    changes = [_compare(run, a, b) for a, b in pairwise(run.measurements)]
-    whole = _compare(run, run.measurements[0], run.measurements[-1]) if changes else None
+    measured = {m.policy: m for m in run.measurements}
+    changes = [
+        _compare(run, measured[s.init], measured[s.spec.name])
+        for s in run.stages
+        if s.init in measured and s.spec.name in measured
+    ]
+    last = measured[_final(run)] if measured else None
+    whole = _compare(run, measured["base"], last) if changes and last else None
     accounts = [a for s in run.stages for a in _accounts(run, s)]
     newest = next((r for r in reversed(run.records) if r.kind is RecordKind.RUN), None)
     return RunView(
@@ -150,10 +162,21 @@ def _started(out: Path, recipe: Recipe) -> Iterable[PlannedStage]:
                 yield PlannedStage(
                     spec=spec,
                     composition=spec.method.compose(),
-                    init=spec.init,
+                    init=recorded["init"],
                     inputs=recorded["inputs"],
                     identity=recorded["identity"],
                 )
+
+
+def _final(run: _Run) -> str:
+    """The policy that the run has come to: its last measured stage, or what that one started
+    from when a gate rolled it back."""
+    measured = {m.policy for m in run.measurements}
+    done = [s for s in run.stages if s.spec.name in measured]
+    if not done:
+        return "base"
+    back = any(g.outcome is Outcome.ROLLED_BACK for g in _gates(run, done[-1]))
+    return done[-1].init if back else done[-1].spec.name
 
 
 def _compare(run: _Run, before: Measurement, after: Measurement) -> Attributions:
@@ -164,14 +187,14 @@ def _compare(run: _Run, before: Measurement, after: Measurement) -> Attributions
 # --- stages ----------------------------------------------------------------------------------
 
 
-def _effects(run: _Run, stage: str) -> Iterable[TaskEffect]:
+def _effects(run: _Run, stage: PlannedStage) -> Iterable[TaskEffect]:
     """What the stage did per task, in the light of every policy measured before it."""
     names = [m.policy for m in run.measurements]
-    if stage not in names:
+    if stage.spec.name not in names or stage.init not in names:
         return
-    at = names.index(stage)
-    result = run.measurements[at]
-    changes = [_compare(run, m, result) for m in run.measurements[:at]]
+    at, start = names.index(stage.spec.name), names.index(stage.init)
+    before = [m for m in run.measurements[:at] if m.policy != stage.init]
+    changes = [_compare(run, m, run.measurements[at]) for m in (*before, run.measurements[start])]
     for tasks in zip(*(c.tasks for c in changes), strict=True):
         *earlier, last = tasks
         yield TaskEffect(task=last.task, effect=Effect(str(role_in_run(last, earlier))))
@@ -196,7 +219,7 @@ def _stage(run: _Run, planned: PlannedStage) -> StageView:
         steps=len(lines),
         seconds=done.seconds if done else _elapsed(lines),
         intends=spec.intends,
-        effects=tuple(_effects(run, spec.name)),
+        effects=tuple(_effects(run, planned)),
         teachers=tuple(teachers),
         tokens=tuple(
             TokenCount(kind=t.kind, name=t.producer, tokens=t.completion_tokens)
@@ -248,7 +271,7 @@ def _gates(run: _Run, planned: PlannedStage) -> Iterable[GateView]:
         body = latest.get(config.digest(config.plain(gate)))
         if body is None:
             continue
-        missed = Outcome.STOPPED if gate.otherwise == "stop" else Outcome.WARNED
+        missed = OUTCOMES[gate.otherwise]
         yield GateView(
             outcome=Outcome.PASSED if body["passed"] else missed, words=str(body["words"])
         )

@@ -48,6 +48,8 @@ class Outcome(StrEnum):
     PASSED = "passed"
     WARNED = "warned"
     STOPPED = "stopped"
+    ROLLED_BACK = "rolled back"
+    BRANCHED = "branched"
 
 
 def known(value: float | None) -> float | None:

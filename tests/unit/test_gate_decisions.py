@@ -1,0 +1,193 @@
+"""Decisions on bounds, by name of a metric, and the way that they lead."""
+
+import math
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from posttrain.errors import ConfigError, RunError
+from posttrain.gates import Detour, Verdict, decide, detour
+from posttrain.probes.measurement import TaskMeasurement
+from posttrain.probes.per_prompt import METRICS, metric_interval, parse, per_prompt
+from posttrain.recipe import Gate
+
+SAMPLES = 8
+
+
+def measured(counts, *, scores=None, lengths=4, **changes):
+    """One task set with so many successes of SAMPLES per prompt."""
+    counts = np.asarray(counts)
+    right = np.arange(SAMPLES)[None, :] < counts[:, None]
+    shape = right.shape
+    options = {
+        "taskset": "sums",
+        "prompts": tuple(f"sums/{i}" for i in range(len(counts))),
+        "scores": right if scores is None else scores,
+        "success": 1.0,
+        "lengths": np.full(shape, lengths),
+        "truncated": np.zeros(shape),
+        "nll": np.full(shape, 0.5),
+        "distinct": np.full(len(counts), 2),
+    }
+    return TaskMeasurement(**{**options, **changes})
+
+
+# --- metrics, by brute force over all groups of k of the n samples -----------------------------
+
+
+def over_groups(task, k, of):
+    """[P] the mean of ``of(scores of a group)`` over all groups of k samples of each prompt."""
+    return [np.mean([of(row[list(g)]) for g in combinations(range(SAMPLES), k)]) for row in task]
+
+
+@pytest.mark.parametrize("k", [1, 3, SAMPLES])
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("pass", lambda r: r.max()),
+        ("reliable", lambda r: r.min()),
+        ("best", lambda r: r.max()),
+        ("all_wrong", lambda r: r.max() == 0),
+        ("all_right", lambda r: r.min() == 1),
+        ("zero_variance", lambda r: r.max() == r.min()),
+    ],
+)
+def test_metrics_of_groups(name, of, k):
+    task = measured([0, 1, 4, 7, 8])
+    expected = over_groups(np.asarray(task.successes, float), k, of)
+    np.testing.assert_allclose(per_prompt(f"{name}@{k}", task), expected, atol=1e-12)
+
+
+def test_metrics_of_samples():
+    task = measured(
+        [1, 2],
+        scores=np.linspace(-1, 3, 2 * SAMPLES).reshape(2, -1),
+        kl_base=[[1.0, 2.0], [3.0, 5.0]],
+    )
+    assert per_prompt("kl_base", task).tolist() == [1.5, 4.0]
+    assert per_prompt("tokens", task).tolist() == [4, 4]
+    assert per_prompt("distinct", task).tolist() == [0.25, 0.25]
+    np.testing.assert_allclose(per_prompt("score", task), task.scores.mean(1), rtol=1e-6)
+
+
+def test_every_metric_has_an_interval_that_holds_its_value():
+    task = measured([0, 3, 5, 8, 8], kl_base=np.ones((5, 2)))
+    for key, metric in METRICS.items():
+        name = f"{key}@2" if metric.takes_k else key
+        seen = metric_interval(name, task, confidence=0.95)
+        assert seen.low <= seen.value <= seen.high
+        assert seen.value == pytest.approx(per_prompt(name, task).mean(), abs=1e-12)
+        change = metric_interval(name, task, since=task, confidence=0.95)
+        assert change.value == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("pas@1", "pass"), ("pass", "k >= 1"), ("pass@0", "k >= 1"), ("tokens@2", "without")],
+)
+def test_names_that_mean_nothing(name, word):
+    with pytest.raises(ConfigError, match=word):
+        parse(name)
+
+
+def test_more_tries_than_samples_and_what_was_not_measured():
+    with pytest.raises(ConfigError, match="k = 9"):
+        per_prompt("pass@9", measured([1]))
+    with pytest.raises(ConfigError, match="no KL"):
+        per_prompt("kl_base", measured([1]))
+
+
+def test_a_change_needs_the_same_prompts():
+    other = measured([1, 2], prompts=("sums/0", "sums/9"))
+    gate = Gate(task="sums", at_most_lost=0.1)
+    with pytest.raises(RunError, match="prompts"):
+        decide(gate, now=measured([1, 2]), since=other, confidence=0.95)
+
+
+# --- decisions -------------------------------------------------------------------------------
+
+LOW, HIGH = measured([1] * 12), measured([7] * 12)
+MIXED = measured([0, 1, 2, 3, 4, 5, 6, 7, 8] * 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "now", "since", "verdict"),
+    [
+        ({"at_least": 0.5}, HIGH, LOW, Verdict.SHOWN),
+        ({"at_least": 0.5}, LOW, LOW, Verdict.REFUTED),
+        ({"at_least": 0.5}, MIXED, LOW, Verdict.OPEN),
+        ({"at_most": 0.5}, LOW, LOW, Verdict.SHOWN),
+        ({"at_most": 0.5}, HIGH, LOW, Verdict.REFUTED),
+        ({"at_most": 0.5}, MIXED, LOW, Verdict.OPEN),
+        ({"at_most_lost": 0.2}, HIGH, LOW, Verdict.SHOWN),
+        ({"at_most_lost": 0.2}, LOW, HIGH, Verdict.REFUTED),
+        ({"at_least_gained": 0.2}, HIGH, LOW, Verdict.SHOWN),
+        ({"at_least_gained": 0.2}, LOW, HIGH, Verdict.REFUTED),
+        ({"at_least_gained": 0.0}, LOW, LOW, Verdict.OPEN),
+        ({"at_most_gained": 0.2}, LOW, HIGH, Verdict.SHOWN),
+        ({"at_most_gained": 0.2}, HIGH, LOW, Verdict.REFUTED),
+    ],
+)
+def test_the_whole_interval_decides(asked, now, since, verdict):
+    decision = decide(Gate(task="sums", **asked), now=now, since=since, confidence=0.95)
+    assert decision.verdict is verdict
+    assert decision.passed == (verdict is Verdict.SHOWN)
+    assert f"{decision.interval.low:.3f}" in decision.words
+
+
+def test_a_doubt_may_pass_but_a_refutation_never_does():
+    gate = Gate(task="sums", at_least=0.5, doubt="passes")
+    assert decide(gate, now=MIXED, since=LOW, confidence=0.95).passed
+    assert not decide(gate, now=LOW, since=LOW, confidence=0.95).passed
+
+
+def test_a_policy_compared_with_itself_is_almost_never_found_worse():
+    """Two independent measurements of one policy: at most 2.5 % refuted, binomially judged.
+
+    At 32 prompts; below that the bootstrap is known to cover somewhat less than it says.
+    """
+    rng = np.random.default_rng(0)
+    gate = Gate(task="sums", at_most_lost=0.0, doubt="passes")
+    refuted, runs = 0, 600
+    for _ in range(runs):
+        rates = rng.uniform(size=32)
+        now, since = (measured(rng.binomial(SAMPLES, rates)) for _ in range(2))
+        refuted += not decide(gate, now=now, since=since, confidence=0.95).passed
+    assert refuted <= 0.025 * runs + 3 * math.sqrt(0.025 * 0.975 * runs)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({}, "no bound"),
+        ({"at_least": 0.1, "at_most": 0.2}, "exactly one"),
+        ({"at_least": 0.1, "otherwise": "branch"}, "`to`"),
+        ({"at_least": 0.1, "to": "next"}, "`to`"),
+        ({"at_least": 0.1, "since": "input"}, "a bound on a change"),
+    ],
+)
+def test_gates_that_ask_nothing_sensible(options, word):
+    with pytest.raises(ConfigError, match=word):
+        Gate(task="sums", **options)
+
+
+# --- where the run goes on ---------------------------------------------------------------------
+
+
+def missed(**options):
+    gate = Gate(task="sums", at_least=0.5, **options)
+    return decide(gate, now=LOW, since=LOW, confidence=0.95)
+
+
+def test_what_several_decisions_come_to():
+    passed = decide(Gate(task="sums", at_least=0.5), now=HIGH, since=LOW, confidence=0.95)
+    back, warn = missed(otherwise="roll_back"), missed(otherwise="warn")
+    one, two = (missed(otherwise="branch", to=name) for name in ("one", "two"))
+    stop = missed()
+    assert detour([passed, warn]) == Detour()
+    assert detour([two, one]) == Detour(to="two")
+    assert detour([one, back]) == Detour(rolled_back=True, to="one")
+    assert detour([back, stop]) == Detour(rolled_back=True, stopped_by=stop.words)
+    assert detour([replace(stop, words="first"), stop]).stopped_by == "first"
