@@ -16,7 +16,8 @@ import yaml
 from msgspec import structs
 
 from posttrain import config
-from posttrain.recipe import Budget, Measure, Recipe, load_recipe
+from posttrain.probes.per_prompt import METRICS
+from posttrain.recipe import Budget, Gate, Measure, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"
@@ -48,7 +49,7 @@ def shortened(recipe: Recipe, *, steps: int) -> Recipe:
         structs.replace(
             s,
             budget=Budget(steps=steps),
-            gates=tuple(structs.replace(g, otherwise="warn") for g in s.gates),
+            gates=tuple(structs.replace(g, otherwise="warn", to=None) for g in s.gates),
         )
         for s in recipe.stages
     )
@@ -199,9 +200,18 @@ def execute(command: list[str], *, cwd: Path) -> str:
 
 def test_every_snippet_of_the_page_is_of_a_kind_that_is_executed():
     kinds = [info for info, _ in FENCE.findall(PAGE.read_text(encoding="utf-8"))]
-    tested = {"yaml recipe", "python", "python reward", "sh"}
+    tested = {"yaml recipe", "yaml gates", "python", "python reward", "sh"}
     tested |= {"json completion", "json messages", "json preference", "json task"}
     assert set(kinds) == tested
+
+
+def test_gates_on_the_page_are_gates():
+    (snippet,) = (text for info, text in FENCE.findall(PAGE.read_text()) if info == "yaml gates")
+    gates = msgspec.convert(yaml.safe_load(snippet)["gates"], tuple[Gate, ...])
+    assert [g.otherwise for g in gates] == ["stop", "branch", "roll_back"]
+    text = PAGE.read_text(encoding="utf-8")
+    unnamed = [m for m, spec in METRICS.items() if f"`{m}{'@k' * spec.takes_k}`" not in text]
+    assert not unnamed
 
 
 def test_the_page_stays_a_page():
