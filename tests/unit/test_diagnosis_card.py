@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -60,15 +61,17 @@ def card() -> Diagnosis:
         confidence=0.9,
         tasks=(task,),
         cost=Cost(rollouts=1, sampled_tokens=2, scored_tokens=3, seconds=0.5),
-        prescription=Prescription(
-            task="sums",
-            bottleneck=Bottleneck.CHOICE,
-            template="practise",
-            title="t",
-            choices=(Choice(what="value", setting="inf", why="text stays text in choices"),),
-            recipe="name: x\n",
-            gate="g",
-            provisional=True,
+        prescriptions=(
+            Prescription(
+                tasks=("sums",),
+                bottleneck=Bottleneck.CHOICE,
+                treatment="practise",
+                title="t",
+                choices=(Choice(what="value", setting="inf", why="text stays text in choices"),),
+                recipe="name: x\n",
+                gate="g",
+                provisional=True,
+            ),
         ),
         notes=("n",),
     )
@@ -104,3 +107,10 @@ def test_every_bottleneck_has_a_meaning():
 def test_the_likeliest_is_acted_on_only_when_nothing_is_shown():
     task = card().task("sums")
     assert task.acted_on is Bottleneck.CHOICE
+
+
+def test_the_next_step_is_the_first_that_has_a_recipe():
+    (ready,) = card().prescriptions
+    missing = replace(ready, recipe=None, obtain="demonstrations")
+    assert replace(card(), prescriptions=(missing, ready)).next is ready
+    assert replace(card(), prescriptions=(missing,)).next is None

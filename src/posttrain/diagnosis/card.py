@@ -136,12 +136,13 @@ class Choice:
 class Prescription:
     """The next stage, ready to run; or, without a recipe, what has to be obtained first.
 
-    ``provisional`` is True when the bottleneck was likely rather than shown.
+    ``tasks`` are treated together, since they share the bottleneck. ``provisional`` is True when
+    the bottleneck was likely rather than shown.
     """
 
-    task: str
+    tasks: tuple[str, ...]
     bottleneck: Bottleneck
-    template: str  # which of the prescriptions of rules.yaml
+    treatment: str | None  # its name in rules.yaml
     title: str  # one line: what is done
     choices: tuple[Choice, ...] = ()
     recipe: str | None = None  # YAML
@@ -171,7 +172,9 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """The card of a model: every task set, and one prescription.
+    """The card of a model: every task set, and what to do, one stage per kind of bottleneck.
+
+    ``prescriptions`` are in order: support, then reshaping, then consolidation.
 
     Example:
         >>> from posttrain.probes.reading import Reading
@@ -191,8 +194,13 @@ class Diagnosis:
     confidence: float
     tasks: tuple[TaskDiagnosis, ...]
     cost: Cost
-    prescription: Prescription | None = None
+    prescriptions: tuple[Prescription, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def next(self) -> Prescription | None:
+        """What to do now: the first prescription with a recipe. Then diagnose again."""
+        return next((p for p in self.prescriptions if p.recipe is not None), None)
 
     def task(self, name: str) -> TaskDiagnosis:
         """The diagnosis of one task set."""

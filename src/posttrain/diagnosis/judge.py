@@ -1,0 +1,217 @@
+"""From evidence to a diagnosis: rules decided on bounds, never on the middle of an interval.
+
+Evidence ──Rule by order──▶ holds · fails · open · not looked at ──▶ TaskDiagnosis
+
+                    at_least t:   low ─────── high
+                                      t  │ fails        t  holds
+                                         └─ t inside: open, and more samples would decide
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from posttrain.diagnosis.card import (
+    Bottleneck,
+    Evidence,
+    Finding,
+    OpenRule,
+    TaskDiagnosis,
+)
+from posttrain.diagnosis.rules import Condition, Rule, RuleBook
+from posttrain.probes.reading import Reading
+
+
+class Verdict(StrEnum):
+    """What the readings say about a condition or a rule."""
+
+    HOLDS = "holds"
+    FAILS = "fails"
+    OPEN = "open"
+    UNREAD = "not looked at"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A condition with its verdict. ``likely`` is what the middle of the interval says."""
+
+    condition: Condition
+    verdict: Verdict
+    words: str
+    likely: bool = False
+    more: float = 0.0  # times as many units until an interval of this shape would decide
+    units: int = 0
+    readings: tuple[Reading, ...] = ()
+
+
+def diagnose_task(evidence: Evidence, book: RuleBook) -> TaskDiagnosis:
+    """Name the bottleneck of one task set, or say that the readings do not.
+
+    The first rule that holds names it. Where a rule before it is open, on another bottleneck, the
+    answer is undetermined and the likeliest is given as a leaning.
+
+    Args:
+        evidence: the readings.
+        book: the rules in force.
+    """
+    findings: list[tuple[Rule, Finding]] = []
+    unsettled: list[tuple[Rule, OpenRule]] = []
+    for rule in book.active:
+        if any(r.id in rule.unless for r, _ in findings):
+            continue
+        if any(evidence.get(name) for name in rule.without):
+            continue
+        judged = [judge(c, evidence) for c in rule.when]
+        match verdict(judged):
+            case Verdict.HOLDS:
+                findings.append((rule, _finding(rule, judged)))
+            case Verdict.OPEN:
+                unsettled.append((rule, _open(rule, judged)))
+            case _:
+                pass
+    return _conclude(evidence, findings, unsettled)
+
+
+def _conclude(
+    evidence: Evidence,
+    findings: Sequence[tuple[Rule, Finding]],
+    unsettled: Sequence[tuple[Rule, OpenRule]],
+) -> TaskDiagnosis:
+    first = findings[0] if findings else None
+    in_the_way = [
+        o
+        for r, o in unsettled
+        if first is None or (r.order < first[0].order and r.bottleneck is not first[1].bottleneck)
+    ]
+    leaning = None
+    if first is not None and not in_the_way:
+        bottleneck, headline = first[1].bottleneck, first[1].words
+    else:
+        bottleneck = Bottleneck.UNDETERMINED
+        likely = sorted(
+            [
+                *((r.order, r.bottleneck) for r, _ in findings),
+                *((r.order, r.bottleneck) for r, o in unsettled if o.likely),
+            ],
+            key=lambda pair: pair[0],
+        )
+        leaning = likely[0][1] if likely else None
+        headline = _undetermined_words(leaning, in_the_way)
+    return TaskDiagnosis(
+        task=evidence.task,
+        bottleneck=bottleneck,
+        headline=headline,
+        evidence=evidence,
+        findings=tuple(f for _, f in findings),
+        open=tuple(in_the_way),
+        leaning=leaning,
+    )
+
+
+def _undetermined_words(leaning: Bottleneck | None, in_the_way: Sequence[OpenRule]) -> str:
+    if not in_the_way:
+        return "No rule applies to these readings: the rules in force leave a gap here."
+    lean = f"The likeliest is {leaning}, but that is not shown. " if leaning else ""
+    return f"The intervals do not decide. {lean}To decide: {in_the_way[0].decide}"
+
+
+# --- conditions ------------------------------------------------------------------------------
+
+
+def judge(condition: Condition, evidence: Evidence) -> Judged:
+    """Decide one condition on the cautious bounds.
+
+    Example:
+        >>> seen = Reading("pass@1", "t", 0.5, 0.4, 0.6, 32, 64, "half")
+        >>> judge(Condition(reading="pass@1", at_least=0.3), Evidence(task="t", readings=(seen,))
+        ...     ).words
+        'pass@1 is 0.50 [0.40, 0.60], at least 0.3'
+    """
+    found = [evidence.get(name) for name in condition.names]
+    readings = tuple(r for r in found if r is not None)
+    if len(readings) < len(found):
+        return Judged(condition, Verdict.UNREAD, f"{condition.reading} was not measured")
+    value, low, high = _bounds(readings)
+    threshold, upwards = condition.threshold, condition.at_least is not None
+    if upwards:
+        holds, fails, likely = low >= threshold, high < threshold, value >= threshold
+    else:
+        holds, fails, likely = high <= threshold, low > threshold, value <= threshold
+    state = Verdict.HOLDS if holds else Verdict.FAILS if fails else Verdict.OPEN
+    side = "at least" if upwards else "at most"
+    tail = {Verdict.HOLDS: side, Verdict.FAILS: f"not {side}", Verdict.OPEN: f"perhaps {side}"}
+    name = " minus ".join(condition.names)
+    words = f"{name} is {value:.2f} [{low:.2f}, {high:.2f}], {tail[state]} {threshold:g}"
+    return Judged(
+        condition,
+        state,
+        words,
+        likely=likely,
+        more=_more(value, low, high, threshold) if state is Verdict.OPEN else 0.0,
+        units=min(r.units for r in readings),
+        readings=readings,
+    )
+
+
+def _more(value: float, low: float, high: float, threshold: float) -> float:
+    """How many times as many units until the bound on the threshold's side no longer reaches it.
+
+    Half-widths shrink with the square root of the number of units.
+    """
+    if value == threshold or not math.isfinite(value):
+        return math.inf
+    half = value - low if value > threshold else high - value
+    return (half / (value - threshold)) ** 2
+
+
+def verdict(judged: Iterable[Judged]) -> Verdict:
+    """All must hold; one that fails settles it; one that was not looked at leaves it unread."""
+    states = [j.verdict for j in judged]
+    for state in (Verdict.FAILS, Verdict.UNREAD, Verdict.OPEN):
+        if state in states:
+            return state
+    return Verdict.HOLDS
+
+
+def _bounds(readings: Sequence[Reading]) -> tuple[float, float, float]:
+    """(value, low, high) of a reading, or of the first minus the second."""
+    first = readings[0]
+    if len(readings) == 1:
+        return first.value, first.low, first.high
+    second = readings[1]
+    return first.value - second.value, first.low - second.high, first.high - second.low
+
+
+def _finding(rule: Rule, judged: Sequence[Judged]) -> Finding:
+    readings = {r.name: r for j in judged for r in j.readings}
+    return Finding(
+        rule=rule.id,
+        bottleneck=rule.bottleneck,
+        words=rule.words,
+        because=tuple(j.words for j in judged),
+        decided_by=tuple(readings.values()),
+        overturned_by=rule.overturned_by,
+        citation=rule.citation,
+    )
+
+
+def _open(rule: Rule, judged: Sequence[Judged]) -> OpenRule:
+    straddling = [j for j in judged if j.verdict is Verdict.OPEN]
+    worst = max(straddling, key=lambda j: j.more)
+    probe = " and ".join(worst.condition.names)
+    if math.isinf(worst.more) or worst.more * worst.units > 1e6:
+        decide = f"no number of prompts will: {probe} lies on {worst.condition.threshold:g}"
+    else:
+        needed = math.ceil(worst.more * worst.units)
+        decide = f"{probe} on about {needed} prompts instead of {worst.units}"
+    return OpenRule(
+        rule=rule.id,
+        bottleneck=rule.bottleneck,
+        because=tuple(j.words for j in straddling),
+        decide=decide,
+        more=worst.more,
+        likely=all(j.likely for j in judged),
+    )
