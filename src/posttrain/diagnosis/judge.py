@@ -50,8 +50,9 @@ class Judged:
 def diagnose_task(evidence: Evidence, book: RuleBook) -> TaskDiagnosis:
     """Name the bottleneck of one task set, or say that the readings do not.
 
-    The first rule that holds names it. Where a rule before it is open, on another bottleneck, the
-    answer is undetermined and the likeliest is given as a leaning.
+    The first rule that holds names it. The answer is undetermined, with the likeliest bottleneck
+    as a leaning, when no rule holds; and when a rule on another bottleneck that would come first
+    is open and likely, or open and one whose absence the first rule presupposes.
 
     Args:
         evidence: the readings.
@@ -81,11 +82,7 @@ def _conclude(
     unsettled: Sequence[tuple[Rule, OpenRule]],
 ) -> TaskDiagnosis:
     first = findings[0] if findings else None
-    in_the_way = [
-        o
-        for r, o in unsettled
-        if first is None or (r.order < first[0].order and r.bottleneck is not first[1].bottleneck)
-    ]
+    in_the_way = [o for r, o in unsettled if first is None or _in_front(r, o, first[0])]
     leaning = None
     if first is not None and not in_the_way:
         bottleneck, headline = first[1].bottleneck, first[1].words
@@ -111,11 +108,18 @@ def _conclude(
     )
 
 
+def _in_front(rule: Rule, found: OpenRule, first: Rule) -> bool:
+    """True when an open rule forbids to say that ``first`` names the bottleneck."""
+    matters = found.likely or rule.id in first.unless
+    return matters and rule.order < first.order and rule.bottleneck is not first.bottleneck
+
+
 def _undetermined_words(leaning: Bottleneck | None, in_the_way: Sequence[OpenRule]) -> str:
     if not in_the_way:
         return "No rule applies to these readings: the rules in force leave a gap here."
     lean = f"The likeliest is {leaning}, but that is not shown. " if leaning else ""
-    return f"The intervals do not decide. {lean}To decide: {in_the_way[0].decide}"
+    soonest = min(in_the_way, key=lambda o: o.more)
+    return f"The intervals do not decide. {lean}To decide: {soonest.decide}."
 
 
 # --- conditions ------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def _written(
         title=treatment.title,
         choices=_choices(treatment, checked, together, group=group),
         recipe=as_yaml(recipe),
-        gate="; ".join(f"{g.metric} on {g.task}: {g.words}" for g in checked.gates),
+        gate="; ".join(f"{g.metric} on {g.task}: {g.at_least}" for g in checked.gates),
         provisional=first.leaning is not None,
     )
 
