@@ -225,6 +225,7 @@ def _written(
             "task": task,
             "metric": "pass@32" if task in tools.supplies.later else "pass@1",
             "at_most_lost": MOST_LOST,
+            "since": "input",
             "otherwise": "warn",
         }
         for task in keep
@@ -241,7 +242,7 @@ def _written(
         title=treatment.title,
         choices=_choices(treatment, checked, together, group=group),
         recipe=as_yaml(recipe),
-        gate="; ".join(f"{g.metric} on {g.task}: {g.at_least}" for g in checked.gates),
+        gate="; ".join(f"{g.metric} on {g.task}: {g.words}" for g in checked.gates),
         provisional=first.leaning is not None,
     )
 
