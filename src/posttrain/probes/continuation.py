@@ -124,15 +124,7 @@ def continuation(
         ConfigError: no demonstrations, or shares that are not rising in [0, 1).
         TaskError: a prompt with its beginning leaves no room; nothing was drawn.
     """
-    shares = tuple(float(s) for s in shares)
-    if not demonstrations or samples < 1:
-        raise ConfigError(
-            f"a continuation probe with {len(demonstrations)} demonstrations, {samples} samples",
-            expected="at least one right answer to begin with, and one sample",
-            fix="give demonstrations, a teacher, or prompts that the policy sometimes solves",
-        )
-    if not shares or list(shares) != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] < 1:
-        raise ConfigError(f"shares {list(shares)}", expected="rising, each from 0 to below 1")
+    shares = _checked(demonstrations, samples, shares)
     keys = list(dict.fromkeys(d.task.key for d in demonstrations))
     place = {key: i for i, key in enumerate(keys)}
     # One prompt without a beginning is the same for all its demonstrations.
@@ -173,6 +165,21 @@ def continuation(
         confidence=confidence,
         seed=seed,
     )
+
+
+def _checked(
+    demonstrations: Sequence[Demonstration], samples: int, shares: Sequence[float]
+) -> tuple[float, ...]:
+    shares = tuple(float(s) for s in shares)
+    if not demonstrations or samples < 1:
+        raise ConfigError(
+            f"a continuation probe with {len(demonstrations)} demonstrations, {samples} samples",
+            expected="at least one right answer to begin with, and one sample",
+            fix="give demonstrations, a teacher, or prompts that the policy sometimes solves",
+        )
+    if not shares or list(shares) != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] < 1:
+        raise ConfigError(f"shares {list(shares)}", expected="rising, each from 0 to below 1")
+    return shares
 
 
 def beginning(tokens: IntArray, share: float) -> IntArray:
