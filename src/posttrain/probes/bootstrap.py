@@ -9,6 +9,7 @@ it. Shape legend: ``P`` prompts, ``D`` statistics, ``B`` resamples.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -137,15 +138,126 @@ def mean_intervals(
     )
 
 
+def proportion_interval(
+    count: int, num_prompts: int, *, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """Exact interval of a share of prompts (Clopper and Pearson, 1934), with ``count`` observed.
+
+    For properties that a prompt has or has not, such as "no success in n samples". Its coverage is
+    at least the nominal one for every true share, and above it for nearly all, since counts are
+    whole: 0 of 32 gives [0, 0.11]. ``seed`` is carried along; nothing is resampled.
+
+    Example:
+        >>> proportion_interval(0, 32).high.__round__(2)
+        0.11
+    """
+    low, high = clopper_pearson(count, num_prompts, confidence=(1 + confidence) / 2)
+    value = count / num_prompts
+    return Interval(
+        value=value,
+        low=low,
+        high=high,
+        num_prompts=num_prompts,
+        seed=seed,
+        confidence=confidence,
+    )
+
+
+def function_interval(
+    values: npt.ArrayLike,
+    function: Callable[[Floats], Floats],
+    *,
+    bounds: tuple[float, float],
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of a smooth function of column means of [P, D] per-prompt values.
+
+    The bootstrap of :func:`mean_intervals`, with the influence of each prompt from leaving it out
+    (the jackknife). When fewer than RARE prompts have an influence, the interval is ``bounds``:
+    so few prompts say nothing about a function without a bound of its own.
+
+    Args:
+        values: [P, D].
+        function: from means [B, D] to [B] values inside ``bounds``.
+        bounds: least and greatest possible value.
+        confidence: of the two-sided interval.
+        seed: of the resampling.
+
+    Example:
+        >>> x = np.stack([np.linspace(0, 1, 9), np.ones(9)], axis=1)
+        >>> i = function_interval(x, lambda m: m[:, 0] / m[:, 1], bounds=(0.0, 1.0))
+        >>> i.value, i.low < 0.35, i.high > 0.65
+        (0.5, True, True)
+    """
+    x = np.asarray(values, np.float64)
+    num = len(x)
+    value = float(function(x.mean(axis=0)[None])[0])
+    without = (x.sum(axis=0) - x) / max(num - 1, 1)
+    influence = (num - 1) * (value - function(without)) if num > 1 else np.zeros(1)
+    if int((np.abs(influence) > SAME * num).sum()) < RARE:
+        return Interval(
+            value=value,
+            low=bounds[0],
+            high=bounds[1],
+            num_prompts=num,
+            seed=seed,
+            confidence=confidence,
+        )
+    return _interval(
+        value=value,
+        replicates=function(_resampled_means(x, seed=seed, resamples=RESAMPLES)),
+        influence=influence - influence.mean(),
+        caution=None,
+        bounds=bounds,
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def combined_interval(parts: Sequence[Interval]) -> Interval:
+    """Interval of the plain mean of independent values, one per task set.
+
+    From the distances of the parts' own bounds, added in squares (MOVER, Zou and Donner, 2008):
+    it needs no further resampling and keeps the lopsidedness and the caution of the parts. Its
+    prompts are those of all parts together.
+
+    Example:
+        >>> one = Interval(value=.5, low=.2, high=.6, num_prompts=8, seed=0, confidence=.95)
+        >>> both = combined_interval([one, one])
+        >>> round(both.low, 3), round(both.high, 3), both.num_prompts
+        (0.288, 0.571, 16)
+    """
+    if not parts:
+        raise ConfigError("the mean of no intervals", expected="at least one task set")
+    value = math.fsum(p.value for p in parts) / len(parts)
+    down = math.sqrt(math.fsum((p.value - p.low) ** 2 for p in parts)) / len(parts)
+    up = math.sqrt(math.fsum((p.high - p.value) ** 2 for p in parts)) / len(parts)
+    return Interval(
+        value=value,
+        low=value - down,
+        high=value + up,
+        num_prompts=sum(p.num_prompts for p in parts),
+        seed=parts[0].seed,
+        confidence=parts[0].confidence,
+    )
+
+
 def ratio_interval(
-    part: npt.ArrayLike, whole: npt.ArrayLike, *, confidence: float = 0.95, seed: int = 0
+    part: npt.ArrayLike,
+    whole: npt.ArrayLike,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    limits: tuple[float, float] = (0.0, 1.0),
 ) -> Interval:
     """Interval of sum(part) / sum(whole) over prompts, both [P] and resampled together.
 
     Prompts with ``whole`` = 0 say nothing about the ratio. Resamples in which ``whole`` sums to
     zero are left out. With few prompts away from one common ratio the exact bound of
-    :func:`mean_intervals` applies to the prompts that have a ratio. The interval is not cut at 1,
-    since an unbiased ``part`` may exceed ``whole`` by chance.
+    :func:`mean_intervals` applies to the prompts that have a ratio, each taken as inside
+    ``limits``. The interval is not cut there, since an unbiased ``part`` may exceed ``whole`` by
+    chance.
 
     Raises:
         ConfigError: ``whole`` is zero or negative in sum.
@@ -165,12 +277,12 @@ def ratio_interval(
     ratio = float(a.sum()) / total
     sums = _resampled_means(np.stack([a, b], axis=1), seed=seed, resamples=RESAMPLES)
     usable = sums[:, 1] > SAME
-    single = np.clip(a[b > 0] / b[b > 0], 0.0, 1.0)
+    single = np.clip(a[b > 0] / b[b > 0], *limits)
     return _interval(
         value=ratio,
         replicates=sums[usable, 0] / sums[usable, 1],
         influence=((a - ratio * b) / b.mean())[b > 0],
-        caution=_caution(single, (0.0, 1.0), confidence=confidence),
+        caution=_caution(single, limits, confidence=confidence),
         bounds=(-math.inf, math.inf),
         confidence=confidence,
         seed=seed,

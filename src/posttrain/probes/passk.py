@@ -71,7 +71,7 @@ def best_at_k(scores: npt.ArrayLike, k: int) -> Floats:
     if ranked.ndim != 2:
         raise ConfigError(f"scores of shape {ranked.shape}", expected="[prompts, samples]")
     n = ranked.shape[1]
-    _check_k(n, k)
+    check_k(n, k)
     i = np.arange(n, k, -1)  # weight of rank n is k/n; going down a rank multiplies (i−k)/(i−1)
     logs = np.concatenate([[0.0], np.cumsum(np.log((i - k) / (i - 1)))])
     weights = np.exp(np.log(k / n) + logs)
@@ -134,13 +134,18 @@ def _log_all_fail(n: int, k: int) -> Floats:
 
     Summed from i = n down, so that the entry of each c is a plain sum without cancellation.
     """
-    _check_k(n, k)
+    check_k(n, k)
     i = np.arange(n, k, -1)
     sums = np.concatenate([[0.0], np.cumsum(np.log1p(-k / i))])
     return np.concatenate([sums, np.full(k, -np.inf)])
 
 
-def _check_k(n: int, k: int) -> None:
+def check_k(n: int, k: int) -> None:
+    """Refuse k outside 1 to n: more tries than samples have no unbiased estimate.
+
+    Raises:
+        ConfigError: it is.
+    """
     if not 1 <= k <= n:
         raise ConfigError(
             f"k = {k} with {n} samples per prompt",

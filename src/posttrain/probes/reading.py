@@ -63,6 +63,17 @@ class Reading:
         """What the name stands for."""
         return meaning(self.name)
 
+    def interval(self, *, seed: int = 0) -> Interval:
+        """The number and its bounds alone."""
+        return Interval(
+            value=self.value,
+            low=self.low,
+            high=self.high,
+            num_prompts=self.units,
+            seed=seed,
+            confidence=self.confidence,
+        )
+
     @property
     def is_certain(self) -> bool:
         """True when the interval is a point: something counted, not estimated."""

@@ -1,0 +1,52 @@
+"""Calibration of policies that are calibrated, or wrong by a known amount."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_probes_measurement import measured
+
+from posttrain.errors import ConfigError
+from posttrain.probes.calibration import calibration_error
+from posttrain.probes.measurement import TaskMeasurement
+
+
+def drawn(
+    said: np.ndarray, right: np.ndarray, rng: np.random.Generator, n: int = 64
+) -> TaskMeasurement:
+    """Two answers per prompt: the first with probability ``said``, right where ``right``."""
+    answers = (rng.random((len(said), n)) >= said[:, None]).astype(int)
+    return measured((answers == 0) == right[:, None], answers=answers)
+
+
+def test_a_calibrated_policy_has_expectation_zero() -> None:
+    # The first answer has probability q, and is the right one for a share q of prompts; the second
+    # has 1 − q, and is right in the others: both are right as often as they are said.
+    rng = np.random.default_rng(0)
+    values, covered = [], []
+    for _ in range(150):
+        said = rng.choice([0.6, 0.75, 0.9], 32)
+        r = calibration_error(drawn(said, rng.random(32) < said, rng))
+        values.append(r.value)
+        covered.append(r.low <= 0)
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(150)
+    assert np.mean(covered) >= 0.94
+
+
+def test_a_known_error_is_found() -> None:
+    # 0.9 sure of an answer that is right for half of the prompts: samples of the first answer are
+    # right by 0.4 too seldom, those of the second (a tenth) by 0.4 too often.
+    rng = np.random.default_rng(1)
+    values = [
+        calibration_error(drawn(np.full(64, 0.9), rng.random(64) < 0.5, rng)).value
+        for _ in range(40)
+    ]
+    assert np.mean(values) == pytest.approx(0.4, abs=0.03)
+
+
+def test_the_word_says_in_which_direction() -> None:
+    rng = np.random.default_rng(2)
+    over = calibration_error(drawn(np.full(40, 0.95), rng.random(40) < 0.3, rng))
+    assert "less often" in over.words
+    with pytest.raises(ConfigError, match="at least 4"):
+        calibration_error(drawn(np.full(8, 0.9), np.ones(8, bool), rng, n=3))

@@ -1,0 +1,112 @@
+"""All readings of a measurement together: names, bounds, what is missing and why."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_probes_measurement import measured, policy
+
+from posttrain.errors import ConfigError, RunError
+from posttrain.probes.measurement import TaskMeasurement
+from posttrain.probes.passk import pass_interval
+from posttrain.probes.reading import FEWEST, Reading
+from posttrain.probes.readings import (
+    not_taken,
+    paired_change,
+    require_prompts,
+    take,
+    take_change,
+)
+
+EPSILON = 1 - 0.05 ** (1 / 64)
+
+
+def drawn(rate: float, seed: int = 0, prompts: int = 24, n: int = 64) -> TaskMeasurement:
+    """Samples with everything that a measurement may hold."""
+    rng = np.random.default_rng(seed)
+    answers = (rng.random((prompts, n)) >= rate) * rng.integers(1, 4, (prompts, n))
+    return measured(
+        answers == 0,
+        answers=answers,
+        distinct=[len(set(row)) for row in answers.tolist()],
+        nll=rng.random((prompts, n)),
+        lengths=rng.integers(1, 9, (prompts, n)),
+        self_bleu=rng.random(prompts),
+        repetition=rng.random((prompts, n)) / 9,
+        recheck=np.zeros((prompts, 4)),
+    )
+
+
+def by_name(readings: tuple[Reading, ...]) -> dict[str, Reading]:
+    assert len({r.name for r in readings}) == len(readings)
+    return {r.name: r for r in readings}
+
+
+def test_every_reading_of_a_full_measurement() -> None:
+    task = drawn(0.3)
+    found = by_name(take(task, epsilon=EPSILON))
+    expected = (
+        "pass@1 pass@2 pass@4 pass@8 pass@16 pass@32 pass@64 pass^4 pass^8 cover@0.1 cover@0.5 "
+        "cover@0.9 in_share out_share undetermined_share all_wrong all_right band_share "
+        "informative@4 informative@8 informative@16 needed_group efficiency_gap truncated "
+        "tokens_per_answer self_bleu repetition token_entropy answer_entropy distinct_answers "
+        "maj@16 calibration_error verifier_disagreement"
+    )
+    assert set(found) == set(expected.split())
+    assert not not_taken(task)
+    for r in found.values():
+        assert (r.task, r.confidence) == ("sums", 0.95)
+        assert r.units == 24
+        assert r.words
+    one = pass_interval(task, 1)
+    assert (found["pass@1"].value, found["pass@1"].low) == (one.value, one.low)
+
+
+def test_old_files_give_fewer_readings_and_say_why() -> None:
+    bare = measured(np.random.default_rng(0).random((24, 8)) < 0.5, nll=np.full((24, 8), np.nan))
+    found = by_name(take(bare, epsilon=0.4))
+    assert "pass@8" in found
+    assert not {"answer_entropy", "maj@16", "token_entropy", "self_bleu"} & set(found)
+    assert len(not_taken(bare)) == 4
+    assert "informative@16" not in found
+    few = drawn(0.5, n=8)
+    assert not_taken(few) == ("8 samples per prompt: no majority vote of 16",)
+
+
+def test_changes() -> None:
+    before, after = drawn(0.3), drawn(0.6, seed=1)
+    found = by_name(take_change(before, after, epsilon=EPSILON))
+    assert set(found) == {
+        "expanded_share",
+        "shrunk_share",
+        "retention",
+        "crossover",
+        "sharpening_tax",
+    }
+    assert found["retention"].value > 0.9
+    none = by_name(take_change(drawn(0.0), drawn(0.0, seed=1), epsilon=EPSILON))
+    assert "retention" not in none
+
+
+def test_paired_changes_of_diversity_and_cost() -> None:
+    before, after = drawn(0.3), drawn(0.9, seed=1)
+    entropy = paired_change("answer_entropy", before, after)
+    assert entropy is not None
+    assert entropy.high < 0
+    tokens = paired_change("tokens_per_answer", before, after)
+    assert tokens is not None
+    assert tokens.value == pytest.approx(after.lengths.mean() - before.lengths.mean())
+    assert paired_change("answer_entropy", before, measured(np.zeros((24, 64)))) is None
+    with pytest.raises(ConfigError, match="the change of self_bleu"):
+        paired_change("self_bleu", before, after)
+    with pytest.raises(RunError, match="24 and 23 prompts"):
+        paired_change("tokens_per_answer", before, drawn(0.3, prompts=23))
+
+
+def test_too_few_prompts_are_named() -> None:
+    require_prompts(policy(drawn(0.5, prompts=FEWEST)))
+    with pytest.raises(ConfigError, match=r"too few prompts to judge by: sums \(4\)"):
+        require_prompts(policy(drawn(0.5, prompts=FEWEST - 1)))
+    # The probes themselves answer for any number, with intervals that are wide for few.
+    wide = by_name(take(drawn(0.5, prompts=2), epsilon=EPSILON))
+    assert wide["pass@1"].high - wide["pass@1"].low > 0.5
