@@ -18,6 +18,7 @@ from posttrain.composition import (
     SourceSpec,
     parts_of,
 )
+from posttrain.composition.company import Rival
 from posttrain.composition.credit import CreditSpec
 from posttrain.composition.offline import OfflineSignal
 from posttrain.composition.preference_signals import PreferenceSignal
@@ -83,7 +84,10 @@ class Workshop:
             return MixSource(spec, [self._source(p, planned, live, seed=own) for p, own in parts])
         own = spec.policy == "learner"
         policy = live if own else self._grader(_resolve(spec.policy, planned), live)
-        return RolloutSource(spec, self.tasksets, policy, seed)
+        rival = None
+        if isinstance(spec.company, Rival):
+            rival = self._grader(_resolve(spec.company.policy, planned), live)
+        return RolloutSource(spec, self.tasksets, policy, seed, rival)
 
     def dataset(self, spec: Dataset, policy: Policy, *, seed: int = 0) -> DatasetSource:
         """A data set, rendered for a policy and checked row by row.

@@ -11,7 +11,6 @@ tokenizer is handed in.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
@@ -37,52 +36,6 @@ _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 
 
 # --- reading rows ----------------------------------------------------------------------------
-
-
-def read_jsonl(path: Path) -> list[tuple[int, Mapping[str, object]]]:
-    """Rows of a JSONL file with their line numbers, which start at 1. Blank lines are passed over.
-
-    Raises:
-        DataError: no such file, not UTF-8, a line that is not a JSON object, or no row at all.
-    """
-    if not path.is_file():
-        raise DataError(f"no file {path}", fix="check the path; it is relative to the recipe")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}", expected="a JSONL file") from None
-    rows: list[tuple[int, Mapping[str, object]]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, row {number}: not JSON: {error.msg} at column {error.colno}",
-                expected="one JSON object per line",
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: {type(row).__name__}", expected="a JSON object")
-        if "\\ud" in line.lower() and not _is_text(row):
-            raise DataError(
-                f"{path}, row {number}: half of a surrogate pair, which is no character",
-                expected="text that can be written as UTF-8",
-                fix="repair the escape (both halves: \\ud83d\\ude00)",
-            )
-        rows.append((number, row))
-    if not rows:
-        raise DataError(f"{path} is empty", expected="one JSON object per line")
-    return rows
-
-
-def _is_text(row: Mapping[str, object]) -> bool:
-    """False when some string in the row cannot be encoded."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def messages_from(value: object) -> tuple[Message, ...]:
@@ -307,6 +260,26 @@ class ChatRenderer:
             prompt_length=len(tokens),
             spans=_spans([*authors, *[(Role.ASSISTANT, producer)] * len(written)]),
         )
+
+    def answer(self, task: Task, text: str) -> IntArray:
+        """The tokens of an answer with this text, up to and with its end-of-turn token.
+
+        Raises:
+            DataError: the template does not render an answer as an extension of the prompt.
+        """
+        author = Producer(kind=Kind.EXTERNAL, name=task.taskset)
+        if isinstance(task.prompt, str):
+            whole = self.completion(task.prompt, text, producer=author, task=task.key)
+            return whole.tokens[whole.prompt_length :]
+        turns = (*task.prompt, Message(role=Role.ASSISTANT, content=text))
+        whole = self.conversation(
+            turns,
+            producer=author,
+            task=task.key,
+            assistant_mask="prefix",
+            num_prompt=len(task.prompt),
+        )
+        return whole.tokens[np.flatnonzero(whole.trainable)]
 
     def text(self, tokens: IntArray) -> str:
         """The completion as a verifier reads it: no special or end tokens, all else untouched."""

@@ -274,7 +274,7 @@ def read_done(folder: Path) -> Done | None:
 
 def _use(member: Scored, *, stage: str, step: int, role: UseRole, reason: str | None) -> Use:
     trajectory = member.trajectory
-    author = next((s for s in trajectory.spans if s.is_authored), trajectory.spans[-1])
+    author = next((s for s in reversed(trajectory.spans) if s.is_authored), trajectory.spans[-1])
     live = [s.versions for s in trajectory.spans if s.versions is not None]
     advantage = member.columns.get(Column.ADVANTAGE)
     return Use(

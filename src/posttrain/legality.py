@@ -22,7 +22,6 @@ from posttrain.composition import (
     ReferenceKL,
     ReferenceLogprobs,
     Rollouts,
-    SourceSpec,
     TeacherAdvantage,
     TeacherDistribution,
     TeacherLogprobs,
@@ -116,7 +115,7 @@ def check_composition(composition: Composition, *, stage: str) -> None:
 def _check_signals(composition: Composition, *, stage: str) -> Mapping[Kind, frozenset[Column]]:
     """Columns that stand beside each author's groups once all signals have judged."""
     source = composition.source
-    have = {kind: _provided(source, kind) for kind in source.writes}
+    have = {kind: source.provides_for(kind) for kind in source.writes}
     for signal, kinds in zip(composition.signals, scopes(composition), strict=True):
         name = str(signal.__struct_config__.tag)
         if not kinds:
@@ -149,7 +148,7 @@ def scopes(composition: Composition) -> tuple[frozenset[Kind], ...]:
         for kind in kinds:
             wanted[kind] |= signal.needs
         found.append(kinds)
-    have = {kind: _provided(source, kind) for kind in writes}
+    have = {kind: source.provides_for(kind) for kind in writes}
     for i, (signal, kinds) in enumerate(zip(composition.signals, reversed(found), strict=True)):
         if Column.DISCARD in signal.provides:  # the stage reads it: judge whoever can be judged
             kinds = frozenset(k for k in writes if signal.needs <= have[k])
@@ -157,10 +156,6 @@ def scopes(composition: Composition) -> tuple[frozenset[Kind], ...]:
         for kind in kinds:
             have[kind] |= signal.provides
     return tuple(reversed(found))
-
-
-def _provided(source: SourceSpec, kind: Kind) -> frozenset[Column]:
-    return source.provides_for(kind) if isinstance(source, Mix) else source.provides
 
 
 def column_readers(terms: Sequence[TermSpec]) -> Mapping[Column, frozenset[Kind]]:
@@ -357,8 +352,7 @@ def admit(
     for group in groups:
         for member in group.members:
             trajectory = member.trajectory
-            writers = {s.producer.kind for s in trajectory.spans if s.is_authored}
-            if barred := frozenset(writers) - allowed:
+            if barred := trajectory.authors - allowed:
                 raise LegalityError(
                     f"trajectory {trajectory.id} of {trajectory.task} has tokens by "
                     f"{_names(barred)}",

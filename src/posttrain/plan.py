@@ -29,6 +29,7 @@ from posttrain.composition import (
     TeacherLogprobs,
     parts_of,
 )
+from posttrain.composition.company import Rival
 from posttrain.composition.teaching import TeachingSpec, teachers_of
 from posttrain.config import digest, plain
 from posttrain.errors import ConfigError, DataError, nearest
@@ -95,9 +96,10 @@ class PlannedStage:
 def _drawn_from(part: Dataset | Rollouts) -> str:
     if isinstance(part, Dataset):
         return f"off-policy: {part.name or Path(part.path).name} ({part.author})"
+    company = f", {part.company.__struct_config__.tag}" if part.company is not None else ""
     if part.policy == "learner":
-        return "on-policy: the learner's own rollouts"
-    return f"off-policy: rollouts of {part.policy}"
+        return f"on-policy: the learner's own rollouts{company}"
+    return f"off-policy: rollouts of {part.policy}{company}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +209,10 @@ def all_plans(recipe: Recipe, *, root: Path, base: str) -> list[Plan]:
 
 def _references(composition: Composition) -> Iterator[str]:
     """Every policy a composition names."""
-    yield from (p.policy for p in parts_of(composition.source) if isinstance(p, Rollouts))
+    for part in parts_of(composition.source):
+        if isinstance(part, Rollouts):
+            yield part.policy
+            yield from (part.company.policy,) if isinstance(part.company, Rival) else ()
     yield from _graders(composition)
     yield from _teachers(composition)
 

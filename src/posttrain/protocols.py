@@ -41,6 +41,10 @@ class Renderer(Protocol):
 
     def prompt(self, task: Task) -> Prompt: ...
 
+    def answer(self, task: Task, text: str) -> IntArray:
+        """The tokens of an answer with this text, its end-of-turn token included."""
+        ...
+
     def text(self, tokens: IntArray) -> str:
         """The completion as a verifier should read it: without end-of-turn tokens."""
         ...

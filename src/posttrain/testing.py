@@ -121,6 +121,10 @@ class CharRenderer:
             tokens=tokens, spans=(Span(length=len(tokens), role=Role.USER, producer=author),)
         )
 
+    def answer(self, task: Task, text: str) -> IntArray:
+        """The text's characters, then token 0."""
+        return np.array([*map(ord, text), 0], np.int32)
+
     def text(self, tokens: IntArray) -> str:
         """Characters up to the end token."""
         return "".join(chr(t) for t in tokens if t)

@@ -148,6 +148,26 @@ class Trajectory:
         mask[: self.prompt_length] = False
         return mask
 
+    @property
+    def authors(self) -> frozenset[Kind]:
+        """Kinds of producers with tokens that are trained."""
+        at, found = 0, set[Kind]()
+        for span in self.spans:
+            at += span.length
+            if span.is_authored and at > self.prompt_length:
+                found.add(span.producer.kind)
+        return frozenset(found)
+
+    @property
+    def answer_start(self) -> int:
+        """Where the last answer begins: before ``prompt_length`` if its beginning was given."""
+        ends = np.cumsum([s.length for s in self.spans])
+        start = self.prompt_length
+        for span, end in zip(reversed(self.spans), reversed(ends), strict=True):
+            if end == start and span.is_authored:
+                start -= span.length
+        return start
+
     def spread(self, of: Callable[[Span], Any]) -> Array:
         """[T] array from a per-span value: a scalar, or an array [length]."""
         parts = [np.broadcast_to(np.asarray(of(s)), (s.length,)) for s in self.spans]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.chat import ChatRenderer, messages_from, read_jsonl
+from posttrain.chat import ChatRenderer, messages_from
 from posttrain.errors import DataError, ModelError
+from posttrain.files import read_jsonl
 from posttrain.provenance import Kind, Producer, Role
 from posttrain.task import Message, Task
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.chat import ChatRenderer, read_jsonl
+from posttrain.chat import ChatRenderer
 from posttrain.composition import Dataset
 from posttrain.errors import ConfigError, DataError, ModelError
+from posttrain.files import read_jsonl
 from posttrain.provenance import Kind, Producer, Role
 from posttrain.sources.dataset import DatasetSource
 from posttrain.trajectory import Column

@@ -19,6 +19,7 @@ from posttrain.composition.base import (
     Term,
     WeightSchedule,
 )
+from posttrain.composition.company import Company, Guided, Hinted, Rival
 from posttrain.composition.credit import (
     BestOfKAdvantage,
     ClipCovariance,
@@ -42,6 +43,11 @@ from posttrain.composition.distillation import (
     TeacherSkewReverseKL,
     TeacherSortedL1,
     TeacherTotalVariation,
+)
+from posttrain.composition.external import (
+    AssumedCertainGradient,
+    AssumedOwnGradient,
+    ExternalTerm,
 )
 from posttrain.composition.moving import MOVING, MovingReference
 from posttrain.composition.offline import (
@@ -103,6 +109,7 @@ from posttrain.composition.sources import (
     parts_of,
 )
 from posttrain.composition.supervised import (
+    BalancedCrossEntropy,
     CrossEntropy,
     DynamicCrossEntropy,
     ProbabilityLoss,
@@ -124,11 +131,15 @@ __all__ = [
     "MOVING",
     "AdvantageWeighted",
     "Aggregate",
+    "AssumedCertainGradient",
+    "AssumedOwnGradient",
+    "BalancedCrossEntropy",
     "BestOfKAdvantage",
     "BinaryClassifier",
     "ClipCovariance",
     "ClippedPolicyGradient",
     "ClippedWeightPolicyGradient",
+    "Company",
     "Composition",
     "ContrastiveLogistic",
     "CrossEntropy",
@@ -143,6 +154,8 @@ __all__ = [
     "GeometricPolicyGradient",
     "GreedyBaseline",
     "GroupAdvantage",
+    "Guided",
+    "Hinted",
     "KLPenalty",
     "KeepInformative",
     "KeepPositiveAdvantages",
@@ -180,6 +193,7 @@ __all__ = [
     "ReferenceKL",
     "ReferenceLogprobs",
     "RewardGold",
+    "Rival",
     "Rollouts",
     "SamplingSpec",
     "SequencePolicyGradient",
@@ -209,7 +223,9 @@ __all__ = [
 ]
 
 
-TermSpec = SupervisedTerm | OfflineTerm | PreferenceTerm | PolicyTerm | DistillationTerm
+TermSpec = (
+    SupervisedTerm | OfflineTerm | PreferenceTerm | PolicyTerm | ExternalTerm | DistillationTerm
+)
 
 
 class Composition(Config, frozen=True, kw_only=True):

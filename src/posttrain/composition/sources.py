@@ -6,6 +6,7 @@ from math import floor
 from typing import Literal
 
 from posttrain.composition.base import PolicyRef
+from posttrain.composition.company import Company, Guided, Hinted, Rival
 from posttrain.config import Config
 from posttrain.errors import ConfigError
 from posttrain.provenance import Kind, Sampling
@@ -83,6 +84,10 @@ class Dataset(Config, frozen=True, kw_only=True, tag="dataset", tag_field="type"
         named = {Column.REWARD: self.reward, Column.WEIGHT: self.weight}
         return frozenset(column for column, name in named.items() if name is not None)
 
+    def provides_for(self, kind: Kind) -> frozenset[Column]:
+        """Columns beside what this author wrote: all of them."""
+        return self.provides
+
     @property
     def writes(self) -> frozenset[Kind]:
         """Who authors the assistant turns."""
@@ -93,6 +98,8 @@ class Rollouts(Config, frozen=True, kw_only=True, tag="rollouts", tag_field="typ
     """Groups of completions sampled from a policy on the training prompts of task sets.
 
     With ``policy: learner`` this is on-policy; any other policy is frozen, hence off-policy.
+    ``company`` says how the last members of every group come about, if not like the others:
+    ``guided``, ``rival`` or ``hinted``.
     """
 
     tasks: tuple[str, ...]
@@ -100,6 +107,7 @@ class Rollouts(Config, frozen=True, kw_only=True, tag="rollouts", tag_field="typ
     group_size: int = 8
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
+    company: Company | None = None
 
     def __post_init__(self) -> None:
         if self.group_size < 1 or self.max_new_tokens < 1 or not self.tasks:
@@ -108,16 +116,50 @@ class Rollouts(Config, frozen=True, kw_only=True, tag="rollouts", tag_field="typ
                 f"max_new_tokens={self.max_new_tokens}",
                 expected="at least one task set, one member and one token",
             )
+        self._check_company()
+
+    def _check_company(self) -> None:
+        company = self.company
+        if company is None:
+            return
+        most = self.group_size - (1 if isinstance(company, Rival) else 0)
+        if company.members is not None and not 1 <= company.members <= most:
+            raise ConfigError(
+                f"{company.__struct_config__.tag} with members={company.members} of "
+                f"group_size={self.group_size}",
+                expected=f"from 1 to {most}",
+            )
+        same = isinstance(company, Guided) and company.learn and company.author is self._sampled
+        if same or (isinstance(company, Rival) and company.policy == self.policy):
+            raise ConfigError(
+                f"rollouts of {self.policy} in the company of {company}",
+                expected="another author: terms tell members apart by who wrote them",
+            )
+
+    @property
+    def _sampled(self) -> Kind:
+        return Kind.LEARNER if self.policy == "learner" else Kind.TEACHER
 
     @property
     def provides(self) -> frozenset[Column]:
-        """Log-probs of the sampled distribution."""
-        return frozenset({Column.BEHAVIOUR_LOGPROB})
+        """Log-probs of the sampled distribution, where somebody sampled all that is trained."""
+        return frozenset.intersection(*(self.provides_for(kind) for kind in self.writes))
+
+    def provides_for(self, kind: Kind) -> frozenset[Column]:
+        """Columns beside what this author wrote."""
+        given = isinstance(self.company, Guided) and kind is not self._sampled
+        unknown = given or isinstance(self.company, Hinted)
+        return frozenset() if unknown else frozenset({Column.BEHAVIOUR_LOGPROB})
 
     @property
     def writes(self) -> frozenset[Kind]:
-        """The live learner, or a frozen policy."""
-        return frozenset({Kind.LEARNER if self.policy == "learner" else Kind.TEACHER})
+        """The live learner or a frozen policy, and who else has tokens that are trained."""
+        others = set[Kind]()
+        if isinstance(self.company, Guided) and self.company.learn:
+            others = {self.company.author}
+        if isinstance(self.company, Rival):
+            others = {Kind.TEACHER}
+        return frozenset({self._sampled}) | others
 
 
 Part = Dataset | Rollouts
@@ -158,7 +200,7 @@ class Mix(Config, frozen=True, kw_only=True, tag="mix", tag_field="type"):
 
     def provides_for(self, kind: Kind) -> frozenset[Column]:
         """Columns that stand beside every group of this author."""
-        parts = [p.provides for p in self.parts if kind in p.writes]
+        parts = [p.provides_for(kind) for p in self.parts if kind in p.writes]
         return frozenset.intersection(*parts) if parts else frozenset()
 
     @property

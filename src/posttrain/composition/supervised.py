@@ -69,6 +69,23 @@ class DynamicCrossEntropy(
     accepts: ClassVar[frozenset[Kind]] = ANYONE
 
 
+class BalancedCrossEntropy(
+    Term, frozen=True, kw_only=True, tag="balanced_cross_entropy", tag_field="type"
+):
+    """−sg(p (1 − p)) log p, p = π(y_t): CHORD-φ (arXiv 2508.11408).
+
+    The weight is largest at p = ½ and 0 at both ends: neither what the policy already writes nor
+    what is far from it is pushed.
+    """
+
+    weight: float = 1.0
+    where: tuple[Kind, ...] = ()
+    aggregate: Aggregate = "token_mean"
+    unit: ClassVar[str] = "token"
+    needs: ClassVar[frozenset[Column]] = frozenset()
+    accepts: ClassVar[frozenset[Kind]] = ANYONE
+
+
 class ProbabilityLoss(Term, frozen=True, kw_only=True, tag="probability_loss", tag_field="type"):
     """(1 − π(y_t)^α) / α where π(y_t) ≥ ``at_least``, else 0 (arXiv 2510.00526).
 
@@ -128,6 +145,7 @@ SupervisedTerm = (
     CrossEntropy
     | WeightedCrossEntropy
     | DynamicCrossEntropy
+    | BalancedCrossEntropy
     | ProbabilityLoss
     | ProximalCrossEntropy
 )

@@ -36,7 +36,7 @@ from posttrain.methods.distillation import (
     Uld,
 )
 from posttrain.methods.distillation_rewards import GOpd, IwOpd, MiniLlm, Opd2, OpdSampled
-from posttrain.methods.hybrid import Chord
+from posttrain.methods.hybrid import Chord, ChordPhi
 from posttrain.methods.supervised import Sft
 from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
 from posttrain.task import with_context
@@ -159,6 +159,11 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "chord": partial(
             alone,
             lambda: Chord(data=DATA, tasks=TASKS, expert=0.25, max_new_tokens=ANSWER),
+            3e-4,
+        ),
+        "chord_phi": partial(
+            alone,
+            lambda: ChordPhi(data=DATA, tasks=TASKS, expert=0.25, max_new_tokens=ANSWER),
             3e-4,
         ),
     }

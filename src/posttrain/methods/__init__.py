@@ -11,6 +11,7 @@ from typing import get_args
 
 from posttrain.methods.compose import Compose
 from posttrain.methods.distillation import DistillationMethod, Opd
+from posttrain.methods.guided import GuidedMethod
 from posttrain.methods.hybrid import HybridMethod
 from posttrain.methods.offline import OfflineMethod
 from posttrain.methods.policy import Grpo, PolicyMethod
@@ -27,6 +28,7 @@ Method = (
     | PreferenceMethod
     | PolicyMethod
     | DistillationMethod
+    | GuidedMethod
     | HybridMethod
     | Compose
 )

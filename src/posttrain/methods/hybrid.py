@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from posttrain.composition import (
+    BalancedCrossEntropy,
     ClippedPolicyGradient,
     Composition,
     CrossEntropy,
@@ -26,7 +27,7 @@ class Chord(Config, frozen=True, kw_only=True, tag="chord", tag_field="name"):
 
     ``expert`` is the share of groups that are demonstrations; they weigh μ whatever their number,
     since each term is averaged over its own tokens. μ falls from ``mu`` to ``mu_end`` on a cosine.
-    The paper's variant with token weights p (1 − p) is not this one.
+    The paper's variant with token weights p (1 − p) is ``chord_phi``.
     """
 
     data: Dataset
@@ -83,4 +84,53 @@ class Chord(Config, frozen=True, kw_only=True, tag="chord", tag_field="name"):
         )
 
 
-HybridMethod = Chord
+class ChordPhi(Config, frozen=True, kw_only=True, tag="chord_phi", tag_field="name"):
+    """CHORD with a constant weight of the demonstrations, and their tokens weighted p (1 − p).
+
+    Tokens that the policy already writes, and tokens that are far from it, count little, so the
+    demonstrations need not be faded out.
+    """
+
+    data: Dataset
+    tasks: tuple[str, ...]
+    expert: float = 0.2
+    mu: float = 0.1
+    group_size: int = 8
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    provenance: ClassVar[str] = "mixed"
+    interface: ClassVar[str] = "verifier reward and token targets"
+    tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
+    formula: ClassVar[str] = "(1-mu) GRPO on own rollouts + mu (-sg(p (1-p)) log p), p = pi(y_t)"
+    paper: ClassVar[str] = "2508.11408"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mu < 1 or not 0 < self.expert < 1 or self.group_size < 2:
+            raise ConfigError(
+                f"chord_phi with mu={self.mu}, expert={self.expert}, group_size={self.group_size}",
+                expected="mu and expert between 0 and 1, and groups of 2 or more",
+            )
+
+    def compose(self) -> Composition:
+        """Demonstrations and live rollouts; group advantage on these; both losses."""
+        imitate = BalancedCrossEntropy(weight=self.mu, where=(self.data.author,))
+        explore = ClippedPolicyGradient(
+            weight=1 - self.mu, clip_low=self.clip_low, clip_high=self.clip_high
+        )
+        own = Rollouts(
+            tasks=self.tasks,
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+        return Composition(
+            source=Mix(parts=(self.data, own), shares=(self.expert, 1 - self.expert)),
+            signals=(Verify(), GroupAdvantage()),
+            terms=(imitate, explore),
+        )
+
+
+HybridMethod = Chord | ChordPhi

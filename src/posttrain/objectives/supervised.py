@@ -8,6 +8,7 @@ import torch
 
 from posttrain.batch import PackedBatch
 from posttrain.composition.supervised import (
+    BalancedCrossEntropy,
     CrossEntropy,
     DynamicCrossEntropy,
     ProbabilityLoss,
@@ -38,6 +39,14 @@ def dynamic_cross_entropy(term: DynamicCrossEntropy, stats: Stats, batch: Packed
     return Values(-probability_N * logprob_N, {"probability": probability_N})
 
 
+def balanced_cross_entropy(term: BalancedCrossEntropy, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] −sg(p (1 − p)) log p."""
+    logprob_N = stats[Stat.LOGPROB]
+    probability_N = logprob_N.detach().exp()
+    weight_N = probability_N * (1 - probability_N)
+    return Values(-weight_N * logprob_N, {"probability": probability_N, "balance": weight_N})
+
+
 def probability_loss(term: ProbabilityLoss, stats: Stats, batch: PackedBatch) -> Values:
     """[N] (1 − π(y)^α) / α above the threshold, else 0."""
     logprob_N = stats[Stat.LOGPROB]
@@ -62,6 +71,7 @@ TERMS: Mapping[type[Config], TermCode] = {
     CrossEntropy: TermCode(frozenset({Stat.LOGPROB}), cross_entropy),
     WeightedCrossEntropy: TermCode(frozenset({Stat.LOGPROB}), weighted_cross_entropy),
     DynamicCrossEntropy: TermCode(frozenset({Stat.LOGPROB}), dynamic_cross_entropy),
+    BalancedCrossEntropy: TermCode(frozenset({Stat.LOGPROB}), balanced_cross_entropy),
     ProbabilityLoss: TermCode(frozenset({Stat.LOGPROB}), probability_loss),
     ProximalCrossEntropy: TermCode(frozenset({Stat.LOGPROB}), proximal_cross_entropy),
 }

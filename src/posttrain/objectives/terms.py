@@ -12,7 +12,7 @@ from posttrain.batch import PackedBatch
 from posttrain.config import Config
 from posttrain.errors import ConfigError, nearest
 from posttrain.head import Stat
-from posttrain.objectives import distillation, offline, policy, preference, supervised
+from posttrain.objectives import distillation, external, offline, policy, preference, supervised
 from posttrain.objectives.values import Stats, TermCode, Values
 
 
@@ -60,6 +60,7 @@ TERMS: Mapping[type[Config], TermCode] = Terms(
         **offline.TERMS,
         **preference.TERMS,
         **policy.TERMS,
+        **external.TERMS,
         **distillation.TERMS,
     }
 )

@@ -97,9 +97,10 @@ def mismatch_metrics(groups: Sequence[Group]) -> Mapping[str, float]:
         for m in g.members
         if Column.TRAINER_LOGPROB in m.columns and Column.BEHAVIOUR_LOGPROB in m.columns
     ]
-    if not sum(map(len, log_w)):
+    logs = np.concatenate(log_w) if log_w else np.zeros(0)
+    logs = logs[np.isfinite(logs)]  # others' tokens were sampled by nobody we know
+    if not len(logs):
         return {}
-    logs = np.concatenate(log_w)
     weights = np.exp(logs)
     return {
         "mismatch/mean_weight": float(weights.mean()),

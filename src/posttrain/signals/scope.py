@@ -30,9 +30,4 @@ class ScopedSignal:
 
 
 def _writers(group: Group) -> frozenset[Kind]:
-    return frozenset(
-        span.producer.kind
-        for member in group.members
-        for span in member.trajectory.spans
-        if span.is_authored
-    )
+    return frozenset().union(*(member.trajectory.authors for member in group.members))

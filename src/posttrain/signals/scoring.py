@@ -108,7 +108,7 @@ class TeacherSignal:
         for member, sibling in zip(members, siblings, strict=True):
             own = read = member.trajectory
             if sibling is not None and spec.context is not None:
-                text = teacher.renderer.text(sibling.tokens[sibling.prompt_length :])
+                text = teacher.renderer.text(sibling.tokens[sibling.answer_start :])
                 read = self._retold(own, teacher, spec.context, success=text)
             pairs.append((own, read))
         verdicts = [_verdict(m, s) for m, s in zip(members, siblings, strict=True)]
@@ -126,7 +126,7 @@ class TeacherSignal:
                 expected="a task: the teacher's context is written from its question and answer",
             )
         prompt = teacher.renderer.prompt(with_context(task, context, **shown))
-        cut = trajectory.prompt_length
+        cut = trajectory.answer_start  # what was given of the answer stays
         tokens = np.concatenate([prompt.tokens, trajectory.tokens[cut:]]).astype(np.int32)
         if len(tokens) > teacher.context:
             raise TaskError(
@@ -137,7 +137,7 @@ class TeacherSignal:
         return replace(
             trajectory,
             tokens=tokens,
-            prompt_length=len(prompt.tokens),
+            prompt_length=len(prompt.tokens) + trajectory.prompt_length - cut,
             spans=(*prompt.spans, *_spans_from(trajectory, cut)),
         )
 

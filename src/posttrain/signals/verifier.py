@@ -72,7 +72,7 @@ class Verifier:
         """Rewards of each group's members, from one call of the scorer."""
         tasks = [self._find(group)[1] for group in groups for _ in group.members]
         trajectories = [member.trajectory for group in groups for member in group.members]
-        texts = [self._renderer.text(t.tokens[t.prompt_length :]) for t in trajectories]
+        texts = [self._renderer.text(t.tokens[t.answer_start :]) for t in trajectories]
         with clock.measure("verify"):
             scores = self._tasksets[name].score(tasks, texts)
         if len(scores) != len(texts) or not all(math.isfinite(s) for s in scores):

@@ -20,9 +20,10 @@ from typing import Literal, final
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.chat import ChatRenderer, messages_from, read_jsonl
+from posttrain.chat import ChatRenderer, messages_from
 from posttrain.composition import ANYONE, Dataset
 from posttrain.errors import ConfigError, DataError
+from posttrain.files import read_jsonl
 from posttrain.provenance import Kind, Producer, Role
 from posttrain.sources.numbers import row_numbers
 from posttrain.task import Message

@@ -10,10 +10,11 @@ import numpy as np
 
 from posttrain.composition import Rollouts
 from posttrain.errors import TaskError
-from posttrain.protocols import Completion, Policy, Prompt, Request
+from posttrain.protocols import Completion, Policy, Request
 from posttrain.provenance import Role, Sampling, Span
+from posttrain.sources.company import NOTHING, Opening, check_tasks, openings, spans_of
 from posttrain.task import Task, TaskSet
-from posttrain.trajectory import Column, Group, Scored, Trajectory
+from posttrain.trajectory import Column, End, Group, Scored, Trajectory
 
 
 @final
@@ -33,6 +34,11 @@ class RolloutSource:
     tasksets: Mapping[str, TaskSet]
     policy: Policy
     seed: int
+    rival: Policy | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.spec.tasks if self.spec.company else ():
+            check_tasks(self.spec.company, self.tasksets[name].train)
 
     def draw(self, num_groups: int, *, step: int) -> Sequence[Group]:
         """``num_groups`` groups of ``group_size`` rollouts."""
@@ -41,37 +47,67 @@ class RolloutSource:
         # in alternating order each update would see some task sets only.
         places = sorted(range(num_groups), key=lambda i: (first + i) % len(self.spec.tasks))
         tasks = [self._task(first + i) for i in places]
-        prompts = [self.policy.renderer.prompt(t) for t in tasks]
-        for task, prompt in zip(tasks, prompts, strict=True):
-            if len(prompt.tokens) >= self.policy.context:
-                raise TaskError(
-                    f"the prompt of {task.key} has {len(prompt.tokens)} tokens",
-                    expected=f"fewer than the model's context of {self.policy.context}",
-                    fix="shorten the task's prompts, or use a model with a longer context",
-                )
         size = self.spec.group_size
-        seeds = np.random.SeedSequence((self.seed, step)).generate_state(
-            num_groups * size, np.uint64
-        )
-        requests = [
-            Request(
-                prompt=prompts[i // size].tokens,
-                sampling=self.spec.sampling.with_seed(int(seed >> np.uint64(1))),
-                max_new_tokens=self.spec.max_new_tokens,
+        state = np.random.SeedSequence((self.seed, step))
+        seeds = state.generate_state(num_groups * size, np.uint64)
+        starts = [
+            self._checked(task, opening)
+            for i, task in enumerate(tasks)
+            for opening in openings(
+                self.spec.company,
+                task,
+                self.policy.renderer,
+                size=size,
+                draw=step,
+                seed=int(seeds[i * size]),
             )
-            for i, seed in enumerate(seeds)
         ]
-        completions = self.policy.generate(requests)
+        samplings = [self.spec.sampling.with_seed(int(s >> np.uint64(1))) for s in seeds]
+        completions = self._complete(starts, samplings)
         return [
             Group(
                 task=task.key,
                 members=tuple(
-                    self._scored(task, prompt, requests[j].sampling, completions[j])
+                    self._scored(task, starts[j], samplings[j], completions[j])
                     for j in range(i * size, (i + 1) * size)
                 ),
             )
-            for i, (task, prompt) in enumerate(zip(tasks, prompts, strict=True))
+            for i, task in enumerate(tasks)
         ]
+
+    def _checked(self, task: Task, opening: Opening) -> Opening:
+        if len(opening.reads) >= self._author(opening).context and not opening.whole:
+            raise TaskError(
+                f"the prompt of {task.key} has {len(opening.reads)} tokens",
+                expected=f"fewer than the model's context of {self._author(opening).context}",
+                fix="shorten the task's prompts, or use a model with a longer context",
+            )
+        return opening
+
+    def _author(self, opening: Opening) -> Policy:
+        return self.rival if opening.by_rival and self.rival is not None else self.policy
+
+    def _complete(
+        self, starts: Sequence[Opening], samplings: Sequence[Sampling]
+    ) -> list[Completion | None]:
+        """What each policy writes, all of its members together; None where nothing is left."""
+        out: list[Completion | None] = [None] * len(starts)
+        for by_rival in (False, True):
+            asked = [i for i, s in enumerate(starts) if s.by_rival == by_rival and not s.whole]
+            if not asked:
+                continue
+            requests = [
+                Request(
+                    prompt=starts[i].reads,
+                    sampling=samplings[i],
+                    max_new_tokens=self.spec.max_new_tokens,
+                )
+                for i in asked
+            ]
+            answers = self._author(starts[asked[0]]).generate(requests)
+            for i, answer in zip(asked, answers, strict=True):
+                out[i] = answer
+        return out
 
     def _task(self, index: int) -> Task:
         """The index-th prompt of this stage: task sets in turn, each in its own shuffled order."""
@@ -84,23 +120,31 @@ class RolloutSource:
         return train[int(order[at])]
 
     def _scored(
-        self, task: Task, prompt: Prompt, sampling: Sampling, completion: Completion
+        self, task: Task, opening: Opening, sampling: Sampling, completion: Completion | None
     ) -> Scored:
-        version = self.policy.version
-        span = Span(
-            length=len(completion.tokens),
-            role=Role.ASSISTANT,
-            producer=self.policy.producer,
-            versions=None if version is None else (version, version),
-            sampling=sampling,
-            logprobs=completion.logprobs,
-        )
+        given = opening.given[0] if opening.given else NOTHING
+        written = completion.tokens if completion else NOTHING
+        span = self._span(opening, sampling, completion) if completion else None
+        start = len(opening.prompt.tokens)
         trajectory = Trajectory(
             task=task.key,
-            tokens=np.concatenate([prompt.tokens, completion.tokens]).astype(np.int32),
-            prompt_length=len(prompt.tokens),
-            spans=(*prompt.spans, span),
-            end=completion.end,
+            tokens=np.concatenate([opening.prompt.tokens, given, written]).astype(np.int32),
+            prompt_length=start if opening.learn else start + len(given),
+            spans=spans_of(opening, span),
+            end=completion.end if completion else End.COMPLETED,
         )
         behaviour = {Column.BEHAVIOUR_LOGPROB: trajectory.behaviour_logprobs}
         return Scored(trajectory=trajectory, columns=behaviour)
+
+    def _span(self, opening: Opening, sampling: Sampling, completion: Completion) -> Span:
+        author = self._author(opening)
+        version = author.version
+        return Span(
+            length=len(completion.tokens),
+            role=Role.ASSISTANT,
+            producer=author.producer,
+            versions=None if version is None else (version, version),
+            sampling=sampling,
+            # After another prompt than the recorded one they are not those of this text.
+            logprobs=None if opening.told else completion.logprobs,
+        )

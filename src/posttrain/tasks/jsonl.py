@@ -12,9 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import final
 
-from posttrain.chat import messages_from, read_jsonl
+from posttrain.chat import messages_from
 from posttrain.config import digest, plain
 from posttrain.errors import DataError, TaskError
+from posttrain.files import read_jsonl
 from posttrain.provenance import Role
 from posttrain.recipe import JsonlTasks
 from posttrain.task import Message, Task

@@ -1,0 +1,77 @@
+"""Policy gradients on text that somebody else wrote, each under an assumption that it names.
+
+A ratio needs the probability with which its author wrote a token. Nobody knows it for a
+demonstration, and a missing log-prob is refused everywhere else. These terms put an assumption in
+its place, and carry it in their names.
+
+The code behind a term is in ``objectives/external.py``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from posttrain.composition.base import ANYONE, Aggregate, Term
+from posttrain.errors import ConfigError
+from posttrain.provenance import Kind
+from posttrain.trajectory import Column
+
+OTHERS = ANYONE - {Kind.LEARNER}
+"""Everybody but the model being trained."""
+
+
+class AssumedCertainGradient(
+    Term, frozen=True, kw_only=True, tag="assumed_certain_gradient", tag_field="type"
+):
+    """−f(π(y_t)) A, f(p) = p / (p + γ): assumes that the author was certain of every token.
+
+    With a behaviour probability of 1 the ratio is π itself, and f is its shape: the gradient is
+    −A γ p / (p + γ)² ∇log π, largest at p = γ, so tokens that the policy does not expect are not
+    lost as they would be under p ∇log π. No clip (LUFFY, arXiv 2504.14945).
+    """
+
+    gamma: float = 0.1
+    aggregate: Aggregate = "token_mean"
+    weight: float = 1.0
+    where: tuple[Kind, ...] = (Kind.EXTERNAL,)
+    unit: ClassVar[str] = "token"
+    needs: ClassVar[frozenset[Column]] = frozenset({Column.ADVANTAGE})
+    accepts: ClassVar[frozenset[Kind]] = OTHERS
+
+    def __post_init__(self) -> None:
+        if self.gamma <= 0:
+            raise ConfigError(
+                f"assumed_certain_gradient with gamma={self.gamma}",
+                expected="above 0: at 0 the shaped ratio is constant, and has no gradient",
+            )
+
+
+class AssumedOwnGradient(
+    Term, frozen=True, kw_only=True, tag="assumed_own_gradient", tag_field="type"
+):
+    """−min(r A, clip(r) A), r = π / π_drawn: assumes that the policy itself wrote the tokens.
+
+    π_drawn is the learner when the text was drawn, so r is 1 at the first update of a draw and the
+    gradient is that of A log π (Prefix-RFT, arXiv 2507.01679). The assumption is false, and a
+    negative advantage then lowers a right beginning for a wrong end; the paper limits the term to
+    the fifth of the tokens of highest entropy.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregate: Aggregate = "token_mean"
+    weight: float = 1.0
+    where: tuple[Kind, ...] = (Kind.EXTERNAL,)
+    unit: ClassVar[str] = "token"
+    needs: ClassVar[frozenset[Column]] = frozenset({Column.ADVANTAGE, Column.TRAINER_LOGPROB})
+    accepts: ClassVar[frozenset[Kind]] = OTHERS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_low <= 1 or self.clip_high <= 0:
+            raise ConfigError(
+                f"clip_low={self.clip_low}, clip_high={self.clip_high}",
+                expected="0 < clip_low <= 1 and clip_high > 0",
+            )
+
+
+ExternalTerm = AssumedCertainGradient | AssumedOwnGradient

@@ -1,0 +1,219 @@
+"""Guided methods: demonstrations inside the learner's own rollouts."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from posttrain.composition import (
+    AssumedCertainGradient,
+    AssumedOwnGradient,
+    ClippedPolicyGradient,
+    Composition,
+    CrossEntropy,
+    EntropyBonus,
+    GroupAdvantage,
+    Guided,
+    Limit,
+    OwnLogprobs,
+    Rollouts,
+    SamplingSpec,
+    SignalSpec,
+    TermSpec,
+    Verify,
+)
+from posttrain.config import Config
+from posttrain.errors import ConfigError
+from posttrain.provenance import Kind
+
+
+class OnGuided(Config, frozen=True, kw_only=True):
+    """Whose prompts are answered, and where the demonstrations are. Fields only.
+
+    ``demonstration`` is the column of a task that holds one: its ``answer``, or another.
+    """
+
+    tasks: tuple[str, ...]
+    demonstration: str = "answer"
+    author: Kind = Kind.EXTERNAL
+    group_size: int = 8
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+
+    interface: ClassVar[str] = "verifier reward and demonstrations"
+    tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
+
+
+def _guided(
+    method: OnGuided, company: Guided, signals: tuple[SignalSpec, ...], *terms: TermSpec
+) -> Composition:
+    """Guided rollouts, judged by the verifier and then by ``signals``, under ``terms``."""
+    if method.group_size < 2:
+        raise ConfigError(
+            f"{method.__struct_config__.tag} with group_size={method.group_size}",
+            expected="at least 2: a group of one has no baseline",
+        )
+    source = Rollouts(
+        tasks=method.tasks,
+        group_size=method.group_size,
+        max_new_tokens=method.max_new_tokens,
+        sampling=method.sampling,
+        company=company,
+    )
+    return Composition(source=source, signals=(Verify(), *signals), terms=terms)
+
+
+class GuidedGrpo(OnGuided, frozen=True, kw_only=True, tag="guided_grpo", tag_field="name"):
+    """GRPO on what the learner writes after the beginning of a right answer.
+
+    All of a group start from the same beginning, which is not trained on. Its share falls from
+    ``start`` to ``end`` over ``draws`` draws, so that hard prompts are met from where they can be
+    solved. A schedule in place of what the papers do: QuestA has two levels (one half, then one
+    quarter), BREAD (arXiv 2506.17211) searches the shortest beginning that helps.
+    """
+
+    start: float = 0.75
+    end: float = 0.0
+    draws: int = 100
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    provenance: ClassVar[str] = "on-policy, after the beginning of a demonstration"
+    formula: ClassVar[str] = "GRPO on y_{>L} given y*_{<=L}, L = floor(share |y*|)"
+    paper: ClassVar[str] = "2507.13266"
+
+    def compose(self) -> Composition:
+        """Rollouts from given beginnings; group advantage; clipped policy gradient."""
+        company = Guided(
+            column=self.demonstration,
+            author=self.author,
+            start=self.start,
+            end=self.end,
+            draws=self.draws,
+        )
+        term = ClippedPolicyGradient(
+            clip_low=self.clip_low, clip_high=self.clip_high, aggregate="sequence_mean"
+        )
+        return _guided(self, company, (GroupAdvantage(),), term)
+
+
+class Uft(OnGuided, frozen=True, kw_only=True, tag="uft", tag_field="name"):
+    """Unified fine-tuning: guided GRPO, and a little likelihood of what was given.
+
+    The number of given slices is drawn per prompt. A slice is a fifth of the demonstration's
+    tokens; the paper cuts at steps of the solution. Its KL term is left out.
+    """
+
+    group_size: int = 4
+    start: float = 0.95
+    end: float = 0.05
+    draws: int = 300
+    slices: int = 5
+    nll_weight: float = 0.001
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "GRPO on y_{>L} - nll_weight log pi(y*_{<=L}), L by Binomial(5, p)"
+    paper: ClassVar[str] = "2505.16984"
+
+    def compose(self) -> Composition:
+        """Rollouts from beginnings of random length; GRPO, and cross-entropy on the beginnings."""
+        company = Guided(
+            column=self.demonstration,
+            author=self.author,
+            start=self.start,
+            end=self.end,
+            draws=self.draws,
+            length="binomial",
+            slices=self.slices,
+            learn=True,
+        )
+        given = CrossEntropy(weight=self.nll_weight, where=(self.author,))
+        grpo = ClippedPolicyGradient(aggregate="sequence_mean")
+        return _guided(self, company, (GroupAdvantage(),), grpo, given)
+
+
+class PrefixRft(OnGuided, frozen=True, kw_only=True, tag="prefix_rft", tag_field="name"):
+    """One rollout of a group begins like a demonstration, and the beginning is trained as well.
+
+    Its tokens are treated as if the learner had written them, at the fifth of highest entropy.
+    Both terms are sums over tokens divided by the same constant.
+    """
+
+    start: float = 0.95
+    draws: int = 100
+    entropy_share: float = 0.2
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "-min(r A, clip(r) A), also on y*_{<=L}, L ~ U(low, .95) |y*|"
+    paper: ClassVar[str] = "2507.01679"
+
+    def compose(self) -> Composition:
+        """One guided member; group advantage; a clipped policy gradient for either author."""
+        company = Guided(
+            column=self.demonstration,
+            author=self.author,
+            members=1,
+            start=self.start,
+            end=0.0,
+            draws=self.draws,
+            length="uniform",
+            learn=True,
+        )
+        # Each term is divided by its own number of sequences: G per group, and one per group.
+        own = ClippedPolicyGradient(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            aggregate="sequence_sum",
+            weight=1 / self.max_new_tokens,
+        )
+        given = AssumedOwnGradient(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            aggregate="sequence_sum",
+            weight=1 / (self.max_new_tokens * self.group_size),
+            where=(self.author,),
+            limit=Limit(entropy_share=self.entropy_share),
+        )
+        return _guided(self, company, (OwnLogprobs(), GroupAdvantage()), own, given)
+
+
+class Luffy(OnGuided, frozen=True, kw_only=True, tag="luffy", tag_field="name"):
+    """One demonstration stands among the rollouts of a group, and shares their baseline.
+
+    Its ratio assumes that its author was certain of every token, and is shaped so that unlikely
+    tokens keep a gradient. Both terms are sums over tokens divided by the same constant.
+    """
+
+    gamma: float = 0.1
+    entropy_weight: float = 0.001
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "-min(r A, clip(r) A) on own, -pi / (pi + gamma) A on given tokens"
+    paper: ClassVar[str] = "2504.14945"
+
+    def compose(self) -> Composition:
+        """One demonstration per group; group mean without std; a term for either author."""
+        company = Guided(
+            column=self.demonstration, author=self.author, members=1, start=1, end=1, learn=True
+        )
+        size, longest = self.group_size, self.max_new_tokens
+        own = ClippedPolicyGradient(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            aggregate="sequence_sum",
+            weight=(size - 1) / (size * longest),
+        )
+        given = AssumedCertainGradient(
+            gamma=self.gamma,
+            aggregate="sequence_sum",
+            weight=1 / (size * longest),
+            where=(self.author,),
+        )
+        bonus = (EntropyBonus(weight=self.entropy_weight),) if self.entropy_weight else ()
+        return _guided(self, company, (GroupAdvantage(scale="none"),), own, given, *bonus)
+
+
+GuidedMethod = GuidedGrpo | Uft | PrefixRft | Luffy

@@ -1,0 +1,44 @@
+"""The code of the terms in ``composition/external.py``.
+
+Shape legend: ``N`` trained tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from posttrain.batch import PackedBatch
+from posttrain.composition.external import AssumedCertainGradient, AssumedOwnGradient
+from posttrain.config import Config
+from posttrain.head import Stat
+from posttrain.objectives.values import Stats, TermCode, Values
+from posttrain.trajectory import Column
+
+
+def assumed_certain_gradient(
+    term: AssumedCertainGradient, stats: Stats, batch: PackedBatch
+) -> Values:
+    """[N] −p / (p + γ) A."""
+    probability_N = stats[Stat.LOGPROB].exp()
+    loss_N = -probability_N / (probability_N + term.gamma) * batch.columns[Column.ADVANTAGE]
+    return Values(loss_N, {"probability": probability_N.detach()})
+
+
+def assumed_own_gradient(term: AssumedOwnGradient, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] −min(r A, clip(r) A)."""
+    advantage_N = batch.columns[Column.ADVANTAGE]
+    ratio_N = (stats[Stat.LOGPROB] - batch.columns[Column.TRAINER_LOGPROB]).exp()
+    gain_N = ratio_N * advantage_N
+    kept_N = torch.minimum(
+        gain_N, ratio_N.clamp(1 - term.clip_low, 1 + term.clip_high) * advantage_N
+    )
+    shown = {"ratio": ratio_N.detach(), "clipped": (kept_N < gain_N).float()}
+    return Values(-kept_N, shown)
+
+
+TERMS: Mapping[type[Config], TermCode] = {
+    AssumedCertainGradient: TermCode(frozenset({Stat.LOGPROB}), assumed_certain_gradient),
+    AssumedOwnGradient: TermCode(frozenset({Stat.LOGPROB}), assumed_own_gradient),
+}
