@@ -121,5 +121,5 @@ def test_refusals() -> None:
         sharpening_tax(counted([1] * 6), counted([1] * 6), k=65)
     with pytest.raises(ConfigError, match="at least two tries"):
         sharpening_tax(counted([1] * 6), counted([1] * 6), k=1)
-    with pytest.raises(ConfigError, match="epsilon=1.0"):
+    with pytest.raises(ConfigError, match="epsilon=1"):
         cover(counted([1] * 6), 1.0)
