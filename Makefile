@@ -3,8 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/tour
+BENCH_VENV := .venv-bench
+BENCH ?=
 
-.PHONY: tour test unit check format docs lab clean
+.PHONY: tour test unit check format docs lab bench clean
 
 tour: $(VENV)/ready
 	$(BIN)/posttrain tour --out $(OUT)
@@ -33,6 +35,16 @@ lab: $(VENV)/ready  ## make the lab's base model again, from nothing
 	rm -rf src/posttrain/lab/base
 	cp -r out/lab/base src/posttrain/lab/base
 
+bench: $(BENCH_VENV)/ready  ## posttrain against TRL; BENCH="--only grpo --sizes 7m" for a part
+	PYTHONPATH=benchmarks $(BENCH_VENV)/bin/python -m against_trl $(BENCH)
+
+$(BENCH_VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(BENCH_VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
+	    --editable '.[bench]'
+	touch $@
+
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -40,4 +52,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(BENCH_VENV) out

@@ -1,0 +1,118 @@
+"""posttrain's side: the real stage loop on a plan, with nothing but the journal left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from against_trl import reward
+from against_trl.plan import Job
+from against_trl.worker import Gate
+from posttrain.build import Workshop
+from posttrain.composition import Dataset
+from posttrain.engines.local import LocalEngine
+from posttrain.events import Event, StepDone
+from posttrain.legality import Admission
+from posttrain.methods import Dpo, Grpo, Opd, Sft
+from posttrain.plan import PlannedStage, make_plan
+from posttrain.protocols import Learner, Policy
+from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.stage import run_stage
+from posttrain.tasks import build_taskset
+
+STEPS = 10**6  # more than anybody waits for: the gate ends the run
+SECONDS = ("seconds_draw", "seconds_score", "seconds_train")
+
+
+class NoJournal:
+    """Keeps nothing: disks are not what is compared, and TRL is told not to save either."""
+
+    def resume(self, learner: Learner) -> int:
+        return 0
+
+    def record(self, step: int, admission: Admission, metrics: Mapping[str, float]) -> None: ...
+
+    def commit(self, step: int, learner: Learner) -> None: ...
+
+
+def recipe(job: Job) -> Recipe:
+    """The recipe of one stage that a user would write for this work."""
+    load = job.load
+    rollouts = {"tasks": ("words",), "group_size": load.group_size}
+    length = {"max_new_tokens": load.completion_tokens}
+    if job.work == "sft":
+        method = Sft(data=Dataset(path="documents.jsonl"))
+    elif job.work == "dpo":
+        method = Dpo(data=Dataset(path="pairs.jsonl"))
+    elif job.work == "grpo":
+        method = Grpo(**rollouts, **length)
+    else:
+        method = Opd(**rollouts, **length, teachers={"*": "path:teacher"})
+    stage = Stage(
+        name=job.work.replace("_", "-"),
+        method=method,
+        budget=Budget(steps=STEPS),
+        optimizer=Optimizer(
+            lr=job.learning_rate, betas=(0.9, 0.999), max_grad_norm=job.max_grad_norm
+        ),
+        groups_per_step=load.groups,
+        micro_batch_tokens=job.ours.micro_batch_tokens,
+        checkpoint_every=STEPS,
+    )
+    given = job.work in ("sft", "dpo")
+    words = JsonlTasks(
+        path="prompts.jsonl", reward=f"{Path(reward.__file__)}:even_words", held_out=1
+    )
+    return Recipe(
+        name="bench",
+        model="model" if given else "endless",
+        tasks={} if given else {"words": words},
+        stages=(stage,),
+        threads=job.threads,
+    )
+
+
+def build(job: Job) -> tuple[PlannedStage, Workshop, Learner]:
+    """The planned stage, what builds its parts, and its learner."""
+    wanted, root = recipe(job), Path(job.folder)
+    engine = LocalEngine(device=torch.device("cpu"))
+    plan = make_plan(wanted, root=root, base="bench")
+    (planned,) = plan.stages
+    student = str(root / wanted.model)
+
+    def policy(ref: str) -> Policy:
+        return engine.policy(student if ref == "base" else str(root / ref.removeprefix("path:")))
+
+    tasksets = {
+        name: build_taskset(name, spec, root=root, chat=False)
+        for name, spec in wanted.tasks.items()
+    }
+    learner = engine.learner(
+        student, name="bench", optimizer=planned.spec.optimizer, lora=None, seed=0
+    )
+    workshop = Workshop(root=root, seed=wanted.seed, tasksets=tasksets, policy=policy)
+    return planned, workshop, learner
+
+
+def train(job: Job, gate: Gate) -> None:
+    """Run the stage until the gate stops it."""
+    planned, workshop, learner = build(job)
+    parts = workshop.parts(planned, learner)
+
+    def observe(event: Event) -> None:
+        if isinstance(event, StepDone):
+            metrics = {n: event.metrics[n] for n in SECONDS}
+            # What a data set holds: the last token of a text is a target and never computed.
+            texts = job.load.groups if job.work == "sft" else 0
+            gate.step_done({**metrics, "tokens": event.metrics["tokens"] + texts})
+
+    gate.open()
+    run_stage(
+        planned.spec,
+        parts,
+        steps=STEPS,
+        journal=NoJournal(),  # type: ignore[arg-type]
+        observe=observe,
+    )
