@@ -316,8 +316,10 @@ def test_the_gate_measures_between_command_and_report():
 
 
 def test_the_high_water_mark_keeps_what_was_given_back():
-    before = worker.resident()[1]
     block = b"x" * (64 * 2**20)
-    during = worker.resident()[1]
+    held = worker.resident()
     del block
-    assert max(before, 64 * 2**20) <= during <= worker.resident()[1]
+    now, peak = worker.resident()
+    slack = 2**20  # the kernel keeps these counters per processor, and adds them up roughly
+    assert now < held[0] - 32 * 2**20
+    assert peak > held[0] - slack
