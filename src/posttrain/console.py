@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from posttrain.clock import seconds_in
 from posttrain.events import (
+    AlarmRang,
     Event,
     GateDecided,
     Measured,
@@ -97,6 +98,8 @@ class Console:
                 self._stage(event)
             case StepDone():
                 self._step(event)
+            case AlarmRang():
+                self._alarm(event)
             case Measuring():
                 self._measuring(event)
             case Measured():
@@ -149,6 +152,11 @@ class Console:
             self._last_line = time.monotonic()
             took = f" · {_duration(time.monotonic() - self._stage_began)}" if last else ""
             self._terminal.print(f"  step {event.step}/{event.steps}  {words}{took}", markup=False)
+
+    def _alarm(self, event: AlarmRang) -> None:
+        where = f"{event.stage}, step {event.step + 1}"
+        self._terminal.print(f"  ! {where}: {event.words}", style="yellow", markup=False)
+        self._terminal.print(f"    try: {event.advice}", style="dim", markup=False)
 
     def _measuring(self, event: Measuring) -> None:
         if self._bar is None or event.done == 0:

@@ -35,6 +35,16 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AlarmRang:
+    """A monitor of a running stage has something to say."""
+
+    stage: str
+    step: int
+    words: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measuring:
     """A policy is being measured: ``done`` of ``total`` task sets."""
 
@@ -68,7 +78,7 @@ class Note:
     text: str
 
 
-Event = StageStarted | StepDone | Measuring | Measured | GateDecided | Note
+Event = StageStarted | StepDone | AlarmRang | Measuring | Measured | GateDecided | Note
 Observer = Callable[[Event], None]
 
 

@@ -110,6 +110,12 @@ class Journal:
         self._append_missing(progress)
         return progress.step
 
+    def metrics(self) -> list[Mapping[str, float]]:
+        """What was recorded of every step so far, in order."""
+        if not self._metrics.is_file():
+            return []
+        return [json.loads(x) for x in self._metrics.read_text(encoding="utf-8").splitlines()]
+
     def record(self, step: int, admission: Admission, metrics: Mapping[str, float]) -> None:
         """Remember one step. Metrics are on disk at once, the rest at the next commit."""
         for group in admission.kept:

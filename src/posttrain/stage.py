@@ -22,13 +22,15 @@ import numpy as np
 from posttrain import clock
 from posttrain.batch import pack
 from posttrain.composition import TermSpec
-from posttrain.events import Observer, StepDone
+from posttrain.events import AlarmRang, Observer, StepDone
 from posttrain.journal import Journal
 from posttrain.legality import Admission, admit, column_readers
+from posttrain.monitors import Watch
+from posttrain.objectives.authors import author_metrics
 from posttrain.protocols import Learner, Objective, Signal, Source
 from posttrain.recipe import Optimizer, Stage
 from posttrain.signals.mismatch import mismatch_metrics
-from posttrain.trajectory import Column, Group
+from posttrain.trajectory import Column, End, Group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,9 +67,11 @@ def run_stage(
         observe: told about every step.
         stop: asked after every draw; True commits and raises :class:`Interrupted`.
     """
-    run = _Run(stage, parts, steps, journal, observe)
+    run = _Run(stage, parts, steps, journal, observe, Watch(stage.monitors))
     updates = stage.updates_per_draw
     step = committed = journal.resume(parts.learner)
+    for line in journal.metrics():
+        run.watch.see(int(line["step"]), line)  # alarms of earlier sittings have been told
     clock.drain()  # what happened before the first step is none of its time
     while step < steps:
         with clock.measure("draw"):
@@ -97,6 +101,7 @@ class _Run:
     steps: int
     journal: Journal
     observe: Observer
+    watch: Watch
 
     def update(self, groups: Sequence[Group], *, step: int) -> None:
         """One optimiser step on one share of a draw."""
@@ -120,13 +125,17 @@ class _Run:
             "grad_norm": report.grad_norm,
             "lr": stage.optimizer.lr * scale,
             "tokens": float(report.num_tokens),
-            **report.metrics,
+            **author_metrics(report.metrics),
             **objective.moving,
             **group_metrics(admission),
             **{f"{clock.PREFIX}{name}": value for name, value in seconds.items()},
         }
         with clock.measure("journal"):
             self.journal.record(step, admission, metrics)
+        for alarm in self.watch.see(step, metrics):
+            self.observe(
+                AlarmRang(stage=stage.name, step=step, words=alarm.words, advice=alarm.advice)
+            )
         self.observe(
             StepDone(
                 stage=stage.name,
@@ -146,8 +155,10 @@ def group_metrics(admission: Admission) -> Mapping[str, float]:
     ``all_wrong`` (no reward above the lowest possible seen, 0) and ``all_right``.
     """
     metrics: dict[str, float] = {}
+    drawn = len(admission.fresh) + len(admission.stale)
     if admission.stale:
         metrics["stale_groups"] = float(len(admission.stale))
+        metrics["stale_share"] = len(admission.stale) / drawn
     for reason, groups in admission.discarded.items():
         metrics[f"discarded/{reason}"] = float(sum(len(g.members) for g in groups))
     rewards = [
@@ -158,6 +169,8 @@ def group_metrics(admission: Admission) -> Mapping[str, float]:
     lengths = [int(m.trajectory.trainable.sum()) for g in admission.fresh for m in g.members]
     if lengths:
         metrics["completion_tokens"] = float(np.mean(lengths))
+        ends = [m.trajectory.end for g in admission.fresh for m in g.members]
+        metrics["truncated_share"] = sum(e is not End.COMPLETED for e in ends) / len(ends)
     if rewards:
         flat = [r for r in rewards if (r == r[0]).all()]
         metrics["reward"] = float(np.mean([r.mean() for r in rewards]))

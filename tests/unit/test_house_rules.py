@@ -27,7 +27,7 @@ LAYERS = [
         "extensions",
     },
     {"sources", "signals", "objectives", "probes", "engines", "tasks"},
-    {"journal", "gates", "stage", "plan", "leftovers"},
+    {"journal", "gates", "stage", "plan", "leftovers", "monitors"},
     {
         "build",
         "records",

@@ -15,6 +15,7 @@ from torch import Tensor
 from posttrain.batch import PackedBatch
 from posttrain.composition import Term, TermSpec
 from posttrain.head import Head, Stat, Wanted, token_stats
+from posttrain.objectives.authors import author_sums
 from posttrain.objectives.limits import kept_units, limit_of
 from posttrain.objectives.reading import as_read, read_tokens
 from posttrain.objectives.reduce import count_units, reduce_units
@@ -91,7 +92,7 @@ class Objective:
         """
         stats = token_stats(hidden_NX, head, batch, wanted=self.reads, vocab_size=vocab_size)
         total = hidden_NX.new_zeros((), dtype=torch.float32)
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float] = author_sums(batch, stats)
         parts = zip(self.names, self.terms, self.weights, counts, strict=True)
         for name, term, weight, count in parts:
             code = TERMS[type(term)]
