@@ -92,8 +92,10 @@ class Watch:
             f"{share:.0%} of the groups had equal rewards ({wrong:.0%} all wrong, {right:.0%} all "
             "right) and taught nothing by comparison"
         )
-        yield "no_signal", share / bound, Alarm(
-            name="no_signal", step=step, words=words, advice=advice
+        yield (
+            "no_signal",
+            share / bound,
+            Alarm(name="no_signal", step=step, words=words, advice=advice),
         )
 
     def _entropy(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
@@ -105,13 +107,17 @@ class Watch:
         if start <= 0:
             return
         left = now / start
-        yield "entropy", (1 - left) / (1 - bound) if bound < 1 else 0.0, Alarm(
-            name="entropy",
-            step=step,
-            words=f"entropy on the learner's own tokens is {left:.0%} of what it began with "
-            f"({now:.3f} of {start:.3f} nats per token): it hardly explores any more",
-            advice="an entropy bonus, a higher upper clip, a KL term, or fewer steps; pass@k at "
-            "large k will show what was given up",
+        yield (
+            "entropy",
+            (1 - left) / (1 - bound) if bound < 1 else 0.0,
+            Alarm(
+                name="entropy",
+                step=step,
+                words=f"entropy on the learner's own tokens is {left:.0%} of what it began with "
+                f"({now:.3f} of {start:.3f} nats per token): it hardly explores any more",
+                advice="an entropy bonus, a higher upper clip, a KL term, or fewer steps; pass@k at "
+                "large k will show what was given up",
+            ),
         )
 
     def _ratios(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
@@ -131,12 +137,16 @@ class Watch:
                 else "this text is far from the policy: shape or cap its weights, or learn it "
                 "with a supervised term"
             )
-            yield f"ratios/{kind}", (1 - share) / (1 - bound), Alarm(
-                name=f"ratios/{kind}",
-                step=step,
-                words=f"weights of {kind} tokens are worth {share:.0%} of their number "
-                f"(mean ratio {ratio:.2f}): a few tokens carry the gradient",
-                advice=advice,
+            yield (
+                f"ratios/{kind}",
+                (1 - share) / (1 - bound),
+                Alarm(
+                    name=f"ratios/{kind}",
+                    step=step,
+                    words=f"weights of {kind} tokens are worth {share:.0%} of their number "
+                    f"(mean ratio {ratio:.2f}): a few tokens carry the gradient",
+                    advice=advice,
+                ),
             )
 
     def _waste(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
@@ -144,21 +154,29 @@ class Watch:
         bound = self.bounds.stale_share
         share = self._mean("stale_share")
         if share is not None and bound is not None:
-            yield "stale", share / bound, Alarm(
-                name="stale",
-                step=step,
-                words=f"{share:.0%} of the groups were older than max_age and not trained on",
-                advice="fewer updates per draw, or a larger max_age with a corrected ratio",
+            yield (
+                "stale",
+                share / bound,
+                Alarm(
+                    name="stale",
+                    step=step,
+                    words=f"{share:.0%} of the groups were older than max_age and not trained on",
+                    advice="fewer updates per draw, or a larger max_age with a corrected ratio",
+                ),
             )
         bound = self.bounds.truncated_share
         share = self._mean("truncated_share")
         if share is not None and bound is not None:
-            yield "truncated", share / bound, Alarm(
-                name="truncated",
-                step=step,
-                words=f"{share:.0%} of the answers were cut off by the token budget, so their "
-                "rewards say little",
-                advice="raise max_new_tokens, or use an overlong penalty or filter",
+            yield (
+                "truncated",
+                share / bound,
+                Alarm(
+                    name="truncated",
+                    step=step,
+                    words=f"{share:.0%} of the answers were cut off by the token budget, so their "
+                    "rewards say little",
+                    advice="raise max_new_tokens, or use an overlong penalty or filter",
+                ),
             )
 
     def _drift(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
@@ -169,13 +187,17 @@ class Watch:
             now = self._mean(name)
             if now is None or bound is None:
                 continue
-            yield f"kl:{name}", now / bound, Alarm(
-                name="kl",
-                step=step,
-                words=f"KL from the reference is {now:.2f} nats per token on the policy's own "
-                "answers: far from what it began with, and other abilities pay for that",
-                advice="a larger KL weight, a lower learning rate, or stop here; measure the "
-                "tasks that must be kept",
+            yield (
+                f"kl:{name}",
+                now / bound,
+                Alarm(
+                    name="kl",
+                    step=step,
+                    words=f"KL from the reference is {now:.2f} nats per token on the policy's own "
+                    "answers: far from what it began with, and other abilities pay for that",
+                    advice="a larger KL weight, a lower learning rate, or stop here; measure the "
+                    "tasks that must be kept",
+                ),
             )
 
 

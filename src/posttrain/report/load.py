@@ -20,6 +20,7 @@ from posttrain.composition import TeacherDistribution
 from posttrain.errors import LedgerBroken
 from posttrain.files import write_atomic
 from posttrain.ledger import GENESIS, Record, RecordKind, read, verify
+from posttrain.monitors import alarms
 from posttrain.pipeline import read_done
 from posttrain.plan import PlannedStage
 from posttrain.probes.attribution import Attribution, Part, compare, role_in_run
@@ -444,16 +445,13 @@ def _versions(record: Record | None) -> tuple[tuple[str, str], ...]:
 
 def _warnings(run: _Run, whole: Attributions | None) -> Iterable[str]:
     for planned in run.stages:
-        shares = [m["zero_variance"] for m in _metrics(run.folder(planned)) if "zero_variance" in m]
-        if shares and (mean := math.fsum(shares) / len(shares)) > 0.5:
+        lines = _metrics(run.folder(planned))
+        for alarm in alarms(planned.spec.monitors, lines):
+            where = f"{planned.spec.name}, step {alarm.step + 1}"
+            yield f"{where}: {alarm.words}. Try: {alarm.advice}"
+        if idle := sum(line.get("tokens") == 0 for line in lines):
             yield (
-                f"{planned.spec.name}: {mean:.0%} of the groups had equal rewards and taught "
-                "nothing; larger groups or other prompts would give more signal"
-            )
-        idle = [m for m in _metrics(run.folder(planned)) if m.get("tokens") == 0]
-        if idle:
-            yield (
-                f"{planned.spec.name}: {len(idle)} steps had nothing to learn from and changed "
+                f"{planned.spec.name}: {idle} steps had nothing to learn from and changed "
                 "nothing: every answer was filtered out or too old"
             )
     for task in whole.tasks if whole else ():
