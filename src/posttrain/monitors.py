@@ -115,8 +115,8 @@ class Watch:
                 step=step,
                 words=f"entropy on the learner's own tokens is {left:.0%} of what it began with "
                 f"({now:.3f} of {start:.3f} nats per token): it hardly explores any more",
-                advice="an entropy bonus, a higher upper clip, a KL term, or fewer steps; pass@k at "
-                "large k will show what was given up",
+                advice="an entropy bonus, a higher upper clip, a KL term, or fewer steps; pass@k "
+                "at a large k will show what was given up",
             ),
         )
 
