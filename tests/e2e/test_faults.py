@@ -185,13 +185,14 @@ WRONGS = {
 
 @pytest.mark.parametrize("name", WRONGS)
 def test_a_reward_function_that_misbehaves(world, posttrain, name):
-    """It works while the base is measured and for two steps, and fails at the third."""
+    """It works while the base is measured (scored twice, to see that it is steady) and for two
+    steps, and fails at the third."""
     import shutil
 
     bad, words = WRONGS[name]
     path = write_recipe(world, recipe(grpo(checkpoint_every=1)))
     out = world / "out"
-    (world / "reward.py").write_text(LATE.format(calls=3, bad=bad))
+    (world / "reward.py").write_text(LATE.format(calls=4, bad=bad))
     code, _, errors = posttrain("run", path, "--out", out)
     assert code == 2
     assert "TaskError: " in errors
