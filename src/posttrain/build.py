@@ -12,6 +12,7 @@ from posttrain.composition import (
     MOVING,
     Dataset,
     Mix,
+    Redraw,
     ReferenceLogprobs,
     Rollouts,
     SignalSpec,
@@ -37,6 +38,7 @@ from posttrain.signals.teaching import teaching_signal
 from posttrain.signals.verifier import Verifier
 from posttrain.sources.dataset import DatasetSource
 from posttrain.sources.mix import MixSource
+from posttrain.sources.redraw import RedrawSource
 from posttrain.sources.rollout import RolloutSource
 from posttrain.stage import Parts
 from posttrain.task import Task, TaskSet
@@ -82,6 +84,9 @@ class Workshop:
             seeds = (zlib.crc32(f"{seed}/{index}".encode()) for index in range(len(spec.parts)))
             parts = zip(spec.parts, seeds, strict=True)
             return MixSource(spec, [self._source(p, planned, live, seed=own) for p, own in parts])
+        if isinstance(spec, Redraw):
+            judges = [self._signal(s, planned, live) for s in spec.keep]
+            return RedrawSource(spec, self._source(spec.source, planned, live, seed=seed), judges)
         own = spec.policy == "learner"
         policy = live if own else self._grader(_resolve(spec.policy, planned), live)
         rival = None

@@ -19,6 +19,7 @@ from posttrain.composition import (
     ForeignTeacher,
     MismatchedKL,
     Mix,
+    Redraw,
     ReferenceKL,
     ReferenceLogprobs,
     Rollouts,
@@ -115,6 +116,10 @@ def check_composition(composition: Composition, *, stage: str) -> None:
 def _check_signals(composition: Composition, *, stage: str) -> Mapping[Kind, frozenset[Column]]:
     """Columns that stand beside each author's groups once all signals have judged."""
     source = composition.source
+    if isinstance(source, Redraw):
+        inner = Composition(source=source.source, terms=composition.terms, signals=source.keep)
+        _check_signals(inner, stage=stage)
+        _check_credit(inner, stage=stage)
     have = {kind: source.provides_for(kind) for kind in source.writes}
     for signal, kinds in zip(composition.signals, scopes(composition), strict=True):
         name = str(signal.__struct_config__.tag)

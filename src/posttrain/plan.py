@@ -22,6 +22,7 @@ from posttrain.composition import (
     Dataset,
     MismatchedKL,
     Mix,
+    Redraw,
     ReferenceLogprobs,
     Rollouts,
     SamplingSpec,
@@ -71,6 +72,8 @@ class PlannedStage:
     def provenance(self) -> str:
         """In words, where its trajectories come from."""
         source = self.composition.source
+        if isinstance(source, Redraw):
+            return f"{_drawn_from(source.source)}, drawn up to {source.max_draws} times"
         if not isinstance(source, Mix):
             return _drawn_from(source)
         shares = zip(source.shares, source.parts, strict=True)
@@ -361,8 +364,9 @@ def _inputs(
 ) -> dict[str, object]:
     """What the stage's weights depend on, as plain data."""
     resolved = plain(composition)
-    mixed = isinstance(composition.source, Mix)
+    mixed, again = (isinstance(composition.source, kind) for kind in (Mix, Redraw))
     plain_parts = resolved["source"]["parts"] if mixed else [resolved["source"]]
+    plain_parts = [resolved["source"]["source"]] if again else plain_parts
     tasks: dict[str, object] = {}
     for part, as_plain in zip(parts_of(composition.source), plain_parts, strict=True):
         if isinstance(part, Dataset):

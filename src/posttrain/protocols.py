@@ -142,8 +142,12 @@ class Objective(Protocol):
         """Weights that follow a schedule, by metric name."""
         ...
 
-    def at(self, *, step: int, steps: int) -> Objective:
-        """The objective of one update, its weights those of this step."""
+    def at(self, *, step: int, steps: int, state: Mapping[str, float] | None = None) -> Objective:
+        """The objective of one update, its weights those of this step and of what is known."""
+        ...
+
+    def after(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """What a learner must keep for the next update, now that this one gave these metrics."""
         ...
 
     def counts(self, batches: Sequence[PackedBatch]) -> tuple[int, ...]:
@@ -168,6 +172,11 @@ class Learner(Protocol):
 
     @property
     def policy(self) -> Policy: ...
+
+    @property
+    def state(self) -> Mapping[str, float]:
+        """What the objective remembers of earlier updates, by name. Saved with the weights."""
+        ...
 
     @property
     def moving(self) -> Policy | None:

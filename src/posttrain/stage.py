@@ -106,7 +106,7 @@ class _Run:
     def update(self, groups: Sequence[Group], *, step: int) -> None:
         """One optimiser step on one share of a draw."""
         stage, learner = self.stage, self.parts.learner
-        objective = self.parts.objective.at(step=step, steps=self.steps)
+        objective = self.parts.objective.at(step=step, steps=self.steps, state=learner.state)
         with clock.measure("pack"):
             # Age is counted at consumption: a draw's second update is one version old by design.
             admission = admit(
@@ -154,8 +154,8 @@ def group_metrics(admission: Admission) -> Mapping[str, float]:
     ``zero_variance`` is the share of groups whose rewards are all equal, split into
     ``all_wrong`` (no reward above the lowest possible seen, 0) and ``all_right``.
     """
-    metrics: dict[str, float] = {}
     drawn = len(admission.fresh) + len(admission.stale)
+    metrics = {"groups": float(drawn)}
     if admission.stale:
         metrics["stale_groups"] = float(len(admission.stale))
         metrics["stale_share"] = len(admission.stale) / drawn

@@ -89,6 +89,7 @@ class Discard(StrEnum):
     NO_ADVANTAGE = "no advantage"  # not better than the baseline
     UNRANKED = "unranked"  # neither the best nor the worst of its group
     NO_SUCCESS = "no successful sibling"  # that could be shown to a teacher
+    SURPLUS = "surplus"  # worth training on, and the step had enough
 
     @property
     def code(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.build import Workshop
+from posttrain.events import StepDone
 from posttrain.journal import Journal
 from posttrain.ledger import Ledger
 from posttrain.plan import make_plan
@@ -73,7 +74,7 @@ class World:
                 workshop.parts(planned, learner),
                 steps=steps,
                 journal=journal,
-                observe=seen.append,
+                observe=lambda event: seen.append(event) if isinstance(event, StepDone) else None,
                 stop=lambda: stop_after is not None and len(seen) >= stop_after,
             )
         except KeyboardInterrupt:

@@ -60,6 +60,7 @@ from posttrain.composition.offline import (
     RewardGold,
 )
 from posttrain.composition.policy import (
+    AdaptiveEntropyBonus,
     ClippedPolicyGradient,
     ClippedWeightPolicyGradient,
     EntropyBonus,
@@ -95,14 +96,11 @@ from posttrain.composition.preference import (
     TargetMargin,
 )
 from posttrain.composition.preference_signals import LogRatioCentre, MismatchedKL, RankPairs
-from posttrain.composition.signals import (
-    ReferenceLogprobs,
-    SignalSpec,
-    Verify,
-)
+from posttrain.composition.signals import ReferenceLogprobs, SignalSpec
 from posttrain.composition.sources import (
     Dataset,
     Mix,
+    Redraw,
     Rollouts,
     SamplingSpec,
     SourceSpec,
@@ -124,11 +122,13 @@ from posttrain.composition.teaching import (
     TeacherDistribution,
     TeacherLogprobs,
 )
+from posttrain.composition.verify import Verify
 from posttrain.config import Config
 
 __all__ = [
     "ANYONE",
     "MOVING",
+    "AdaptiveEntropyBonus",
     "AdvantageWeighted",
     "Aggregate",
     "AssumedCertainGradient",
@@ -190,6 +190,7 @@ __all__ = [
     "ProspectValue",
     "ProximalCrossEntropy",
     "RankPairs",
+    "Redraw",
     "ReferenceKL",
     "ReferenceLogprobs",
     "RewardGold",

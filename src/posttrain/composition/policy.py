@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 from posttrain.composition.base import Aggregate, Term
 from posttrain.composition.policy_regularisers import (
+    AdaptiveEntropyBonus,
     EntropyBonus,
     LogRatioPenalty,
     PolicyRegulariser,
@@ -26,6 +27,7 @@ from posttrain.provenance import Kind
 from posttrain.trajectory import Column
 
 __all__ = [
+    "AdaptiveEntropyBonus",
     "ClippedPolicyGradient",
     "ClippedWeightPolicyGradient",
     "EntropyBonus",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from posttrain.composition.base import Aggregate, Term
+from posttrain.errors import ConfigError
 from posttrain.provenance import Kind
 from posttrain.trajectory import Column
 
@@ -46,6 +47,54 @@ class EntropyBonus(Term, frozen=True, kw_only=True, tag="entropy_bonus", tag_fie
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
 
 
+class AdaptiveEntropyBonus(
+    Term, frozen=True, kw_only=True, tag="adaptive_entropy_bonus", tag_field="type"
+):
+    """−c H(π), c moving so that the entropy stays at ``target`` (Skywork-OR1, arXiv 2505.22312).
+
+    c starts at ``initial``. After each update with mean entropy H, c grows by ``step`` where
+    H < ``target`` and shrinks by it elsewhere, never below 0. The bonus acts only while the last H
+    measured was at most ``target``; the paper compares the H of the same update. The first update
+    has none to compare with, and acts. c and H are kept with the learner and saved with it.
+
+    Entropies are in nats per token. Choose the target a little below that of the policy at the
+    start: a bonus that can never be satisfied grows without end.
+    """
+
+    target: float
+    initial: float = 0.01
+    step: float = 0.005
+    aggregate: Aggregate = "token_mean"
+    weight: float = 1.0  # of c H, for a schedule; c itself moves as told
+    where: tuple[Kind, ...] = (Kind.LEARNER,)
+    unit: ClassVar[str] = "token"
+    needs: ClassVar[frozenset[Column]] = frozenset()
+    accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
+
+    def __post_init__(self) -> None:
+        if self.target <= 0 or self.initial < 0 or self.step <= 0:
+            raise ConfigError(
+                f"adaptive_entropy_bonus with target={self.target}, initial={self.initial}, "
+                f"step={self.step}",
+                expected="target and step above 0, initial 0 or more",
+            )
+
+    def moved(self, coefficient: float, *, entropy: float) -> float:
+        """c after an update.
+
+        Example:
+            >>> bonus = AdaptiveEntropyBonus(target=0.5)
+            >>> round(bonus.moved(0.01, entropy=0.4), 3), bonus.moved(0.002, entropy=0.6)
+            (0.015, 0.0)
+        """
+        change = self.step if entropy < self.target else -self.step
+        return max(coefficient + change, 0.0)
+
+    def acts(self, coefficient: float, *, entropy: float | None) -> float:
+        """The coefficient in force, given the entropy measured last."""
+        return coefficient if entropy is None or entropy <= self.target else 0.0
+
+
 class LogRatioPenalty(Term, frozen=True, kw_only=True, tag="log_ratio_penalty", tag_field="type"):
     """|log r| at marked tokens, r = π / behaviour (KL-Cov, arXiv 2505.22617).
 
@@ -61,4 +110,4 @@ class LogRatioPenalty(Term, frozen=True, kw_only=True, tag="log_ratio_penalty", 
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
 
 
-PolicyRegulariser = ReferenceKL | EntropyBonus | LogRatioPenalty
+PolicyRegulariser = ReferenceKL | EntropyBonus | AdaptiveEntropyBonus | LogRatioPenalty

@@ -9,15 +9,9 @@ from posttrain.composition.credit import CreditSpec
 from posttrain.composition.offline import OfflineSignal
 from posttrain.composition.preference_signals import PreferenceSignal
 from posttrain.composition.teaching import TeachingSpec
+from posttrain.composition.verify import Verify
 from posttrain.config import Config
 from posttrain.trajectory import Column
-
-
-class Verify(Config, frozen=True, kw_only=True, tag="verify", tag_field="type"):
-    """The task set's own scorer, or the user's reward function: one reward per trajectory."""
-
-    needs: ClassVar[frozenset[Column]] = frozenset()
-    provides: ClassVar[frozenset[Column]] = frozenset({Column.REWARD})
 
 
 class ReferenceLogprobs(

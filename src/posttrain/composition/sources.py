@@ -7,6 +7,9 @@ from typing import Literal
 
 from posttrain.composition.base import PolicyRef
 from posttrain.composition.company import Company, Guided, Hinted, Rival
+from posttrain.composition.credit import DropCutOff, KeepInformative, SoftLengthPenalty
+from posttrain.composition.offline import KeepRewards
+from posttrain.composition.verify import Verify
 from posttrain.config import Config
 from posttrain.errors import ConfigError
 from posttrain.provenance import Kind, Sampling
@@ -232,9 +235,61 @@ class Mix(Config, frozen=True, kw_only=True, tag="mix", tag_field="type"):
         return (*counts, left)
 
 
-SourceSpec = Dataset | Rollouts | Mix
+Sieve = Verify | SoftLengthPenalty | DropCutOff | KeepInformative | KeepRewards
+"""Signals that decide what is worth keeping, and ask no other policy."""
+
+
+class Redraw(Config, frozen=True, kw_only=True, tag="redraw", tag_field="type"):
+    """Draws again until enough groups are worth training on (DAPO, arXiv 2503.14476).
+
+    Every draw is judged by ``keep``. A group of which something is left counts; groups are drawn,
+    as many as a step has each time, until a step's worth count or ``max_draws`` draws are over.
+    All that was drawn stays in the record: what was judged useless, and what came too much, is
+    discarded with its reason. The step is smaller when the last draw does not suffice.
+
+    Draw n of a stage takes its prompts from the n-th block of ``max_draws`` draws, whether all of
+    them are needed or not, so that what is drawn stays a function of the step.
+    """
+
+    source: Rollouts
+    keep: tuple[Sieve, ...] = (Verify(), KeepInformative())
+    max_draws: int = 10
+
+    def __post_init__(self) -> None:
+        if self.max_draws < 2 or not any(Column.DISCARD in s.provides for s in self.keep):
+            raise ConfigError(
+                f"redraw with max_draws={self.max_draws}, "
+                f"keep={[s.__struct_config__.tag for s in self.keep]}",
+                expected="at least 2 draws, and a signal that discards, such as keep_informative",
+                fix="for a single draw use its source alone",
+            )
+        company = self.source.company
+        if isinstance(company, Guided) and company.start != company.end:
+            raise ConfigError(
+                "redraw of guided rollouts whose share moves",
+                expected="start and end equal: the share moves by the draw, and draws repeat here",
+            )
+
+    @property
+    def provides(self) -> frozenset[Column]:
+        """What the source provides, and what its judges write."""
+        return self.source.provides.union(*(s.provides for s in self.keep))
+
+    def provides_for(self, kind: Kind) -> frozenset[Column]:
+        """Columns beside what this author wrote."""
+        return self.source.provides_for(kind).union(*(s.provides for s in self.keep))
+
+    @property
+    def writes(self) -> frozenset[Kind]:
+        """Who writes the source."""
+        return self.source.writes
+
+
+SourceSpec = Dataset | Rollouts | Mix | Redraw
 
 
 def parts_of(source: SourceSpec) -> tuple[Part, ...]:
-    """The sources that draw by themselves: those of a mix, or the source itself."""
-    return source.parts if isinstance(source, Mix) else (source,)
+    """The sources that draw by themselves: those of a mix or inside a redraw, or itself."""
+    if isinstance(source, Mix):
+        return source.parts
+    return (source.source,) if isinstance(source, Redraw) else (source,)

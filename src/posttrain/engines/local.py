@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, final
@@ -197,9 +197,15 @@ class LocalLearner:
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
         )
+        self._state: Mapping[str, float] = {}
         self._shadow = Shadow(model, [*self._masters.state()], moving) if moving else None
         follower = Producer(kind=Kind.TEACHER, name=f"{name}/{MOVING}")
         self._moving = LocalPolicy(self._shadow.model, producer=follower) if self._shadow else None
+
+    @property
+    def state(self) -> Mapping[str, float]:
+        """What the objective remembers of earlier updates."""
+        return self._state
 
     @property
     def moving(self) -> LocalPolicy | None:
@@ -238,6 +244,7 @@ class LocalLearner:
                 metrics[name] = metrics.get(name, 0.0) + share
         with clock.measure("optimizer"):
             norm = self._update(lr_scale, loss=total)
+        self._state = objective.after(metrics)
         return StepReport(
             loss=total,
             grad_norm=norm,
@@ -273,6 +280,7 @@ class LocalLearner:
             "optimizer": self._optimizer.state_dict(),
             "version": self._version.steps,
             "moving": self._shadow.state() if self._shadow else {},
+            "state": dict(self._state),
         }
         torch.save(state, folder / "learner.pt")
 
@@ -294,7 +302,7 @@ class LocalLearner:
             self._shadow.load(state.get("moving", {}))
         self._masters.load(state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._version.steps = state["version"]
+        self._version.steps, self._state = state["version"], state.get("state", {})
 
     def export(self, folder: Path) -> None:
         """A plain model folder. Adapters are merged, and saved beside it in ``adapter/``.

@@ -15,7 +15,6 @@ from posttrain.lab.settings import PRODUCTS, REVERSE, Setting
 from posttrain.lab.tour import ANSWER, BASE
 from posttrain.methods import Method
 from posttrain.methods.guided import GuidedGrpo, Luffy, PrefixRft, Uft
-from posttrain.methods.policy import Grpo
 from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
 
 
@@ -54,12 +53,20 @@ _FAR, _NEAR = (REVERSE.name,), (PRODUCTS.name,)
 SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
     {
         "guided_grpo": _of(
-            REVERSE,
-            GuidedGrpo(tasks=_FAR, start=0.9, draws=80, max_new_tokens=ANSWER),
-            steps=100,
-            lr=1e-3,
+            PRODUCTS, GuidedGrpo(tasks=_NEAR, start=0.5, draws=20, max_new_tokens=ANSWER)
         ),
-        "unguided_grpo": _of(REVERSE, Grpo(tasks=_FAR, max_new_tokens=ANSWER), lr=1e-3),
+        "guided_grpo_far": _of(
+            REVERSE,
+            GuidedGrpo(tasks=_FAR, start=0.8, draws=90, length="binomial", max_new_tokens=ANSWER),
+            steps=100,
+            groups=32,
+        ),
+        "uft_far": _of(
+            REVERSE,
+            Uft(tasks=_FAR, start=0.8, draws=90, nll_weight=0.1, max_new_tokens=ANSWER),
+            steps=100,
+            groups=64,
+        ),
         "uft": _of(PRODUCTS, Uft(tasks=_NEAR, draws=30, max_new_tokens=ANSWER), groups=32),
         "prefix_rft": _of(PRODUCTS, PrefixRft(tasks=_NEAR, draws=30, max_new_tokens=ANSWER)),
         "luffy": _of(PRODUCTS, Luffy(tasks=_NEAR, max_new_tokens=ANSWER), lr=1e-3),

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
 from posttrain.methods.policy import (
+    AdaptiveEntropy,
     Cispo,
     ClipCov,
     Dapo,
@@ -91,6 +92,7 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "clip_cov": _of(ClipCov(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
         "kl_cov": _of(KlCov(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
         "high_entropy": _of(HighEntropy(tasks=_TASKS, max_new_tokens=ANSWER)),
+        "adaptive_entropy": _of(AdaptiveEntropy(tasks=_TASKS, max_new_tokens=ANSWER)),
         "reinforce": _of(Reinforce(tasks=_TASKS, group_size=1, max_new_tokens=ANSWER)),
         "rloo": _of(Rloo(tasks=_TASKS, group_size=4, max_new_tokens=ANSWER)),
         "reinforce_plus_plus": _of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from posttrain.composition import (
     AssumedCertainGradient,
@@ -67,13 +67,16 @@ class GuidedGrpo(OnGuided, frozen=True, kw_only=True, tag="guided_grpo", tag_fie
 
     All of a group start from the same beginning, which is not trained on. Its share falls from
     ``start`` to ``end`` over ``draws`` draws, so that hard prompts are met from where they can be
-    solved. A schedule in place of what the papers do: QuestA has two levels (one half, then one
-    quarter), BREAD (arXiv 2506.17211) searches the shortest beginning that helps.
+    solved. ``length: binomial`` draws the beginning's length anew for every prompt, so that short
+    and long ones are met together. A schedule in place of what the papers do: QuestA has two
+    levels (one half, then one quarter), BREAD (arXiv 2506.17211) searches the shortest beginning
+    that helps.
     """
 
     start: float = 0.75
     end: float = 0.0
     draws: int = 100
+    length: Literal["share", "binomial"] = "share"
     clip_low: float = 0.2
     clip_high: float = 0.2
 
@@ -89,6 +92,7 @@ class GuidedGrpo(OnGuided, frozen=True, kw_only=True, tag="guided_grpo", tag_fie
             start=self.start,
             end=self.end,
             draws=self.draws,
+            length=self.length,
         )
         term = ClippedPolicyGradient(
             clip_low=self.clip_low, clip_high=self.clip_high, aggregate="sequence_mean"

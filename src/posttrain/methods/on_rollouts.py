@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from msgspec.structs import replace
+
 from posttrain.composition import (
     Composition,
     KLPenalty,
     Mismatch,
     PolicyRef,
+    Redraw,
     ReferenceLogprobs,
     Rollouts,
     SamplingSpec,
@@ -17,6 +20,7 @@ from posttrain.composition import (
     TrainerLogprobs,
     Verify,
 )
+from posttrain.composition.sources import Sieve
 from posttrain.config import Config
 
 
@@ -55,6 +59,18 @@ def on_rollouts(
         signals=(Verify(), *signals, *trainer),
         terms=terms,
     )
+
+
+def redrawn(once: Composition, *, keep: tuple[Sieve, ...], max_draws: int) -> Composition:
+    """The same with a source that draws again, where ``keep`` judges in place of the signals.
+
+    With ``max_draws`` 1 it is the same.
+    """
+    if max_draws == 1:
+        return once
+    assert isinstance(once.source, Rollouts)
+    source = Redraw(source=once.source, keep=keep, max_draws=max_draws)
+    return replace(once, source=source, signals=tuple(s for s in once.signals if s not in keep))
 
 
 def kl_in_reward(beta: float, reference: PolicyRef) -> tuple[SignalSpec, ...]:

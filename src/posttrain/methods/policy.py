@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from posttrain.composition import (
+    AdaptiveEntropyBonus,
     Aggregate,
     ClipCovariance,
     ClippedPolicyGradient,
@@ -28,9 +29,10 @@ from posttrain.composition import (
     SoftGatedPolicyGradient,
     SoftLengthPenalty,
     TermSpec,
+    Verify,
 )
 from posttrain.errors import ConfigError
-from posttrain.methods.on_rollouts import OnRollouts, on_rollouts
+from posttrain.methods.on_rollouts import OnRollouts, on_rollouts, redrawn
 from posttrain.methods.policy_estimators import EstimatorMethod
 
 
@@ -98,14 +100,16 @@ class Dapo(OnRollouts, frozen=True, kw_only=True, tag="dapo", tag_field="name"):
     """GRPO with a higher upper clip, a token mean, informative groups, and care for long answers.
 
     ``overlong``: ``penalty`` lets the reward fall over the last fifth of ``max_new_tokens`` (the
-    paper's 4096 of 20480), ``filter`` leaves answers that were cut off out of the loss. Groups
-    that are dropped are not replaced in the same step.
+    paper's 4096 of 20480), ``filter`` leaves answers that were cut off out of the loss.
+    ``max_draws`` is how often a step may draw to fill itself with informative groups; at 1 dropped
+    groups are not replaced.
     """
 
     group_size: int = 16
     clip_low: float = 0.2
     clip_high: float = 0.28
     overlong: Literal["penalty", "filter", "ignore"] = "penalty"
+    max_draws: int = 10
     mismatch: Mismatch | None = None
 
     formula: ClassVar[str] = "-min(r A, clip(r) A) per token, over groups of unequal rewards"
@@ -120,7 +124,8 @@ class Dapo(OnRollouts, frozen=True, kw_only=True, tag="dapo", tag_field="name"):
         term = ClippedPolicyGradient(
             clip_low=self.clip_low, clip_high=self.clip_high, mismatch=self.mismatch
         )
-        return on_rollouts(self, signals, (term,), mismatch=self.mismatch)
+        once = on_rollouts(self, signals, (term,), mismatch=self.mismatch)
+        return redrawn(once, keep=(Verify(), KeepInformative()), max_draws=self.max_draws)
 
 
 class Gspo(OnRollouts, frozen=True, kw_only=True, tag="gspo", tag_field="name"):
@@ -279,6 +284,31 @@ class HighEntropy(OnRollouts, frozen=True, kw_only=True, tag="high_entropy", tag
         return on_rollouts(self, (GroupAdvantage(),), (term,))
 
 
+class AdaptiveEntropy(
+    OnRollouts, frozen=True, kw_only=True, tag="adaptive_entropy", tag_field="name"
+):
+    """GRPO with an entropy bonus that is as strong as it must be to keep a target entropy.
+
+    The loss of Skywork-OR1: a token mean, no KL, and no length normalisation. Its target of 0.2
+    nats is from memory; what is right depends on the policy.
+    """
+
+    target: float = 0.2
+    initial: float = 0.01
+    step: float = 0.005
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    formula: ClassVar[str] = "GRPO - c H [H <= target]; c + step where H < target, else c - step"
+    paper: ClassVar[str] = "2505.22312"
+
+    def compose(self) -> Composition:
+        """Group advantage; clipped policy gradient and adaptive entropy bonus."""
+        term = ClippedPolicyGradient(clip_low=self.clip_low, clip_high=self.clip_high)
+        bonus = AdaptiveEntropyBonus(target=self.target, initial=self.initial, step=self.step)
+        return on_rollouts(self, (GroupAdvantage(),), (term, bonus))
+
+
 PolicyMethod = (
     Grpo
     | DrGrpo
@@ -292,5 +322,6 @@ PolicyMethod = (
     | ClipCov
     | KlCov
     | HighEntropy
+    | AdaptiveEntropy
     | EstimatorMethod
 )

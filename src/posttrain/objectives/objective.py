@@ -7,13 +7,13 @@ hidden states ──head, chunked──▶ statistics [N] ──term──▶ va
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from posttrain.batch import PackedBatch
-from posttrain.composition import Term, TermSpec
+from posttrain.composition import AdaptiveEntropyBonus, Term, TermSpec
 from posttrain.head import Head, Stat, Wanted, token_stats
 from posttrain.objectives.authors import author_sums
 from posttrain.objectives.limits import kept_units, limit_of
@@ -29,14 +29,17 @@ class Objective:
 
     terms: tuple[TermSpec, ...]
     progress: float = 0.0  # share of the stage's updates done, for weights that move
+    state: Mapping[str, float] = field(default_factory=dict)  # what terms remember, by name
 
     @property
     def needs(self) -> frozenset[Column]:
         """Columns that ``pack`` must bring along."""
         return frozenset().union(*(t.needs | limit_of(t).needs for t in self.terms))
 
-    def at(self, *, step: int, steps: int) -> Objective:
+    def at(self, *, step: int, steps: int, state: Mapping[str, float] | None = None) -> Objective:
         """The objective of one update: the first has the initial weights, the last the final.
+
+        ``state`` is what the learner keeps of earlier updates; see :meth:`after`.
 
         Example:
             >>> from posttrain.composition import CrossEntropy, WeightSchedule
@@ -44,18 +47,37 @@ class Objective:
             >>> [Objective((moving,)).at(step=s, steps=5).weights for s in (0, 2, 4)]
             [(2.0,), (1.0,), (0.0,)]
         """
-        return replace(self, progress=step / max(steps - 1, 1))
+        return replace(self, progress=step / max(steps - 1, 1), state=state or {})
+
+    def after(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """What terms remember once an update gave these metrics: names and numbers."""
+        state = dict(self.state)
+        for name, term in zip(self.names, self.terms, strict=True):
+            measured = metrics.get(f"{name}/entropy")
+            if isinstance(term, AdaptiveEntropyBonus) and measured is not None:
+                coefficient = state.get(f"{name}/coefficient", term.initial)
+                state[f"{name}/coefficient"] = term.moved(coefficient, entropy=measured)
+                state[f"{name}/entropy"] = measured
+        return state
 
     @property
     def weights(self) -> tuple[float, ...]:
         """Every term's weight now."""
-        return tuple(_weight(t, self.progress) for t in self.terms)
+        named = zip(self.names, self.terms, strict=True)
+        return tuple(_weight(t, self.progress) * self._factor(n, t) for n, t in named)
+
+    def _factor(self, name: str, term: TermSpec) -> float:
+        """What a weight is multiplied by, for what the term remembers."""
+        if not isinstance(term, AdaptiveEntropyBonus):
+            return 1.0
+        coefficient = self.state.get(f"{name}/coefficient", term.initial)
+        return term.acts(coefficient, entropy=self.state.get(f"{name}/entropy"))
 
     @property
     def moving(self) -> Mapping[str, float]:
-        """The weights that follow a schedule, by metric name."""
+        """The weights that follow a schedule or a measurement, by metric name."""
         now = zip(self.names, self.terms, self.weights, strict=True)
-        return {f"{n}/weight": w for n, t, w in now if isinstance(t, Term) and t.weight_schedule}
+        return {f"{n}/weight": w for n, t, w in now if _moves(t)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,6 +149,11 @@ def _count(term: TermSpec, batches: Sequence[PackedBatch]) -> int:
     seen = [b.only(read_tokens(term, b)) for b in batches]
     seen = [b for b in seen if len(b.target_N)]
     return count_units(term, seen, keep=[kept_units(term, b) for b in seen])
+
+
+def _moves(term: TermSpec) -> bool:
+    scheduled = isinstance(term, Term) and term.weight_schedule is not None
+    return scheduled or isinstance(term, AdaptiveEntropyBonus)
 
 
 def _weight(term: TermSpec, progress: float) -> float:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from posttrain.batch import PackedBatch
-from posttrain.composition.policy_regularisers import EntropyBonus, LogRatioPenalty, ReferenceKL
+from posttrain.composition.policy_regularisers import (
+    AdaptiveEntropyBonus,
+    EntropyBonus,
+    LogRatioPenalty,
+    ReferenceKL,
+)
 from posttrain.config import Config
 from posttrain.head import Stat
 from posttrain.objectives.policy_ratio import log_ratio
@@ -33,6 +38,11 @@ def entropy_bonus(term: EntropyBonus, stats: Stats, batch: PackedBatch) -> Value
     return Values(-stats[Stat.ENTROPY])
 
 
+def adaptive_entropy_bonus(term: AdaptiveEntropyBonus, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] −H(π), before its coefficient."""
+    return Values(-stats[Stat.ENTROPY], {"entropy": stats[Stat.ENTROPY].detach()})
+
+
 def log_ratio_penalty(term: LogRatioPenalty, stats: Stats, batch: PackedBatch) -> Values:
     """[N] |log r| where marked, else 0."""
     mark_N = batch.columns[Column.MARK]
@@ -42,5 +52,6 @@ def log_ratio_penalty(term: LogRatioPenalty, stats: Stats, batch: PackedBatch) -
 TERMS: Mapping[type[Config], TermCode] = {
     ReferenceKL: TermCode(frozenset({Stat.LOGPROB, Stat.SAMPLED_LOGPROB}), reference_kl),
     EntropyBonus: TermCode(frozenset({Stat.ENTROPY}), entropy_bonus),
+    AdaptiveEntropyBonus: TermCode(frozenset({Stat.ENTROPY}), adaptive_entropy_bonus),
     LogRatioPenalty: TermCode(frozenset({Stat.SAMPLED_LOGPROB}), log_ratio_penalty),
 }

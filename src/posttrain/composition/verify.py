@@ -1,0 +1,15 @@
+"""The verifier: the first judge of every rollout."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from posttrain.config import Config
+from posttrain.trajectory import Column
+
+
+class Verify(Config, frozen=True, kw_only=True, tag="verify", tag_field="type"):
+    """The task set's own scorer, or the user's reward function: one reward per trajectory."""
+
+    needs: ClassVar[frozenset[Column]] = frozenset()
+    provides: ClassVar[frozenset[Column]] = frozenset({Column.REWARD})
