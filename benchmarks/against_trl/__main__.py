@@ -31,6 +31,7 @@ from against_trl.plan import (
     Work,
 )
 from against_trl.results import Conditions, Exact, Point, Rate, Results, load_results, save_results
+from posttrain.clock import GROUPS
 
 SECTIONS = ("pairs", "exact", "scaling")
 SERIES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -65,6 +66,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scaling-prompts", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="small loads, 1m, two pairs, own page")
     parser.add_argument("--tune", action="store_true", help="time TRL's settings; no page")
+    parser.add_argument("--hotspots", action="store_true", help="profile our side; no page")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     parser.add_argument("--page", type=Path, default=Path("benchmarks/results.md"))
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
@@ -114,7 +116,7 @@ class Bench:
     def _rate(self, size: str, conditions: Conditions) -> None:
         """The highest rate seen in this sitting: what it is divided by should not flatter us."""
         command = [sys.executable, "-m", "against_trl.machine", size, str(self._chosen.threads)]
-        rate, best = json.loads(_output(command, threads=self._chosen.threads))
+        rate, best = json.loads(_last(_output(command, threads=self._chosen.threads)))
         known = self._results.rates.get(size)
         if known is None or rate > known.per_second:
             self._results.rates[size] = Rate(
@@ -137,7 +139,7 @@ class Bench:
                 file = folder / "exact.json"
                 file.write_bytes(msgspec.json.encode(job))
                 command = [sys.executable, "-m", "against_trl.equivalence", str(file)]
-                for case in json.loads(_output(command, threads=job.threads)):
+                for case in json.loads(_last(_output(command, threads=job.threads))):
                     found = Exact(size=size, **case)
                     self._results.exact[f"{found.case}/{size}"] = found
                     _tell(
@@ -159,7 +161,10 @@ class Bench:
                 load=load,
                 seconds=measured.seconds,
                 cpu=measured.cpu,
-                draw=measured.parts["seconds_draw"],
+                draw=[
+                    sum(measured.parts.get(n, [0.0] * POINT_STEPS)[i] for n in GROUPS["sampling"])
+                    for i in range(POINT_STEPS)
+                ],
                 operations=step("grpo", dims, generated(load)),
                 conditions=conditions,
             )
@@ -197,6 +202,17 @@ class Bench:
                         f"{min(done.cpu_costs):.4g} s, peak {done.peak / 2**20:.0f} MiB"
                     )
 
+    def hotspots(self) -> None:
+        """Our side alone, under torch's profiler."""
+        for size in self._chosen.sizes:
+            for work in self._chosen.only:
+                load = self._chosen.loads[work]
+                folder = self._material(SIZES[size], work, load, steps=4)
+                file = folder / "hotspots.json"
+                file.write_bytes(msgspec.json.encode(self._job("ours", work, folder, load)))
+                command = [sys.executable, "-m", "against_trl.hotspots", str(file)]
+                print(f"## {size}\n\n{_output(command, threads=self._chosen.threads)}\n")
+
     def _material(
         self, dims: Dims, work: Work, load: Load, *, steps: int, name: str = "pairs"
     ) -> Path:
@@ -221,7 +237,7 @@ class Bench:
 
 
 def _output(command: list[str], *, threads: int) -> str:
-    """What a command prints last.
+    """What a command prints.
 
     Raises:
         RuntimeError: it failed.
@@ -231,7 +247,12 @@ def _output(command: list[str], *, threads: int) -> str:
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return done.stdout.strip().splitlines()[-1]
+    return done.stdout.strip()
+
+
+def _last(text: str) -> str:
+    """The last line: libraries may print before it."""
+    return text.splitlines()[-1]
 
 
 def _tell(line: str) -> None:
@@ -245,6 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench(chosen)
     if chosen.tune:
         bench.tune()
+        return
+    if chosen.hotspots:
+        bench.hotspots()
         return
     for section in SECTIONS:
         if section in chosen.sections:

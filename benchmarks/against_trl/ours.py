@@ -9,7 +9,8 @@ import torch
 
 from against_trl import reward
 from against_trl.plan import Job
-from against_trl.worker import Gate
+from against_trl.worker import Steps
+from posttrain import clock
 from posttrain.build import Workshop
 from posttrain.composition import Dataset
 from posttrain.engines.local import LocalEngine
@@ -23,7 +24,6 @@ from posttrain.stage import run_stage
 from posttrain.tasks import build_taskset
 
 STEPS = 10**6  # more than anybody waits for: the gate ends the run
-SECONDS = ("seconds_draw", "seconds_score", "seconds_train")
 
 
 class NoJournal:
@@ -96,17 +96,18 @@ def build(job: Job) -> tuple[PlannedStage, Workshop, Learner]:
     return planned, workshop, learner
 
 
-def train(job: Job, gate: Gate) -> None:
+def train(job: Job, gate: Steps) -> None:
     """Run the stage until the gate stops it."""
     planned, workshop, learner = build(job)
     parts = workshop.parts(planned, learner)
 
     def observe(event: Event) -> None:
         if isinstance(event, StepDone):
-            metrics = {n: event.metrics[n] for n in SECONDS}
             # What a data set holds: the last token of a text is a target and never computed.
             texts = job.load.groups if job.work == "sft" else 0
-            gate.step_done({**metrics, "tokens": event.metrics["tokens"] + texts})
+            tokens = event.metrics["tokens"] + texts
+            gate.step_done({**clock.seconds_in(event.metrics), "tokens": tokens})
+            clock.drain()  # waiting at the gate is no part of the next step
 
     gate.open()
     run_stage(

@@ -18,8 +18,9 @@ from against_trl.plan import (
     Bar,
     Work,
 )
-from against_trl.results import Conditions, Pairs, Point, Rate, Results
+from against_trl.results import Conditions, Measured, Pairs, Point, Rate, Results
 from against_trl.spread import Spread, judge, ratios, verdict
+from posttrain.clock import GROUPS
 
 TITLES: dict[Work, str] = {
     "sft": "SFT, tokens/s",
@@ -27,6 +28,16 @@ TITLES: dict[Work, str] = {
     "grpo": "GRPO, steps/s",
     "opd": "on-policy distillation, steps/s",
     "opd_distinct": "the same, no prompt twice",
+}
+COLUMNS = {
+    "prefill": ("draw", "prefill"),
+    "decode": ("decode",),
+    "judging": GROUPS["judging"],
+    "pack": ("pack",),
+    "forward": ("forward",),
+    "backward": ("backward",),
+    "optimiser": ("optimizer",),
+    "rest": GROUPS["the rest"],
 }
 BUSY = 0.05
 """Share of the processor that others may take before the figures are called disturbed."""
@@ -217,22 +228,29 @@ def _where(results: Results) -> Iterator[str]:
     entries = _entries(results)
     if not entries:
         return
-    yield "Medians in seconds. *Draw* is generation or reading data, *score* is signals.\n"
-    yield "| work | model | draw | score | train | TRL generates | TRL's whole step |"
-    yield "|---|---|---|---|---|---|---|"
+    yield (
+        "Medians in seconds, from the stage's own clock; TRL's generation and whole step beside "
+        "them. *Judging* is rewards, references and teachers.\n"
+    )
+    yield f"| work | model | {' | '.join(COLUMNS)} | TRL generates | TRL's step |"
+    yield "|---|---|" + "---|" * (len(COLUMNS) + 2)
     for entry in entries:
         work: Work = entry.work  # type: ignore[assignment]
-        mine = [
-            statistics.median(entry.ours.parts[f"seconds_{name}"])
-            for name in ("draw", "score", "train")
-        ]
-        generates = statistics.median(entry.trl.parts["seconds_draw"])
+        cells = [median_of(entry.ours, names) for names in COLUMNS.values()]
+        cells += [median_of(entry.trl, ("generate",)), statistics.median(entry.trl.seconds)]
         yield (
             f"| {TITLES[work].split(',')[0]} | {entry.size} | "
-            + " | ".join(f"{s:.2f}" for s in mine)
-            + f" | {f'{generates:.2f}' if generates else '–'} "
-            f"| {statistics.median(entry.trl.seconds):.2f} |"
+            + " | ".join(f"{s:.2f}" if s >= 0.005 else "–" for s in cells)
+            + " |"
         )
+
+
+def median_of(side: Measured, names: Sequence[str]) -> float:
+    """Median over steps of the sum of some parts; a part that a step lacks is 0."""
+    steps = range(len(side.seconds))
+    return statistics.median(
+        sum(side.parts[name][i] for name in names if name in side.parts) for i in steps
+    )
 
 
 def _growth(results: Results) -> Iterator[str]:
@@ -245,7 +263,7 @@ def _growth(results: Results) -> Iterator[str]:
         f"Model {first.size} ({base} prompts per step), one number changed at a time. *Arithmetic* "
         "is how the necessary operations grow.\n"
     )
-    yield "| what | at | step, s | of that draw | × the first | arithmetic × | processor × |"
+    yield "| what | at | step, s | of that generating | × the first | arithmetic × | processor × |"
     yield "|---|---|---|---|---|---|---|"
     for series in dict.fromkeys(p.series for p in points):
         mine = sorted((p for p in points if p.series == series), key=lambda p: p.value)

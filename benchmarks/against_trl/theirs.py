@@ -22,12 +22,12 @@ from trl import (
 
 from against_trl.plan import Job
 from against_trl.reward import even_words
-from against_trl.worker import Gate
+from against_trl.worker import Steps
 
 FLOAT32 = {"dtype": "float32", "attn_implementation": "sdpa"}
 
 
-def train(job: Job, gate: Gate) -> None:
+def train(job: Job, gate: Steps) -> None:
     """Train until the gate stops it."""
     trainer = TRAINERS[job.work](job)
     trainer.add_callback(_Steps(gate, trainer, *_timed(trainer, "_generate_single_turn")))
@@ -67,7 +67,8 @@ def sft(job: Job) -> SFTTrainer:
     rows = _read(job, "documents")
     tokenizer, name = _student(job)
     mean = sum(len(r["text"].split()) + 1 for r in rows) / len(rows)
-    blocks = max(round(mean * job.load.groups / job.theirs.block), 1)
+    per_batch = job.theirs.block * job.theirs.rows
+    blocks = max(round(mean * job.load.groups / per_batch), 1) * job.theirs.rows
     return SFTTrainer(
         model=name,
         args=SFTConfig(
@@ -149,7 +150,7 @@ TRAINERS: dict[str, Callable[[Job], object]] = {
 class _Steps(TrainerCallback):
     """Stands at the gate between the steps of a trainer."""
 
-    def __init__(self, gate: Gate, trainer: object, generating: list[float]) -> None:
+    def __init__(self, gate: Steps, trainer: object, generating: list[float]) -> None:
         self._gate, self._trainer, self._generating = gate, trainer, generating
         self._tokens = 0
 
@@ -158,7 +159,7 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, *args: object, **kwargs: object) -> None:
         seen = int(getattr(self._trainer, "_total_train_tokens", 0))
-        parts = {"tokens": float(seen - self._tokens), "seconds_draw": sum(self._generating)}
+        parts = {"tokens": float(seen - self._tokens), "generate": sum(self._generating)}
         self._tokens = seen
         self._generating.clear()
         self._gate.step_done(parts)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 import msgspec
 
@@ -26,6 +26,18 @@ from against_trl.plan import Job
 
 class Stopped(Exception):
     """The parent asked to stop."""
+
+
+class Steps(Protocol):
+    """Whoever watches a training loop."""
+
+    def open(self) -> None:
+        """Everything is built; the first step follows."""
+        ...
+
+    def step_done(self, parts: Mapping[str, float]) -> None:
+        """A step ended; ``parts`` are seconds or counts by name. May raise :class:`Stopped`."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -86,7 +98,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(job.threads)
-    train: Callable[[Job, Gate], None]
+    train: Callable[[Job, Steps], None]
     if job.side == "ours":
         from against_trl.ours import train
     else:

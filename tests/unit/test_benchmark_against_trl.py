@@ -149,9 +149,10 @@ def measured(seconds, *, peak, units=1.0, draw=1.0):
         cpu=[2 * s for s in seconds],
         units=[units] * count,
         parts={
-            "seconds_draw": [draw] * count,
-            "seconds_score": [0.25] * count,
-            "seconds_train": [0.5] * count,
+            "decode": [draw] * count,
+            "verify": [0.25] * count,
+            "reference": [0.5] * count,
+            "generate": [3.0] * count,
         },
         imported=100 * 2**20,
         ready=110 * 2**20,
@@ -221,6 +222,13 @@ def test_the_limit_of_sft_is_for_equally_many_tokens():
     entry = pair(ours=ours, trl=trl, work="sft")
     text = page.page(results(pairs={"sft/7m": entry}, rates={"7m": rate}))
     assert row(text, f"| SFT | 7m | {needed / 1e9:.0f} ")[5:7] == ["50%", "25%"]
+
+
+def test_where_the_time_goes_adds_up_what_belongs_together(five):
+    text = page.page(results(pairs={"grpo/7m": five}))
+    where = row(text, "| GRPO | 7m | – ")
+    # prefill, decode, judging (rewards and references), then what was not measured
+    assert where[2:] == ["–", "1.00", "0.75", "–", "–", "–", "–", "–", "3.00", "10.00"]
 
 
 def test_a_disturbed_machine_is_said_first(five):
