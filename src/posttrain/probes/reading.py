@@ -234,6 +234,9 @@ NAMES: Mapping[str, Meaning] = MappingProxyType(
             _DOWN,
             "2204.01171",
         ),
+        "recovery": Meaning(
+            "answers that leave the demonstrations and still succeed", "share", _UP, "definition"
+        ),
         "continue@f": Meaning(
             "success when a share f of a correct answer is given", "probability", _UP, "2604.07941"
         ),
