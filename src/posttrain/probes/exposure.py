@@ -43,7 +43,7 @@ from posttrain.trajectory import Trajectory
 Floats = npt.NDArray[np.float64]
 WHY_PLAIN = "prefixes are those of the policies' own distributions"
 FEWEST_PROMPTS = 5
-"""Prompts (or all, if they are fewer) that must reach a depth on both kinds of path for it to count."""
+"""So many prompts (or all of fewer) must reach a depth on both kinds of path for it to count."""
 ELEMENTS = 1 << 25
 """Log-probs over the whole vocabulary held at a time, per policy."""
 
