@@ -7,9 +7,9 @@
                                               b₀                    after p₀ p₁ p₂
 
 There is no padding. A prompt that several sequences share (rollouts of one group, both sides of a
-pair) stands once; a sequence's last token is a target only and is never computed. The hidden
-state that predicts a completion's first token belongs to the shared prompt, so ``predict_N`` may
-name one position several times.
+pair) stands once; a sequence's last token is a target only and is never computed, unless somebody
+wants to know what was thought *after* it (``whole``). The hidden state that predicts a completion's
+first token belongs to the shared prompt, so ``predict_N`` may name one position several times.
 
 Shape legend: ``T`` packed tokens, ``N`` trained tokens, ``S`` sequences, ``P`` pairs, ``K``
 entries of a top-k distribution.
@@ -52,6 +52,7 @@ class PackedBatch:
     positions_T: Tensor  # position within the sequence, for the rotary embedding
     segments: tuple[Segment, ...]
     predict_N: Tensor  # index in T of the hidden state that predicts the trained token
+    after_N: Tensor  # index in T of the one that has read it; -1 where it was not computed
     target_N: Tensor  # the trained token
     sequence_N: Tensor  # index in S
     kind_N: Tensor  # who wrote it, index in KINDS
@@ -73,6 +74,7 @@ class PackedBatch:
                 "tokens_T",
                 "positions_T",
                 "predict_N",
+                "after_N",
                 "target_N",
                 "sequence_N",
                 "kind_N",
@@ -104,6 +106,7 @@ class PackedBatch:
         return replace(
             self,
             predict_N=self.predict_N[kept_N],
+            after_N=self.after_N[kept_N],
             target_N=self.target_N[kept_N],
             sequence_N=number_S[self.sequence_N[kept_N]],
             kind_N=self.kind_N[kept_N],
@@ -118,7 +121,9 @@ Needs = frozenset[Column] | Mapping[Column, frozenset[Kind]]
 """Columns that must be there: at every trained token, or at those of the authors named."""
 
 
-def pack(groups: Sequence[Group], *, needs: Needs, max_tokens: int) -> list[PackedBatch]:
+def pack(
+    groups: Sequence[Group], *, needs: Needs, max_tokens: int, whole: bool = False
+) -> list[PackedBatch]:
     """Lay groups out as micro-batches of at most ``max_tokens`` computed tokens.
 
     A pair is never split; a single sequence longer than ``max_tokens`` gets a batch of its own.
@@ -129,6 +134,7 @@ def pack(groups: Sequence[Group], *, needs: Needs, max_tokens: int) -> list[Pack
         needs: columns to bring along, aligned with the trained tokens. What is missing is NaN in
             the batch (-1 for ids), never a number that arithmetic would take for a value.
         max_tokens: budget of a micro-batch.
+        whole: compute last tokens too, for terms that read what stands after a token.
 
     Raises:
         LegalityError: a needed column is missing or not finite at a token that needs it.
@@ -136,11 +142,11 @@ def pack(groups: Sequence[Group], *, needs: Needs, max_tokens: int) -> list[Pack
     if not isinstance(needs, Mapping):
         needs = dict.fromkeys(needs, frozenset(KINDS))
     batches: list[PackedBatch] = []
-    builder = _Builder(needs)
+    builder = _Builder(needs, whole)
     for unit in _units(groups):
         if builder.num_tokens and builder.num_tokens + builder.cost(unit) > max_tokens:
             batches.append(builder.build())
-            builder = _Builder(needs)
+            builder = _Builder(needs, whole)
         builder.add(unit)
     if builder.num_tokens:
         batches.append(builder.build())
@@ -148,16 +154,16 @@ def pack(groups: Sequence[Group], *, needs: Needs, max_tokens: int) -> list[Pack
 
 
 def pack_trajectories(
-    trajectories: Sequence[Trajectory], *, max_tokens: int
+    trajectories: Sequence[Trajectory], *, max_tokens: int, whole: bool = False
 ) -> list[tuple[PackedBatch, list[int]]]:
     """Pack bare trajectories for scoring, with the indices that each batch holds, in order."""
     packed: list[tuple[PackedBatch, list[int]]] = []
-    builder, members = _Builder({}), list[int]()
+    builder, members = _Builder({}, whole), list[int]()
     for index, trajectory in enumerate(trajectories):
         unit = [Scored(trajectory=trajectory)]
         if members and builder.num_tokens + builder.cost(unit) > max_tokens:
             packed.append((builder.build(), members))
-            builder, members = _Builder({}), []
+            builder, members = _Builder({}, whole), []
         builder.add(unit)
         members.append(index)
     if members:
@@ -190,6 +196,7 @@ class _Builder:
     """Collects one micro-batch in numpy; ``build`` turns it into tensors."""
 
     needs: Mapping[Column, frozenset[Kind]]
+    whole: bool = False
     num_tokens: int = 0
     num_sequences: int = 0
     tokens: list[np.ndarray] = field(default_factory=list)
@@ -197,6 +204,7 @@ class _Builder:
     segments: list[Segment] = field(default_factory=list)
     prompts: dict[bytes, int] = field(default_factory=dict)  # prompt tokens -> segment index
     predict: list[np.ndarray] = field(default_factory=list)
+    after: list[np.ndarray] = field(default_factory=list)
     target: list[np.ndarray] = field(default_factory=list)
     sequence: list[np.ndarray] = field(default_factory=list)
     kind: list[np.ndarray] = field(default_factory=list)
@@ -210,7 +218,7 @@ class _Builder:
         for member in unit:
             trajectory = member.trajectory
             key = trajectory.tokens[: trajectory.prompt_length].tobytes()
-            total += max(len(trajectory) - 1 - trajectory.prompt_length, 0)
+            total += max(len(trajectory) - (not self.whole) - trajectory.prompt_length, 0)
             if key not in seen:
                 total += trajectory.prompt_length
                 seen.add(key)
@@ -236,7 +244,8 @@ class _Builder:
     def _add_member(self, member: Scored) -> None:
         trajectory = member.trajectory
         cut = trajectory.prompt_length
-        prompt, rest = trajectory.tokens[:cut], trajectory.tokens[cut:-1]
+        computed = len(trajectory) - (not self.whole)
+        prompt, rest = trajectory.tokens[:cut], trajectory.tokens[cut:computed]
         parent: int | None = None
         if cut:
             key = prompt.tobytes()
@@ -253,6 +262,7 @@ class _Builder:
         prompt_start = self.segments[parent].start if parent is not None else 0
         in_prompt = before < cut
         self.predict.append(np.where(in_prompt, prompt_start + before, own_start + before - cut))
+        self.after.append(np.where(trained < computed, own_start + trained - cut, -1))
         self.target.append(trajectory.tokens[trained])
         self.sequence.append(np.full(len(trained), self.num_sequences))
         kinds = trajectory.spread(lambda s: KINDS.index(s.producer.kind))[trained]
@@ -285,23 +295,24 @@ class _Builder:
             parts.append(chosen)
 
     def build(self) -> PackedBatch:
-        def whole(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
+        def joined(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.concatenate(parts)).to(dtype)
 
         def typed(column: Column) -> torch.dtype:
             return torch.int64 if column is Column.TEACHER_IDS else torch.float32
 
         return PackedBatch(
-            tokens_T=whole(self.tokens, torch.int64),
-            positions_T=whole(self.positions, torch.int64),
+            tokens_T=joined(self.tokens, torch.int64),
+            positions_T=joined(self.positions, torch.int64),
             segments=tuple(self.segments),
-            predict_N=whole(self.predict, torch.int64),
-            target_N=whole(self.target, torch.int64),
-            sequence_N=whole(self.sequence, torch.int64),
-            kind_N=whole(self.kind, torch.int64),
-            temperature_N=whole(self.temperature, torch.float32),
+            predict_N=joined(self.predict, torch.int64),
+            after_N=joined(self.after, torch.int64),
+            target_N=joined(self.target, torch.int64),
+            sequence_N=joined(self.sequence, torch.int64),
+            kind_N=joined(self.kind, torch.int64),
+            temperature_N=joined(self.temperature, torch.float32),
             columns={
-                c: whole(_filled(parts, c), typed(c))
+                c: joined(_filled(parts, c), typed(c))
                 for c, parts in self.columns.items()
                 if any(isinstance(part, np.ndarray) for part in parts)
             },

@@ -11,6 +11,7 @@ from posttrain.chat import ChatRenderer
 from posttrain.composition import (
     MOVING,
     Dataset,
+    Gae,
     Mix,
     Redraw,
     ReferenceLogprobs,
@@ -29,6 +30,7 @@ from posttrain.legality import scopes
 from posttrain.objectives.objective import Objective
 from posttrain.plan import PlannedStage
 from posttrain.protocols import Learner, Policy, Signal, Source
+from posttrain.signals.gae import GaeSignal
 from posttrain.signals.offline import offline_signal
 from posttrain.signals.parts import credit_signal
 from posttrain.signals.preference import preference_signal
@@ -132,6 +134,8 @@ class Workshop:
             return preference_signal(
                 spec, live=live, frozen=lambda ref: self._grader(_resolve(ref, planned), live)
             )
+        if isinstance(spec, Gae):
+            return GaeSignal(spec, live)
         if isinstance(spec, ReferenceLogprobs):
             return ReferenceSignal(self._grader(_resolve(spec.policy, planned), live))
         if isinstance(spec, TeachingSpec):

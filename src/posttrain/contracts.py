@@ -29,6 +29,8 @@ from posttrain.trajectory import Array, Column, Group, Scored, Trajectory
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from posttrain.head import Wanted
+
 HIDDEN, VOCABULARY, TOP_K = 8, 12, 3
 Fill = Callable[[Trajectory], Array]
 DASHES = frozenset({"-", "–"})
@@ -172,8 +174,13 @@ def _evaluate(term: TermSpec, groups: Sequence[Group], *, max_tokens: int) -> _E
     total = 0.0
     parts = torch.split(hidden_NX, [len(b.target_N) for b in batches])
     for batch, part in zip(batches, parts, strict=True):
+        # Any function of the hidden states will do: before and after a token it is another one.
+        asked = enumerate(sorted(objective.scalars))
+        scalars: dict[Wanted, Tensor] = {s: part @ weights_XV[:, i] for i, s in asked}
         try:
-            loss, _ = objective.loss(part, head, batch, counts=counts, vocab_size=VOCABULARY)
+            loss, _ = objective.loss(
+                part, head, batch, counts=counts, vocab_size=VOCABULARY, scalars=scalars
+            )
         except KeyError as error:
             raise AssertionError(
                 f"the term reads {error}, which it does not declare: columns belong in `needs`, "

@@ -28,12 +28,18 @@ Head = Callable[[Tensor], Tensor]
 
 
 class Stat(StrEnum):
-    """What can be read off a token's logits. All are float32 [N]."""
+    """What can be read off a token's logits, or off a scalar head. All are float32 [N]."""
 
     LOGPROB = "logprob"  # log pi(y)
     SAMPLED_LOGPROB = "sampled_logprob"  # log pi(y) at the temperature the token was sampled at
     ENTROPY = "entropy"  # -sum_v pi log pi
     LOG_COLLISION = "log_collision"  # log sum_v pi^2: two samples are the same token
+    VALUE = "value"  # the scalar head before the token, where it is predicted
+    SCORE = "score"  # the scalar head after the token, where it has been read
+
+
+SCALARS = frozenset({Stat.VALUE, Stat.SCORE})
+"""Statistics that are not functions of logits: the learner computes them beside these."""
 
 
 Wanted = Stat | Divergence
@@ -57,6 +63,8 @@ def token_stats(
         wanted: which statistics, and which divergences from the teacher's columns.
         vocab_size: V, which decides the chunk length.
     """
+    if not wanted:
+        return {}
     order = sorted(wanted, key=repr)
     rows = max(CHUNK_ELEMENTS // vocab_size, 1)
     num = hidden_NX.shape[0]

@@ -17,6 +17,7 @@ from posttrain.composition import (
     Composition,
     Dataset,
     ForeignTeacher,
+    Gae,
     MismatchedKL,
     Mix,
     Redraw,
@@ -32,6 +33,7 @@ from posttrain.composition import (
 )
 from posttrain.composition.credit import Grouped, KLPenalty, TrainerLogprobs
 from posttrain.composition.distillation import Softened
+from posttrain.composition.scalar_heads import readouts
 from posttrain.errors import LegalityError
 from posttrain.provenance import Kind
 from posttrain.trajectory import Column, Discard, Group
@@ -57,6 +59,8 @@ HOW_TO_GET = {
     Column.LABEL: "use a data set of prompt/completion/label rows, or pairs, with unpaired: true",
     Column.MISMATCHED_KL: "add the mismatched_kl signal",
     Column.LOG_RATIO_CENTRE: "add the log_ratio_centre signal",
+    Column.OLD_VALUE: "add the gae signal",
+    Column.RETURN: "add the gae signal",
 }
 
 WHY = {
@@ -79,6 +83,8 @@ WHY = {
     Column.LABEL: "the loss raises good answers and lowers bad ones",
     Column.MISMATCHED_KL: "gains and losses are counted from what the policy gives to any answer",
     Column.LOG_RATIO_CENTRE: "the classifier's threshold lies between good and bad answers",
+    Column.OLD_VALUE: "the critic is kept near what it said before the update",
+    Column.RETURN: "the critic is fitted to it",
 }
 
 
@@ -104,6 +110,7 @@ def check_composition(composition: Composition, *, stage: str) -> None:
     _check_one_reference(composition, stage=stage)
     _check_credit(composition, stage=stage)
     _check_teachers(composition, stage=stage)
+    _check_scalar_head(composition, stage=stage)
     covered = frozenset().union(*(readable(t) for t in composition.terms))
     if ignored := composition.source.writes - covered:
         raise LegalityError(
@@ -325,6 +332,31 @@ def _check_teachers(composition: Composition, *, stage: str) -> None:
                 "answer, and rows of a data set have no task",
                 fix="use rollouts, or a teacher without a context",
             )
+
+
+def _check_scalar_head(composition: Composition, *, stage: str) -> None:
+    """A scalar head exactly where it is trained; the live one is asked only where it is."""
+    read, head = readouts(composition.terms), composition.scalar_head
+    if read and head is None:
+        raise LegalityError(
+            f"stage {stage}: a term reads {' and '.join(sorted(read))}, and there is no scalar "
+            "head to read it from",
+            expected="a scalar head",
+            fix="add `scalar_head: {trunk: shared}` (a reward model, or a critic inside of the "
+            "policy) or `scalar_head: {trunk: separate}` (a critic beside it)",
+        )
+    if head is not None and not read:
+        raise LegalityError(
+            f"stage {stage}: a scalar head that no term reads",
+            expected="a term that trains it, such as value_loss",
+            fix="drop scalar_head, or add the term",
+        )
+    if "value" not in read and any(isinstance(s, Gae) for s in composition.signals):
+        raise LegalityError(
+            f"stage {stage}: gae, and no term trains the value that it reads",
+            expected="a value_loss term: an untrained critic is no baseline",
+            fix="add value_loss, or use group_advantage",
+        )
 
 
 @dataclass(frozen=True, slots=True)

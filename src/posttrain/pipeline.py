@@ -59,7 +59,7 @@ from posttrain.plan import (
 from posttrain.probes.measure import measure
 from posttrain.probes.measurement import Measurement
 from posttrain.probes.passk import pass_interval
-from posttrain.protocols import Engine, Learner, Policy
+from posttrain.protocols import Engine, Learner, Policy, ScalarStart
 from posttrain.recipe import Recipe
 from posttrain.records import Records
 from posttrain.sources.dataset import DatasetSource
@@ -354,6 +354,7 @@ class _Run:
             lora=spec.lora,
             seed=self.plan.recipe.seed,
             moving=planned.composition.moving,
+            scalar=self._scalar_start(planned),
         )
         parts = self._workshop().parts(planned, learner)
         rows = None
@@ -370,6 +371,13 @@ class _Run:
         run_stage(spec, parts, steps=steps, journal=journal, observe=self.observe, stop=self.stop)
         self._export(learner, folder / "model")
         return steps
+
+    def _scalar_start(self, planned: PlannedStage) -> ScalarStart | None:
+        spec = planned.composition.scalar_head
+        if spec is None:
+            return None
+        start = planned.init if spec.start == "input" else spec.start
+        return ScalarStart(trunk=spec.trunk, model=self._model_folder(start), lr=spec.lr)
 
     def _journal(self, planned: PlannedStage, parts: Parts) -> Journal:
         return Journal(

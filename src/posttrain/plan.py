@@ -228,7 +228,9 @@ def _teachers(composition: Composition) -> Iterator[str]:
 
 
 def _graders(composition: Composition) -> Iterator[str]:
-    """Policies that judge what a source drew: frozen ones."""
+    """Policies that judge what a source drew, or that a critic starts from: frozen ones."""
+    if composition.scalar_head is not None:
+        yield composition.scalar_head.start
     for signal in composition.signals:
         if isinstance(signal, ReferenceLogprobs | MismatchedKL):
             yield signal.policy

@@ -10,11 +10,12 @@ import json
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import yaml
+from msgspec import structs
 
 from posttrain import config
 from posttrain.chat import ChatRenderer, Tokenizer
@@ -145,8 +146,12 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
             f"{planned.spec.lora.rank} with gradients and AdamW state"
         )
     parts = f"{_size(weights)} weights + {_size(weights)} gradients + {_size(2 * weights)} AdamW"
-    graders = {r for r in planned.inputs["references"] if r not in ("learner",)}  # type: ignore[attr-defined]
+    # A critic is a copy of the model that it starts from, which is not kept beside it.
+    composition = structs.replace(planned.composition, scalar_head=None)
+    graders = replace(planned, composition=composition).references - {"learner"}
     extra = f" + {_size(len(graders) * weights)} frozen policies" if graders else ""
+    if (head := planned.composition.scalar_head) is not None and head.trunk == "separate":
+        extra += f" + {_size(4 * weights)} critic"
     logits = min(planned.spec.micro_batch_tokens * shape.vocab_size, 2**24) * 4
     teacher = 0
     for signal in planned.composition.signals:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from posttrain.provenance import FloatArray, IntArray, Producer, Sampling, Span
 from posttrain.task import Task
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from posttrain.batch import PackedBatch
     from posttrain.composition.moving import MovingReference
-    from posttrain.head import Head
+    from posttrain.head import Head, Stat, Wanted
     from posttrain.recipe import Lora, Optimizer
 
 
@@ -107,6 +107,25 @@ class Policy(Protocol):
         """
         ...
 
+    def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: the scalar head *before* each trainable token, NaN elsewhere.
+
+        Of a learner with a critic beside it, the critic's. The first token of a trajectory without
+        a prompt has none.
+
+        Raises:
+            LegalityError: there is no scalar head, also when nothing is asked.
+        """
+        ...
+
+    def scores(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: the scalar head *after* each trainable token, NaN elsewhere.
+
+        Raises:
+            LegalityError: there is no scalar head, also when nothing is asked.
+        """
+        ...
+
 
 class Source(Protocol):
     """Where trajectories come from. A pure function of the step: it holds no cursor."""
@@ -142,6 +161,16 @@ class Objective(Protocol):
         """Weights that follow a schedule, by metric name."""
         ...
 
+    @property
+    def scalars(self) -> frozenset[Stat]:
+        """Readings of a scalar head that :meth:`loss` must be given."""
+        ...
+
+    @property
+    def reads_logits(self) -> bool:
+        """False when no term reads anything of the policy's distribution."""
+        ...
+
     def at(self, *, step: int, steps: int, state: Mapping[str, float] | None = None) -> Objective:
         """The objective of one update, its weights those of this step and of what is known."""
         ...
@@ -162,6 +191,7 @@ class Objective(Protocol):
         *,
         counts: Sequence[int],
         vocab_size: int,
+        scalars: Mapping[Wanted, Tensor] = ...,
     ) -> tuple[Tensor, Mapping[str, float]]:
         """The micro-batch's share of the loss and of the metrics; shares add up."""
         ...
@@ -200,6 +230,15 @@ class Learner(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalarStart:
+    """The scalar head that a learner has, and where it starts."""
+
+    trunk: Literal["shared", "separate"]
+    model: str  # folder or hub id whose head, and for a separate trunk whose decoder, it copies
+    lr: float | None = None  # of a separate trunk and its head; None for the learner's own
+
+
 class Engine(Protocol):
     """Makes policies and learners from model folders. Chosen in ``api.py`` and nowhere else."""
 
@@ -216,6 +255,7 @@ class Engine(Protocol):
         lora: Lora | None,
         seed: int,
         moving: MovingReference | None = None,
+        scalar: ScalarStart | None = None,
     ) -> Learner:
         """A learner that starts from a folder or a hub id; adapters start from ``seed``."""
         ...

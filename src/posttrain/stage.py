@@ -22,6 +22,7 @@ import numpy as np
 from posttrain import clock
 from posttrain.batch import pack
 from posttrain.composition import TermSpec
+from posttrain.composition.scalar_heads import readouts
 from posttrain.events import AlarmRang, Observer, StepDone
 from posttrain.journal import Journal
 from posttrain.legality import Admission, admit, column_readers
@@ -29,6 +30,7 @@ from posttrain.monitors import Watch
 from posttrain.objectives.authors import author_metrics
 from posttrain.protocols import Learner, Objective, Signal, Source
 from posttrain.recipe import Optimizer, Stage
+from posttrain.signals.gae import value_metrics
 from posttrain.signals.mismatch import mismatch_metrics
 from posttrain.trajectory import Column, End, Group
 
@@ -115,8 +117,12 @@ class _Run:
                 version=learner.policy.version,
                 max_age=stage.max_age + stage.updates_per_draw - 1,
             )
-            needs = column_readers(self.parts.terms)
-            batches = pack(admission.kept, needs=needs, max_tokens=stage.micro_batch_tokens)
+            batches = pack(
+                admission.kept,
+                needs=column_readers(self.parts.terms),
+                max_tokens=stage.micro_batch_tokens,
+                whole="score" in readouts(self.parts.terms),
+            )
         scale = lr_scale(stage.optimizer, step=step, steps=self.steps)
         report = learner.step(batches, objective, lr_scale=scale)
         seconds = clock.drain()
@@ -178,6 +184,7 @@ def group_metrics(admission: Admission) -> Mapping[str, float]:
         metrics["all_wrong"] = sum(r[0] <= 0 for r in flat) / len(rewards)
         metrics["all_right"] = metrics["zero_variance"] - metrics["all_wrong"]
     metrics.update(mismatch_metrics(admission.kept))
+    metrics.update(value_metrics(admission.kept))
     return metrics
 
 

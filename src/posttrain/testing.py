@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, final
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
 from posttrain.contracts import check_method as check_method
 from posttrain.contracts import check_term as check_term
+from posttrain.errors import LegalityError
 from posttrain.protocols import (
     Completion,
     Learner,
@@ -30,78 +30,9 @@ from posttrain.protocols import (
 )
 from posttrain.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
 from posttrain.task import Task, TaskSet
+from posttrain.tiny import tiny_model as tiny_model
+from posttrain.tiny import tiny_tokenizer as tiny_tokenizer
 from posttrain.trajectory import Column, End, Group, Scored, Trajectory
-
-ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 +-*/=?.,:\n"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-Family = Literal["qwen3", "llama", "gemma2", "mistral"]
-
-
-# --- tiny real models ------------------------------------------------------------------------
-
-
-def tiny_tokenizer():  # type: ignore[no-untyped-def]  # transformers is imported on use
-    """A character tokenizer with a chat template that marks what the assistant generates."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|unk|>"]
-    vocab = {token: i for i, token in enumerate([*special, *ALPHABET])}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    inner.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        unk_token="<|unk|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def tiny_model(
-    folder: Path, *, seed: int = 0, family: Family = "qwen3", tied: bool = True, context: int = 128
-) -> Path:
-    """Save a random two-layer model (about 30 k weights) and its tokenizer; returns the folder.
-
-    Weights are drawn wide enough for its distributions to be far from uniform.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    tokenizer = tiny_tokenizer()
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer) + 3,  # padding rows, as real models have
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=context,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **({"sliding_window": 6} if family in ("gemma2", "mistral") else {}),
-        **({"attn_logit_softcapping": None} if family == "gemma2" else {}),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
 
 # --- fakes -----------------------------------------------------------------------------------
 
@@ -145,6 +76,7 @@ class FakePolicy:
     renderer: CharRenderer = field(default_factory=CharRenderer)
     context: int = 1024
     vocabulary: str = "code points"
+    judgement: Callable[[str], float] | None = None  # its scalar head, of a text
 
     def __post_init__(self) -> None:
         if abs(sum(self.answers.values()) - 1) > 1e-9:
@@ -189,6 +121,28 @@ class FakePolicy:
     ) -> list[tuple[IntArray, FloatArray]]:
         """Not available: a fake has no vocabulary."""
         raise NotImplementedError("FakePolicy has no next-token distribution")
+
+    def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """``judgement`` of the text before each trained token."""
+        return self._judged(trajectories, after=0)
+
+    def scores(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """``judgement`` of the text up to and with each trained token."""
+        return self._judged(trajectories, after=1)
+
+    def _judged(self, trajectories: Sequence[Trajectory], *, after: int) -> list[FloatArray]:
+        if self.judgement is None:
+            raise LegalityError(f"{self.name} has no scalar head")
+        out = [np.full(len(t), np.nan, np.float32) for t in trajectories]
+        for values, t in zip(out, trajectories, strict=True):
+            for at in np.flatnonzero(t.trainable):
+                values[at] = self.judgement(self.renderer.text(t.tokens[: at + after]))
+        return out
+
+
+def no_scalar_head(policy: Policy, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+    """``values`` and ``scores`` of a policy without a scalar head."""
+    raise LegalityError(f"{policy.producer.name} has no scalar head")
 
 
 @final
@@ -293,6 +247,8 @@ class TablePolicy:
                 ids = np.argsort(-values, axis=1, kind="stable")[:, :top_k].astype(np.int32)
                 out.append((ids, np.take_along_axis(values, ids.astype(np.int64), 1)))
         return out
+
+    values = scores = no_scalar_head
 
 
 @final

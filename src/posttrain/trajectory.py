@@ -55,6 +55,8 @@ class Column(StrEnum):
     LABEL = "label"  # scalar: +1 good, -1 bad, judged without a comparison
     MISMATCHED_KL = "mismatched_kl"  # scalar: mean log-ratio of other prompts' answers
     LOG_RATIO_CENTRE = "log_ratio_centre"  # scalar: between those of good and of bad answers
+    OLD_VALUE = "old_value"  # [T] what the critic expected before each token, before the update
+    RETURN = "return"  # [T] what was really still to come at each token: the critic's target
 
     @property
     def per_token(self) -> bool:

@@ -13,6 +13,7 @@ from world import (
     intervals,
     listing,
     opd,
+    ppo,
     recipe,
     rows,
     sft,
@@ -27,13 +28,14 @@ from world import (
 from posttrain.ledger import verify
 from posttrain.store import read_trajectories, read_uses
 
-STEPS = {"sft": 5, "adapt": 4, "grpo": 4, "dpo": 3, "opd": 4}
+STEPS = {"sft": 5, "adapt": 4, "grpo": 4, "dpo": 3, "opd": 4, "ppo": 3}
 EVERYTHING = recipe(
     sft(budget={"steps": 5}),
     sft("adapt", lora={"rank": 2, "alpha": 4}),
     grpo(groups_per_step=4, updates_per_draw=2),
     dpo(budget={"steps": 3}),
     opd(checkpoint_every=3),
+    ppo(budget={"steps": 3}),
 )
 
 
@@ -186,7 +188,7 @@ def test_a_finished_run_is_left_alone(undisturbed, posttrain):
     code, _, errors = posttrain("run", path, "--out", out)
     assert code == 0
     assert time.monotonic() - started < 5
-    assert errors.count("already finished") == 5
+    assert errors.count("already finished") == len(STEPS)
     after = listing(out)
     assert {k: v for k, v in before.items() if k.startswith("stages/")} == {
         k: v for k, v in after.items() if k.startswith("stages/")

@@ -108,6 +108,11 @@ def grpo(name="grpo", method=(), **changes) -> dict:
     return stage(name, {"name": "grpo", **options, **dict(method)}, **changes)
 
 
+def ppo(name="ppo", **changes) -> dict:
+    options = {"tasks": ["say"], "group_size": 2, "max_new_tokens": 4}
+    return stage(name, {"name": "ppo", **options}, **changes)
+
+
 def dpo(name="dpo", **changes) -> dict:
     data = changes.pop("data", {"path": "pairs.jsonl"})
     return stage(name, {"name": "dpo", "data": data}, **changes)

@@ -84,11 +84,11 @@ def test_the_recipe_of_a_method_plans(name, tmp_path):
     assert plan.stages[0].spec.method == convert(
         yaml.safe_load(on_page[name])["stages"][0]["method"], METHODS[name], origin="page"
     )
-    assert [p.tag for p in catalogue.entry(name).parts] == [
-        p.__struct_config__.tag
-        for c in [plan.stages[0].composition]
-        for p in (c.source, *c.signals, *c.terms)
-    ]
+    composition = plan.stages[0].composition
+    parts = (composition.source, *composition.signals, *composition.terms)
+    heads = ["scalar_head"] if composition.scalar_head else []
+    tags = [p.tag for p in catalogue.entry(name).parts]
+    assert tags == [*(p.__struct_config__.tag for p in parts), *heads]
 
 
 @pytest.mark.parametrize("name", METHODS)

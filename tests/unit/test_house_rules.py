@@ -39,6 +39,7 @@ LAYERS = [
         "testing",
         "catalogue",
         "contracts",
+        "tiny",
     },
     {"console", "lab", "api", "cli"},
 ]

@@ -16,6 +16,7 @@ from posttrain.catalogue.words import Option, default_of, flow, options, written
 from posttrain.composition import (
     Composition,
     Rollouts,
+    ScalarHead,
     SignalSpec,
     SourceSpec,
     TermSpec,
@@ -27,12 +28,12 @@ from posttrain.errors import ConfigError, nearest
 from posttrain.legality import readable
 from posttrain.methods import METHODS, Method
 
-Role = Literal["source", "signal", "term"]
+Role = Literal["source", "signal", "term", "head"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A source, signal or term in a composition."""
+    """A source, signal, term or scalar head in a composition."""
 
     role: Role
     tag: str
@@ -137,10 +138,17 @@ def _parts(composition: Composition) -> Iterator[Part]:
             f"{_names(term.needs)}; reads tokens of {_names(readable(term))}"
         )
         yield _part("term", term, told)
+    if (head := composition.scalar_head) is not None:
+        yield _head(f"{head.trunk} trunk, starts from {head.start}")
+
+
+def _head(facts: str) -> Part:
+    doc = inspect.cleandoc(ScalarHead.__doc__ or "")
+    return Part(role="head", tag="scalar_head", facts=facts, doc=doc)
 
 
 def _part(role: Role, spec: Config, facts: str) -> Part:
-    doc = inspect.cleandoc(type(spec).__doc__ or "")
+    doc = inspect.cleandoc(spec.__doc__ or "")  # of an instance or of a class
     return Part(role=role, tag=str(spec.__struct_config__.tag), facts=facts, doc=doc)
 
 
@@ -209,11 +217,12 @@ def known_parts(*, packages: bool = True) -> list[tuple[Part, tuple[Option, ...]
         ("signal", SignalSpec),
         ("term", TermSpec),
     )
-    return [
+    found = [
         (_part(role, spec, _class_facts(role, spec)), options(spec))
         for role, union in unions
         for spec in (*get_args(union), *theirs[role])
     ]
+    return [*found, (_head(""), options(ScalarHead))]
 
 
 def _class_facts(role: Role, spec: Any) -> str:

@@ -96,6 +96,7 @@ from posttrain.composition.preference import (
     TargetMargin,
 )
 from posttrain.composition.preference_signals import LogRatioCentre, MismatchedKL, RankPairs
+from posttrain.composition.scalar_heads import ScalarTerm
 from posttrain.composition.signals import ReferenceLogprobs, SignalSpec
 from posttrain.composition.sources import (
     Dataset,
@@ -122,6 +123,7 @@ from posttrain.composition.teaching import (
     TeacherDistribution,
     TeacherLogprobs,
 )
+from posttrain.composition.values import Gae, ScalarHead, ValueLoss
 from posttrain.composition.verify import Verify
 from posttrain.config import Config
 
@@ -151,6 +153,7 @@ __all__ = [
     "EntropyAwareKL",
     "EntropyBonus",
     "ForeignTeacher",
+    "Gae",
     "GeometricPolicyGradient",
     "GreedyBaseline",
     "GroupAdvantage",
@@ -197,6 +200,8 @@ __all__ = [
     "Rival",
     "Rollouts",
     "SamplingSpec",
+    "ScalarHead",
+    "ScalarTerm",
     "SequencePolicyGradient",
     "ShapedWeightPolicyGradient",
     "SignalSpec",
@@ -217,6 +222,7 @@ __all__ = [
     "Term",
     "TermSpec",
     "TrainerLogprobs",
+    "ValueLoss",
     "Verify",
     "WeightSchedule",
     "WeightedCrossEntropy",
@@ -225,7 +231,13 @@ __all__ = [
 
 
 TermSpec = (
-    SupervisedTerm | OfflineTerm | PreferenceTerm | PolicyTerm | ExternalTerm | DistillationTerm
+    SupervisedTerm
+    | OfflineTerm
+    | PreferenceTerm
+    | PolicyTerm
+    | ExternalTerm
+    | DistillationTerm
+    | ScalarTerm
 )
 
 
@@ -233,9 +245,11 @@ class Composition(Config, frozen=True, kw_only=True):
     """A method spelt out: where trajectories come from, who judges them, what is minimised.
 
     ``moving`` gives the learner a reference that follows it, for parts that name policy ``moving``.
+    ``scalar_head`` is there exactly when a term reads one.
     """
 
     source: SourceSpec
     terms: tuple[extensions.AnyTerm, ...]
     signals: tuple[extensions.AnySignal, ...] = ()
     moving: MovingReference | None = None
+    scalar_head: ScalarHead | None = None

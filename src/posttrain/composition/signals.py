@@ -9,6 +9,7 @@ from posttrain.composition.credit import CreditSpec
 from posttrain.composition.offline import OfflineSignal
 from posttrain.composition.preference_signals import PreferenceSignal
 from posttrain.composition.teaching import TeachingSpec
+from posttrain.composition.values import ValueSignal
 from posttrain.composition.verify import Verify
 from posttrain.config import Config
 from posttrain.trajectory import Column
@@ -25,5 +26,11 @@ class ReferenceLogprobs(
 
 
 SignalSpec = (
-    Verify | CreditSpec | ReferenceLogprobs | TeachingSpec | PreferenceSignal | OfflineSignal
+    Verify
+    | CreditSpec
+    | ReferenceLogprobs
+    | TeachingSpec
+    | PreferenceSignal
+    | OfflineSignal
+    | ValueSignal
 )

@@ -7,8 +7,6 @@ the learner's own: ratio 1 is a test, not a hope.
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,26 +14,25 @@ from typing import cast, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain import clock
 from posttrain.batch import PackedBatch, pack_trajectories
 from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.composition.moving import MOVING, MovingReference
 from posttrain.config import digest
+from posttrain.engines.adapters import attach, export, trained_weights
 from posttrain.engines.masters import MasterWeights
-from posttrain.engines.model import Dtype, Model, load_model
+from posttrain.engines.model import Dtype, Model, load_model, resolve_folder
 from posttrain.engines.sampler import generate
+from posttrain.engines.scalar import CRITIC, Scalar
 from posttrain.engines.shadow import Shadow
-from posttrain.errors import ConfigError, ModelError
-from posttrain.head import CHUNK_ELEMENTS, Stat, token_stats
-from posttrain.protocols import Completion, Objective, Request, StepReport
+from posttrain.errors import LegalityError, ModelError
+from posttrain.head import CHUNK_ELEMENTS, Stat, Wanted, token_stats
+from posttrain.protocols import Completion, Objective, Request, ScalarStart, StepReport
 from posttrain.provenance import FloatArray, IntArray, Kind, Producer
 from posttrain.recipe import Lora, Optimizer
 from posttrain.trajectory import Trajectory
-
-# peft asks transformers for an attribute by its old name; nothing a user could act on.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 SCORE_TOKENS = 16384
 """Tokens scored together when no gradient is needed."""
@@ -53,9 +50,14 @@ class LocalPolicy:
     """A model in this process that can be sampled and asked for log-probs."""
 
     def __init__(
-        self, model: Model, *, producer: Producer | None = None, version: Version | None = None
+        self,
+        model: Model,
+        *,
+        producer: Producer | None = None,
+        version: Version | None = None,
+        scalar: Scalar | None = None,
     ) -> None:
-        self._model, self._version = model, version
+        self._model, self._version, self._scalar = model, version, scalar
         self._renderer = ChatRenderer(cast(Tokenizer, model.tokenizer), end_tokens=model.end_tokens)
         self._producer = producer or Producer(
             kind=Kind.TEACHER, name=model.name, digest=model.digest
@@ -93,11 +95,13 @@ class LocalPolicy:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
+        self._check_speaks()
         with clock.measure("decode"):
             return generate(self._model, requests, end_tokens=self._renderer.end_tokens)
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory, at temperature 1; NaN where nothing is trained."""
+        self._check_speaks()
         out: list[FloatArray] = []
         for batch, members in pack_trajectories(trajectories, max_tokens=SCORE_TOKENS):
             with torch.inference_mode():
@@ -117,6 +121,7 @@ class LocalPolicy:
         self, trajectories: Sequence[Trajectory], *, top_k: int | None
     ) -> list[tuple[IntArray, FloatArray]]:
         """([T, K] ids, [T, K] log-probs), or ([T, 0], [T, V]) for the whole vocabulary."""
+        self._check_speaks()
         out: list[tuple[IntArray, FloatArray]] = []
         for batch, members in pack_trajectories(trajectories, max_tokens=SCORE_TOKENS):
             with torch.inference_mode():
@@ -127,6 +132,43 @@ class LocalPolicy:
             spread_ids = _spread(ids, batch, chosen, fill=-1)
             out.extend(zip(spread_ids, _spread(values, batch, chosen), strict=True))
         return out
+
+    def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: the scalar head before each trained token; NaN elsewhere."""
+        return self._read(trajectories, Stat.VALUE)
+
+    def scores(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: the scalar head after each trained token; NaN elsewhere."""
+        return self._read(trajectories, Stat.SCORE)
+
+    def _read(self, trajectories: Sequence[Trajectory], stat: Stat) -> list[FloatArray]:
+        scalar = self._scalar
+        if scalar is None:
+            raise LegalityError(
+                f"{self._producer.name} has no scalar head, and its {stat} is asked for",
+                expected="a reward model, or a learner whose stage has a scalar_head",
+                fix="train one (bradley_terry, orm, prm, …), or name the folder of a classifier "
+                "with one or two labels",
+            )
+        out: list[FloatArray] = []
+        for batch, members in pack_trajectories(
+            trajectories, max_tokens=SCORE_TOKENS, whole=stat is Stat.SCORE
+        ):
+            with torch.inference_mode():
+                on_device = batch.to(scalar.trunk.device)
+                hidden = scalar.trunk.packed(on_device)
+                values = scalar.stats(hidden, on_device, frozenset({stat}))[stat]
+            out.extend(_spread(values.cpu().numpy(), batch, [trajectories[m] for m in members]))
+        return out
+
+    def _check_speaks(self) -> None:
+        """Refuse to write with, or to read, an output head that nobody trained."""
+        if not self._model.speaks:
+            raise ModelError(
+                f"{self._model.name} is a classifier: its output head was never trained",
+                expected="a causal language model",
+                fix="use it as a reward model only",
+            )
 
     def _top(self, hidden_NX: Tensor, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Top-k ids and log-probs [N, K]; no ids and all log-probs [N, V] for None."""
@@ -167,6 +209,9 @@ def _spread(
 class LocalLearner:
     """A model being trained with AdamW, all of it or through low-rank adapters.
 
+    A scalar head is trained with it, on the model's own hidden states or, as a critic, on a decoder
+    of its own, which has its own learning rate, gradient norm and adapters.
+
     Saving keeps the trained weights, the optimiser state, the version and the moving reference if
     there is one: a learner that loads them goes on bit for bit on the same machine.
     """
@@ -180,25 +225,37 @@ class LocalLearner:
         lora: Lora | None = None,
         seed: int = 0,
         moving: MovingReference | None = None,
+        scalar: Scalar | None = None,
+        critic_lr: float | None = None,
     ) -> None:
-        self._adapters = _attach(model, lora, seed=seed) if lora else None
-        self._model, self._config = model, optimizer
+        self._adapters = attach(model, lora, seed=seed) if lora else None
+        self._model, self._config, self._scalar = model, optimizer, scalar
         self._version = Version()
         producer = Producer(kind=Kind.LEARNER, name=name)
-        self._policy = LocalPolicy(model, producer=producer, version=self._version)
-        if lora is None:
-            model.causal.requires_grad_(True)
-        self._masters = MasterWeights(
-            [(n, p) for n, p in model.causal.named_parameters() if p.requires_grad]
+        self._policy = LocalPolicy(model, producer=producer, version=self._version, scalar=scalar)
+        self._critic = scalar.trunk if scalar and scalar.trunk is not model else None
+        self._critic_adapters = (
+            attach(self._critic, lora, seed=seed) if lora and self._critic is not None else None
         )
+        trained, critic = trained_weights(model, lora), list[tuple[str, nn.Parameter]]()
+        if self._critic is not None:
+            read = trained_weights(self._critic, lora, reads=True)
+            critic = [(f"{CRITIC}.{name}", p) for name, p in read]
+        policy_only = [name for name, _ in trained]
+        if scalar is not None:
+            (trained if self._critic is None else critic).extend(scalar.parameters)
+        self._masters = MasterWeights([*trained, *critic])
+        weights = self._masters.parameters
+        rates = (optimizer.lr, optimizer.lr if critic_lr is None else critic_lr)
+        groups = (weights[: len(trained)], weights[len(trained) :])
+        self._rates = [(lr, params) for lr, params in zip(rates, groups, strict=True) if params]
         self._optimizer = torch.optim.AdamW(
-            self._masters.parameters,
-            lr=optimizer.lr,
+            [{"params": params, "lr": lr} for lr, params in self._rates],
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
         )
         self._state: Mapping[str, float] = {}
-        self._shadow = Shadow(model, [*self._masters.state()], moving) if moving else None
+        self._shadow = Shadow(model, policy_only, moving) if moving else None
         follower = Producer(kind=Kind.TEACHER, name=f"{name}/{MOVING}")
         self._moving = LocalPolicy(self._shadow.model, producer=follower) if self._shadow else None
 
@@ -230,12 +287,14 @@ class LocalLearner:
         total, metrics = 0.0, dict[str, float]()
         for batch in (b.to(self._model.device) for b in batches):
             with clock.measure("forward"):
+                hidden, scalars = self._forward(batch, objective)
                 loss, shares = objective.loss(
-                    self._model.predicting(batch),
+                    hidden,
                     self._model.head,
                     batch,
                     counts=counts,
                     vocab_size=self._model.vocab_size,
+                    scalars=scalars,
                 )
             with clock.measure("backward"):
                 loss.backward()
@@ -243,7 +302,8 @@ class LocalLearner:
             for name, share in shares.items():
                 metrics[name] = metrics.get(name, 0.0) + share
         with clock.measure("optimizer"):
-            norm = self._update(lr_scale, loss=total)
+            norm, *critic = self._update(lr_scale, loss=total)
+            metrics |= {f"{CRITIC}/grad_norm": n for n in critic}
         self._state = objective.after(metrics)
         return StepReport(
             loss=total,
@@ -253,25 +313,44 @@ class LocalLearner:
             metrics=metrics,
         )
 
-    def _update(self, lr_scale: float, *, loss: float) -> float:
-        """Clip and apply the gradients that were collected; returns their norm."""
+    def _update(self, lr_scale: float, *, loss: float) -> list[float]:
+        """Clip and apply the gradients that were collected; returns the norm of each group."""
         self._masters.take_gradients()
-        weights = self._masters.parameters
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, self._config.max_grad_norm))
-        if not np.isfinite(norm):
+        limit = self._config.max_grad_norm
+        norms = [float(nn.utils.clip_grad_norm_(params, limit)) for _, params in self._rates]
+        if not np.isfinite(norms).all():
             raise ModelError(
                 f"the gradient is not finite at version {self._version.steps} (loss {loss})",
                 expected="finite losses and gradients",
                 fix="lower the learning rate; the last checkpoint is intact",
             )
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._config.lr * lr_scale
+        for group, (lr, _) in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = lr * lr_scale
         self._optimizer.step()
         self._masters.write_back()
         self._version.steps += 1
         if self._shadow is not None:
             self._shadow.follow(self._masters.state(), step=self._version.steps)
-        return norm
+        return norms
+
+    def _forward(
+        self, batch: PackedBatch, objective: Objective
+    ) -> tuple[Tensor, Mapping[Wanted, Tensor]]:
+        """Hidden states [N, X] of trained tokens, and the readings of the scalar head [N]."""
+        if not objective.scalars:
+            return self._model.predicting(batch), {}
+        scalar = self._scalar
+        if scalar is None:
+            raise LegalityError(
+                f"a term reads {', '.join(sorted(objective.scalars))}, and the learner has no "
+                "scalar head",
+                fix="give the composition a scalar_head",
+            )
+        read = scalar.trunk.packed(batch)
+        scalars = scalar.stats(read, batch, objective.scalars)
+        if scalar.trunk is self._model or not objective.reads_logits:
+            return read[batch.predict_N], scalars
+        return self._model.predicting(batch), scalars
 
     def save(self, folder: Path) -> None:
         """Trained weights, optimiser state and version, as ``learner.pt``."""
@@ -309,57 +388,26 @@ class LocalLearner:
 
         Merged weights are float32: rounded to bfloat16, a good part of a small adapter would be
         lost, and the export would be another policy than the one that was trained.
+
+        A scalar head is saved beside its trunk; a critic's trunk is a model folder of its own,
+        ``critic/`` inside of the policy's.
         """
-        causal = self._model.causal
-        if self._adapters is not None:
-            _save_adapters(self._adapters, folder / "adapter")
-            causal = copy.deepcopy(self._adapters).float().merge_and_unload()
-        causal.save_pretrained(folder)
-        self._model.tokenizer.save_pretrained(folder)
-
-
-def _attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-def]  # optional
-    """Put adapters into the model, in place. Their random start follows from the seed."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ConfigError(
-            "the stage asks for lora, and peft is not installed",
-            fix="pip install 'posttrain[lora]'",
-        ) from None
-    targets = lora.target_modules
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=0.0,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-        )
-        try:
-            return get_peft_model(model.causal, config)
-        except ValueError as error:
-            raise ConfigError(
-                f"lora on {targets!r}: {error}",
-                expected="names of linear layers of this model, or all-linear",
-            ) from error
-
-
-def _save_adapters(adapters, folder: Path) -> None:  # type: ignore[no-untyped-def]  # optional
-    """Save adapters so that equal ones give equal files: without local paths, lists in order."""
-    config = adapters.peft_config["default"]
-    config.base_model_name_or_path = ""  # else the folder that the base happened to lie in
-    if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)  # a set, in any order
-    adapters.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # a card with nothing but that path
+        export(self._model, self._adapters, folder)
+        if self._scalar is not None:
+            home = folder if self._critic is None else folder / CRITIC
+            if self._critic is not None:
+                export(self._critic, self._critic_adapters, home)
+            self._scalar.save(home)
 
 
 def frozen(model: Model) -> LocalPolicy:
     """A policy whose weights never change: a reference, a teacher, a policy to measure."""
     model.causal.requires_grad_(False)
-    return LocalPolicy(model)
+    scalar = Scalar.load(model, model.folder)
+    if scalar is not None:
+        for _, weight in scalar.parameters:
+            weight.requires_grad_(False)
+    return LocalPolicy(model, scalar=scalar)
 
 
 @final
@@ -390,11 +438,37 @@ class LocalEngine:
         lora: Lora | None,
         seed: int = 0,
         moving: MovingReference | None = None,
+        scalar: ScalarStart | None = None,
     ) -> LocalLearner:
         """A learner that starts from a folder or a hub id."""
+        loaded = self._load(model)
         return LocalLearner(
-            self._load(model), name=name, optimizer=optimizer, lora=lora, seed=seed, moving=moving
+            loaded,
+            name=name,
+            optimizer=optimizer,
+            lora=lora,
+            seed=seed,
+            moving=moving,
+            scalar=self._scalar(scalar, loaded) if scalar else None,
+            critic_lr=scalar.lr if scalar else None,
         )
+
+    def _scalar(self, start: ScalarStart, policy: Model) -> Scalar:
+        """The scalar head that a learner starts with; a critic is another copy of its model."""
+        folder = resolve_folder(start.model)
+        if start.trunk == "shared":
+            trunk = policy
+        else:
+            folder = folder / CRITIC if (folder / CRITIC).is_dir() else folder
+            trunk = self._load(str(folder))
+            if trunk.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+                raise ModelError(
+                    f"the critic {start.model} and the policy {policy.name} have different "
+                    "vocabularies",
+                    expected="the same token ids",
+                    fix="start the critic from the policy, or from a model of its family",
+                )
+        return Scalar.load(trunk, folder) or Scalar.zero(trunk)
 
     def _load(self, model: str) -> Model:
         return load_model(

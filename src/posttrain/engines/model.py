@@ -9,7 +9,7 @@ model is loaded: both ways of computing a short probe must agree.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,8 @@ class Model:
     tokenizer: PreTrainedTokenizerBase
     name: str
     digest: str
+    folder: Path
+    speaks: bool = True  # False where the folder has no output head: a classifier
 
     @property
     def device(self) -> torch.device:
@@ -82,8 +84,12 @@ class Model:
 
     def predicting(self, batch: PackedBatch) -> Tensor:
         """Hidden states [N, X] that predict the batch's trained tokens."""
+        return self.packed(batch)[batch.predict_N]
+
+    def packed(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [T, X] of everything in the batch."""
         plan = PackedPlan.of(batch.segments, device=self.device)
-        return self.hidden(batch.tokens_T, batch.positions_T, plan)[batch.predict_N]
+        return self.hidden(batch.tokens_T, batch.positions_T, plan)
 
     def head(self, hidden_NX: Tensor) -> Tensor:
         """Logits [N, V], with the scalings that some families apply after the head."""
@@ -184,9 +190,14 @@ def load_model(
     where: dict[str, Any] = {"trust_remote_code": remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-        causal = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=IMPLEMENTATION, **where
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=IMPLEMENTATION,
+            output_loading_info=True,
+            **where,
         )
+        causal: PreTrainedModel = loaded[0]
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -197,9 +208,19 @@ def load_model(
         ) from error
     # Dropout would make the trained policy another one than the sampled policy: always eval.
     nn.Module.to(causal, device or torch.device("cpu")).eval()
-    model = Model(causal, tokenizer, name, hash_folder(folder))
+    speaks = _speaks(causal, folder, missing=loaded[1]["missing_keys"])
+    model = Model(causal, tokenizer, name, hash_folder(folder), folder, speaks)
     prove_packing(model)
     return model
+
+
+def _speaks(causal: PreTrainedModel, folder: Path, *, missing: Collection[str]) -> bool:
+    """False for a classifier's folder: its output head is random, or was never trained as one."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kinds = config.get("architectures") or ()
+    out = causal.get_output_embeddings().weight
+    named = {n for n, p in causal.named_parameters(remove_duplicate=False) if p is out}
+    return not (named & set(missing) or any(k.endswith("Classification") for k in kinds))
 
 
 def prove_packing(model: Model) -> None:

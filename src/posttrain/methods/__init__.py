@@ -15,6 +15,7 @@ from posttrain.methods.guided import GuidedMethod
 from posttrain.methods.hybrid import HybridMethod
 from posttrain.methods.offline import OfflineMethod
 from posttrain.methods.policy import Grpo, PolicyMethod
+from posttrain.methods.ppo import ValueMethod
 from posttrain.methods.preference import Dpo, PreferenceMethod
 from posttrain.methods.rejection import RejectionMethod
 from posttrain.methods.supervised import Sft, SupervisedMethod
@@ -27,6 +28,7 @@ Method = (
     | OfflineMethod
     | PreferenceMethod
     | PolicyMethod
+    | ValueMethod
     | DistillationMethod
     | GuidedMethod
     | HybridMethod

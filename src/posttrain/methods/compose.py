@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from posttrain import extensions
-from posttrain.composition import Composition, MovingReference, SourceSpec
+from posttrain.composition import Composition, MovingReference, ScalarHead, SourceSpec
 from posttrain.config import Config
 
 
@@ -16,6 +16,7 @@ class Compose(Config, frozen=True, kw_only=True, tag="compose", tag_field="name"
     terms: tuple[extensions.AnyTerm, ...]
     signals: tuple[extensions.AnySignal, ...] = ()
     moving: MovingReference | None = None
+    scalar_head: ScalarHead | None = None
 
     provenance: ClassVar[str] = "as composed"
     interface: ClassVar[str] = "as composed"
@@ -26,5 +27,9 @@ class Compose(Config, frozen=True, kw_only=True, tag="compose", tag_field="name"
     def compose(self) -> Composition:
         """Itself."""
         return Composition(
-            source=self.source, signals=self.signals, terms=self.terms, moving=self.moving
+            source=self.source,
+            signals=self.signals,
+            terms=self.terms,
+            moving=self.moving,
+            scalar_head=self.scalar_head,
         )

@@ -15,6 +15,7 @@ from posttrain.composition import (
     ReferenceLogprobs,
     Rollouts,
     SamplingSpec,
+    ScalarHead,
     SignalSpec,
     TermSpec,
     TrainerLogprobs,
@@ -43,10 +44,12 @@ def on_rollouts(
     terms: tuple[TermSpec, ...],
     *,
     mismatch: Mismatch | None = None,
+    scalar_head: ScalarHead | None = None,
 ) -> Composition:
     """Live rollouts, judged by the verifier and then by ``signals``, under ``terms``.
 
-    ``mismatch`` is that of the terms: it needs the trainer's log-probs.
+    ``mismatch`` is that of the terms: it needs the trainer's log-probs. ``scalar_head`` is what
+    terms on values read.
     """
     trainer: tuple[SignalSpec, ...] = (TrainerLogprobs(),) if mismatch else ()
     return Composition(
@@ -58,6 +61,7 @@ def on_rollouts(
         ),
         signals=(Verify(), *signals, *trainer),
         terms=terms,
+        scalar_head=scalar_head,
     )
 
 

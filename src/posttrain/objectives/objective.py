@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from posttrain.batch import PackedBatch
 from posttrain.composition import AdaptiveEntropyBonus, Term, TermSpec
-from posttrain.head import Head, Stat, Wanted, token_stats
+from posttrain.head import SCALARS, Head, Stat, Wanted, token_stats
 from posttrain.objectives.authors import author_sums
 from posttrain.objectives.limits import kept_units, limit_of
 from posttrain.objectives.reading import as_read, read_tokens
 from posttrain.objectives.reduce import count_units, reduce_units
 from posttrain.objectives.terms import TERMS
 from posttrain.trajectory import Column
+
+NO_SCALARS: Mapping[Wanted, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +98,16 @@ class Objective:
         by_entropy = any(limit_of(t).entropy_share is not None for t in self.terms)
         return own | {Stat.ENTROPY} if by_entropy else own
 
+    @property
+    def scalars(self) -> frozenset[Stat]:
+        """Statistics of a scalar head that some term reads."""
+        return frozenset(s for s in SCALARS if s in self.reads)
+
+    @property
+    def reads_logits(self) -> bool:
+        """False when every statistic that is read is a scalar head's."""
+        return not self.reads <= SCALARS
+
     def counts(self, batches: Sequence[PackedBatch]) -> tuple[int, ...]:
         """Global number of units per term, over all micro-batches of a step."""
         return tuple(_count(t, batches) for t in self.terms)
@@ -107,12 +120,16 @@ class Objective:
         *,
         counts: Sequence[int],
         vocab_size: int,
+        scalars: Mapping[Wanted, Tensor] = NO_SCALARS,
     ) -> tuple[Tensor, Mapping[str, float]]:
         """This micro-batch's share of the loss, and of every shown metric.
 
         Shares add up: the step's loss and metrics are the sums over its micro-batches.
+        ``scalars`` holds what :attr:`scalars` asks for.
         """
-        stats = token_stats(hidden_NX, head, batch, wanted=self.reads, vocab_size=vocab_size)
+        wanted = self.reads - SCALARS
+        by_logits = token_stats(hidden_NX, head, batch, wanted=wanted, vocab_size=vocab_size)
+        stats = {**by_logits, **scalars}
         total = hidden_NX.new_zeros((), dtype=torch.float32)
         metrics: dict[str, float] = author_sums(batch, stats)
         parts = zip(self.names, self.terms, self.weights, counts, strict=True)

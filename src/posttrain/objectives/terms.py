@@ -12,7 +12,15 @@ from posttrain.batch import PackedBatch
 from posttrain.config import Config
 from posttrain.errors import ConfigError, nearest
 from posttrain.head import Stat
-from posttrain.objectives import distillation, external, offline, policy, preference, supervised
+from posttrain.objectives import (
+    distillation,
+    external,
+    offline,
+    policy,
+    preference,
+    supervised,
+    value_terms,
+)
 from posttrain.objectives.values import Stats, TermCode, Values
 
 
@@ -62,5 +70,6 @@ TERMS: Mapping[type[Config], TermCode] = Terms(
         **policy.TERMS,
         **external.TERMS,
         **distillation.TERMS,
+        **value_terms.TERMS,
     }
 )

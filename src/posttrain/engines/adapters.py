@@ -1,0 +1,80 @@
+"""Which weights of a model are trained, through adapters or not, and how they are written out."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from posttrain.engines.model import Model
+from posttrain.errors import ConfigError
+from posttrain.recipe import Lora
+
+# peft asks transformers for an attribute by its old name; nothing a user could act on.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+
+
+def trained_weights(
+    model: Model, lora: Lora | None, *, reads: bool = False
+) -> list[tuple[str, nn.Parameter]]:
+    """The weights that are trained, by name. A critic, which only ``reads``, has no output head."""
+    if lora is None:
+        model.causal.requires_grad_(True)
+        out, into = (
+            e.weight
+            for e in (model.causal.get_output_embeddings(), model.causal.get_input_embeddings())
+        )
+        if reads and out is not into:
+            out.requires_grad_(False)
+    return [(n, p) for n, p in model.causal.named_parameters() if p.requires_grad]
+
+
+def export(model: Model, adapters, folder: Path) -> None:  # type: ignore[no-untyped-def]  # optional
+    """Weights and tokenizer as a plain folder, adapters merged and beside it."""
+    causal = model.causal
+    if adapters is not None:
+        save_adapters(adapters, folder / "adapter")
+        causal = copy.deepcopy(adapters).float().merge_and_unload()
+    causal.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+
+
+def attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-def]  # optional
+    """Put adapters into the model, in place. Their random start follows from the seed."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ConfigError(
+            "the stage asks for lora, and peft is not installed",
+            fix="pip install 'posttrain[lora]'",
+        ) from None
+    targets = lora.target_modules
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=0.0,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        )
+        try:
+            return get_peft_model(model.causal, config)
+        except ValueError as error:
+            raise ConfigError(
+                f"lora on {targets!r}: {error}",
+                expected="names of linear layers of this model, or all-linear",
+            ) from error
+
+
+def save_adapters(adapters, folder: Path) -> None:  # type: ignore[no-untyped-def]  # optional
+    """Save adapters so that equal ones give equal files: without local paths, lists in order."""
+    config = adapters.peft_config["default"]
+    config.base_model_name_or_path = ""  # else the folder that the base happened to lie in
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set, in any order
+    adapters.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # a card with nothing but that path

@@ -1,0 +1,73 @@
+"""Tiny real models for tests: made in a second, and like real ones in all that is tested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 +-*/=?.,:\n"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+Family = Literal["qwen3", "llama", "gemma2", "mistral"]
+
+
+def tiny_tokenizer():  # type: ignore[no-untyped-def]  # transformers is imported on use
+    """A character tokenizer with a chat template that marks what the assistant generates."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|unk|>"]
+    vocab = {token: i for i, token in enumerate([*special, *ALPHABET])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny_model(
+    folder: Path, *, seed: int = 0, family: Family = "qwen3", tied: bool = True, context: int = 128
+) -> Path:
+    """Save a random two-layer model (about 30 k weights) and its tokenizer; returns the folder.
+
+    Weights are drawn wide enough for its distributions to be far from uniform.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer) + 3,  # padding rows, as real models have
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **({"sliding_window": 6} if family in ("gemma2", "mistral") else {}),
+        **({"attn_logit_softcapping": None} if family == "gemma2" else {}),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
