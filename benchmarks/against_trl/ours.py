@@ -1,8 +1,8 @@
-"""posttrain's side: the real stage loop on a plan, with nothing but the journal left out."""
+"""posttrain's side: the real stage loop and journal, on a plan, without checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from posttrain.build import Workshop
 from posttrain.composition import Dataset
 from posttrain.engines.local import LocalEngine
 from posttrain.events import Event, StepDone
-from posttrain.legality import Admission
+from posttrain.journal import Journal
+from posttrain.ledger import Ledger
 from posttrain.methods import Dpo, Grpo, Opd, Sft
 from posttrain.plan import PlannedStage, make_plan
 from posttrain.protocols import Learner, Policy
@@ -24,17 +25,6 @@ from posttrain.stage import run_stage
 from posttrain.tasks import build_taskset
 
 STEPS = 10**6  # more than anybody waits for: the gate ends the run
-
-
-class NoJournal:
-    """Keeps nothing: disks are not what is compared, and TRL is told not to save either."""
-
-    def resume(self, learner: Learner) -> int:
-        return 0
-
-    def record(self, step: int, admission: Admission, metrics: Mapping[str, float]) -> None: ...
-
-    def commit(self, step: int, learner: Learner) -> None: ...
 
 
 def recipe(job: Job) -> Recipe:
@@ -109,11 +99,20 @@ def train(job: Job, gate: Steps) -> None:
             gate.step_done({**clock.seconds_in(event.metrics), "tokens": tokens})
             clock.drain()  # waiting at the gate is no part of the next step
 
+    folder = Path(job.folder) / "journal" / job.work
+    shutil.rmtree(folder, ignore_errors=True)
+    journal = Journal(
+        folder,
+        ledger=Ledger.open(folder / "ledger.jsonl"),
+        stage=planned.spec.name,
+        identity=planned.identity,
+        facts={},
+    )
     gate.open()
     run_stage(
         planned.spec,
         parts,
         steps=STEPS,
-        journal=NoJournal(),  # type: ignore[arg-type]
+        journal=journal,
         observe=observe,
     )
