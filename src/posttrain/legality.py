@@ -52,7 +52,7 @@ HOW_TO_GET = {
     "rollouts with verify and rank_pairs signals",
     Column.TRAINER_LOGPROB: "add the trainer_logprobs signal, or own_logprobs on a data set",
     Column.TOKEN_REWARD: "add the kl_penalty or soft_length_penalty signal before it",
-    Column.MARK: "add the mark_covariance signal",
+    Column.MARK: "add the mark_covariance or the mark_entropy signal",
     Column.BASELINE: "add the greedy_baseline signal before it",
     Column.DISCARD: "add the keep_informative, drop_cut_off or keep_rewards signal",
     Column.WEIGHT: "name the data set's column of weights: `weight: <column>`",
@@ -61,6 +61,7 @@ HOW_TO_GET = {
     Column.LOG_RATIO_CENTRE: "add the log_ratio_centre signal",
     Column.OLD_VALUE: "add the gae signal",
     Column.RETURN: "add the gae signal",
+    Column.QUANTILE: "add the match_quantiles signal",
 }
 
 WHY = {
@@ -76,7 +77,7 @@ WHY = {
     Column.PREFERENCE: "the loss compares a chosen with a rejected answer",
     Column.TRAINER_LOGPROB: "the sampler's probabilities are corrected to the trainer's",
     Column.TOKEN_REWARD: "rewards of single tokens are part of the return",
-    Column.MARK: "only marked tokens are held back",
+    Column.MARK: "only marked tokens are read, or held back",
     Column.BASELINE: "the reward is compared with that of the likeliest answer",
     Column.DISCARD: "it says what is trained on",
     Column.WEIGHT: "every row counts with its weight",
@@ -85,6 +86,7 @@ WHY = {
     Column.LOG_RATIO_CENTRE: "the classifier's threshold lies between good and bad answers",
     Column.OLD_VALUE: "the critic is kept near what it said before the update",
     Column.RETURN: "the critic is fitted to it",
+    Column.QUANTILE: "every value is compared with the one of its rank on the other side",
 }
 
 

@@ -57,6 +57,7 @@ class Column(StrEnum):
     LOG_RATIO_CENTRE = "log_ratio_centre"  # scalar: between those of good and of bad answers
     OLD_VALUE = "old_value"  # [T] what the critic expected before each token, before the update
     RETURN = "return"  # [T] what was really still to come at each token: the critic's target
+    QUANTILE = "quantile"  # scalar: the value of the same rank that an answer is compared with
 
     @property
     def per_token(self) -> bool:
@@ -73,6 +74,7 @@ SCALARS = frozenset(
         Column.LABEL,
         Column.MISMATCHED_KL,
         Column.LOG_RATIO_CENTRE,
+        Column.QUANTILE,
         Column.WEIGHT,
     }
 )
@@ -92,6 +94,8 @@ class Discard(StrEnum):
     UNRANKED = "unranked"  # neither the best nor the worst of its group
     NO_SUCCESS = "no successful sibling"  # that could be shown to a teacher
     SURPLUS = "surplus"  # worth training on, and the step had enough
+    IMITATED = "a demonstration instead"  # the group failed, and is shown how
+    NOT_NEEDED = "demonstration not needed"  # the group did well enough by itself
 
     @property
     def code(self) -> int:

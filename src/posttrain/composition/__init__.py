@@ -47,6 +47,7 @@ from posttrain.composition.distillation import (
 from posttrain.composition.external import (
     AssumedCertainGradient,
     AssumedOwnGradient,
+    ExplorationBonus,
     ExternalTerm,
 )
 from posttrain.composition.moving import MOVING, MovingReference
@@ -90,12 +91,20 @@ from posttrain.composition.preference import (
     PairwiseSelfPlay,
     PairwiseShared,
     PairwiseSquared,
+    PairwiseTransport,
     PairwiseWeighted,
     PreferenceTerm,
     ProspectValue,
     TargetMargin,
+    TransportedReward,
 )
-from posttrain.composition.preference_signals import LogRatioCentre, MismatchedKL, RankPairs
+from posttrain.composition.preference_signals import (
+    LogRatioCentre,
+    MatchQuantiles,
+    MismatchedKL,
+    PreferDemonstration,
+    RankPairs,
+)
 from posttrain.composition.scalar_heads import ScalarTerm
 from posttrain.composition.signals import ReferenceLogprobs, SignalSpec
 from posttrain.composition.sources import (
@@ -152,6 +161,7 @@ __all__ = [
     "DynamicCrossEntropy",
     "EntropyAwareKL",
     "EntropyBonus",
+    "ExplorationBonus",
     "ForeignTeacher",
     "Gae",
     "GeometricPolicyGradient",
@@ -168,6 +178,7 @@ __all__ = [
     "LogRatioCentre",
     "LogRatioPenalty",
     "MarkCovariance",
+    "MatchQuantiles",
     "Mismatch",
     "MismatchedKL",
     "Mix",
@@ -186,9 +197,11 @@ __all__ = [
     "PairwiseSelfPlay",
     "PairwiseShared",
     "PairwiseSquared",
+    "PairwiseTransport",
     "PairwiseWeighted",
     "PolicyGradient",
     "PolicyRef",
+    "PreferDemonstration",
     "ProbabilityLoss",
     "ProspectValue",
     "ProximalCrossEntropy",
@@ -222,6 +235,7 @@ __all__ = [
     "Term",
     "TermSpec",
     "TrainerLogprobs",
+    "TransportedReward",
     "ValueLoss",
     "Verify",
     "WeightSchedule",

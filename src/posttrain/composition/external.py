@@ -74,4 +74,26 @@ class AssumedOwnGradient(
             )
 
 
-ExternalTerm = AssumedCertainGradient | AssumedOwnGradient
+class ExplorationBonus(Term, frozen=True, kw_only=True, tag="exploration_bonus", tag_field="type"):
+    """+log π(y), summed over answers that the reference wrote (XPO, arXiv 2405.21046).
+
+    Minimised, it lowers what the reference says anyway, which is optimism about everything else.
+    It has no lower bound: weights of the size of 1e-5 are meant.
+    """
+
+    aggregate: Aggregate = "sequence_sum"
+    weight: float = 1e-5
+    where: tuple[Kind, ...] = (Kind.TEACHER,)
+    unit: ClassVar[str] = "token"
+    needs: ClassVar[frozenset[Column]] = frozenset()
+    accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.TEACHER})
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ConfigError(
+                f"exploration_bonus with weight={self.weight}",
+                expected="above 0: a negative one would imitate the reference",
+            )
+
+
+ExternalTerm = AssumedCertainGradient | AssumedOwnGradient | ExplorationBonus

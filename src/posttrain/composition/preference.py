@@ -258,6 +258,24 @@ class PairwiseDiscovered(
         _positive("tau", self.tau)
 
 
+class PairwiseTransport(
+    PairTerm, frozen=True, kw_only=True, tag="pairwise_transport", tag_field="type"
+):
+    """AOT on pairs (arXiv 2406.05882): −log σ(β(m − q)), m = log π(y_w) − log π(y_l).
+
+    q is the reference's margin of the same rank in the draw, from ``match_quantiles`` of margins.
+    Summed over a draw it is the cost of transporting one sorted sample of margins to the other: it
+    asks of the distribution of margins, not of each pair, to be larger than the reference's. With
+    a single pair it is DPO.
+    """
+
+    beta: float = 0.01
+    needs: ClassVar[frozenset[Column]] = frozenset({Column.PREFERENCE, Column.QUANTILE})
+
+    def __post_init__(self) -> None:
+        _positive("beta", self.beta)
+
+
 # --- pairs, without a reference --------------------------------------------------------------
 
 
@@ -367,8 +385,30 @@ class BinaryClassifier(
         _positive("beta", self.beta)
 
 
+class TransportedReward(
+    UnpairedTerm, frozen=True, kw_only=True, tag="transported_reward", tag_field="type"
+):
+    """AOT on chosen and rejected answers apart (arXiv 2406.05882): −log σ(β · sign · (ρ − q)).
+
+    q is the log-ratio of the same rank on the other side, from ``match_quantiles`` of rewards, a
+    constant. Chosen and rejected answers are told apart by their sign, and need not share a
+    prompt. The mean over answers has the value and the gradient of the mean over matched pairs of
+    −log σ(β(ρ_w − ρ_l)): the gradient counts twice, since each side moves one of the two.
+    """
+
+    beta: float = 0.01
+    needs: ClassVar[frozenset[Column]] = frozenset(
+        {Column.PREFERENCE, Column.QUANTILE, Column.REFERENCE_LOGPROB}
+    )
+
+    def __post_init__(self) -> None:
+        _positive("beta", self.beta)
+
+
 PreferenceTerm = (
-    PairwiseLogistic
+    PairwiseTransport
+    | TransportedReward
+    | PairwiseLogistic
     | PairwiseRobust
     | PairwiseSquared
     | PairwiseHinge

@@ -7,10 +7,11 @@ LABEL, REFERENCE_LOGPROB ──log_ratio_centre──▶ LOG_RATIO_CENTRE     (b
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from posttrain.composition.base import PolicyRef
 from posttrain.config import Config
+from posttrain.provenance import Kind
 from posttrain.trajectory import Column
 
 
@@ -50,4 +51,37 @@ class LogRatioCentre(Config, frozen=True, kw_only=True, tag="log_ratio_centre", 
     provides: ClassVar[frozenset[Column]] = frozenset({Column.LOG_RATIO_CENTRE})
 
 
-PreferenceSignal = RankPairs | MismatchedKL | LogRatioCentre
+class PreferDemonstration(
+    Config, frozen=True, kw_only=True, tag="prefer_demonstration", tag_field="type"
+):
+    """The members of a group by ``author`` are chosen, all others rejected (SPIN, 2401.01335).
+
+    A sample that repeats a demonstration word for word is discarded, and so is whoever is then
+    left without the other side.
+    """
+
+    author: Kind = Kind.EXTERNAL
+    needs: ClassVar[frozenset[Column]] = frozenset()
+    provides: ClassVar[frozenset[Column]] = frozenset({Column.PREFERENCE, Column.DISCARD})
+
+
+class MatchQuantiles(Config, frozen=True, kw_only=True, tag="match_quantiles", tag_field="type"):
+    """What each answer of the draw is compared with in optimal transport: the value of its rank.
+
+    ``margins``: a pair's margin of log-probs, log π(y_w) − log π(y_l), is compared with the margin
+    of the same rank among those of the reference. ``rewards``: the log-ratio of a chosen answer is
+    compared with that of the same rank among the rejected, whatever pair it is in, and the other
+    way round.
+
+    Sorting needs all pairs of a draw at once, and the weights before the update are those of its
+    first step, so ranks are found here and are constants in the loss. Micro-batches therefore
+    change nothing. Further updates on the same draw keep the ranks, and for ``rewards`` the other
+    side's values, of the first.
+    """
+
+    of: Literal["margins", "rewards"] = "margins"
+    needs: ClassVar[frozenset[Column]] = frozenset({Column.PREFERENCE, Column.REFERENCE_LOGPROB})
+    provides: ClassVar[frozenset[Column]] = frozenset({Column.QUANTILE})
+
+
+PreferenceSignal = RankPairs | MismatchedKL | LogRatioCentre | PreferDemonstration | MatchQuantiles

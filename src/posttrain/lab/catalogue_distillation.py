@@ -37,6 +37,7 @@ from posttrain.methods.distillation import (
 )
 from posttrain.methods.distillation_rewards import GOpd, IwOpd, MiniLlm, Opd2, OpdSampled
 from posttrain.methods.hybrid import Chord, ChordPhi
+from posttrain.methods.rejection import Star
 from posttrain.methods.supervised import Sft
 from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
 from posttrain.task import with_context
@@ -131,6 +132,7 @@ def _told(
 
 _MIXED = {"teachers": TEACHERS, "data": DATA}
 _COOL = SamplingSpec(temperature=0.7)
+_STAR = partial(Star, tasks=TASKS, hint=HINT, max_new_tokens=ANSWER)
 _SDPO = partial(Sdpo, tasks=TASKS, group_size=8, max_new_tokens=ANSWER, context=SIBLING, top_k=None)
 
 SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
@@ -155,6 +157,7 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "sdft": _told(Sdft),
         "sdft_live_teacher": _told(partial(Sdft, teacher="learner"), lr=1e-4),
         "sdpo": partial(told, _SDPO, HINT, 3e-4, groups=GROUPS // 4),
+        "star_rationalised": partial(told, _STAR, HINT, 1e-3),
         "context_distillation": _told(ContextDistillation, context=INSTRUCTION),
         "chord": partial(
             alone,

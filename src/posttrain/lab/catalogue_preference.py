@@ -18,7 +18,7 @@ from posttrain.composition import Dataset
 from posttrain.lab.corpus import preference_pairs, write_rows
 from posttrain.lab.settings import CHAINS
 from posttrain.lab.tour import ANSWER, BASE
-from posttrain.methods.moving_preference import TrDpo
+from posttrain.methods.moving_preference import Aot, AotUnpaired, Spin, TrDpo, Xpo
 from posttrain.methods.preference import (
     AlphaPo,
     Apo,
@@ -130,6 +130,11 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
     {
         "dpo": _of(Dpo(data=PAIRS)),
         "tr_dpo": _of(TrDpo(data=PAIRS, every=10)),
+        "aot": _of(Aot(data=PAIRS, beta=0.1)),
+        "aot_unpaired": _of(AotUnpaired(data=PAIRS, beta=0.1)),
+        "spin": _of(Spin(tasks=_TASKS, max_new_tokens=ANSWER)),
+        "spin_twice": _of(Spin(tasks=_TASKS, max_new_tokens=ANSWER, every=STEPS // 2)),
+        "xpo": _of(Xpo(tasks=_TASKS, group_size=8, max_new_tokens=ANSWER)),
         "cdpo": _of(Dpo(data=PAIRS, label_smoothing=0.1)),
         "robust_dpo": _of(RobustDpo(data=PAIRS)),
         "ipo": _of(Ipo(data=PAIRS)),

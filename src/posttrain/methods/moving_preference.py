@@ -1,4 +1,4 @@
-"""Preference methods whose reference or opponent is not the same policy all the time."""
+"""Preference methods in which more moves than the learner: references, opponents, ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,24 @@ from posttrain.composition import (
     MOVING,
     Composition,
     Dataset,
+    ExplorationBonus,
+    Guided,
+    MatchQuantiles,
     MovingReference,
     PairwiseLogistic,
+    PairwiseTransport,
+    PolicyRef,
+    PreferDemonstration,
+    RankPairs,
     ReferenceLogprobs,
+    Rival,
+    Rollouts,
+    SamplingSpec,
+    TransportedReward,
+    Verify,
 )
 from posttrain.config import Config
+from posttrain.provenance import Kind
 
 
 class TrDpo(Config, frozen=True, kw_only=True, tag="tr_dpo", tag_field="name"):
@@ -44,4 +57,139 @@ class TrDpo(Config, frozen=True, kw_only=True, tag="tr_dpo", tag_field="name"):
         )
 
 
-MovingPreferenceMethod = TrDpo
+class Spin(Config, frozen=True, kw_only=True, tag="spin", tag_field="name"):
+    """Self-play fine-tuning: demonstrations against the answers of an earlier self.
+
+    One stage is one iteration: the opponent, who is the reference too, is the policy that the
+    stage started from, and a pipeline of such stages is the method. With ``every`` the opponent is
+    a copy of the learner taken every so many steps: several iterations in one stage.
+    """
+
+    tasks: tuple[str, ...]
+    demonstration: str = "answer"
+    author: Kind = Kind.EXTERNAL
+    every: int | None = None
+    beta: float = 0.1
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+
+    provenance: ClassVar[str] = "off-policy: demonstrations, and an earlier self's answers"
+    interface: ClassVar[str] = "demonstrations"
+    tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
+    formula: ClassVar[str] = "DPO on (demonstration, answer of pi_t), pi_t also the reference"
+    paper: ClassVar[str] = "2401.01335"
+
+    def compose(self) -> Composition:
+        """Demonstrations and an opponent's rollouts; chosen by author; pairwise logistic loss."""
+        opponent = "input" if self.every is None else MOVING
+        company = Guided(
+            column=self.demonstration, author=self.author, members=1, start=1, end=1, learn=True
+        )
+        source = Rollouts(
+            tasks=self.tasks,
+            policy=opponent,
+            group_size=2,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            company=company,
+        )
+        return Composition(
+            source=source,
+            signals=(PreferDemonstration(author=self.author), ReferenceLogprobs(policy=opponent)),
+            terms=(PairwiseLogistic(beta=self.beta),),
+            moving=None if self.every is None else MovingReference(every=self.every),
+        )
+
+
+class Xpo(Config, frozen=True, kw_only=True, tag="xpo", tag_field="name"):
+    """Exploratory preference optimisation: the learner against the reference, with a bonus.
+
+    Every group has one answer of the reference; the best of a group is chosen and the worst
+    rejected. What the reference says is made less likely as such, by ``bonus``; at 0 this is
+    online DPO in that company. Pairs without a winner teach nothing, the bonus included.
+    """
+
+    tasks: tuple[str, ...]
+    beta: float = 0.1
+    bonus: float = 1e-5
+    reference: PolicyRef = "input"
+    group_size: int = 2
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+
+    provenance: ClassVar[str] = "mixed"
+    interface: ClassVar[str] = "verifier reward"
+    tendency: ClassVar[str] = "reshaping, with exploration"
+    formula: ClassVar[str] = "DPO on (best, worst) + bonus log pi(y~), y~ of the reference"
+    paper: ClassVar[str] = "2405.21046"
+
+    def compose(self) -> Composition:
+        """Rollouts of learner and reference; verifier and ranking; DPO and the bonus."""
+        source = Rollouts(
+            tasks=self.tasks,
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            company=Rival(policy=self.reference),
+        )
+        bonus = (ExplorationBonus(weight=self.bonus),) if self.bonus else ()
+        return Composition(
+            source=source,
+            signals=(Verify(), RankPairs(), ReferenceLogprobs(policy=self.reference)),
+            terms=(PairwiseLogistic(beta=self.beta), *bonus),
+        )
+
+
+class Aot(Config, frozen=True, kw_only=True, tag="aot", tag_field="name"):
+    """Alignment by optimal transport: the sorted margins of a draw are compared, not each pair's.
+
+    The policy's margins are compared with the reference's, rank by rank. Ranks are taken over a
+    whole draw: larger ``groups_per_step`` help.
+    """
+
+    data: Dataset
+    beta: float = 0.01
+    reference: PolicyRef = "input"
+
+    provenance: ClassVar[str] = "off-policy"
+    interface: ClassVar[str] = "preference pairs"
+    tendency: ClassVar[str] = "reshaping"
+    formula: ClassVar[str] = "-log s(beta (m_(i) - m_ref_(i))), m_(i) the i-th smallest margin"
+    paper: ClassVar[str] = "2406.05882"
+
+    def compose(self) -> Composition:
+        """Pairs; reference log-probs and ranks; logistic loss on margins of the same rank."""
+        return Composition(
+            source=replace(self.data, preference=True),
+            signals=(ReferenceLogprobs(policy=self.reference), MatchQuantiles(of="margins")),
+            terms=(PairwiseTransport(beta=self.beta),),
+        )
+
+
+class AotUnpaired(Config, frozen=True, kw_only=True, tag="aot_unpaired", tag_field="name"):
+    """Alignment by optimal transport between all chosen and all rejected answers of a draw.
+
+    Rewards of chosen answers are compared with those of rejected ones, rank by rank, whatever
+    prompt they answer. Here there are as many of one as of the other, since they come in pairs.
+    """
+
+    data: Dataset
+    beta: float = 0.01
+    reference: PolicyRef = "input"
+
+    provenance: ClassVar[str] = "off-policy"
+    interface: ClassVar[str] = "preference pairs"
+    tendency: ClassVar[str] = "reshaping"
+    formula: ClassVar[str] = "-log s(beta (rho_w_(i) - rho_l_(i))), rho_(i) the i-th smallest"
+    paper: ClassVar[str] = "2406.05882"
+
+    def compose(self) -> Composition:
+        """Pairs; reference log-probs and ranks; logistic loss on rewards of the same rank."""
+        return Composition(
+            source=replace(self.data, preference=True),
+            signals=(ReferenceLogprobs(policy=self.reference), MatchQuantiles(of="rewards")),
+            terms=(TransportedReward(beta=self.beta),),
+        )
+
+
+MovingPreferenceMethod = TrDpo | Spin | Xpo | Aot | AotUnpaired

@@ -12,6 +12,7 @@ from posttrain.composition import (
     Aggregate,
     Composition,
     CrossEntropy,
+    Hinted,
     KeepRewards,
     PolicyRef,
     Rollouts,
@@ -104,14 +105,17 @@ class Raft(Config, frozen=True, kw_only=True, tag="raft", tag_field="name"):
 
 
 class Star(Config, frozen=True, kw_only=True, tag="star", tag_field="name"):
-    """STaR without rationalisation: the greedy answer to each prompt, where it is right.
+    """STaR: the greedy answer to each prompt, where it is right.
 
     One stage is one outer loop. The paper starts every loop from the base again: ``init: base``
-    and ``sampler: <the stage before>``. Failed prompts are not answered again with a hint.
+    and ``sampler: <the stage before>``. With a ``hint``, such as ``"{question} (the answer is
+    {answer})"``, every prompt is answered a second time by a sampler that reads it; where only
+    that answer is right it is learnt, after the plain prompt: rationalisation.
     """
 
     tasks: tuple[str, ...]
     sampler: PolicyRef = "input"
+    hint: str | None = None
     at_least: float = 1.0
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
@@ -124,15 +128,19 @@ class Star(Config, frozen=True, kw_only=True, tag="star", tag_field="name"):
     paper: ClassVar[str] = "2203.14465"
 
     def compose(self) -> Composition:
-        """One frozen, greedy rollout per prompt; verifier and threshold; cross-entropy."""
+        """A frozen, greedy rollout per prompt, or two; verifier and threshold; cross-entropy."""
+        hinted = None if self.hint is None else Hinted(context=self.hint)
         source = Rollouts(
             tasks=self.tasks,
             policy=self.sampler,
-            group_size=1,
+            group_size=2 if hinted else 1,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
+            company=hinted,
         )
-        return imitate(source, keep=KeepRewards(at_least=self.at_least), aggregate=self.aggregate)
+        # Of equal rewards the earlier answer is the best one: that of the plain prompt.
+        keep = KeepRewards(at_least=self.at_least, best=1 if hinted else None)
+        return imitate(source, keep=keep, aggregate=self.aggregate)
 
 
 class RestEm(Config, frozen=True, kw_only=True, tag="rest_em", tag_field="name"):

@@ -10,7 +10,11 @@ from collections.abc import Mapping
 import torch
 
 from posttrain.batch import PackedBatch
-from posttrain.composition.external import AssumedCertainGradient, AssumedOwnGradient
+from posttrain.composition.external import (
+    AssumedCertainGradient,
+    AssumedOwnGradient,
+    ExplorationBonus,
+)
 from posttrain.config import Config
 from posttrain.head import Stat
 from posttrain.objectives.values import Stats, TermCode, Values
@@ -38,7 +42,13 @@ def assumed_own_gradient(term: AssumedOwnGradient, stats: Stats, batch: PackedBa
     return Values(-kept_N, shown)
 
 
+def exploration_bonus(term: ExplorationBonus, stats: Stats, batch: PackedBatch) -> Values:
+    """[N] log π(y)."""
+    return Values(stats[Stat.LOGPROB])
+
+
 TERMS: Mapping[type[Config], TermCode] = {
     AssumedCertainGradient: TermCode(frozenset({Stat.LOGPROB}), assumed_certain_gradient),
     AssumedOwnGradient: TermCode(frozenset({Stat.LOGPROB}), assumed_own_gradient),
+    ExplorationBonus: TermCode(frozenset({Stat.LOGPROB}), exploration_bonus),
 }

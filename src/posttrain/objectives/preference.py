@@ -32,9 +32,11 @@ from posttrain.composition.preference import (
     PairwiseSelfPlay,
     PairwiseShared,
     PairwiseSquared,
+    PairwiseTransport,
     PairwiseWeighted,
     ProspectValue,
     TargetMargin,
+    TransportedReward,
 )
 from posttrain.config import Config
 from posttrain.head import Stat
@@ -240,6 +242,13 @@ def pairwise_discovered(term: PairwiseDiscovered, stats: Stats, batch: PackedBat
     return _paired(-(1 - m) * F.logsigmoid(z) + m * capped_exp(-z), z, rho)
 
 
+def pairwise_transport(term: PairwiseTransport, stats: Stats, batch: PackedBatch) -> Values:
+    """[P] −log σ(β(m − q))."""
+    logp = sums(stats[Stat.LOGPROB], batch)
+    z = term.beta * (logp.gap - batch.columns[Column.QUANTILE][batch.pairs_P2[:, 0]])
+    return _paired(-F.logsigmoid(z), z, logp)
+
+
 # --- pairs, without a reference --------------------------------------------------------------
 
 
@@ -299,6 +308,15 @@ def binary_classifier(term: BinaryClassifier, stats: Stats, batch: PackedBatch) 
     return _judged(-F.logsigmoid(label_S * logit_S), logit_S, label_S)
 
 
+def transported_reward(term: TransportedReward, stats: Stats, batch: PackedBatch) -> Values:
+    """[S] −log σ(β · sign · (ρ − q)), its gradient doubled."""
+    rho_S = sequence_sums(log_ratio_N(stats, batch), batch)
+    sign_S = batch.columns[Column.PREFERENCE].sign()
+    z_S = term.beta * sign_S * (rho_S - batch.columns[Column.QUANTILE])
+    cost_S = -F.logsigmoid(z_S)
+    return _judged(2 * cost_S - cost_S.detach(), term.beta * rho_S, sign_S)
+
+
 _LOGPROB = frozenset({Stat.LOGPROB})
 TERMS: Mapping[type[Config], TermCode] = {
     PairwiseLogistic: TermCode(_LOGPROB, pairwise_logistic),
@@ -314,6 +332,8 @@ TERMS: Mapping[type[Config], TermCode] = {
     PairwiseShared: TermCode(_LOGPROB, pairwise_shared),
     PairwiseWeighted: TermCode(_LOGPROB | {Stat.LOG_COLLISION}, pairwise_weighted),
     PairwiseDiscovered: TermCode(_LOGPROB, pairwise_discovered),
+    PairwiseTransport: TermCode(_LOGPROB, pairwise_transport),
+    TransportedReward: TermCode(_LOGPROB, transported_reward),
     OddsRatio: TermCode(_LOGPROB, odds_ratio),
     ContrastiveLogistic: TermCode(_LOGPROB, contrastive_logistic),
     TargetMargin: TermCode(_LOGPROB, target_margin),

@@ -12,10 +12,17 @@ from typing import final
 
 import numpy as np
 
-from posttrain.composition.preference_signals import LogRatioCentre, MismatchedKL, PreferenceSignal
+from posttrain.composition.preference_signals import (
+    LogRatioCentre,
+    MatchQuantiles,
+    MismatchedKL,
+    PreferDemonstration,
+    PreferenceSignal,
+)
 from posttrain.errors import LegalityError
 from posttrain.protocols import Policy, Signal
 from posttrain.provenance import FloatArray, Kind, Span
+from posttrain.signals.transport import MatchQuantilesSignal, PreferDemonstrationSignal
 from posttrain.trajectory import Array, Column, Discard, Group, Scored, Trajectory
 
 
@@ -112,6 +119,10 @@ def preference_signal(
         return MismatchedKLSignal(live, frozen(spec.policy))
     if isinstance(spec, LogRatioCentre):
         return LogRatioCentreSignal(live)
+    if isinstance(spec, PreferDemonstration):
+        return PreferDemonstrationSignal(spec)
+    if isinstance(spec, MatchQuantiles):
+        return MatchQuantilesSignal(spec, live)
     return RankPairsSignal()
 
 
