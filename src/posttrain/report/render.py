@@ -8,22 +8,19 @@ policy refuses everything else. It reads fully without the script.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
-import jinja2
 from markupsafe import Markup
 
 from posttrain.provenance import Kind
 from posttrain.report.change import change_chart
 from posttrain.report.charts import curve, pass_at_k, support_map, time_bar, token_bar
 from posttrain.report.headline import Headline, headline
+from posttrain.report.pages import Filter, fill
 from posttrain.report.picture import effect_glyph, pipeline
-from posttrain.report.svg import clean, compact, duration
+from posttrain.report.svg import compact, duration
 from posttrain.report.view import (
     Account,
     Comparison,
@@ -130,45 +127,7 @@ def render(view: RunView) -> str:
         >>> "&lt;first&gt;" in page, "<first>" in page
         (True, False)
     """
-    environment = _environment()
-    script = _asset("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    html = environment.get_template("report.html.j2").render(
-        page=_page(view),
-        view=view,
-        script=Markup(script),
-        script_digest=digest,
-    )
-    return clean(html)
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("posttrain.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = {
-        "duration": duration,
-        "compact": compact,
-        "count": lambda n: f"{n:,}",
-        "glyph": _glyph,
-        "surprise": _surprise,
-        "likelihood": _likelihood,
-        "reward": _reward,
-    }
-    environment.filters.update(filters)
-    return environment
-
-
-@cache
-def _asset(name: str) -> str:
-    loader = _environment().loader
-    assert loader is not None  # set above
-    return loader.get_source(_environment(), name)[0]
+    return fill("report.html.j2", filters=_FILTERS, page=_page(view), view=view)
 
 
 def _page(view: RunView) -> Page:
@@ -305,3 +264,14 @@ def _likelihood(token: Token) -> str:
 def _reward(reward: float | None) -> str:
     known = reward is not None and math.isfinite(reward)
     return f"{reward:.2f}" if known else "no reward"
+
+
+_FILTERS: dict[str, Filter] = {
+    "duration": duration,
+    "compact": compact,
+    "count": lambda n: f"{n:,}",
+    "glyph": _glyph,
+    "surprise": _surprise,
+    "likelihood": _likelihood,
+    "reward": _reward,
+}
