@@ -106,17 +106,18 @@ def reach_bar(evidence: Evidence, *, ident: str) -> Markup | None:
         rect(0, top, one, height, "part new", rx=4),
         *_whisker(first, top + height * 0.68, width),
         *(_whisker(many, top + height * 0.32, width) if many is not first else ()),
-        label(0, top + height + 15, "0", "tick"),
-        label(width, top + height + 15, "all tries", "tick", anchor="end"),
+        label(0, top + height + 16, f"{first.value:.0%} right at the first try", "ink"),
     ]
-    words = f"{first.value:.0%} of tries are right"
+    words = f"{first.value:.0%} right at the first try"
     if many is not first:
-        words += f"; {many.value:.0%} of prompts are solved within {_tries(many)} tries"
+        within = f"{many.value:.0%} right within {_tries(many)} tries"
+        words += f"; {within}"
+        parts.append(label(width, top + height + 16, within, "ink", anchor="end"))
     return figure(
         *parts,
         ident=ident,
         width=width,
-        height=top + height + 18,
+        height=top + height + 20,
         title=f"{evidence.task}: {words}",
         desc="Dark: right at the first try. Light: right within more tries. Rest: never seen.",
     )
