@@ -14,6 +14,11 @@ from pathlib import Path
 import torch
 
 from posttrain import pipeline
+from posttrain.diagnosis.card import Diagnosis
+from posttrain.diagnosis.diagnose import BUDGET, Practice
+from posttrain.diagnosis.diagnose import diagnose as find_bottleneck
+from posttrain.diagnosis.prescribe import NOTHING, Supplies
+from posttrain.diagnosis.rules import RuleBook
 from posttrain.engines.local import LocalEngine
 from posttrain.engines.model import pick_device
 from posttrain.events import Observer, ignore
@@ -48,6 +53,36 @@ def run(
 def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Measurement:
     """Measure the recipe's model on its task sets; its stages are ignored."""
     return pipeline.measure_model(recipe, root=root, engine=engine_for(recipe), observe=observe)
+
+
+def diagnose(
+    recipe: Recipe,
+    *,
+    root: Path = Path(),
+    supplies: Supplies = NOTHING,
+    book: RuleBook | None = None,
+    budget: int | None = None,
+    observe: Observer = ignore,
+) -> Diagnosis:
+    """Find what holds the recipe's model back on its task sets; its stages are ignored.
+
+    Args:
+        recipe: model, task sets and measuring.
+        root: folder that the recipe's paths are relative to.
+        supplies: what there is to treat the model with.
+        book: the rules; None takes the shipped ones.
+        budget: the most rollouts to spend; None takes the default.
+        observe: told about progress.
+    """
+    return find_bottleneck(
+        recipe,
+        root=root,
+        engine=engine_for(recipe),
+        supplies=supplies,
+        practice=Practice(book=book) if book else None,
+        budget=budget or BUDGET,
+        observe=observe,
+    )
 
 
 def engine_for(recipe: Recipe) -> Engine:

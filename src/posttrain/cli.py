@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from posttrain import clinic
 from posttrain.errors import ConfigError, DataError, PosttrainError, nearest
 
 if TYPE_CHECKING:
@@ -121,9 +122,10 @@ def probe(model: str, tasks: Path, out: Path | None, samples: int | None) -> Non
     """Measure a model on task sets: pass@k with intervals, support, length, entropy."""
     from posttrain.api import measure
     from posttrain.console import Console
+    from posttrain.recipe import measuring_recipe
     from posttrain.tables import measurement_table
 
-    recipe = _measuring(tasks, model, samples)
+    recipe = measuring_recipe(tasks, model=model, samples=samples)
     with Console() as console:
         result = measure(recipe, root=tasks.parent, observe=console.observe)
     if out:
@@ -133,31 +135,7 @@ def probe(model: str, tasks: Path, out: Path | None, samples: int | None) -> Non
     click.echo(measurement_table(result, recipe.measure))
 
 
-def _measuring(path: Path, model: str, samples: int | None) -> Recipe:
-    """A recipe without stages that measures ``model`` on the tasks of a YAML file."""
-    from posttrain.config import convert, read_yaml
-    from posttrain.recipe import Recipe
-
-    content: dict[str, object] = dict(read_yaml(path))
-    if not content.get("tasks"):
-        raise ConfigError(
-            f"{path} has no tasks, so there is nothing to measure on",
-            expected="a mapping under `tasks`, as in a recipe",
-        )
-    measure = content.get("measure", {})
-    if samples is not None and isinstance(measure, dict):
-        measure["samples"] = samples
-    kept: dict[str, object] = {
-        k: content[k] for k in ("dtype", "device", "threads", "seed") if k in content
-    }
-    chosen: dict[str, object] = {
-        "name": "probe",
-        "model": str(Path(model).resolve()) if Path(model).exists() else model,
-        "tasks": content["tasks"],
-        "measure": measure,
-        **kept,
-    }
-    return convert(chosen, Recipe, origin=str(path))
+cli.add_command(clinic.diagnose)
 
 
 @cli.command()

@@ -376,3 +376,33 @@ def load_recipe(path: Path) -> Recipe:
         ConfigError: with the place of the mistake and the nearest valid option.
     """
     return convert(read_yaml(path), Recipe, origin=str(path))
+
+
+def measuring_recipe(path: Path, *, model: str, samples: int | None = None) -> Recipe:
+    """A recipe without stages that measures ``model`` on the task sets of a YAML file.
+
+    Args:
+        path: a recipe, or any YAML mapping with ``tasks``; paths in it are relative to its folder.
+        model: a folder, from where the process runs, or a hub id.
+        samples: per prompt, instead of the file's.
+
+    Raises:
+        ConfigError: no task sets, or an option that does not exist.
+    """
+    content: dict[str, object] = dict(read_yaml(path))
+    if not content.get("tasks"):
+        raise ConfigError(
+            f"{path} has no tasks, so there is nothing to measure on",
+            expected="a mapping under `tasks`, as in a recipe",
+        )
+    measure = content.get("measure", {})
+    if samples is not None and isinstance(measure, dict):
+        measure["samples"] = samples
+    chosen: dict[str, object] = {
+        "name": "probe",
+        "model": str(Path(model).resolve()) if Path(model).exists() else model,
+        "tasks": content["tasks"],
+        "measure": measure,
+        **{k: content[k] for k in ("dtype", "device", "threads", "seed") if k in content},
+    }
+    return convert(chosen, Recipe, origin=str(path))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from world import grpo, listing, recipe, sft, stage_folder, write_recipe
 
-COMMANDS = ["tour", "run", "plan", "probe", "compare", "report", "methods", "ledger"]
+COMMANDS = ["tour", "run", "plan", "probe", "diagnose", "compare", "report", "methods", "ledger"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def finished(shared):
     [
         (["rnu", "x"], ["no command 'rnu'; did you mean 'run'?"]),
         (["repotr"], ["no command 'repotr'; did you mean 'report'?"]),
-        (["xyzzy"], ["no command 'xyzzy'; known: compare, ledger"]),
+        (["xyzzy"], ["no command 'xyzzy'; known: compare, diagnose"]),
         (["ledger", "verfy"], ["no command 'verfy'; did you mean 'verify'?"]),
         (["tour", "--sed", "1"], ["No such option", "--seed"]),
         (["run", "r.yaml", "--otu", "x"], ["No such option", "--out"]),

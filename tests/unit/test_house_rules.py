@@ -41,7 +41,7 @@ LAYERS = [
         "contracts",
         "tiny",
     },
-    {"console", "lab", "api", "cli"},
+    {"console", "lab", "api", "clinic", "cli"},
 ]
 LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 SIBLINGS = LAYERS[4]

@@ -74,6 +74,10 @@ class Supplies:
         return self.teachers.get(task, self.teachers.get("*"))
 
 
+NOTHING = Supplies()
+"""A user who brings a model and task sets only."""
+
+
 def prescribe(
     tasks: Sequence[TaskDiagnosis],
     *,

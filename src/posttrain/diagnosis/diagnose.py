@@ -1,0 +1,171 @@
+"""One diagnosis from beginning to end: look, judge, prescribe.
+
+ground recipe, supplies ──examine──▶ Evidence ──judge──▶ TaskDiagnosis ──prescribe──▶ Diagnosis
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from posttrain import config
+from posttrain.diagnosis.card import Diagnosis
+from posttrain.diagnosis.examine import SAMPLES, Examination
+from posttrain.diagnosis.judge import diagnose_task
+from posttrain.diagnosis.prescribe import NOTHING, Supplies, prescribe
+from posttrain.diagnosis.rules import RuleBook, load_rules
+from posttrain.errors import ConfigError, nearest
+from posttrain.events import Observer, ignore
+from posttrain.files import write_atomic
+from posttrain.plan import is_hub_id, model_path, protocol_of
+from posttrain.preview import read_shape
+from posttrain.probes.measurement import Measurement
+from posttrain.protocols import Engine
+from posttrain.recipe import JsonlTasks, Recipe, TaskSetSpec
+from posttrain.tasks import build_taskset
+
+BUDGET = 60_000
+"""Rollouts of a diagnosis unless said otherwise: five task sets of 32 prompts with 64 samples
+each are 10,000, beginnings another 10,000, and the rest goes where labels are not clear."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What need not be looked at again: samples of the model and of the earlier policy."""
+
+    now: Measurement | None = None
+    before: Measurement | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Practice:
+    """How to judge and prescribe."""
+
+    book: RuleBook = field(default_factory=load_rules)
+    name: str = "next"  # of the recipe
+    dose: float = 1.0
+    tried: frozenset[tuple[str, str]] = frozenset()
+
+
+def diagnose(
+    ground: Recipe,
+    *,
+    root: Path,
+    engine: Engine,
+    supplies: Supplies = NOTHING,
+    practice: Practice | None = None,
+    budget: int = BUDGET,
+    known: Known = Known(),
+    observe: Observer = ignore,
+    stop: Callable[[], bool] = lambda: False,
+) -> Diagnosis:
+    """Find what holds a model back, and write the recipe of the next stage.
+
+    Args:
+        ground: model, task sets and how to measure; its stages are ignored.
+        root: folder that its paths are relative to.
+        engine: makes policies.
+        supplies: what there is to treat it with.
+        practice: rules, and how the recipe is called and scaled.
+        budget: the most rollouts to spend.
+        known: samples that were taken before.
+        observe: told about progress.
+        stop: asked between probes.
+
+    Raises:
+        ConfigError: no task sets, too few prompts or too small a budget.
+        PosttrainError: a model or task set that cannot be used.
+    """
+    practice = practice or Practice()
+    ground = grounded(ground, root=root)
+    if not ground.tasks:
+        raise ConfigError("no task sets", expected="at least one to diagnose the model on")
+    for name in supplies.later:
+        if name not in ground.tasks:
+            raise ConfigError(f"later task set {name!r}", fix=nearest(name, ground.tasks))
+    policy = engine.policy(ground.model)
+    before = None
+    if supplies.before is not None and known.before is None:
+        before = engine.policy(supplies.before)
+    tasksets = [
+        build_taskset(n, spec, root=root, chat=policy.renderer.has_template)
+        for n, spec in ground.tasks.items()
+    ]
+    looked = Examination(
+        policy=policy,
+        before=before,
+        tasksets=tasksets,
+        spec=ground.measure,
+        protocol=protocol_of(ground, tasksets, root=root),
+        supplies=supplies,
+        budget=budget,
+        measured=known.now,
+        earlier=known.before,
+        observe=observe,
+        stop=stop,
+    )
+    tasks = tuple(diagnose_task(e, practice.book) for e in looked.evidence())
+    return Diagnosis(
+        model=ground.model,
+        digest=policy.producer.digest or policy.producer.name,
+        rules=config.digest(practice.book),
+        seed=ground.measure.seed,
+        confidence=ground.measure.confidence,
+        tasks=tasks,
+        cost=looked.cost,
+        prescriptions=prescribe(
+            tasks,
+            book=practice.book,
+            ground=ground,
+            supplies=supplies,
+            num_weights=_size(ground.model),
+            name=practice.name,
+            dose=practice.dose,
+            tried=practice.tried,
+        ),
+    )
+
+
+def grounded(recipe: Recipe, *, root: Path) -> Recipe:
+    """The recipe without stages, its paths absolute, and measured as the rules need it."""
+    samples = max(recipe.measure.samples, SAMPLES)
+    model = model_path(recipe.model, root)
+    if not Path(model).exists() and not is_hub_id(model):
+        raise ConfigError(f"no model {recipe.model}", fix="check the path, or give a hub id")
+    return msgspec.structs.replace(
+        recipe,
+        model=str(Path(model).resolve()) if Path(model).exists() else model,
+        tasks={n: _absolute(t, root) for n, t in recipe.tasks.items()},
+        stages=(),
+        measure=msgspec.structs.replace(recipe.measure, tasks=(), samples=samples),
+    )
+
+
+def _absolute(spec: TaskSetSpec, root: Path) -> TaskSetSpec:
+    if not isinstance(spec, JsonlTasks):
+        return spec
+    file, colon, function = spec.reward.rpartition(":")
+    reward = f"{(root / file).resolve()}:{function}" if colon else spec.reward
+    return msgspec.structs.replace(spec, path=str((root / spec.path).resolve()), reward=reward)
+
+
+def _size(model: str) -> int | None:
+    """Number of weights of a model folder; None for one that is not on this disk."""
+    return read_shape(Path(model)).num_weights if Path(model).is_dir() else None
+
+
+def write_diagnosis(found: Diagnosis, out: Path) -> list[Path]:
+    """Write ``diagnosis.json``, and ``next.yaml`` when there is a next stage; returns the paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "diagnosis.json"]
+    write_atomic(written[0], found.to_json())
+    recipe = out / "next.yaml"
+    if found.next is not None and found.next.recipe is not None:
+        write_atomic(recipe, found.next.recipe)
+        written.append(recipe)
+    else:
+        recipe.unlink(missing_ok=True)  # of an earlier diagnosis
+    return written

@@ -1,0 +1,298 @@
+"""Looking at a model: every probe that a rule may ask for, within a stated number of rollouts.
+
+held-out prompts ──measure──▶ success, variety, form ─┐
+                 ──continue──▶ from part of an answer ┼──▶ Evidence per task set, and what it cost
+                 ──adaptive──▶ in reach or out        │
+earlier policy, scaffold, teacher ──▶ what changed ───┘
+
+Sampling comes first and decides what else is worth its rollouts: a prompt that is solved needs no
+beginning, and labels are sought where they are not clear yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import msgspec
+
+from posttrain.chat import ChatRenderer
+from posttrain.diagnosis.card import Cost, Evidence
+from posttrain.diagnosis.prescribe import Supplies
+from posttrain.errors import ConfigError
+from posttrain.events import Note, Observer, ignore
+from posttrain.probes.adaptive import AdaptiveDesign, adaptive_support
+from posttrain.probes.continuation import continuation
+from posttrain.probes.drawing import Demonstration, demonstration_from
+from posttrain.probes.measure import measure
+from posttrain.probes.measurement import Measurement, TaskMeasurement
+from posttrain.probes.reading import FEWEST, Reading
+from posttrain.probes.readings import not_taken, take, take_change
+from posttrain.probes.scaffold import amortisation_gap
+from posttrain.protocols import Policy
+from posttrain.provenance import Kind, Producer, Role
+from posttrain.recipe import Measure
+from posttrain.task import Message, Task, TaskSet, with_context
+
+SAMPLES = 64
+"""Samples per prompt of the first look: the rules ask for pass@64."""
+
+SHARES = (0.0, 0.25, 0.5, 0.75)
+FROM_A_BEGINNING = 16
+"""Samples per prompt and share of an answer that is given."""
+
+WITH_HELP = 16
+"""Samples per prompt with a scaffold."""
+
+UNSOLVED = 5
+"""From so many prompts without a success on it is asked whether a beginning would help them."""
+
+REACH = 0.02
+"""Success rate from which a prompt is called in reach: a group of 64 then holds a success in
+three cases of four."""
+
+_ANSWERER = Producer(kind=Kind.EXTERNAL, name="answers")
+
+
+# --- right answers, and questions told otherwise -----------------------------------------------
+
+
+@final
+class _Told:
+    """A task set whose questions are told through a scaffold; judged as before."""
+
+    def __init__(self, taskset: TaskSet, scaffold: str) -> None:
+        self.name, self.success = taskset.name, taskset.success
+        self.train: Sequence[Task] = ()
+        self.held_out = [with_context(t, scaffold) for t in taskset.held_out]
+        self._plain = {told.key: t for told, t in zip(self.held_out, taskset.held_out, strict=True)}
+        self._score = taskset.score
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
+        """As for the plain questions."""
+        return self._score([self._plain[t.key] for t in tasks], completions)
+
+
+def reference_answers(policy: Policy, taskset: TaskSet) -> tuple[Demonstration, ...]:
+    """The task set's own answers to its held-out prompts, in the policy's tokens.
+
+    An answer that the scorer does not accept as it stands is left out, such as a bare number
+    where reasoning is asked for as well.
+    """
+    renderer = policy.renderer
+    known = [t for t in taskset.held_out if t.answer]
+    if not known or not isinstance(renderer, ChatRenderer):
+        return ()
+    scores = taskset.score(known, [str(t.answer) for t in known])
+    right = [t for t, s in zip(known, scores, strict=True) if s >= taskset.success]
+    return tuple(_written_by(renderer, task) for task in right)
+
+
+def _written_by(renderer: ChatRenderer, task: Task) -> Demonstration:
+    if isinstance(task.prompt, str):
+        text = renderer.completion(task.prompt, str(task.answer), producer=_ANSWERER, task=task.key)
+    else:
+        turns = (*task.prompt, Message(role=Role.ASSISTANT, content=str(task.answer)))
+        text = renderer.conversation(
+            turns,
+            producer=_ANSWERER,
+            task=task.key,
+            assistant_mask="prefix",
+            num_prompt=len(task.prompt),
+        )
+    return demonstration_from(task, text)
+
+
+# --- the examination ---------------------------------------------------------------------------
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Examination:
+    """One look at one policy. Spends at most ``budget`` rollouts.
+
+    Success from part of an answer is looked at on prompts without a success only: the others have
+    been begun rightly already.
+
+    ``measured`` are samples that were taken before (by the run that made the policy, say) and
+    cost nothing now; likewise ``earlier`` of the earlier policy.
+    """
+
+    policy: Policy
+    tasksets: Sequence[TaskSet]
+    spec: Measure  # decoding, confidence and seed
+    protocol: str
+    supplies: Supplies
+    budget: int
+    before: Policy | None = None
+    measured: Measurement | None = None
+    earlier: Measurement | None = None
+    references: Callable[[Policy, TaskSet], Sequence[Demonstration]] = reference_answers
+    observe: Observer = ignore
+    stop: Callable[[], bool] = lambda: False
+    rollouts: int = 0
+    tokens: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def evidence(self) -> tuple[Evidence, ...]:
+        """All readings, one entry per task set.
+
+        Raises:
+            ConfigError: too few prompts, or a budget that does not reach for a first look.
+            KeyboardInterrupt: ``stop`` said so.
+        """
+        self._check()
+        now = self._sampled(self.policy, self.measured)
+        was = None
+        if self.before is not None or self.earlier is not None:
+            was = self._sampled(self.before, self.earlier)
+        self._say("what a beginning, a scaffold or more samples change")
+        found = [
+            self._task(t, now.task(t.name), None if was is None else was.task(t.name))
+            for t in self.tasksets
+        ]
+        return tuple(self._labelled(e, t) for e, t in zip(found, self.tasksets, strict=True))
+
+    @property
+    def cost(self) -> Cost:
+        """What was spent so far."""
+        return Cost(
+            rollouts=self.rollouts,
+            sampled_tokens=self.tokens,
+            scored_tokens=0,
+            seconds=round(time.monotonic() - self.began, 3),
+        )
+
+    # --- the first look ----------------------------------------------------------------------
+
+    def _check(self) -> None:
+        for taskset in self.tasksets:
+            if len(taskset.held_out) < FEWEST:
+                raise ConfigError(
+                    f"{taskset.name} has {len(taskset.held_out)} held-out prompts",
+                    expected=f"at least {FEWEST}: fewer cannot show how much prompts differ",
+                    fix="raise held_out of the task set; 30 or more give useful intervals",
+                )
+        prompts = sum(len(t.held_out) for t in self.tasksets)
+        looks = (self.measured is None) + (self.before is not None and self.earlier is None)
+        if self.budget < looks * prompts * SAMPLES:
+            raise ConfigError(
+                f"a budget of {self.budget} rollouts for {prompts} prompts",
+                expected=f"at least {looks * prompts * SAMPLES}: {SAMPLES} samples of each, "
+                + ("of two policies" if looks == 2 else "since the rules ask for pass@64"),
+                fix="raise the budget, or lower held_out of the task sets",
+            )
+
+    def _sampled(self, policy: Policy | None, known: Measurement | None) -> Measurement:
+        if known is not None:
+            return known
+        assert policy is not None
+        self._say(f"sampling {policy.producer.name}")
+        taken = measure(
+            policy.producer.name,
+            policy,
+            self.tasksets,
+            spec=self.spec,
+            protocol=self.protocol,
+            observe=self.observe,
+            stop=self.stop,
+        )
+        for task in taken.tasks:
+            self._spent(task.scores.size, int(task.lengths.sum()))
+        return taken
+
+    # --- one task set ------------------------------------------------------------------------
+
+    def _task(
+        self, taskset: TaskSet, now: TaskMeasurement, was: TaskMeasurement | None
+    ) -> Evidence:
+        if self.stop():
+            raise KeyboardInterrupt
+        spec, missing = self.spec, list(not_taken(now))
+        found = [*take(now, epsilon=spec.threshold, confidence=spec.confidence)]
+        if was is not None:
+            found += take_change(was, now, epsilon=spec.threshold, confidence=spec.confidence)
+        else:
+            missing.append("retention: no earlier policy was given (--before)")
+        found += self._continued(taskset, now, missing)
+        if self.supplies.scaffold:
+            found += self._scaffolded(taskset, now, self.supplies.scaffold, missing)
+        else:
+            missing.append("amortisation: no scaffold was given (--scaffold)")
+        return Evidence(task=taskset.name, readings=tuple(found), missing=tuple(missing))
+
+    def _continued(
+        self, taskset: TaskSet, now: TaskMeasurement, missing: list[str]
+    ) -> tuple[Reading, ...]:
+        unsolved = {key for key, c in zip(now.prompts, now.counts, strict=True) if c == 0}
+        if len(unsolved) < UNSOLVED:
+            return ()
+        begun = [d for d in self.references(self.policy, taskset) if d.task.key in unsolved]
+        cost = len(begun) * len(SHARES) * FROM_A_BEGINNING
+        if not begun or self.rollouts + cost > self.budget:
+            why = "the task set knows no right answers" if not begun else "the budget is spent"
+            missing.append(f"success from part of a right answer: {why}")
+            return ()
+        seen = continuation(
+            self.policy,
+            taskset,
+            begun,
+            samples=FROM_A_BEGINNING,
+            max_new_tokens=self.spec.max_new_tokens,
+            seed=self.spec.seed,
+            shares=SHARES,
+            sampling=self.spec.sampling,
+            confidence=self.spec.confidence,
+        )
+        self._spent(cost, round(cost * float(now.lengths.mean())))
+        return seen.readings
+
+    def _scaffolded(
+        self, taskset: TaskSet, now: TaskMeasurement, scaffold: str, missing: list[str]
+    ) -> tuple[Reading, ...]:
+        if self.rollouts + len(taskset.held_out) * WITH_HELP > self.budget:
+            missing.append("amortisation: the budget is spent")
+            return ()
+        told = _Told(taskset, scaffold)
+        (helped,) = measure(
+            self.policy.producer.name,
+            self.policy,
+            [told],
+            spec=msgspec.structs.replace(self.spec, samples=WITH_HELP, epsilon=None),
+            protocol=self.protocol,
+            observe=ignore,
+            stop=self.stop,
+        ).tasks
+        self._spent(helped.scores.size, int(helped.lengths.sum()))
+        same = replace(helped, prompts=now.prompts)  # the same questions, told otherwise
+        return (amortisation_gap(now, same, confidence=self.spec.confidence),)
+
+    def _labelled(self, evidence: Evidence, taskset: TaskSet) -> Evidence:
+        """In reach or out of reach, with what is left of the budget: samples go where they help."""
+        left = (self.budget - self.rollouts) // len(self.tasksets)
+        if left < len(taskset.held_out):
+            spent = "support labels only from the first samples: the budget is spent"
+            return replace(evidence, missing=(*evidence.missing, spent))
+        seen = adaptive_support(
+            self.policy,
+            taskset,
+            design=AdaptiveDesign(epsilon=REACH, budget=left, confidence=self.spec.confidence),
+            max_new_tokens=self.spec.max_new_tokens,
+            seed=self.spec.seed,
+            sampling=self.spec.sampling,
+            stop=self.stop,
+        )
+        length = evidence.get("tokens_per_answer")
+        self._spent(seen.tally.spent, round(seen.tally.spent * (length.value if length else 1.0)))
+        better = {r.name for r in seen.readings}
+        kept = [r for r in evidence.readings if r.name not in better]
+        return replace(evidence, readings=(*kept, *seen.readings))
+
+    def _spent(self, rollouts: int, tokens: int) -> None:
+        self.rollouts += rollouts
+        self.tokens += tokens
+
+    def _say(self, text: str) -> None:
+        self.observe(Note(text=text))

@@ -1,0 +1,144 @@
+"""The card in a terminal: a bar per task set, what it means, and what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from posttrain.diagnosis.card import (
+    Bottleneck,
+    Diagnosis,
+    Evidence,
+    Prescription,
+    TaskDiagnosis,
+)
+
+INDENT = 14
+BAR = 30
+"""Width of a task set's bar."""
+
+COLOURS = {
+    Bottleneck.MEASUREMENT: "magenta",
+    Bottleneck.SUPPORT: "red",
+    Bottleneck.ENTRY: "red",
+    Bottleneck.SIGNAL: "yellow",
+    Bottleneck.CHOICE: "yellow",
+    Bottleneck.DIVERSITY: "yellow",
+    Bottleneck.LEARNER_STATE: "yellow",
+    Bottleneck.AMORTISATION: "blue",
+    Bottleneck.RETENTION: "blue",
+    Bottleneck.SATURATION: "green",
+    Bottleneck.UNDETERMINED: "white",
+}
+
+
+def card(found: Diagnosis, *, written: tuple[Path, ...] = ()) -> RenderableType:
+    """The diagnosis as something that rich can print.
+
+    Args:
+        found: the diagnosis.
+        written: files to name at the end.
+    """
+    parts: list[RenderableType] = [_heading(found), Text()]
+    for task in found.tasks:
+        parts += [_task(task), Text()]
+    parts += [_legend(), Text()]
+    for prescription in found.prescriptions:
+        parts += [_prescription(prescription, now=prescription is found.next), Text()]
+    if not found.prescriptions:
+        parts += [Text("Nothing to treat on these task sets.", style="green"), Text()]
+    parts += [Text(f"  {path}", style="dim") for path in written]
+    return Group(*parts)
+
+
+def _heading(found: Diagnosis) -> Text:
+    cost = found.cost
+    name = Path(found.model).name or found.model
+    return Text.assemble(
+        ("What holds ", "bold"),
+        (name, "bold cyan"),
+        (" back", "bold"),
+        (f"    {cost.rollouts:,} rollouts, {cost.seconds:.0f} s", "dim"),
+    )
+
+
+def _task(task: TaskDiagnosis) -> RenderableType:
+    colour = COLOURS[task.bottleneck]
+    title = Text.assemble(
+        (f"{task.task:<14}", "bold"),
+        _bar(task.evidence),
+        "  ",
+        (task.bottleneck.upper().replace("_", " "), f"bold {colour}"),
+        (f"  (likeliest: {task.leaning})" if task.leaning else "", "dim"),
+    )
+    lines: list[RenderableType] = [title, Text(task.headline)]
+    if task.findings and task.bottleneck is not Bottleneck.UNDETERMINED:
+        first = task.findings[0]
+        lines += [Text(f"because {_sentence(b)}", style="dim") for b in first.because]
+        lines.append(Text(f"overturned by {first.overturned_by}", style="dim italic"))
+    else:
+        lines += [Text(b, style="dim") for o in task.open[:3] for b in o.because]
+    return Group(lines[0], *(_indented(line) for line in lines[1:]))
+
+
+def _sentence(text: str) -> str:
+    return text.replace("efficiency_gap", "pass@64 minus pass@1").replace(
+        "continue@0.5", "success from half a right answer"
+    )
+
+
+def _bar(evidence: Evidence) -> Text:
+    """Solved, in reach but not chosen, and not seen in 64 tries, as parts of one bar."""
+    first, many = evidence.get("pass@1"), evidence.get("pass@64")
+    if first is None or many is None:
+        return Text(" " * BAR)
+    solved = round(first.value * BAR)
+    reach = max(round(many.value * BAR) - solved, 0)
+    return Text.assemble(
+        ("█" * solved, "green"),
+        ("▒" * reach, "yellow"),
+        ("·" * (BAR - solved - reach), "red"),
+    )
+
+
+def _legend() -> Text:
+    return Text.assemble(
+        (" " * 14, ""),
+        ("█", "green"),
+        (" right at the first try   ", "dim"),
+        ("▒", "yellow"),
+        (" right within 64 tries   ", "dim"),
+        ("·", "red"),
+        (" never seen", "dim"),
+    )
+
+
+def _prescription(prescription: Prescription, *, now: bool) -> RenderableType:
+    tasks = ", ".join(prescription.tasks)
+    label = "Next" if now else "Later" if prescription.recipe else "Not yet"
+    head = Text.assemble(
+        (f"{label:<14}", "bold"),
+        (prescription.title, "bold cyan" if prescription.recipe else "bold red"),
+        f"  ({tasks}: {prescription.bottleneck.replace('_', ' ')})",
+        ("  provisional: likely, not shown" if prescription.provisional else "", "yellow"),
+    )
+    if prescription.recipe is None:
+        return Group(head, _indented(Text(f"needed: {prescription.obtain}")))
+    if not now:
+        return Group(head, _indented(Text("diagnose again before", style="dim")))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(max_width=36)
+    table.add_column(style="dim")
+    for choice in prescription.choices:
+        table.add_row(choice.what, choice.setting, choice.why)
+    table.add_row("gate", prescription.gate or "", "tells whether it worked")
+    return Group(head, _indented(table))
+
+
+def _indented(part: RenderableType) -> Padding:
+    return Padding(part, (0, 0, 0, INDENT))
