@@ -55,6 +55,7 @@ class Case:
     wrong: int = 1  # how many different wrong answers a prompt has
     helped: Sequence[Steps] | None = None  # with the scaffold
     before: Sequence[Steps] | None = None  # of an earlier policy
+    teacher: Sequence[Steps] | None = None
     longest: int = LENGTH + 1
     noise: float = 0.0  # how often the scorer gets it wrong, at random
     seed: int = 0
@@ -78,8 +79,17 @@ def answer(prompt: int) -> str:
     return "".join(first)
 
 
-def table(steps: Sequence[Steps], *, wrong: int, helped: Sequence[Steps] | None) -> TablePolicy:
-    """A policy that goes on rightly with the given probabilities, else gives a wrong answer."""
+def table(
+    steps: Sequence[Steps],
+    *,
+    wrong: int,
+    helped: Sequence[Steps] | None = None,
+    lost: float = 0.0,
+) -> TablePolicy:
+    """A policy that goes on rightly with the given probabilities, else gives a wrong answer.
+
+    Off the right way it ends, but for a share ``lost`` of the time, when it goes on at random.
+    """
 
     def row(text: str) -> list[float]:
         told = text.startswith("HELP ")
@@ -98,7 +108,7 @@ def table(steps: Sequence[Steps], *, wrong: int, helped: Sequence[Steps] | None)
             for letter in others:
                 out[LETTERS.index(letter)] += (1 - chances[place]) / len(others)
         else:
-            out[-1] = 1.0  # off the right way: end here
+            out = [lost / len(LETTERS)] * len(LETTERS) + [1 - lost]
         return out
 
     return TablePolicy(LETTERS, row)
@@ -138,8 +148,11 @@ def diagnosed(case: Case) -> TaskDiagnosis:
     """Sample a case through the real probes, and judge it by the shipped rules."""
     spec = Measure(samples=SAMPLES, max_new_tokens=case.longest, seed=case.seed)
     look = Examination(
-        policy=table(case.steps, wrong=case.wrong, helped=case.helped),
-        before=table(case.before, wrong=case.wrong, helped=None) if case.before else None,
+        policy=table(
+            case.steps, wrong=case.wrong, helped=case.helped, lost=0.9 if case.teacher else 0.0
+        ),
+        before=table(case.before, wrong=case.wrong) if case.before else None,
+        teachers={"case": table(case.teacher, wrong=3, lost=0.1)} if case.teacher else {},
         tasksets=[CaseTasks(case.noise, np.random.default_rng(case.seed))],
         spec=spec,
         protocol="case",
@@ -272,6 +285,23 @@ def diversity(rng: Rng) -> list[Case]:
     return cases
 
 
+def learner_state(rng: Rng) -> list[Case]:
+    """Right on right paths; a slip is never made good, and what follows is noise."""
+    teacher = [(0.98,) * LENGTH] * PROMPTS
+    ranges = [("small slips", 0.9, 0.93, 3), ("slips", 0.87, 0.9, 3), ("wide slips", 0.86, 0.92, 7)]
+    ranges += [("one way to slip", 0.85, 0.9, 1), ("uneven slips", 0.82, 0.95, 4)]
+    return [
+        Case(
+            name,
+            Bottleneck.LEARNER_STATE,
+            [(s,) * LENGTH for s in some(rng, low, high)],
+            teacher=teacher,
+            wrong=wrong,
+        )
+        for name, low, high, wrong in ranges
+    ]
+
+
 def retention(rng: Rng) -> list[Case]:
     """It was there before."""
     pairs = [
@@ -330,6 +360,7 @@ BUILDERS: Mapping[Bottleneck, Callable[[Rng], list[Case]]] = {
     Bottleneck.MEASUREMENT: measurement,
     Bottleneck.RETENTION: retention,
     Bottleneck.AMORTISATION: amortisation,
+    Bottleneck.LEARNER_STATE: learner_state,
     Bottleneck.DIVERSITY: diversity,
     Bottleneck.SUPPORT: support,
     Bottleneck.ENTRY: entry,

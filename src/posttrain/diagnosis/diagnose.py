@@ -94,9 +94,12 @@ def diagnose(
         build_taskset(n, spec, root=root, chat=policy.renderer.has_template)
         for n, spec in ground.tasks.items()
     ]
+    asked = {n: supplies.teacher_for(n) for n in ground.tasks}
+    loaded = {m: engine.policy(m) for m in sorted({m for m in asked.values() if m})}
     looked = Examination(
         policy=policy,
         before=before,
+        teachers={n: loaded[m] for n, m in asked.items() if m},
         tasksets=tasksets,
         spec=ground.measure,
         protocol=protocol_of(ground, tasksets, root=root),

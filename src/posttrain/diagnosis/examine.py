@@ -12,7 +12,7 @@ beginning, and labels are sought where they are not clear yet.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -21,11 +21,12 @@ import msgspec
 from posttrain.chat import ChatRenderer
 from posttrain.diagnosis.card import Cost, Evidence
 from posttrain.diagnosis.prescribe import Supplies
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, ModelError
 from posttrain.events import Note, Observer, ignore
 from posttrain.probes.adaptive import AdaptiveDesign, adaptive_support
 from posttrain.probes.continuation import continuation
 from posttrain.probes.drawing import Demonstration, demonstration_from
+from posttrain.probes.exposure import exposure_to_teacher
 from posttrain.probes.measure import measure
 from posttrain.probes.measurement import Measurement, TaskMeasurement
 from posttrain.probes.reading import FEWEST, Reading
@@ -48,6 +49,9 @@ WITH_HELP = 16
 
 UNSOLVED = 5
 """From so many prompts without a success on it is asked whether a beginning would help them."""
+
+MASTERED = 0.9
+"""pass@1 from which on nobody asks a teacher about the rest."""
 
 REACH = 0.02
 """Success rate from which a prompt is called in reach: a group of 64 then holds a success in
@@ -127,6 +131,7 @@ class Examination:
     supplies: Supplies
     budget: int
     before: Policy | None = None
+    teachers: Mapping[str, Policy] = field(default_factory=dict)  # by task set
     measured: Measurement | None = None
     earlier: Measurement | None = None
     references: Callable[[Policy, TaskSet], Sequence[Demonstration]] = reference_answers
@@ -134,6 +139,7 @@ class Examination:
     stop: Callable[[], bool] = lambda: False
     rollouts: int = 0
     tokens: int = 0
+    scored: int = 0
     began: float = field(default_factory=time.monotonic)
 
     def evidence(self) -> tuple[Evidence, ...]:
@@ -161,7 +167,7 @@ class Examination:
         return Cost(
             rollouts=self.rollouts,
             sampled_tokens=self.tokens,
-            scored_tokens=0,
+            scored_tokens=self.scored,
             seconds=round(time.monotonic() - self.began, 3),
         )
 
@@ -217,6 +223,7 @@ class Examination:
         else:
             missing.append("retention: no earlier policy was given (--before)")
         found += self._continued(taskset, now, missing)
+        found += self._exposed(taskset, now, missing)
         if self.supplies.scaffold:
             found += self._scaffolded(taskset, now, self.supplies.scaffold, missing)
         else:
@@ -247,6 +254,35 @@ class Examination:
             confidence=self.spec.confidence,
         )
         self._spent(cost, round(cost * float(now.lengths.mean())))
+        return seen.readings
+
+    def _exposed(
+        self, taskset: TaskSet, now: TaskMeasurement, missing: list[str]
+    ) -> tuple[Reading, ...]:
+        teacher = self.teachers.get(taskset.name)
+        if teacher is None:
+            missing.append("errors on own against right paths: no teacher was given (--teacher)")
+            return ()
+        cost = 2 * len(taskset.held_out) * FROM_A_BEGINNING  # half of them by the teacher
+        if now.successes.mean() >= MASTERED or self.rollouts + cost > self.budget:
+            missing.append("errors on own against right paths: solved anyway, or no budget left")
+            return ()
+        try:
+            seen = exposure_to_teacher(
+                self.policy,
+                teacher,
+                taskset,
+                samples=FROM_A_BEGINNING,
+                max_new_tokens=self.spec.max_new_tokens,
+                seed=self.spec.seed,
+                confidence=self.spec.confidence,
+            )
+        except ModelError as error:  # other tokens: such a teacher can be imitated, not compared
+            missing.append(f"errors on own against right paths: {error.found}")
+            return ()
+        tokens = round(cost * float(now.lengths.mean()))
+        self._spent(cost, tokens)
+        self.scored += 2 * tokens
         return seen.readings
 
     def _scaffolded(
