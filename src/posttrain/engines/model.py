@@ -29,6 +29,7 @@ from posttrain.batch import PackedBatch, Segment
 from posttrain.engines.attention import IMPLEMENTATION, PLAN, PackedPlan, Plan
 from posttrain.errors import ModelError
 from posttrain.files import hash_folder
+from posttrain.head import Head, LinearHead
 
 # A bar per loaded shard would tear the run's own progress display.
 library_logging.disable_progress_bar()
@@ -49,6 +50,25 @@ class Model:
     digest: str
     folder: Path
     speaks: bool = True  # False where the folder has no output head: a classifier
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        causal: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        folder: Path,
+        speaks: bool = True,
+    ) -> Model:
+        """Read off the configuration what the family does to logits beyond its head."""
+        config = causal.config.get_text_config().to_dict()
+        scale = config.get("logit_scale") or 1.0  # Cohere
+        scale /= config.get("logits_scaling") or 1.0  # Granite
+        cap = config.get("final_logit_softcapping") or None  # Gemma
+        return cls(causal, tokenizer, name, hash_folder(folder), folder, speaks, scale, cap)
 
     @property
     def device(self) -> torch.device:
@@ -91,17 +111,19 @@ class Model:
         plan = PackedPlan.of(batch.segments, device=self.device)
         return self.hidden(batch.tokens_T, batch.positions_T, plan)
 
-    def head(self, hidden_NX: Tensor) -> Tensor:
-        """Logits [N, V], with the scalings that some families apply after the head."""
-        config = self.causal.config.get_text_config().to_dict()
-        logits: Tensor = self.causal.get_output_embeddings()(hidden_NX).float()
-        if scaling := config.get("logits_scaling"):  # Granite
-            logits = logits / scaling
-        if scale := config.get("logit_scale"):  # Cohere
-            logits = logits * scale
-        if cap := config.get("final_logit_softcapping"):  # Gemma
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+    @property
+    def head(self) -> Head:
+        """Hidden states [N, X] to logits [N, V], with what some families do after the head."""
+        module = self.causal.get_output_embeddings()
+        scale, cap = self.logit_scale, self.logit_cap
+        if type(module) is nn.Linear and cap is None:
+            return LinearHead(module.weight, module.bias, scale)
+
+        def head(hidden_NX: Tensor) -> Tensor:
+            logits: Tensor = module(hidden_NX).float() * scale
+            return logits if cap is None else torch.tanh(logits / cap) * cap
+
+        return head
 
 
 def resolve_folder(name: str) -> Path:
@@ -209,7 +231,7 @@ def load_model(
     # Dropout would make the trained policy another one than the sampled policy: always eval.
     nn.Module.to(causal, device or torch.device("cpu")).eval()
     speaks = _speaks(causal, folder, missing=loaded[1]["missing_keys"])
-    model = Model(causal, tokenizer, name, hash_folder(folder), folder, speaks)
+    model = Model.of(causal, tokenizer, name=name, folder=folder, speaks=speaks)
     prove_packing(model)
     return model
 
