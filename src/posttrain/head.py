@@ -186,7 +186,7 @@ def _fused_stats(
     if wanted - {Stat.SAMPLED_LOGPROB}:
         divisors[Stat.LOGPROB] = None
     views = list({id(d): d for d in divisors.values()}.values())
-    logp_DN, entropy_N = _LinearStats.apply(  # type: ignore[no-untyped-call]  # torch's own
+    logp_DN, entropy_N = _LinearStats.apply(
         hidden_NX,
         head.weight_VX,
         head.bias_V,
