@@ -118,12 +118,13 @@ def plan(recipe: Path) -> None:
 @click.option("--tasks", type=FILE, required=True, help="A recipe, or any YAML with `tasks`.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the measurement here (JSON).")
 @click.option("--samples", type=click.IntRange(min=2), help="Samples per prompt.")
-def probe(model: str, tasks: Path, out: Path | None, samples: int | None) -> None:
-    """Measure a model on task sets: pass@k with intervals, support, length, entropy."""
+@click.option("--details", is_flag=True, help="Every reading, with a sentence each.")
+def probe(model: str, tasks: Path, out: Path | None, samples: int | None, details: bool) -> None:
+    """Measure a model on task sets: success, support, signal, variety, form; with intervals."""
     from posttrain.api import measure
     from posttrain.console import Console
     from posttrain.recipe import measuring_recipe
-    from posttrain.tables import measurement_table
+    from posttrain.tables import measurement_table, readings_table
 
     recipe = measuring_recipe(tasks, model=model, samples=samples)
     with Console() as console:
@@ -132,7 +133,7 @@ def probe(model: str, tasks: Path, out: Path | None, samples: int | None) -> Non
         from posttrain.files import write_atomic
 
         write_atomic(out, result.to_json())
-    click.echo(measurement_table(result, recipe.measure))
+    click.echo((readings_table if details else measurement_table)(result, recipe.measure))
 
 
 cli.add_command(clinic.diagnose)
@@ -141,21 +142,29 @@ cli.add_command(clinic.diagnose)
 @cli.command()
 @click.argument("before")
 @click.argument("after", required=False)
-def compare(before: str, after: str | None) -> None:
+@click.option("--tasks", "names", help="Task sets to compare, with commas between.  [default: all]")
+def compare(before: str, after: str | None, names: str | None) -> None:
     """What changed between two policies: expanded, sharpened, kept, weakened, lost.
 
     BEFORE and AFTER are measurement files, or RUN:POLICY such as out/tour:base. A run folder
     alone compares its base with its last policy.
     """
     from posttrain.probes.attribution import compare as attribute
-    from posttrain.tables import comparison_table
+    from posttrain.probes.readings import require_prompts
+    from posttrain.tables import change_table, comparison_table
 
     if after is None:
-        names = _policies(Path(before))
-        before, after = f"{before}:{names[0]}", f"{before}:{names[-1]}"
+        policies = _policies(Path(before))
+        before, after = f"{before}:{policies[0]}", f"{before}:{policies[-1]}"
     (first, spec), (second, _) = _measurement(before), _measurement(after)
+    if names is not None:
+        chosen = [name.strip() for name in names.split(",")]
+        first, second = first.only(chosen), second.only(chosen)
+    require_prompts(first)
     comparison = attribute(first, second, epsilon=spec.threshold, confidence=spec.confidence)
     click.echo(comparison_table(comparison))
+    click.echo()
+    click.echo(change_table(first, second, confidence=spec.confidence))
 
 
 def _recipe_of(out: Path) -> Recipe:

@@ -14,12 +14,28 @@ from posttrain.catalogue import entry, families, paper_words, prose
 from posttrain.composition import TermSpec
 from posttrain.probes.attribution import Attribution, Comparison, Part, compare
 from posttrain.probes.bootstrap import Interval
-from posttrain.probes.measurement import Measurement
-from posttrain.probes.passk import pass_interval
+from posttrain.probes.curves import crossover
+from posttrain.probes.diversity import answer_entropies
+from posttrain.probes.measure import verifier_words
+from posttrain.probes.measurement import Measurement, TaskMeasurement
+from posttrain.probes.reading import FEWEST, Reading, number_words
+from posttrain.probes.readings import not_taken, paired_change, take
 from posttrain.probes.support import Label, labels
+from posttrain.probes.voting import answers_of
 from posttrain.recipe import Measure, load_recipe
 
-WIDTH = 118
+WIDTH = 100
+CHANGES = ("answer_entropy", "distinct_answers", "tokens_per_answer")
+VARIETY = (
+    "informative@8",
+    "answer_entropy",
+    "distinct_answers",
+    "calibration_error",
+    "tokens_per_answer",
+)
+CUT_OFF, LOOPED = 0.05, 0.05
+"""Shares of cut-off samples and of repeated 4-grams from which a table warns (the latter: the
+guard of arXiv 2604.08527)."""
 
 
 def interval_words(interval: Interval | None) -> str:
@@ -36,34 +52,104 @@ def interval_words(interval: Interval | None) -> str:
 
 
 def measurement_table(measurement: Measurement, spec: Measure) -> str:
-    """pass@1 and pass@n with intervals, support, and what the answers look like."""
+    """How often a policy succeeds, whether it can learn from itself, and what its answers are."""
     n = measurement.tasks[0].num_samples if measurement.tasks else 0
-    table = _table(
-        f"{measurement.policy}: {n} samples per prompt, support threshold {spec.threshold:.3g}",
-        ("task", "pass@1", f"pass@{n}", "in", "out", "?", "tokens", "entropy", "cut off"),
+    success = _table(
+        f"{_named(measurement.policy)}: {n} samples per prompt, "
+        f"support threshold {spec.threshold:.3g}",
+        ("task", "pass@1", f"pass@{n}", "maj@16", "in", "out", "?"),
+    )
+    variety = _table(
+        "what there is to learn from, and what the answers look like",
+        (
+            "task",
+            "no signal",
+            "groups of 8",
+            "entropy",
+            "answers",
+            "calibration",
+            "tokens",
+        ),
     )
     for task in measurement.tasks:
+        read = {r.name: r for r in take(task, epsilon=spec.threshold, confidence=spec.confidence)}
         support = labels(task, epsilon=spec.threshold, confidence=spec.confidence)
-        table.add_row(
+        success.add_row(
             task.taskset,
-            interval_words(pass_interval(task, 1, confidence=spec.confidence)),
-            interval_words(pass_interval(task, n, confidence=spec.confidence)),
+            *(_cell(read.get(name)) for name in ("pass@1", f"pass@{n}", "maj@16")),
             *(str(sum(x is label for x in support)) for label in Label),
-            f"{task.lengths.mean():.1f}",
-            f"{task.nll.mean():.2f}",
-            f"{task.truncated.mean():.0%}",
         )
-    return _text(table)
+        silent = f"{read['all_wrong'].value:.2f} wrong\n{read['all_right'].value:.2f} right"
+        cells = (_cell(read.get(name), lines=2) for name in VARIETY)
+        variety.add_row(task.taskset, silent, *cells)
+    notes = [note for task in measurement.tasks for note in _warnings(task)]
+    return "\n".join(
+        [
+            _text(success),
+            "",
+            _text(variety),
+            *notes,
+            "",
+            f"[low, high]: {spec.confidence:.0%} intervals over prompts. in, out: prompts within "
+            "and out of reach,",
+            "? not decided by so few samples. no signal: prompts with only one kind of try.",
+            "groups of 8: share with a success and a failure. entropy: of the answer, in nats.",
+            "calibration: how far success is from agreement with itself. --details: all in words.",
+        ]
+    )
+
+
+def readings_table(measurement: Measurement, spec: Measure) -> str:
+    """Every reading of a policy, one line each, with the sentence that says what it means."""
+    blocks = []
+    for task in measurement.tasks:
+        found = take(task, epsilon=spec.threshold, confidence=spec.confidence)
+        blocks.append(readings_words(task.taskset, found, missing=not_taken(task)))
+    return "\n\n".join(blocks)
+
+
+def readings_words(title: str, found: Sequence[Reading], *, missing: Sequence[str] = ()) -> str:
+    """Readings as lines: name, number, interval, sentence; then what is missing and why."""
+    table = _table(title, ("reading", "value", "interval", "which means"))
+    for r in found:
+        bounds = f"[{number_words(r.low)}, {number_words(r.high)}]"
+        table.add_row(r.name, number_words(r.value), bounds, r.words)
+    return "\n".join([_text(table), *(f"  missing: {m}" for m in missing)])
+
+
+def _cell(found: Reading | None, *, lines: int = 1) -> str:
+    if found is None:
+        return "–"
+    if lines == 1:
+        return f"{_zero(found.value):.2f} [{_zero(found.low):.2f}, {_zero(found.high):.2f}]"
+    return f"{_zero(found.value):.2f}\n[{_bare(found.low)},{_bare(found.high)}]"
+
+
+def _warnings(task: TaskMeasurement) -> list[str]:
+    """What keeps the numbers of a task set from being trusted."""
+    found = []
+    if len(task.prompts) < FEWEST:
+        found.append(
+            f"  ! {task.taskset}: {len(task.prompts)} prompts are too few to judge by; "
+            f"compare and diagnose ask for {FEWEST}"
+        )
+    if told := verifier_words(task):
+        found.append(f"  ! {told}")
+    cut, looped = float(task.truncated.mean()), task.repetition
+    if cut >= CUT_OFF:
+        found.append(f"  ! {task.taskset}: {cut:.0%} of samples were cut off by the token budget")
+    if looped is not None and float(looped.mean()) >= LOOPED:
+        found.append(f"  ! {task.taskset}: {looped.mean():.0%} of the 4-grams of samples repeat")
+    return found
 
 
 def comparison_table(comparison: Comparison) -> str:
     """The five-way change per task set, with the role that the intervals support."""
     table = _table(
-        f"{comparison.before} → {comparison.after}: where the change in pass@1 came from",
+        f"{_named(comparison.before)} → {_named(comparison.after)}: where the change came from",
         (
             "task",
-            "before",
-            "after",
+            "pass@1",
             "newly reachable",
             "sharpened",
             "kept",
@@ -76,8 +162,7 @@ def comparison_table(comparison: Comparison) -> str:
         parts = [task.parts[p] for p in Part if p is not Part.UNDETERMINED]
         table.add_row(
             task.task,
-            f"{task.before.value:.2f}",
-            f"{task.after.value:.2f}",
+            f"{task.before.value:.2f} →\n{task.after.value:.2f}",
             *(_highlighted(p) for p in parts),
             str(task.dominant),
         )
@@ -86,17 +171,78 @@ def comparison_table(comparison: Comparison) -> str:
     lines = [
         _text(table),
         *(n for n in notes if n),
-        f"[low, high]: {confidence:.0%} intervals over prompts; * excludes zero. "
+        f"[low, high]: {confidence:.0%} intervals over prompts; * excludes zero.",
         "kept + gains = after; kept + losses = before.",
     ]
     return "\n".join(lines)
 
 
+def change_table(before: Measurement, after: Measurement, *, confidence: float = 0.95) -> str:
+    """What else changed, per task set: variety, cost, and where more tries stop helping.
+
+    Differences are paired by prompt.
+    """
+    table = _table(
+        f"{_named(before.policy)} → {_named(after.policy)}: variety and cost",
+        ("task", "answer entropy", "distinct answers", "tokens per answer", "behind from k ="),
+    )
+    for old in before.tasks:
+        new = after.task(old.taskset)
+        cells = []
+        for name in CHANGES:
+            change = paired_change(name, old, new, confidence=confidence)
+            cells.append("–" if change is None else _changed(change, *_ends(name, old, new)))
+        crossing = crossover(old, new, confidence=confidence)
+        k = number_words(crossing.value, digits=0)
+        bounds = [number_words(b, digits=0) for b in (crossing.low, crossing.high)]
+        table.add_row(old.taskset, *cells, f"{k}\n[{bounds[0]}, {bounds[1]}]")
+    return "\n".join(
+        [
+            _text(table),
+            "before → after, then the paired change and its interval; * excludes zero. behind from "
+            "k: the",
+            "first number of tries at which AFTER succeeds less often than BEFORE; none: not seen.",
+        ]
+    )
+
+
+def _ends(name: str, *sides: TaskMeasurement) -> list[float]:
+    """The value of a reading before and after."""
+    values = []
+    for task in sides:
+        if name == "answer_entropy":
+            values.append(float(answer_entropies(answers_of(task)).mean()))
+        elif name == "distinct_answers":
+            values.append(float(task.distinct.mean()))
+        else:
+            values.append(float(task.lengths.mean()))
+    return values
+
+
+def _changed(change: Reading, old: float, new: float) -> str:
+    star = "*" if change.low > 0 or change.high < 0 else ""
+    bounds = f"[{_bare(change.low)},{_bare(change.high)}]"
+    return f"{old:.2f} → {new:.2f}\n{_zero(change.value):+.2f}{star} {bounds}"
+
+
 def _highlighted(interval: Interval) -> str:
     star = "*" if interval.is_positive else ""
-    # "+ 0.0" turns the minus zero of a rounded value into zero.
-    value, low, high = (round(x, 2) + 0.0 for x in (interval.value, interval.low, interval.high))
-    return f"{value:.2f}{star}\n[{low:.2f},{high:.2f}]"
+    return f"{_zero(interval.value):.2f}{star}\n[{_bare(interval.low)},{_bare(interval.high)}]"
+
+
+def _zero(x: float) -> float:
+    """Rounded to two digits; "+ 0.0" turns a minus zero into zero."""
+    return round(x, 2) + 0.0
+
+
+def _bare(x: float) -> str:
+    """Two digits without a leading zero: .05, -.05, 1.20."""
+    return f"{_zero(x):.2f}".replace("0.", ".", 1) if abs(_zero(x)) < 1 else f"{x:.2f}"
+
+
+def _named(policy: str) -> str:
+    """A policy's name; of a path the last two parts, which tell runs of one name apart."""
+    return "/".join(Path(policy).parts[-2:]) if Path(policy).is_absolute() else policy
 
 
 def _note(task: Attribution) -> str:
@@ -120,7 +266,10 @@ def outcome_table(out: Path, *, final: str) -> str:
         return "nothing was measured: the recipe has no task sets"
     spec = recipe.measure
     change = compare(base, result, epsilon=spec.threshold, confidence=spec.confidence)
-    return comparison_table(change)
+    confidence = spec.confidence
+    return "\n\n".join(
+        [comparison_table(change), change_table(base, result, confidence=confidence)]
+    )
 
 
 def methods_table() -> str:

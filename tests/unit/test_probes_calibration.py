@@ -7,7 +7,7 @@ import pytest
 from test_probes_measurement import measured
 
 from posttrain.errors import ConfigError
-from posttrain.probes.calibration import calibration_error
+from posttrain.probes.calibration import _gaps, calibration_error
 from posttrain.probes.measurement import TaskMeasurement
 
 
@@ -19,29 +19,41 @@ def drawn(
     return measured((answers == 0) == right[:, None], answers=answers)
 
 
-def test_a_calibrated_policy_has_expectation_zero() -> None:
+def test_a_calibrated_policy_is_not_found_guilty() -> None:
     # The first answer has probability q, and is the right one for a share q of prompts; the second
     # has 1 − q, and is right in the others: both are right as often as they are said.
     rng = np.random.default_rng(0)
     values, covered = [], []
-    for _ in range(150):
+    for _ in range(60):
         said = rng.choice([0.6, 0.75, 0.9], 32)
         r = calibration_error(drawn(said, rng.random(32) < said, rng))
         values.append(r.value)
-        covered.append(r.low <= 0)
-    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(150)
-    assert np.mean(covered) >= 0.94
+        covered.append(r.low == 0)
+    assert np.mean(covered) >= 0.95
+    assert np.median(values) < 0.08
+
+
+def test_the_gaps_of_a_calibrated_policy_have_expectation_zero_in_every_bin() -> None:
+    rng = np.random.default_rng(3)
+    said = rng.choice([0.55, 0.65, 0.75, 0.9], 6000)
+    task = drawn(said, rng.random(6000) < said, rng, n=8)
+    assert task.answers is not None
+    gaps = _gaps(task.answers, task.successes)
+    error = gaps.std(axis=0) / np.sqrt(6000)
+    assert (np.abs(gaps.mean(axis=0)) < 4 * error).all()
+    assert (error > 0).all()
 
 
 def test_a_known_error_is_found() -> None:
     # 0.9 sure of an answer that is right for half of the prompts: samples of the first answer are
     # right by 0.4 too seldom, those of the second (a tenth) by 0.4 too often.
     rng = np.random.default_rng(1)
-    values = [
-        calibration_error(drawn(np.full(64, 0.9), rng.random(64) < 0.5, rng)).value
-        for _ in range(40)
+    found = [
+        calibration_error(drawn(np.full(64, 0.9), rng.random(64) < 0.5, rng)) for _ in range(25)
     ]
-    assert np.mean(values) == pytest.approx(0.4, abs=0.03)
+    assert np.mean([r.value for r in found]) == pytest.approx(0.4, abs=0.05)
+    assert all(r.low > 0.05 for r in found)
+    assert np.mean([r.low <= 0.4 <= r.high for r in found]) >= 0.92
 
 
 def test_the_word_says_in_which_direction() -> None:

@@ -52,10 +52,14 @@ def test_variety_readings() -> None:
     answers = rng.integers(0, 3, (30, 64))
     distinct = [len(set(row)) for row in answers.tolist()]
     task = measured(answers == 0, answers=answers, distinct=distinct)
-    entropy, number = answer_variety(task)
+    single, entropy, number = answer_variety(task)
+    assert (single.name, single.value) == ("single_answer", 0.0)
     assert entropy.value == pytest.approx(log(3), abs=0.02)
     assert entropy.low < entropy.value < entropy.high
     assert number.value == 3.0
+    collapsed = np.zeros((32, 8), int)
+    same = answer_variety(measured(collapsed == 0, answers=collapsed))[0]
+    assert (same.value, same.low) == (1.0, pytest.approx(0.025 ** (1 / 32)))
     with pytest.raises(ConfigError, match="which answers are the same"):
         answer_variety(measured(answers == 0))
 

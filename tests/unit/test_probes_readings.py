@@ -32,7 +32,7 @@ def drawn(rate: float, seed: int = 0, prompts: int = 24, n: int = 64) -> TaskMea
         nll=rng.random((prompts, n)),
         lengths=rng.integers(1, 9, (prompts, n)),
         self_bleu=rng.random(prompts),
-        repetition=rng.random((prompts, n)) / 9,
+        repetition=rng.random((prompts, n)) / 50,
         recheck=np.zeros((prompts, 4)),
     )
 
@@ -49,8 +49,8 @@ def test_every_reading_of_a_full_measurement() -> None:
         "pass@1 pass@2 pass@4 pass@8 pass@16 pass@32 pass@64 pass^4 pass^8 cover@0.1 cover@0.5 "
         "cover@0.9 in_share out_share undetermined_share all_wrong all_right band_share "
         "informative@4 informative@8 informative@16 needed_group efficiency_gap truncated "
-        "tokens_per_answer self_bleu repetition token_entropy answer_entropy distinct_answers "
-        "maj@16 calibration_error verifier_disagreement"
+        "tokens_per_answer self_bleu repetition token_entropy answer_entropy single_answer "
+        "distinct_answers maj@16 calibration_error verifier_disagreement"
     )
     assert set(found) == set(expected.split())
     assert not not_taken(task)

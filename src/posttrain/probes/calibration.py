@@ -1,25 +1,25 @@
 """Calibration: when a policy gives an answer with probability q, is it right with probability q?
 
-answers, successes [P, n] ──halves──▶ bins, confidence, outcome ──signs from other prompts──▶ error
+answers, successes [P, n] ──halves of the samples──▶ gaps per prompt and bin ──▶ Σ |mean gap|
 
 Shape legend: ``P`` prompts, ``n`` samples per prompt.
 """
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import numpy.typing as npt
 
 from posttrain.errors import ConfigError
-from posttrain.probes.bootstrap import Floats, mean_interval
+from posttrain.probes.bootstrap import Floats, Interval, mean_intervals
 from posttrain.probes.measurement import TaskMeasurement
 from posttrain.probes.reading import Reading, reading
 from posttrain.probes.voting import answers_of
 
 BINS = 5
 """Equal bins of confidence. A task set has tens of prompts, which do not fill the usual ten."""
-FOLDS = 4
-"""Groups of prompts; the sign of a bin's gap is taken from the other groups."""
 
 
 def calibration_error(task: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0) -> Reading:
@@ -29,13 +29,17 @@ def calibration_error(task: TaskMeasurement, *, confidence: float = 0.95, seed: 
     by the share of other samples with the same answer (self-consistency). That, unlike the
     probability of a sequence, does not fall with length, and adds up over wordings.
 
-    The usual estimate (arXiv 1706.04599) is positive for a perfectly calibrated policy, by chance,
-    and no interval around it covers zero. Here three things never share a sample or a prompt:
-    the first half of a prompt's samples puts an answer into its bin, the second half says how
-    likely and how often right it is (then the other way round), and whether a bin is over- or
-    under-confident is read off the other prompts. Each prompt then adds
-    Σ_b sign_b · (right − said), whose expectation is zero for a calibrated policy, and the error
-    itself once the signs are clear. While they are not, the value is too low, never too high.
+    Bins without bias: the first half of a prompt's samples puts an answer into its bin, the
+    second half says how likely and how often right it is, then the other way round. So the mean
+    gap G_b of a bin (right minus said, times its share) is estimated without bias, and is zero for
+    a calibrated policy.
+
+    The error is Σ_b |G_b| (arXiv 1706.04599), whose usual estimate is positive by chance alone.
+    The value takes the noise off the squares: Σ_b √max(0, Ĝ_b² − s_b²) with standard error s_b.
+    For the bounds, Σ_b |G_b| is the largest of all signed sums Σ_b ±G_b, each a mean over prompts
+    with an interval of its own. The upper bound is the largest of their upper ones; the lower
+    bound is the largest of their lower ones, with the error shared out among all 2^BINS of them,
+    and at least zero. Both are conservative.
 
     Raises:
         ConfigError: fewer than 4 samples per prompt, or a measurement without answers.
@@ -44,17 +48,29 @@ def calibration_error(task: TaskMeasurement, *, confidence: float = 0.95, seed: 
     if n < 4:
         raise ConfigError(f"calibration from {n} samples per prompt", expected="at least 4")
     gaps = _gaps(answers, task.successes)
-    fold = np.arange(len(gaps)) % FOLDS
-    total = np.stack([gaps[fold == f].sum(axis=0) for f in range(FOLDS)])
-    signs = np.sign(total.sum(axis=0) - total)  # [FOLDS, BINS], from the other prompts
-    each = (signs[fold] * gaps).sum(axis=1)
-    interval = mean_interval(
-        np.clip(each, -1.0, 1.0), lowest=-1.0, confidence=confidence, seed=seed
+    gaps = gaps[:, (gaps != 0).any(axis=0)]
+    num, bins = len(gaps), gaps.shape[1]
+    signs = np.array(list(product((1.0, -1.0), repeat=bins)))  # [2^bins, bins]
+    sums = np.clip(gaps @ signs.T, -1.0, 1.0)
+    ranges = ((-1.0, 1.0),) * len(signs)
+    shared = 1 - (1 - confidence) / len(signs)
+    usual = mean_intervals(sums, ranges=ranges, confidence=confidence, seed=seed)
+    strict = mean_intervals(sums, ranges=ranges, confidence=shared, seed=seed)
+    noise = gaps.var(axis=0, ddof=1) / num if num > 1 else np.zeros(bins)
+    means = gaps.mean(axis=0)
+    value = float(np.sqrt(np.maximum(means**2 - noise, 0.0)).sum())
+    interval = Interval(
+        value=value,
+        low=min(max(0.0, *(i.low for i in strict)), value),
+        high=max(value, *(i.high for i in usual)),
+        num_prompts=num,
+        seed=seed,
+        confidence=confidence,
     )
-    over = -float(gaps.sum())
+    over = float(means.sum()) < 0
     words = (
-        f"answers are right {abs(interval.value):.2f} "
-        f"{'less' if over > 0 else 'more'} often than the policy's agreement with itself says"
+        f"answers are right {value:.2f} {'less' if over else 'more'} often "
+        "than the policy's agreement with itself says"
     )
     return reading("calibration_error", task.taskset, interval, samples=n, words=words)
 

@@ -1,6 +1,6 @@
 """How much a policy's samples vary, and what they look like.
 
-answers [P, n] ──▶ answer_entropy, distinct_answers
+answers [P, n] ──▶ answer_entropy, distinct_answers, single_answer
 texts          ──▶ self_bleu, repetition            (worked out while measuring, see texts.py)
 log-probs      ──▶ token_entropy
 lengths        ──▶ tokens_per_answer, truncated
@@ -58,7 +58,11 @@ def highest_entropy(num_samples: int) -> float:
 def answer_variety(
     task: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0
 ) -> tuple[Reading, ...]:
-    """answer_entropy and distinct_answers, means over prompts.
+    """answer_entropy, distinct_answers and single_answer.
+
+    The first two are means over prompts, whose intervals allow for prompts not asked that vary as
+    much as n samples can: with 32 prompts that never vary, up to 0.11 of that. ``single_answer``
+    is a share of prompts, and says more about a policy that has collapsed.
 
     Raises:
         ConfigError: the measurement is of a version that did not keep the answers.
@@ -70,7 +74,15 @@ def answer_variety(
     distinct = mean_interval(
         task.distinct, lowest=1.0, highest=float(n), confidence=confidence, seed=seed
     )
+    same = int((task.distinct == 1).sum())
+    single = proportion_interval(same, len(answers), confidence=confidence)
     return (
+        _reading(
+            task,
+            "single_answer",
+            single,
+            f"{single.value:.0%} of prompts got the same answer in all of {n} tries",
+        ),
         _reading(
             task,
             "answer_entropy",

@@ -49,7 +49,11 @@ def zero_variance(task: TaskMeasurement, *, confidence: float = 0.95) -> tuple[R
     kinds = (
         ("all_wrong", counts == 0, f"never solved in {n} tries"),
         ("all_right", counts == n, f"solved in all of {n} tries"),
-        ("band_share", (counts >= low * n) & (counts <= high * n), "sometimes solved"),
+        (
+            "band_share",
+            (counts >= low * n) & (counts <= high * n),
+            "solved in a fifth to four fifths of tries",
+        ),
     )
     return tuple(
         _share(task, name, mask, f"of prompts are {words}", confidence=confidence)

@@ -161,6 +161,9 @@ NAMES: Mapping[str, Meaning] = MappingProxyType(
         "distinct_answers": Meaning(
             "different answers to a prompt", "answers", _OPEN, "2507.14843"
         ),
+        "single_answer": Meaning(
+            "prompts with the same answer in all samples", "share", _OPEN, "2507.14843"
+        ),
         "self_bleu": Meaning(
             "likeness of a prompt's samples to each other", "0 to 1", _OPEN, "1802.01886"
         ),

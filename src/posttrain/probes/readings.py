@@ -72,18 +72,13 @@ def take(
         return reading(name, task.taskset, interval, samples=n, words=said)
 
     ks = sorted({n, *(2**i for i in range(n.bit_length()))})
-    found = [
-        reading(
-            f"pass@{k}",
-            task.taskset,
-            pass_interval(task, k, confidence=confidence, seed=seed),
-            samples=n,
-            words=f"{'one try succeeds' if k == 1 else f'at least one of {k} tries succeeds'}",
-        )
-        for k in ks
-    ]
+    found = [_pass_reading(task, k, confidence=confidence, seed=seed) for k in ks]
     found += [
-        with_interval(f"pass^{k}", pass_hat_k(task.counts, n, k), f"all of {k} tries succeed")
+        with_interval(
+            f"pass^{k}",
+            pass_hat_k(task.counts, n, k),
+            f"all of {k} tries succeed with probability {{:.2f}}",
+        )
         for k in (4, 8)
         if k <= n
     ]
@@ -105,6 +100,13 @@ def take(
     if task.recheck is not None:
         found.append(verifier_disagreement(task, confidence=confidence))
     return tuple(found)
+
+
+def _pass_reading(task: TaskMeasurement, k: int, *, confidence: float, seed: int) -> Reading:
+    interval = pass_interval(task, k, confidence=confidence, seed=seed)
+    tries = "one try succeeds" if k == 1 else f"at least one of {k} tries succeeds"
+    words = f"{tries} with probability {interval.value:.2f}"
+    return reading(f"pass@{k}", task.taskset, interval, samples=task.num_samples, words=words)
 
 
 def not_taken(task: TaskMeasurement) -> tuple[str, ...]:
