@@ -150,6 +150,7 @@ def compare(before: str, after: str | None, names: str | None) -> None:
     alone compares its base with its last policy.
     """
     from posttrain.probes.attribution import compare as attribute
+    from posttrain.probes.measurement import require_comparable
     from posttrain.probes.readings import require_prompts
     from posttrain.tables import change_table, comparison_table
 
@@ -160,6 +161,7 @@ def compare(before: str, after: str | None, names: str | None) -> None:
     if names is not None:
         chosen = [name.strip() for name in names.split(",")]
         first, second = first.only(chosen), second.only(chosen)
+    require_comparable(first, second)
     require_prompts(first)
     comparison = attribute(first, second, epsilon=spec.threshold, confidence=spec.confidence)
     click.echo(comparison_table(comparison))

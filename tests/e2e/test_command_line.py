@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from world import grpo, listing, recipe, sft, stage_folder, write_recipe
+from world import grpo, listing, recipe, sft, stage_folder, task_set, write_recipe
 
 COMMANDS = ["tour", "run", "plan", "probe", "diagnose", "compare", "report", "methods", "ledger"]
 
@@ -229,9 +229,28 @@ def test_probe_writes_what_compare_reads(shared, finished, posttrain, tmp_path):
     for pair in ([file, f"{out}:grpo"], [f"{out}:base", f"{out}:grpo"], [out]):
         code, table, errors = posttrain("compare", *pair)
         assert code == 0, errors
-        tables.append(table.splitlines()[2:])
+        tables.append([line for line in table.splitlines() if " → grpo: " not in line])
     assert tables[0] == tables[1] == tables[2]
-    assert any("say" in line for line in tables[0])
+    assert sum("say" in line for line in tables[0]) == 3  # two tables and a note
+    code, table, errors = posttrain("compare", out, "--tasks", "say")
+    assert code == 0, errors
+    assert posttrain("compare", out, "--tasks", "sai")[0] == 2
+    code, table, errors = posttrain(
+        "probe", shared / "model", "--tasks", path, "--out", file, "--details"
+    )
+    assert code == 0, errors
+    assert "needed_group" in table
+
+
+def test_too_few_prompts_are_measured_with_a_warning_and_not_compared(world, posttrain):
+    few = recipe(tasks={"say": task_set(held_out=4)})
+    path, file = write_recipe(world, few), world / "few.json"
+    code, table, errors = posttrain("probe", world / "model", "--tasks", path, "--out", file)
+    assert code == 0, errors
+    assert "say: 4 prompts are too few to judge by" in table
+    code, _, errors = posttrain("compare", file, file)
+    assert code == 2
+    assert "too few prompts to judge by: say (4)" in errors
 
 
 def test_probe_with_other_samples_cannot_be_compared(shared, finished, posttrain, tmp_path):

@@ -80,7 +80,7 @@ def task_set(**changes) -> dict:
         "type": "jsonl",
         "path": "tasks.jsonl",
         "reward": "reward.py:score",
-        "held_out": 4,
+        "held_out": 5,
         "success": 0.1,
         **changes,
     }
