@@ -133,6 +133,12 @@ def test_ways_that_the_later_policy_never_writes_are_missed_and_the_upper_bound_
     assert evidence(base, later, counts, 256).high(0.025) == 0.0
 
 
+def test_what_is_certain_stands_against_unlucky_draws_of_the_base() -> None:
+    sure = evidence(np.log([0.1]), np.log([0.9]), [60], 64, base_samples=256)
+    assert sure.high(0.025) == pytest.approx(-1.0)  # 0 of 256 alone would say 1.4 %
+    assert sure.low(0.025) == pytest.approx(-1.0)
+
+
 def test_far_below_the_smallest_float() -> None:
     base, later = population(40, 1.0, solved=0.7, p=1e-9)
     shifted = evidence(base - 2000.0, later - 800.0, [1] * 40, 256)

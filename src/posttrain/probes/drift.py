@@ -72,9 +72,10 @@ class Divergence:
     def reading(self, name: str) -> Reading:
         """``kl_forward``, ``kl_reverse`` or ``kl_prior``: nats per answer."""
         answer, token = self.per_answer, self.per_token
+        author, other = ("policy", "base") if name == "kl_reverse" else ("base", "policy")
         words = (
-            f"answers of {self.first} are {answer.value:.3g} nats likelier to itself than to "
-            f"{self.second}, {token.value:.2g} per token"
+            f"the {author}'s answers are {answer.value:.3g} nats likelier to itself than to the "
+            f"{other}, {token.value:.2g} per token"
         )
         return reading(name, self.task, answer, samples=self.samples, words=words)
 

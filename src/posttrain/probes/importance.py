@@ -194,7 +194,7 @@ class Evidence:
         if not self.base_samples:
             return 0.0
         bound = clopper_pearson(self.base_successes, self.base_samples, confidence=1 - tail)[1]
-        return math.log10(bound)
+        return max(math.log10(bound), self.floor)  # unlucky draws do not outweigh what is certain
 
     @property
     def _ratio(self) -> Floats:

@@ -1,0 +1,28 @@
+"""Sections of docs/lab-log.md that a benchmark writes: put in place of the old one, or on top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.files import write_atomic
+
+LOG = Path(__file__).parents[1] / "docs/lab-log.md"
+
+
+def put(page: str, section: str) -> str:
+    """The page with this section (it starts with its ``## `` heading) in place of the one of the
+    same heading, or before the first."""
+    head, *parts = page.split("\n## ")
+    mine = section.removeprefix("## ").rstrip("\n") + "\n"
+    titles = [p.split("\n", 1)[0] for p in parts]
+    title = mine.split("\n", 1)[0]
+    if title in titles:
+        parts[titles.index(title)] = mine
+    else:
+        parts.insert(0, mine)
+    return "\n## ".join([head, *parts])
+
+
+def write(section: str) -> None:
+    """Put a section into the lab log."""
+    write_atomic(LOG, put(LOG.read_text("utf-8"), section))
