@@ -205,14 +205,15 @@ def _check_options(term: TermSpec, name: str, have: frozenset[Column], *, stage:
         return
     limit, schedule = term.limit, term.weight_schedule
     _check_columns(f"the limit of {name}", limit.needs, have, stage=stage)
-    if (limit.entropy_share is not None and term.unit != "token") or (
+    by_token = limit.entropy_share is not None or limit.marked
+    if (by_token and term.unit != "token") or (
         (limit.rewards, limit.preference) != ("any", "any")
         and term.unit not in ("token", "sequence")
     ):
         raise LegalityError(
             f"stage {stage}: {name} compares whole {term.unit}s, and has {limit}",
-            expected="entropy_share on terms over tokens; rewards and preference on terms over "
-            "tokens or sequences",
+            expected="entropy_share and marked on terms over tokens; rewards and preference on "
+            "terms over tokens or sequences",
             fix="drop the limit",
         )
     if schedule is not None and schedule.end == term.weight:
@@ -286,7 +287,15 @@ def _check_temperature(composition: Composition, *, stage: str) -> None:
 
 
 def _check_credit(composition: Composition, *, stage: str) -> None:
-    """Groups large enough for their baselines, and log-probs of one and the same distribution."""
+    """Groups large enough for their baselines, log-probs of one and the same distribution, and
+    one meaning per mark."""
+    markers = [s for s in composition.signals if Column.MARK in s.provides]
+    if len(markers) > 1:
+        raise LegalityError(
+            f"stage {stage}: {' and '.join(str(m.__struct_config__.tag) for m in markers)}",
+            expected="one signal that marks tokens: the second would undo the first",
+            fix="drop one; a limit with entropy_share needs no marks",
+        )
     every = [p for p in parts_of(composition.source) if isinstance(p, Rollouts)]
     for signal, kinds in zip(composition.signals, scopes(composition), strict=True):
         name = str(signal.__struct_config__.tag)

@@ -98,6 +98,11 @@ class Policy(Protocol):
         """[T] per trajectory: log-probs of trainable tokens at temperature 1, NaN elsewhere."""
         ...
 
+    def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: entropy of the next-token distribution from which each trainable
+        token would be drawn at temperature 1, in nats; NaN elsewhere."""
+        ...
+
     def distributions(
         self, trajectories: Sequence[Trajectory], *, top_k: int | None
     ) -> list[tuple[IntArray, FloatArray]]:

@@ -116,6 +116,15 @@ class FakePolicy:
             out.append(values)
         return out
 
+    def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """That of the answers before a letter, 0 before the end; NaN where nothing is trained."""
+        p = np.array([p for p in self.answers.values() if p])
+        letter = float(-(p * np.log(p)).sum())
+        return [
+            np.where(t.trainable, np.where(t.tokens > 0, letter, 0.0), np.nan).astype(np.float32)
+            for t in trajectories
+        ]
+
     def distributions(
         self, trajectories: Sequence[Trajectory], *, top_k: int | None
     ) -> list[tuple[IntArray, FloatArray]]:
@@ -227,6 +236,11 @@ class TablePolicy:
             np.take_along_axis(logp, t.tokens[:, None].astype(np.int64), 1)[:, 0]
             for t, (_, logp) in zip(trajectories, full, strict=True)
         ]
+
+    def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """Exact entropies of trainable tokens; NaN elsewhere."""
+        full = self.distributions(trajectories, top_k=None)
+        return [-(np.exp(v) * np.where(np.isneginf(v), 0.0, v)).sum(-1) for _, v in full]
 
     def distributions(
         self, trajectories: Sequence[Trajectory], *, top_k: int | None

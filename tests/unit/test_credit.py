@@ -454,7 +454,7 @@ def test_methods_spell_out_their_papers():
     dr = METHODS["dr_grpo"](tasks=("a",), max_new_tokens=50).compose()
     assert dr.signals == (Verify(), GroupAdvantage(scale="none"))
     assert dr.terms == (ClippedPolicyGradient(aggregate="sequence_sum", weight=0.02),)
-    dapo = METHODS["dapo"](tasks=("a",), max_new_tokens=20480).compose()
+    dapo = METHODS["dapo"](tasks=("a",), max_new_tokens=20480, max_draws=1).compose()
     assert dapo.signals == (
         Verify(),
         SoftLengthPenalty(max_tokens=20480, cache_tokens=4096),

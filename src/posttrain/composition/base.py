@@ -30,10 +30,11 @@ class Limit(Config, frozen=True, kw_only=True):
     """Which of the units that a term may read it does read; ``where`` limits by author.
 
     ``entropy_share`` keeps, *in every sequence*, the ⌈share · n⌉ of its n readable tokens at which
-    the policy is least sure. Papers take the threshold over a whole batch (arXiv 2506.01939);
-    that would need a pass over the step before its loss, and would let a micro-batch decide about
-    another. Within a sequence the choice depends on nothing else. The price: a sequence that is
-    sure throughout still keeps its share.
+    the policy is least sure. It costs nothing, since the choice depends on nothing outside of the
+    sequence. The price: a sequence that is sure throughout still keeps its share.
+
+    ``marked`` keeps tokens that a signal marked: ``mark_entropy`` compares those of a whole draw,
+    as papers do (arXiv 2506.01939), in a pass over the draw before its first update.
 
     ``rewards: positive`` keeps sequences with a reward above 0, ``negative`` all others (a
     verifier's 0 is negative).
@@ -43,6 +44,7 @@ class Limit(Config, frozen=True, kw_only=True):
     """
 
     entropy_share: float | None = None
+    marked: bool = False
     rewards: Literal["any", "positive", "negative"] = "any"
     preference: Literal["any", "chosen", "rejected"] = "any"
 
@@ -58,7 +60,7 @@ class Limit(Config, frozen=True, kw_only=True):
         """Columns that the limit itself reads."""
         by_reward = frozenset() if self.rewards == "any" else frozenset({Column.REWARD})
         by_pair = frozenset() if self.preference == "any" else frozenset({Column.PREFERENCE})
-        return by_reward | by_pair
+        return by_reward | by_pair | (frozenset({Column.MARK}) if self.marked else frozenset())
 
 
 class WeightSchedule(Config, frozen=True, kw_only=True):

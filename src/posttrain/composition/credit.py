@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 from posttrain.config import Config
 from posttrain.errors import ConfigError
+from posttrain.provenance import Kind
 from posttrain.trajectory import Column
 
 Baseline = Literal[
@@ -44,6 +45,8 @@ class GroupAdvantage(Config, frozen=True, kw_only=True, tag="group_advantage", t
     | ``informative`` | share of members whose group has unequal R | GPG 2504.02546 |
 
     ``credit: to_go`` gives a token the token rewards that come at or after it, not all of them.
+    ``kept_only`` compares members with those of their group that no earlier signal discarded, and
+    gives the others, and groups with too few of them, exactly 0.
     A group of equal returns gets exactly 0 where the baseline is its own (with ``whiten`` when
     the whole draw is equal). Baselines of the group refuse a group of one.
     """  # noqa: E501
@@ -52,6 +55,7 @@ class GroupAdvantage(Config, frozen=True, kw_only=True, tag="group_advantage", t
     value: float | None = None
     scale: Scale = "std"
     credit: Literal["outcome", "to_go"] = "outcome"
+    kept_only: bool = False
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
 
     def __post_init__(self) -> None:
@@ -77,6 +81,7 @@ class GroupAdvantage(Config, frozen=True, kw_only=True, tag="group_advantage", t
         """The reward, and what the options ask for."""
         extra = {Column.BASELINE} if self.baseline == "greedy" else set()
         extra |= {Column.TOKEN_REWARD} if self.credit == "to_go" else set()
+        extra |= {Column.DISCARD} if self.kept_only else set()
         return frozenset({Column.REWARD}) | extra
 
     @property
@@ -243,6 +248,41 @@ class MarkCovariance(Config, frozen=True, kw_only=True, tag="mark_covariance", t
             raise ConfigError(f"mark_covariance with share={self.share}", expected="0 < share < 1")
 
 
+class MarkEntropy(Config, frozen=True, kw_only=True, tag="mark_entropy", tag_field="type"):
+    """Marks the ⌈share · N⌉ of a draw's N trained tokens at which the learner is least sure, for
+    ``limit: {marked: true}`` (arXiv 2506.01939, which takes a fifth of a batch).
+
+    One more pass over the draw, with the weights before the update. Discarded answers neither
+    count nor are marked. Of equal entropies the earlier token is marked.
+    """
+
+    share: float = 0.2
+    needs: ClassVar[Columns] = frozenset()
+    provides: ClassVar[Columns] = frozenset({Column.MARK})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ConfigError(f"mark_entropy with share={self.share}", expected="0 < share < 1")
+
+
+class ImitateFailures(Config, frozen=True, kw_only=True, tag="imitate_failures", tag_field="type"):
+    """Groups that fail are shown the demonstration, others learn from themselves (HPT, 2509.04419).
+
+    A group in which at most ``gate`` rollouts have a reward of ``success`` or more keeps its
+    members by ``author`` and discards the rollouts; any other group does the opposite.
+    """
+
+    gate: int = 0
+    success: float = 1.0
+    author: Kind = Kind.EXTERNAL
+    needs: ClassVar[Columns] = frozenset({Column.REWARD})
+    provides: ClassVar[Columns] = frozenset({Column.DISCARD})
+
+    def __post_init__(self) -> None:
+        if self.gate < 0:
+            raise ConfigError(f"imitate_failures with gate={self.gate}", expected="0 or more")
+
+
 class TrainerLogprobs(Config, frozen=True, kw_only=True, tag="trainer_logprobs", tag_field="type"):
     """The learner's own log-probs of what its sampler wrote, before the update.
 
@@ -265,6 +305,8 @@ CreditSpec = (
     | DropCutOff
     | ClipCovariance
     | MarkCovariance
+    | MarkEntropy
+    | ImitateFailures
     | TrainerLogprobs
 )
 

@@ -101,6 +101,13 @@ class LocalPolicy:
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory, at temperature 1; NaN where nothing is trained."""
+        return self._scored(trajectories, Stat.LOGPROB)
+
+    def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory, in nats; NaN where nothing is trained."""
+        return self._scored(trajectories, Stat.ENTROPY)
+
+    def _scored(self, trajectories: Sequence[Trajectory], stat: Stat) -> list[FloatArray]:
         self._check_speaks()
         out: list[FloatArray] = []
         for batch, members in pack_trajectories(trajectories, max_tokens=SCORE_TOKENS):
@@ -110,10 +117,10 @@ class LocalPolicy:
                     self._model.predicting(on_device),
                     self._model.head,
                     on_device,
-                    wanted=frozenset({Stat.LOGPROB}),
+                    wanted=frozenset({stat}),
                     vocab_size=self._model.vocab_size,
                 )
-            values = stats[Stat.LOGPROB].cpu().numpy()
+            values = stats[stat].cpu().numpy()
             out.extend(_spread(values, batch, [trajectories[m] for m in members]))
         return out
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
 from posttrain.methods import Method
-from posttrain.methods.guided import GuidedGrpo, Luffy, PrefixRft, Uft
+from posttrain.methods.guided import GuidedGrpo, Hpt, Luffy, PrefixRft, Uft
 from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
 
 
@@ -50,6 +50,7 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "guided_grpo": _of(GuidedGrpo(tasks=_TASKS, start=0.5, draws=20, max_new_tokens=ANSWER)),
         "uft": _of(Uft(tasks=_TASKS, draws=30, max_new_tokens=ANSWER), groups=32),
         "prefix_rft": _of(PrefixRft(tasks=_TASKS, draws=30, max_new_tokens=ANSWER)),
+        "hpt": _of(Hpt(tasks=_TASKS, max_new_tokens=ANSWER)),
         "luffy": _of(Luffy(tasks=_TASKS, max_new_tokens=ANSWER), lr=1e-3),
     }
 )

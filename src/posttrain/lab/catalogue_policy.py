@@ -92,6 +92,9 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "clip_cov": _of(ClipCov(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
         "kl_cov": _of(KlCov(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
         "high_entropy": _of(HighEntropy(tasks=_TASKS, max_new_tokens=ANSWER)),
+        "high_entropy_per_sequence": _of(
+            HighEntropy(tasks=_TASKS, over="sequence", max_new_tokens=ANSWER)
+        ),
         "adaptive_entropy": _of(AdaptiveEntropy(tasks=_TASKS, max_new_tokens=ANSWER)),
         "reinforce": _of(Reinforce(tasks=_TASKS, group_size=1, max_new_tokens=ANSWER)),
         "rloo": _of(Rloo(tasks=_TASKS, group_size=4, max_new_tokens=ANSWER)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from msgspec.structs import replace
+
 from posttrain.composition import (
     AssumedCertainGradient,
     AssumedOwnGradient,
@@ -13,6 +15,7 @@ from posttrain.composition import (
     EntropyBonus,
     GroupAdvantage,
     Guided,
+    ImitateFailures,
     Limit,
     OwnLogprobs,
     Rollouts,
@@ -220,4 +223,43 @@ class Luffy(OnGuided, frozen=True, kw_only=True, tag="luffy", tag_field="name"):
         return _guided(self, company, (GroupAdvantage(scale="none"),), own, given, *bonus)
 
 
-GuidedMethod = GuidedGrpo | Uft | PrefixRft | Luffy
+class Hpt(OnGuided, frozen=True, kw_only=True, tag="hpt", tag_field="name"):
+    """Hybrid post-training: prompts that fail are imitated, all others are explored.
+
+    Where at most ``gate`` of a group's rollouts are right, the demonstration is learnt and the
+    rollouts are left out; elsewhere the opposite. The policy gradient is Dr.GRPO's, which was not
+    confirmed against the paper.
+    """
+
+    group_size: int = 8
+    gate: int = 0
+    success: float = 1.0
+    nll_weight: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "-log pi(y*) where at most gate rollouts are right, else Dr.GRPO"
+    paper: ClassVar[str] = "2509.04419"
+
+    def compose(self) -> Composition:
+        """Rollouts and a demonstration; one of the two is discarded; a loss for each."""
+        company = Guided(
+            column=self.demonstration, author=self.author, members=1, start=1, end=1, learn=True
+        )
+        imitate = CrossEntropy(weight=self.nll_weight, where=(self.author,))
+        explore = ClippedPolicyGradient(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            aggregate="sequence_sum",
+            weight=1 / self.max_new_tokens,
+        )
+        signals = (
+            ImitateFailures(gate=self.gate, success=self.success, author=self.author),
+            GroupAdvantage(scale="none", kept_only=True),
+        )
+        more = replace(self, group_size=self.group_size + 1)  # group_size counts the rollouts
+        return _guided(more, company, signals, imitate, explore)
+
+
+GuidedMethod = GuidedGrpo | Uft | PrefixRft | Luffy | Hpt

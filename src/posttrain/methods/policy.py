@@ -18,6 +18,7 @@ from posttrain.composition import (
     Limit,
     LogRatioPenalty,
     MarkCovariance,
+    MarkEntropy,
     Mismatch,
     PolicyGradient,
     PolicyRef,
@@ -264,9 +265,11 @@ class KlCov(OnRollouts, frozen=True, kw_only=True, tag="kl_cov", tag_field="name
 class HighEntropy(OnRollouts, frozen=True, kw_only=True, tag="high_entropy", tag_field="name"):
     """A gradient only where the policy hesitates: the fifth of the tokens of highest entropy.
 
-    The threshold is per sequence; the paper's is per batch.
+    ``over: draw`` compares the tokens of a whole draw, as the paper does with a batch, in one more
+    pass over it; ``sequence`` those of each answer, at no cost.
     """
 
+    over: Literal["draw", "sequence"] = "draw"
     entropy_share: float = 0.2
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -275,13 +278,12 @@ class HighEntropy(OnRollouts, frozen=True, kw_only=True, tag="high_entropy", tag
     paper: ClassVar[str] = "2506.01939"
 
     def compose(self) -> Composition:
-        """Group advantage; clipped policy gradient, limited by entropy."""
-        term = ClippedPolicyGradient(
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            limit=Limit(entropy_share=self.entropy_share),
-        )
-        return on_rollouts(self, (GroupAdvantage(),), (term,))
+        """Group advantage, marks; clipped policy gradient, limited by entropy."""
+        whole = self.over == "draw"
+        limit = Limit(marked=True) if whole else Limit(entropy_share=self.entropy_share)
+        marks = (MarkEntropy(share=self.entropy_share),) if whole else ()
+        term = ClippedPolicyGradient(clip_low=self.clip_low, clip_high=self.clip_high, limit=limit)
+        return on_rollouts(self, (GroupAdvantage(), *marks), (term,))
 
 
 class AdaptiveEntropy(

@@ -47,6 +47,8 @@ def kept_units(
         sign = 1 if limit.preference == "chosen" else -1
         wanted_S = batch.columns[Column.PREFERENCE] * sign > 0
         keep = keep & (wanted_S[batch.sequence_N] if term.unit == "token" else wanted_S)
+    if limit.marked:
+        keep = keep & (batch.columns[Column.MARK] > 0)
     if limit.entropy_share is not None:
         if entropy_N is None:
             entropy_N = torch.zeros(len(batch.target_N), device=keep.device)

@@ -33,6 +33,29 @@ class GroupAdvantageSignal:
 
     def score(self, groups: Sequence[Group]) -> Sequence[Group]:
         """The same groups with ``ADVANTAGE`` [T] on every member."""
+        return self._of_kept(groups) if self.spec.kept_only else self._of_all(groups)
+
+    def _of_kept(self, groups: Sequence[Group]) -> list[Group]:
+        """Advantages among members that nobody discarded; 0 for the others."""
+        kept = [[m for m in g.members if not m.scalar(Column.DISCARD)] for g in groups]
+        enough = [ms if len(ms) >= self.spec.min_group else [] for ms in kept]
+        among = [
+            Group(task=g.task, members=tuple(ms))
+            for g, ms in zip(groups, enough, strict=True)
+            if ms
+        ]
+        found = {
+            id(m.trajectory): m.columns[Column.ADVANTAGE]
+            for g in self._of_all(among)
+            for m in g.members
+        }
+        values = [
+            [found.get(id(m.trajectory), np.zeros(len(m.trajectory))) for m in g.members]
+            for g in groups
+        ]
+        return with_advantages(groups, values)
+
+    def _of_all(self, groups: Sequence[Group]) -> list[Group]:
         if not groups:
             return []
         returns = [member_returns(g, at_least=self.spec.min_group) for g in groups]

@@ -10,9 +10,11 @@ from posttrain.composition.credit import (
     DropCutOff,
     GreedyBaseline,
     GroupAdvantage,
+    ImitateFailures,
     KeepInformative,
     KLPenalty,
     MarkCovariance,
+    MarkEntropy,
     SoftLengthPenalty,
 )
 from posttrain.protocols import Policy, Signal
@@ -21,8 +23,10 @@ from posttrain.signals.mismatch import GreedyBaselineSignal, TrainerLogprobsSign
 from posttrain.signals.selection import (
     ClipCovarianceSignal,
     DropCutOffSignal,
+    ImitateFailuresSignal,
     KeepInformativeSignal,
     MarkCovarianceSignal,
+    MarkEntropySignal,
 )
 from posttrain.signals.shaping import KLPenaltySignal, SoftLengthPenaltySignal
 
@@ -55,6 +59,10 @@ def credit_signal(spec: CreditSpec, *, live: Policy, judge: Signal, max_new_toke
             return ClipCovarianceSignal(spec)
         case MarkCovariance():
             return MarkCovarianceSignal(spec)
+        case MarkEntropy():
+            return MarkEntropySignal(spec, live)
+        case ImitateFailures():
+            return ImitateFailuresSignal(spec)
         case GreedyBaseline():
             return GreedyBaselineSignal(live, judge, max_new_tokens)
     return TrainerLogprobsSignal(live)

@@ -13,8 +13,15 @@ from typing import final
 
 import numpy as np
 
-from posttrain.composition.credit import ClipCovariance, KeepInformative, MarkCovariance
+from posttrain.composition.credit import (
+    ClipCovariance,
+    ImitateFailures,
+    KeepInformative,
+    MarkCovariance,
+    MarkEntropy,
+)
 from posttrain.errors import LegalityError
+from posttrain.protocols import Policy
 from posttrain.trajectory import Array, Column, Discard, End, Group, Scored
 
 
@@ -87,6 +94,52 @@ class MarkCovarianceSignal:
         cov_N = covariances(groups)
         most = max(int(self.spec.share * len(cov_N)), 1)
         return _at_tokens(groups, np.argsort(-cov_N, kind="stable")[:most], _marked)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class MarkEntropySignal:
+    """Marks the tokens of the highest entropy."""
+
+    spec: MarkEntropy
+    live: Policy
+
+    def score(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """The same groups with ``MARK`` on every member."""
+        members = [m for g in groups for m in g.members]
+        scored = self.live.entropies([m.trajectory for m in members])
+        parts = [
+            np.where(bool(m.scalar(Column.DISCARD)), -np.inf, v[m.trajectory.trainable])
+            for m, v in zip(members, scored, strict=True)
+        ]
+        entropy_N = np.concatenate(parts) if parts else np.zeros(0)
+        # A sequence without a prompt has a first token that nothing predicts: its entropy is NaN.
+        entropy_N = np.where(np.isnan(entropy_N), -np.inf, entropy_N)
+        # Less a hair: 0.1 * 30 must not become 4 by rounding.
+        most = int(np.ceil(self.spec.share * np.isfinite(entropy_N).sum() - 1e-9))
+        return _at_tokens(groups, np.argsort(-entropy_N, kind="stable")[:most], _marked)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ImitateFailuresSignal:
+    """Discards either the demonstrations of a group or its rollouts."""
+
+    spec: ImitateFailures
+
+    def score(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """The same groups with ``DISCARD`` on every member."""
+        return [_discarding(g, self._verdict(g)) for g in groups]
+
+    def _verdict(self, group: Group) -> Callable[[Scored], Discard]:
+        def shown(member: Scored) -> bool:
+            return self.spec.author in member.trajectory.authors
+
+        rewards = [float(m.columns[Column.REWARD]) for m in group.members if not shown(m)]
+        failed = sum(r >= self.spec.success for r in rewards) <= self.spec.gate
+        if failed:
+            return lambda member: Discard.KEPT if shown(member) else Discard.IMITATED
+        return lambda member: Discard.NOT_NEEDED if shown(member) else Discard.KEPT
 
 
 def covariances(groups: Sequence[Group]) -> Array:
