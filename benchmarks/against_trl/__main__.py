@@ -107,7 +107,7 @@ class Bench:
                 load = chosen.loads[work]
                 folder = self._material(SIZES[size], work, load, steps=chosen.pairs + 2)
                 jobs = tuple(self._job(side, work, folder, load) for side in ("ours", "trl"))
-                entry = run_pairs(jobs, size=size, count=chosen.pairs, folder=folder)
+                entry = run_pairs(jobs, dims=SIZES[size], count=chosen.pairs, folder=folder)
                 self._results.pairs[f"{work}/{size}"] = entry
                 _tell(summary(entry))
                 self._rate(size, entry.conditions)

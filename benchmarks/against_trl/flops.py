@@ -12,8 +12,10 @@ and so is every recomputation, so no program can be faster than this count over 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from against_trl.plan import Dims, Load, Work
 
@@ -80,6 +82,35 @@ def step(work: Work, dims: Dims, trees: Sequence[Tree]) -> int:
     train = (1 + BACKWARD) * once
     extra = {"sft": 0, "dpo": once, "grpo": once, "opd": 2 * once, "opd_distinct": 2 * once}
     return train + extra[work]
+
+
+def trees_of(work: Work, folder: Path, load: Load) -> list[Tree]:
+    """The trees of all material in a folder: every document, pair or prompt as long as it is."""
+    if work == "sft":
+        # The end token that both sides add to a document is its last.
+        return [Tree(0, (_words(row["text"]) + 1,)) for row in _rows(folder / "documents.jsonl")]
+    if work == "dpo":
+        return [
+            Tree(_words(row["prompt"]), tuple(_words(row[s]) + 1 for s in ("chosen", "rejected")))
+            for row in _rows(folder / "pairs.jsonl")
+        ]
+    branches = (load.completion_tokens,) * load.group_size
+    return [Tree(_words(row["prompt"]), branches) for row in _rows(folder / "prompts.jsonl")[:-1]]
+
+
+def units(work: Work, trees: Sequence[Tree], load: Load) -> float:
+    """What these trees are worth: tokens for SFT, pairs for DPO, steps for the others."""
+    if work == "sft":
+        return sum(sum(tree.branches) for tree in trees)
+    return len(trees) / (1 if work == "dpo" else load.groups)
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def generated(load: Load) -> list[Tree]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from against_trl.flops import Tree, step
 from against_trl.plan import (
     EXACT_BAR,
     GROUP_BAR,
@@ -186,15 +185,6 @@ def _memory(results: Results) -> Iterator[str]:
         )
 
 
-def trees(entry: Pairs) -> list[Tree]:
-    """What a step held, at mean lengths."""
-    load = entry.load
-    if entry.work == "sft":
-        tokens = statistics.mean(entry.ours.units)
-        return [Tree(0, (round(tokens / load.groups),))] * load.groups
-    return [Tree(load.prompt_tokens, (load.completion_tokens,) * load.group_size)] * load.groups
-
-
 def _limit(results: Results) -> Iterator[str]:
     entries = [e for e in _entries(results) if e.size in results.rates]
     if not entries:
@@ -203,22 +193,22 @@ def _limit(results: Results) -> Iterator[str]:
         "Operations that the step's tokens need (`against_trl/flops.py`: matrix products, every "
         "shared prompt once, the head where something is predicted, backward twice forward) over "
         "the rate of matrix products with the model's shapes on the same threads, divided by the "
-        "median step. TRL's share is of the same necessary operations.\n"
+        "median time. TRL's share is of the same necessary operations. Per step; SFT per 1,000 "
+        "tokens, DPO per pair.\n"
     )
-    yield "| work | model | GFLOP per step | GFLOP/s | limit, s | ours | TRL | bar | |"
+    yield "| work | model | GFLOP | GFLOP/s | limit, s | ours | TRL | bar | |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for entry in entries:
         work: Work = entry.work  # type: ignore[assignment]
         rate: Rate = results.rates[entry.size]
-        needed = step(work, SIZES[entry.size], trees(entry))
-        limit = needed / rate.per_second
-        # SFT steps differ in tokens: the cost of one is scaled to the mean step of ours.
-        worth = statistics.mean(entry.ours.units)
-        shares = [limit / (worth * statistics.median(s.costs)) for s in (entry.ours, entry.trl)]
+        limit = entry.operations / rate.per_second
+        shares = [limit / statistics.median(s.costs) for s in (entry.ours, entry.trl)]
+        shown = 1000 if work == "sft" else 1
+        needed, rated = shown * entry.operations / 1e9, rate.per_second / 1e9
         bar = LIMIT_BAR if work == "grpo" and entry.size in LIMIT_SIZES else None
         yield (
-            f"| {TITLES[work].split(',')[0]} | {entry.size} | {needed / 1e9:.0f} | "
-            f"{rate.per_second / 1e9:.0f} | {limit:.2f} | {shares[0]:.0%} | {shares[1]:.0%} | "
+            f"| {TITLES[work].split(',')[0]} | {entry.size} | {needed:.3g} | {rated:.0f} | "
+            f"{shown * limit:.3g} | {shares[0]:.0%} | {shares[1]:.0%} | "
             f"{f'≥ {bar.least:.0%} ({bar.hope:.0%})' if bar else '–'} | "
             f"{judge(shares[0], bar) if bar else ''} |"
         )

@@ -14,8 +14,9 @@ from typing import IO
 import msgspec
 import psutil
 
+from against_trl.flops import step, trees_of, units
 from against_trl.machine import ROOT, Watch
-from against_trl.plan import Job
+from against_trl.plan import Dims, Job
 from against_trl.results import Conditions, Measured, Pairs
 
 WARM_UP = 1
@@ -130,13 +131,16 @@ def _units(job: Job, parts: dict[str, list[float]], count: int) -> list[float]:
     return [float(job.load.groups if job.work == "dpo" else 1)] * count
 
 
-def run_pairs(jobs: tuple[Job, Job], *, size: str, count: int, folder: Path) -> Pairs:
+def run_pairs(jobs: tuple[Job, Job], *, dims: Dims, count: int, folder: Path) -> Pairs:
     """Step both sides in turn: ours, TRL, ours, TRL …, after a warm-up step of each."""
     measured, conditions = run_in_turn(jobs, count=count, folder=folder)
     ours, theirs = jobs
+    trees = trees_of(ours.work, folder, ours.load)
+    worth = units(ours.work, trees, ours.load)
     return Pairs(
         work=ours.work,
-        size=size,
+        size=dims.name,
+        operations=step(ours.work, dims, trees) / worth,
         load=ours.load,
         settings=theirs.theirs,
         own=ours.ours,

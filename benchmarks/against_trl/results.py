@@ -63,6 +63,7 @@ class Pairs(msgspec.Struct, frozen=True, kw_only=True):
     load: Load
     settings: Theirs
     own: Ours
+    operations: float  # that a unit needs
     ours: Measured
     trl: Measured
     conditions: Conditions
@@ -113,9 +114,15 @@ class Results(msgspec.Struct, kw_only=True):
 
 
 def load_results(path: Path, *, machine: Machine) -> Results:
-    """Earlier results of the same machine and versions, to go on from; else an empty set."""
+    """Earlier results of the same machine and versions, to go on from; else an empty set.
+
+    Results that an older form of the benchmark wrote are not gone on from either.
+    """
     if path.is_file():
-        found = msgspec.json.decode(path.read_bytes(), type=Results)
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=Results)
+        except msgspec.ValidationError:
+            return Results(machine=machine)
         if found.machine == machine:
             return found
     return Results(machine=machine)
