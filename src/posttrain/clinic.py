@@ -43,7 +43,8 @@ def diagnose(
 ) -> None:
     """What holds a model back, with the evidence, and the recipe of the next stage.
 
-    Writes OUT/diagnosis.json and OUT/next.yaml. `posttrain run OUT/next.yaml` does what it says.
+    Writes OUT/diagnosis.html (the card), OUT/diagnosis.json and OUT/next.yaml.
+    `posttrain run OUT/next.yaml` does what it says.
     """
     from rich.console import Console as Terminal
 

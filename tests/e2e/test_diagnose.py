@@ -15,6 +15,7 @@ from posttrain.lab.corpus import demonstrations, write_rows
 from posttrain.lab.settings import SETTINGS
 from posttrain.lab.tour import ANSWER, BASE
 from posttrain.recipe import load_recipe
+from posttrain.report.card import render_card
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ def bare(lab):
 def test_the_lab_is_diagnosed_as_it_was_built(bare):
     folder, shown = bare
     found = Diagnosis.from_json((folder / "diagnosis.json").read_text())
+    assert (folder / "diagnosis.html").read_text() == render_card(found)
     named = {t.task: str(t.bottleneck) for t in found.tasks}
     assert named == {"sums": "saturation", "products": "choice", "reverse": "support"}
     for word in ("SATURATION", "CHOICE", "SUPPORT", "pass@64 is 0.00", "overturned by"):

@@ -25,6 +25,7 @@ from posttrain.preview import read_shape
 from posttrain.probes.measurement import Measurement
 from posttrain.protocols import Engine
 from posttrain.recipe import JsonlTasks, Recipe, TaskSetSpec
+from posttrain.report.card import render_card
 from posttrain.tasks import build_taskset
 
 BUDGET = 60_000
@@ -161,10 +162,15 @@ def _size(model: str) -> int | None:
 
 
 def write_diagnosis(found: Diagnosis, out: Path) -> list[Path]:
-    """Write ``diagnosis.json``, and ``next.yaml`` when there is a next stage; returns the paths."""
+    """Write ``diagnosis.html``, ``diagnosis.json``, and ``next.yaml`` when there is a next stage.
+
+    Returns:
+        the paths.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    written = [out / "diagnosis.json"]
-    write_atomic(written[0], found.to_json())
+    written = [out / "diagnosis.html", out / "diagnosis.json"]
+    write_atomic(written[0], render_card(found))
+    write_atomic(written[1], found.to_json())
     recipe = out / "next.yaml"
     if found.next is not None and found.next.recipe is not None:
         write_atomic(recipe, found.next.recipe)
