@@ -68,6 +68,9 @@ class Sampling:
     Truncation (``top_k``, ``top_p``, ``min_p``) is applied after the temperature, in that order,
     and the log-probs of a span are those of the truncated, renormalised distribution.
 
+    A completion ends after the token that completes one of the ``stop`` strings; the string stays
+    in its text. When to end is part of the record and changes no token's log-prob.
+
     Example:
         >>> Sampling(temperature=0.7).is_truncated, Sampling(top_p=0.9).is_truncated
         (False, True)
@@ -78,6 +81,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -87,6 +91,8 @@ class Sampling:
                 f"top_k={self.top_k} top_p={self.top_p} min_p={self.min_p}",
                 expected="top_k >= 0, 0 < top_p <= 1, 0 <= min_p < 1",
             )
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise DataError(f"stop={self.stop!r}", expected="a tuple of strings, none empty")
 
     @property
     def is_truncated(self) -> bool:

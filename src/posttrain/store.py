@@ -43,7 +43,7 @@ __all__ = [
     "write_uses",
 ]
 
-_ROWS: Final = {"trajectories/1": 1 << 12, "uses/1": 1 << 16}  # per group; shapes the bytes
+_ROWS: Final = {"trajectories/2": 1 << 12, "uses/1": 1 << 16}  # per group; shapes the bytes
 
 _SPAN: Final = pa.struct(
     [
@@ -59,6 +59,7 @@ _SPAN: Final = pa.struct(
         pa.field("top_p", pa.float64()),
         pa.field("min_p", pa.float64()),
         pa.field("seed", pa.int64()),
+        pa.field("stop", pa.list_(pa.string())),
         pa.field("logprobs", pa.list_(pa.float32())),  # null: unknown, which is not zero
     ]
 )
@@ -73,7 +74,7 @@ _TRAJECTORIES: Final = pa.schema(
         pa.field("spans", pa.list_(_SPAN), nullable=False),
         pa.field("text", pa.string()),
     ],
-    metadata={"posttrain": "trajectories/1"},
+    metadata={"posttrain": "trajectories/2"},
 )
 _USES: Final = pa.schema(
     [
@@ -94,13 +95,13 @@ _USES: Final = pa.schema(
     ],
     metadata={"posttrain": "uses/1"},
 )
-_SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "seed")
+_SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
 # Parquet's dictionary encoding, for columns that repeat themselves.
 _REPEATING_SPAN: Final = tuple(
     f"spans.list.element.{name}" for name in ("role", "kind", "producer", "digest")
 )
 _REPEATING: Final = {
-    "trajectories/1": ["task", "end", "parent", *_REPEATING_SPAN],
+    "trajectories/2": ["task", "end", "parent", *_REPEATING_SPAN],
     "uses/1": ["trajectory", "task", "kind", "producer", "stage", "role", "reason"],
 }
 
@@ -422,9 +423,14 @@ def _span(row: Mapping[str, Any], logprobs: Array | None) -> Span:
         role=Role(row["role"]),
         producer=Producer(kind=Kind(row["kind"]), name=row["producer"], digest=row["digest"]),
         versions=None if first is None else (first, row["last_version"]),
-        sampling=None if row["temperature"] is None else Sampling(**{k: row[k] for k in _SAMPLING}),
+        sampling=None if row["temperature"] is None else _sampling(row),
         logprobs=logprobs,
     )
+
+
+def _sampling(row: Mapping[str, Any]) -> Sampling:
+    read = {name: row[name] for name in _SAMPLING}
+    return Sampling(**{**read, "stop": tuple(read["stop"])})
 
 
 def _pieces(array: pa.ListArray) -> list[Array]:

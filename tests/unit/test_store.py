@@ -194,6 +194,19 @@ def with_said(t: Trajectory, **changes: object) -> Trajectory:
     return replace(t, spans=(t.spans[0], replace(t.spans[1], **changes)))
 
 
+def test_stop_strings_come_back_and_are_part_of_the_id(tmp_path: Path) -> None:
+    stopped = with_said(rollout(), sampling=Sampling(seed=0, stop=("\n\n", "END")))
+    write_trajectories(tmp_path / "t", [stopped, rollout()])
+    read = {t.id: t.spans[1].sampling for t in read_trajectories(tmp_path / "t")}
+    assert read == {stopped.id: stopped.spans[1].sampling, rollout().id: Sampling(seed=0)}
+
+
+@pytest.mark.parametrize("stop", [("",), "END"])
+def test_stop_strings_are_a_tuple_of_something(stop: object) -> None:
+    with pytest.raises(DataError, match="stop="):
+        Sampling(stop=stop)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("trajectory", "complaint"),
     [

@@ -17,12 +17,17 @@ from posttrain.trajectory import Column
 
 
 class SamplingSpec(Config, frozen=True, kw_only=True):
-    """How a policy is sampled. Defaults are the policy's own distribution, untouched."""
+    """How a policy is sampled. Defaults are the policy's own distribution, untouched.
+
+    An answer also ends after a token that completes one of the ``stop`` strings, which stays in
+    its text.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.with_seed(0)  # refuses what no sampler could draw from
@@ -35,6 +40,7 @@ class SamplingSpec(Config, frozen=True, kw_only=True):
             top_p=self.top_p,
             min_p=self.min_p,
             seed=seed,
+            stop=self.stop,
         )
 
     @property

@@ -26,7 +26,8 @@ from transformers import (
 from transformers.utils import logging as library_logging
 
 from posttrain.batch import PackedBatch, Segment
-from posttrain.engines.attention import IMPLEMENTATION, PLAN, PackedPlan, Plan
+from posttrain.engines.attention import IMPLEMENTATION, PackedPlan, Plan
+from posttrain.engines.recording import Recording, stock_hidden
 from posttrain.errors import ModelError
 from posttrain.files import hash_folder
 from posttrain.head import Head, LinearHead
@@ -52,6 +53,10 @@ class Model:
     speaks: bool = True  # False where the folder has no output head: a classifier
     logit_scale: float = 1.0
     logit_cap: float | None = None
+    recording: Recording = field(init=False)  # the decoder's forward, for sampling
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recording", Recording(self.causal))
 
     @classmethod
     def of(
@@ -93,14 +98,7 @@ class Model:
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, plan: Plan) -> Tensor:
         """Final hidden states [T, X] of packed tokens."""
-        out = self.causal.base_model(
-            input_ids=tokens_T[None],
-            position_ids=positions_T[None],
-            use_cache=False,
-            **{PLAN: plan},
-        )
-        states: Tensor = out.last_hidden_state[0]
-        return states
+        return stock_hidden(self.causal.base_model, tokens_T, positions_T, plan)
 
     def predicting(self, batch: PackedBatch) -> Tensor:
         """Hidden states [N, X] that predict the batch's trained tokens."""
@@ -124,6 +122,13 @@ class Model:
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
         return head
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, special ones left out and all else untouched."""
+        ids = [int(t) for t in tokens]
+        return str(
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
 
 def resolve_folder(name: str) -> Path:

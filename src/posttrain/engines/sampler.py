@@ -1,21 +1,27 @@
 """The local sampler: completions from the learner's own weights, no copy and no second engine.
 
-    requests ──▶ waves ──prefill──▶ one key/value prefix per distinct prompt
-                         ──decode──▶ rows: one token each ──▶ sample ──▶ finished rows leave
+    requests ──▶ Queue ──admit──▶ prefill new prompts ──▶ first token of every row that enters
+                   ▲                                          │
+                   │ rows leave when they end                 ▼
+                   └────────── harvest ◀── record ◀── decode: one token per row
 
 Each distinct prompt is computed once for all its completions, and its keys and values are stored
-and read once per group. Randomness is per request: row i draws its uniforms from its own seed, so
-a completion does not depend on what else is in the batch.
+and read once (``decoding.py``). Rows that finish leave at once and waiting ones take their places.
+Randomness is per request: each row draws its uniforms from its own seed, so a completion does not
+depend on what else is in the batch, up to float rounding of about 1e-6 in its log-probs.
 
-Shape legend: ``P`` prompts of a wave, ``G`` rows per prompt, ``R = P·G`` rows, ``H`` query heads,
-``J`` key/value heads, ``D`` head size, ``L`` padded prompt length, ``C`` completion capacity,
-``V`` vocabulary.
+Written for CUDA too (rows are looked at every few tokens there, so the device runs ahead), and
+not run on a GPU yet.
+
+Shape legend: ``S`` row slots, ``C`` most tokens of a completion, ``N`` some rows, ``X`` hidden
+size, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import final
 
 import numpy as np
 import torch
@@ -23,8 +29,12 @@ from torch import Tensor
 
 from posttrain import clock
 from posttrain.batch import Segment
+from posttrain.engines.admission import Limits, Prompt, Queue
 from posttrain.engines.attention import PackedPlan
+from posttrain.engines.decoding import DecodePlan, PrefillPlan
 from posttrain.engines.model import Model
+from posttrain.engines.sampling import sample
+from posttrain.engines.stops import find_stop
 from posttrain.errors import TaskError
 from posttrain.protocols import Completion, Request
 from posttrain.provenance import Sampling
@@ -34,99 +44,22 @@ MAX_ROWS = 1024
 """Rows decoded together. More rows use a wide machine better, and need more memory."""
 
 KEY_VALUE_BYTES = 2**31
-"""Most memory for keys and values of a wave; large models decode fewer rows together."""
+"""Most memory for keys and values; large models decode fewer rows together."""
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens computed together. A longer prompt is computed alone."""
 
 COMPACT_BELOW = 0.75
-"""Finished rows are dropped once fewer than this share of the rows is still going."""
+"""Empty row slots are dropped once fewer than this share of the slots is in use."""
 
+LOGIT_ELEMENTS = 2**20
+"""Logits held at a time: 4 MB stay in the caches of a CPU while they are sampled from."""
 
-@dataclass(slots=True, eq=False)
-class _PrefillPlan:
-    """Packed attention over the prompts that remembers every layer's keys and values."""
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+"""Tokens between two looks at which rows have ended. A look makes a GPU wait for the host."""
 
-    packed: PackedPlan
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
-    ) -> Tensor:
-        self.kept[layer] = (k, v)
-        return self.packed.attend(layer, q, k, v, scaling=scaling, window=window)
-
-
-@dataclass(slots=True, eq=False)
-class _Layer:
-    """Key/value storage of one layer, written in place."""
-
-    prefix_k: Tensor  # [P, J, L, D]
-    prefix_v: Tensor
-    own_k: Tensor  # [R, J, C, D]
-    own_v: Tensor
-
-
-@dataclass(slots=True, eq=False)
-class _DecodePlan:
-    """One new token per row, which reads its prompt's prefix and its own earlier tokens."""
-
-    layers: dict[int, _Layer]
-    lengths_P: Tensor  # prompt lengths
-    step: int = 0
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
-    ) -> Tensor:
-        """q [R, H, D], k and v [R, J, D] -> [R, H, D]."""
-        store, t = self.layers[layer], self.step
-        store.own_k[:, :, t] = k
-        store.own_v[:, :, t] = v
-        num_prompts, heads_kv, width, size = store.prefix_k.shape
-        rows, heads = q.shape[0], q.shape[1]
-        per_kv, per_prompt = heads // heads_kv, rows // num_prompts
-
-        def by_prompt(x: Tensor) -> Tensor:  # [R, J, per_kv, *] -> [P, J, G * per_kv, *]
-            folded = x.view(num_prompts, per_prompt, heads_kv, per_kv, -1)
-            return folded.transpose(1, 2).reshape(num_prompts, heads_kv, per_prompt * per_kv, -1)
-
-        q_rows = (q * scaling).view(rows, heads_kv, per_kv, size)
-        own = q_rows @ store.own_k[:, :, : t + 1].transpose(-1, -2)
-        prefix = by_prompt(q_rows) @ store.prefix_k.transpose(-1, -2)
-        prefix = prefix.masked_fill(~self._visible(width, window)[:, None, None], float("-inf"))
-        if window is not None and t + 1 > window:
-            own[..., : t + 1 - window] = float("-inf")
-        prefix = prefix.view(num_prompts, heads_kv, per_prompt, per_kv, width)
-        prefix = prefix.transpose(1, 2).reshape(rows, heads_kv, per_kv, width)
-
-        weights = torch.cat([prefix, own], -1).float().softmax(-1).to(q.dtype)
-        read_prefix = by_prompt(weights[..., :width]) @ store.prefix_v
-        read_prefix = read_prefix.view(num_prompts, heads_kv, per_prompt, per_kv, size)
-        read_prefix = read_prefix.transpose(1, 2).reshape(rows, heads_kv, per_kv, size)
-        read_own = weights[..., width:] @ store.own_v[:, :, : t + 1]
-        return (read_prefix + read_own).reshape(rows, heads, size)
-
-    def _visible(self, width: int, window: int | None) -> Tensor:
-        """[P, L] True where a prefix position exists and stands within the window."""
-        at = torch.arange(width, device=self.lengths_P.device)
-        visible = at < self.lengths_P[:, None]
-        if window is not None:
-            visible = visible & (self.lengths_P[:, None] + self.step - at < window)
-        return visible
-
-    def keep(self, prompts: Tensor, rows: Tensor) -> None:
-        """Drop everything but these prompts and rows."""
-        self.lengths_P = self.lengths_P[prompts]
-        for layer in self.layers.values():
-            layer.prefix_k, layer.prefix_v = layer.prefix_k[prompts], layer.prefix_v[prompts]
-            layer.own_k, layer.own_v = layer.own_k[rows], layer.own_v[rows]
-
-
-@dataclass(slots=True, eq=False)
-class _Wave:
-    """Requests decoded together: P prompts with up to G rows each; row id -1 is a filler."""
-
-    prompts: list[np.ndarray]
-    ids_PG: np.ndarray
-    sampling: Sampling
-    capacity: int
+STOP_EVERY = 8
+"""Tokens between two searches of the text for stop strings."""
 
 
 def generate(
@@ -135,7 +68,12 @@ def generate(
     """One completion per request, in order.
 
     Log-probs are those of the distribution that was sampled: after temperature and truncation.
-    Greedy requests (temperature 0) have log-prob 0, since that distribution is one point.
+    Greedy requests (temperature 0) have log-prob 0, since that distribution is one point. A
+    completion ends after an end token, after the token that completes a stop string, after
+    ``max_new_tokens``, or where the model's context is full.
+
+    Raises:
+        TaskError: a prompt without tokens, or without room for one more.
     """
     for request in requests:
         if not 0 < len(request.prompt) < model.context or request.max_new_tokens < 1:
@@ -145,188 +83,283 @@ def generate(
                 f"{model.context}), and at least 1 to draw",
                 fix="shorten the task's prompts, or use a model with a longer context",
             )
-    done: list[Completion | None] = [None] * len(requests)
+    if not requests:
+        return []
     with torch.inference_mode():
-        for wave in _waves(requests, model):
-            for index, completion in _run(model, requests, wave, end_tokens):
-                done[index] = completion
-    return [c for c in done if c is not None]
+        model.recording.prepare()
+        done = dict(_Batch.of(model, requests, end_tokens).run())
+    return [done[index] for index in range(len(requests))]
 
 
-def _waves(requests: Sequence[Request], model: Model) -> Iterator[_Wave]:
-    """Group requests by decoding and prompt; prompts of similar length go together."""
-    by_decoding: dict[tuple[Sampling, int], dict[bytes, list[int]]] = {}
-    for index, request in enumerate(requests):
-        decoding = (replace(request.sampling, seed=None), request.max_new_tokens)
-        prompts = by_decoding.setdefault(decoding, {})
-        prompts.setdefault(request.prompt.tobytes(), []).append(index)
-    for (sampling, capacity), prompts in by_decoding.items():
-        longest = max(len(requests[ids[0]].prompt) for ids in prompts.values())
-        rows = _rows_that_fit(model, capacity + longest)
-        chunks: list[list[int]] = []
-        for ids in prompts.values():
-            chunks.extend(ids[i : i + rows] for i in range(0, len(ids), rows))
-        chunks.sort(key=lambda ids: (len(requests[ids[0]].prompt), len(ids)))
-        wave: list[list[int]] = []
-        for ids in chunks:
-            widest = max([len(ids), *(len(w) for w in wave)])
-            if wave and widest * (len(wave) + 1) > rows:
-                yield _wave(wave, requests, sampling, capacity)
-                wave = []
-            wave.append(ids)
-        if wave:
-            yield _wave(wave, requests, sampling, capacity)
+def key_value_bytes(model: Model) -> int:
+    """Bytes that one token's keys and values take in all layers."""
+    config = model.causal.config.get_text_config()
+    heads = config.num_attention_heads
+    size = config.to_dict().get("head_dim") or config.hidden_size // heads
+    heads_kv = config.to_dict().get("num_key_value_heads") or heads
+    return int(2 * config.num_hidden_layers * heads_kv * size * model.causal.dtype.itemsize)
 
 
-def _rows_that_fit(model: Model, tokens: int) -> int:
-    """Rows of ``tokens`` keys and values each within the memory budget, at most MAX_ROWS."""
-    config = model.causal.config.get_text_config().to_dict()
-    heads = config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // heads
-    kept = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * size
-    per_row = kept * tokens * model.causal.dtype.itemsize
-    return max(1, min(MAX_ROWS, int(KEY_VALUE_BYTES // per_row)))
+def limits(model: Model, requests: Sequence[Request]) -> Limits:
+    """What fits into the memory meant for keys and values."""
+    return Limits(
+        rows=min(MAX_ROWS, len(requests)),
+        tokens=KEY_VALUE_BYTES // key_value_bytes(model),
+        prefill_tokens=PREFILL_TOKENS,
+        row_tokens=max(_most(model, r) for r in requests),
+    )
 
 
-def _wave(
-    chunks: list[list[int]], requests: Sequence[Request], sampling: Sampling, capacity: int
-) -> _Wave:
-    ids = np.full((len(chunks), max(len(c) for c in chunks)), -1)
-    for row, chunk in enumerate(chunks):
-        ids[row, : len(chunk)] = chunk
-    return _Wave([requests[c[0]].prompt for c in chunks], ids, sampling, capacity)
+def _most(model: Model, request: Request) -> int:
+    """Most tokens that may be drawn for a request."""
+    return min(request.max_new_tokens, model.context - len(request.prompt))
 
 
-def _run(
-    model: Model, requests: Sequence[Request], wave: _Wave, end_tokens: frozenset[int]
-) -> Iterator[tuple[int, Completion]]:
-    """Decode one wave; yields completions as their rows finish."""
-    device = model.device
-    lengths = np.array([len(p) for p in wave.prompts])
-    with clock.measure("prefill"):
-        plan, hidden_PX = _prefill(model, wave)
-    ids_PG = wave.ids_PG
-    ids_R = ids_PG.reshape(-1)
-    uniform = np.zeros((ids_R.size, wave.capacity))
-    for row, index in enumerate(ids_R):
-        if index >= 0:
-            rng = np.random.Generator(np.random.Philox(key=requests[index].sampling.seed or 0))
-            uniform[row] = rng.random(wave.capacity)
-    tokens_RC = np.zeros((ids_R.size, wave.capacity), np.int32)
-    logprobs_RC = np.zeros((ids_R.size, wave.capacity), np.float32)
-    alive_R = ids_R >= 0
-    room_R = np.repeat(model.context - lengths, ids_PG.shape[1])
-    logits_RV = model.head(hidden_PX).repeat_interleave(ids_PG.shape[1], 0)
-    ends = np.array(sorted(end_tokens))
+@final
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """The rows being decoded. A slot holds one row; an empty slot is computed and not read.
 
-    for t in range(wave.capacity):
-        draws = torch.from_numpy(uniform[:, t]).to(device)
-        token_R, logprob_R = sample(logits_RV, wave.sampling, draws)
-        tokens_RC[:, t], logprobs_RC[:, t] = token_R.cpu().numpy(), logprob_R.cpu().numpy()
-        ended_R = np.isin(tokens_RC[:, t], ends)
-        full_R = (t + 1 >= wave.capacity) | (t + 1 >= room_R)
-        for row in np.flatnonzero(alive_R & (ended_R | full_R)).tolist():
-            end = End.COMPLETED if ended_R[row] else End.LENGTH
-            if not ended_R[row] and t + 1 < wave.capacity:
-                end = End.CONTEXT
+    Arrays [S] live on the host; they change when rows come and go, and grow older by one per
+    step. Tensors live on the model's device.
+    """
+
+    model: Model
+    requests: Sequence[Request]
+    ends: Tensor
+    queue: Queue
+    plan: DecodePlan
+    kinds: list[Sampling]  # distinct ways of sampling
+    kind_of: list[int]  # of each request
+    tokens_SC: Tensor
+    logprobs_SC: Tensor
+    uniform_SC: np.ndarray
+    ended_S: Tensor
+    request_S: np.ndarray  # index of the request, −1 for an empty slot
+    age_S: np.ndarray  # tokens drawn
+    most_S: np.ndarray  # tokens that may be drawn
+    searched_S: np.ndarray  # tokens that were searched for stop strings
+    place_S: np.ndarray  # prompt slot; an empty row slot keeps its last
+    prompts: list[Prompt] = field(default_factory=list)  # of each prompt slot, let go or not
+    states: list[Tensor] = field(default_factory=list)  # [X] of each prompt slot's last token
+    num_slots: int = 0  # in use or emptied since the last compaction
+    since_look: int = 0
+    stale: bool = False  # rows have come or gone since the plan was arranged
+
+    @classmethod
+    def of(cls, model: Model, requests: Sequence[Request], end_tokens: frozenset[int]) -> _Batch:
+        """An empty batch, and everybody waiting."""
+        kinds: dict[Sampling, int] = {}
+        kind_of = [
+            kinds.setdefault(replace(r.sampling, seed=None, stop=()), len(kinds)) for r in requests
+        ]
+        bounds = limits(model, requests)
+        rows = bounds.room(prompts=1, width=min(len(r.prompt) for r in requests))
+        shape, device = (rows, bounds.row_tokens), model.device
+        return cls(
+            model=model,
+            requests=requests,
+            ends=torch.tensor(sorted(end_tokens), dtype=torch.int64, device=device),
+            queue=Queue.of(requests, bounds),
+            plan=DecodePlan(bounds.row_tokens),
+            kinds=list(kinds),
+            kind_of=kind_of,
+            tokens_SC=torch.zeros(shape, dtype=torch.int64, device=device),
+            logprobs_SC=torch.zeros(shape, device=device),
+            uniform_SC=np.zeros(shape),
+            ended_S=torch.zeros(rows, dtype=torch.bool, device=device),
+            request_S=np.full(rows, -1),
+            age_S=np.zeros(rows, np.int64),
+            most_S=np.zeros(rows, np.int64),
+            searched_S=np.zeros(rows, np.int64),
+            place_S=np.zeros(rows, np.int64),
+        )
+
+    def run(self) -> Iterator[tuple[int, Completion]]:
+        """Decode until nobody waits or is left; (index of the request, completion) as they end."""
+        yield from self._enter()
+        while self.queue.live:
+            self._compact()
+            self._draw(self._step(), np.arange(self.num_slots))
+            left = self.queue.live
+            yield from self._harvest()
+            if self.queue.live < left:
+                yield from self._enter()
+
+    # --- rows come ---
+
+    def _enter(self) -> Iterator[tuple[int, Completion]]:
+        """Let in whoever fits; some may end at their first token, and make room for more."""
+        while True:
+            fresh, rows = self.queue.admit()
+            if not rows:
+                return
+            if fresh:
+                with clock.measure("prefill"):
+                    self._prefill(fresh)
+            slots = self._seat(rows)
+            states = torch.stack([self.states[p] for p in self.place_S[slots]])
+            self._draw(states, slots)
+            yield from self._harvest()
+
+    def _prefill(self, fresh: Sequence[Prompt]) -> None:
+        """Compute prompts, packed one after the other, and keep what their rows will read."""
+        device = self.model.device
+        lengths = [len(p.tokens) for p in fresh]
+        ends = np.cumsum(lengths)
+        segments = [Segment(int(e) - n, n, None) for e, n in zip(ends, lengths, strict=True)]
+        plan = PrefillPlan(PackedPlan.of(segments, device=device))
+        tokens = np.concatenate([p.tokens for p in fresh]).astype(np.int64)
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        hidden_TX = self.model.recording.hidden(
+            torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), plan
+        )
+        states = hidden_TX[torch.from_numpy(ends - 1).to(device)]
+        vacant = [i for i, p in enumerate(self.prompts) if not p.is_open]
+        slots = [*vacant, *range(len(self.prompts), len(self.prompts) + len(fresh))][: len(fresh)]
+        for slot, prompt, state in zip(slots, fresh, states, strict=True):
+            if slot == len(self.prompts):
+                self.prompts.append(prompt)
+                self.states.append(state)
+            self.prompts[slot], self.states[slot], prompt.slot = prompt, state, slot
+        self.plan.store(slots, lengths, plan)
+
+    def _seat(self, rows: Sequence[tuple[Prompt, int]]) -> np.ndarray:
+        """Give every row an empty slot; returns the slots."""
+        slots = np.flatnonzero(self.request_S < 0)[: len(rows)]
+        for slot, (prompt, index) in zip(slots, rows, strict=True):
+            request = self.requests[index]
+            most = _most(self.model, request)
+            rng = np.random.Generator(np.random.Philox(key=request.sampling.seed or 0))
+            self.uniform_SC[slot, :most] = rng.random(most)
+            self.request_S[slot], self.most_S[slot] = index, most
+            self.place_S[slot] = prompt.slot
+        self.age_S[slots] = self.searched_S[slots] = 0
+        self.ended_S[torch.from_numpy(slots)] = False
+        self.num_slots = max(self.num_slots, int(slots.max()) + 1)
+        self.stale = True
+        return slots
+
+    # --- rows grow ---
+
+    def _step(self) -> Tensor:
+        """Feed every row its last token; hidden states [S, X] that predict the next."""
+        plan, num = self.plan, self.num_slots
+        if self.stale:
+            plan.arrange(self.place_S[:num], self.age_S[:num] - 1)
+            self.stale = False
+        plan.begin()
+        last_S = self.tokens_SC[:num].gather(1, plan.age_S[:, None])[:, 0]
+        hidden_SX = self.model.recording.hidden(last_S, plan.positions_S, plan)
+        plan.advance()
+        return hidden_SX
+
+    def _draw(self, hidden_NX: Tensor, slots: np.ndarray) -> None:
+        """Sample a token for each of these slots, and write it down."""
+        device = self.model.device
+        slot_N, age_N = torch.from_numpy(slots).to(device), torch.from_numpy(self.age_S[slots])
+        uniform_N = torch.from_numpy(self.uniform_SC[slots, self.age_S[slots]]).to(device)
+        kind_N = np.array([self.kind_of[i] for i in self.request_S[slots]])
+        tokens_N = torch.empty_like(slot_N)
+        logprobs_N = torch.empty(len(slots), device=device)
+        size = max(LOGIT_ELEMENTS // self.model.vocab_size, 1)
+        for first in range(0, len(slots), size):
+            part = slice(first, first + size)
+            logits = self.model.head(hidden_NX[part])
+            for kind in np.unique(kind_N[part]):
+                at = torch.from_numpy(np.flatnonzero(kind_N[part] == kind)).to(device) + first
+                mine = logits if len(at) == len(logits) else logits[at - first]
+                tokens_N[at], logprobs_N[at] = sample(mine, self.kinds[kind], uniform_N[at])
+        age_N = age_N.to(device)
+        self.tokens_SC[slot_N, age_N] = tokens_N
+        self.logprobs_SC[slot_N, age_N] = logprobs_N
+        self.ended_S[slot_N] |= torch.isin(tokens_N, self.ends)
+        self.age_S[slots] += 1
+        self.since_look += 1
+
+    # --- rows go ---
+
+    def _harvest(self) -> Iterator[tuple[int, Completion]]:
+        """Completions of the rows that have ended; their slots become empty."""
+        num = self.num_slots
+        live_S = self.request_S[:num] >= 0
+        full_S = live_S & (self.age_S[:num] >= self.most_S[:num])
+        if not full_S.any() and self.since_look < LOOK_EVERY[self.model.device.type]:
+            return
+        self.since_look = 0
+        ended_S = live_S & self.ended_S[:num].cpu().numpy()
+        stopped = self._stopped(live_S, full_S | ended_S)
+        rows = np.flatnonzero(full_S | ended_S | np.isin(np.arange(num), list(stopped)))
+        if not len(rows):
+            return
+        at = torch.from_numpy(rows).to(self.model.device)
+        tokens, logprobs = self.tokens_SC[at].cpu().numpy(), self.logprobs_SC[at].cpu().numpy()
+        ends = self.ends.cpu().numpy()
+        for row, drawn, values in zip(rows.tolist(), tokens, logprobs, strict=True):
+            hits = np.flatnonzero(np.isin(drawn[: self.age_S[row]], ends))
+            size = int(self.age_S[row])
+            size = min([size, *(hits[:1] + 1).tolist(), stopped.get(row, size)])
+            index = int(self.request_S[row])
+            end = End.COMPLETED
+            if not len(hits) and row not in stopped:
+                short = size < self.requests[index].max_new_tokens
+                end = End.CONTEXT if short else End.LENGTH
             yield (
-                int(ids_R[row]),
+                index,
                 Completion(
-                    tokens=tokens_RC[row, : t + 1].copy(),
-                    logprobs=logprobs_RC[row, : t + 1].copy(),
-                    end=end,
+                    tokens=drawn[:size].astype(np.int32), logprobs=values[:size].copy(), end=end
                 ),
             )
-        alive_R &= ~(ended_R | full_R)
-        if not alive_R.any():
+        self._empty(rows)
+
+    def _stopped(self, live_S: np.ndarray, last_S: np.ndarray) -> dict[int, int]:
+        """Tokens up to and with the one that completed a stop string, by row.
+
+        A row is searched every few tokens, and when it ends for another reason (``last_S``).
+        """
+        out: dict[int, int] = {}
+        for row in np.flatnonzero(live_S).tolist():
+            stops = self.requests[self.request_S[row]].sampling.stop
+            age, searched = int(self.age_S[row]), int(self.searched_S[row])
+            if not stops or not (last_S[row] or age - searched >= STOP_EVERY):
+                continue
+            tokens = self.tokens_SC[row, :age].tolist()
+            found = find_stop(tokens, stops, self.model.text, searched=searched)
+            self.searched_S[row] = age
+            if found is not None:
+                out[row] = found
+        return out
+
+    def _empty(self, rows: np.ndarray) -> None:
+        """Let rows go. Their slots grow as old as the oldest row, so that ages stay equal."""
+        for row in rows:
+            self.queue.leave(self.prompts[self.place_S[row]])
+        self.request_S[rows] = -1
+        self.queue.drop_closed()
+        num = self.num_slots
+        live_S = self.request_S[:num] >= 0
+        self.age_S[:num][~live_S] = self.age_S[:num][live_S].max(initial=0)
+        self.stale = True
+
+    def _compact(self) -> None:
+        """Move the rows together when too many slots are empty."""
+        live_S = self.request_S[: self.num_slots] >= 0
+        if live_S.mean() >= COMPACT_BELOW:
             return
-        if alive_R.mean() < COMPACT_BELOW:
-            prompts, rows = _survivors(alive_R.reshape(ids_PG.shape))
-            plan.keep(torch.from_numpy(prompts).to(device), torch.from_numpy(rows).to(device))
-            kept_alive = alive_R[rows]
-            # A short group is filled up with copies of a row; only the first copy is alive.
-            first = np.zeros(len(rows), bool)
-            first[np.unique(rows, return_index=True)[1]] = True
-            ids_PG = ids_R[rows].reshape(len(prompts), -1)
-            ids_R, alive_R = ids_R[rows], kept_alive & first
-            uniform, room_R, lengths = uniform[rows], room_R[rows], lengths[prompts]
-            tokens_RC, logprobs_RC = tokens_RC[rows], logprobs_RC[rows]
-        fed_R = torch.from_numpy(tokens_RC[:, t].astype(np.int64)).to(device)
-        positions_R = torch.from_numpy(np.repeat(lengths + t, ids_PG.shape[1])).to(device)
-        plan.step = t
-        logits_RV = model.head(model.hidden(fed_R, positions_R, plan))
-
-
-def _survivors(alive_PG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts with a live row, and as many rows of each as the fullest of them has."""
-    prompts = np.flatnonzero(alive_PG.any(1))
-    width = int(alive_PG.sum(1).max())
-    rows = []
-    for prompt in prompts:
-        live = np.flatnonzero(alive_PG[prompt])
-        rows.append(prompt * alive_PG.shape[1] + np.resize(live, width))
-    return prompts, np.concatenate(rows)
-
-
-def _prefill(model: Model, wave: _Wave) -> tuple[_DecodePlan, Tensor]:
-    """Compute every prompt once; returns the stores and the last hidden states [P, X]."""
-    device, num_rows = model.device, wave.ids_PG.size
-    lengths = [len(p) for p in wave.prompts]
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    segments = [Segment(int(s), n, None) for s, n in zip(starts, lengths, strict=True)]
-    prefill = _PrefillPlan(PackedPlan.of(segments, device=device))
-    tokens_T = torch.from_numpy(np.concatenate(wave.prompts).astype(np.int64)).to(device)
-    positions_T = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
-    hidden_TX = model.hidden(tokens_T, positions_T, prefill)
-
-    width = max(lengths)
-    gather_PL = torch.zeros(len(lengths), width, dtype=torch.int64)
-    for row, segment in enumerate(segments):
-        gather_PL[row, : segment.length] = segment.start + torch.arange(segment.length)
-    gather_PL = gather_PL.to(device)
-    layers: dict[int, _Layer] = {}
-    for layer, (k, v) in prefill.kept.items():
-        shape = (num_rows, k.shape[1], wave.capacity, k.shape[2])
-        layers[layer] = _Layer(
-            k[gather_PL].transpose(1, 2).contiguous(),
-            v[gather_PL].transpose(1, 2).contiguous(),
-            k.new_zeros(shape),
-            v.new_zeros(shape),
-        )
-    last = torch.from_numpy(starts + np.array(lengths) - 1).to(device)
-    return _DecodePlan(layers, torch.tensor(lengths, device=device)), hidden_TX[last]
-
-
-def sample(logits_RV: Tensor, sampling: Sampling, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a token per row by inverting its CDF at ``uniform_R`` in [0, 1).
-
-    Returns:
-        token ids [R], and their log-probs [R] under the distribution that was sampled.
-    """
-    if sampling.temperature == 0:
-        return logits_RV.argmax(-1), torch.zeros_like(logits_RV[:, 0])
-    logp_RV = _truncate((logits_RV / sampling.temperature).log_softmax(-1), sampling)
-    cdf_RV = logp_RV.double().exp().cumsum(-1)
-    target_R1 = (uniform_R.double() * cdf_RV[:, -1])[:, None]
-    token_R = torch.searchsorted(cdf_RV, target_R1, right=True)[:, 0]
-    token_R = token_R.clamp_max(logits_RV.shape[1] - 1)
-    return token_R, logp_RV.gather(-1, token_R[:, None])[:, 0]
-
-
-def _truncate(logp_RV: Tensor, sampling: Sampling) -> Tensor:
-    """Apply top-k, top-p and min-p, in that order, and renormalise."""
-    if not sampling.is_truncated:
-        return logp_RV
-    barred = torch.zeros_like(logp_RV, dtype=torch.bool)
-    if 0 < sampling.top_k < logp_RV.shape[1]:
-        # By index, not by value: of equal logits only as many stay as were asked for.
-        kept = logp_RV.topk(sampling.top_k, -1).indices
-        barred |= torch.ones_like(barred).scatter(-1, kept, False)
-    if sampling.top_p < 1:
-        masked = logp_RV.masked_fill(barred, float("-inf")).softmax(-1)
-        ordered, order = masked.sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
-        barred |= beyond.scatter(-1, order, beyond)
-    if sampling.min_p > 0:
-        barred |= logp_RV < logp_RV.amax(-1, keepdim=True) + float(np.log(sampling.min_p))
-    return logp_RV.masked_fill(barred, float("-inf")).log_softmax(-1)
+        rows = np.flatnonzero(live_S)
+        rows = rows[np.argsort(self.place_S[rows], kind="stable")]
+        places = [i for i, p in enumerate(self.prompts) if p.is_open]
+        self.plan.keep(places, rows.tolist())
+        self.prompts = [self.prompts[i] for i in places]
+        self.states = [self.states[i] for i in places]
+        for slot, prompt in enumerate(self.prompts):
+            prompt.slot = slot
+        num = len(rows)
+        self.place_S[:num] = np.searchsorted(places, self.place_S[rows])
+        for values in (self.request_S, self.age_S, self.most_S, self.searched_S, self.uniform_SC):
+            values[:num] = values[rows]
+        self.request_S[num:] = -1
+        at = torch.from_numpy(rows).to(self.model.device)
+        for drawn in (self.tokens_SC, self.logprobs_SC, self.ended_S):
+            drawn[:num] = drawn[at]
+        self.num_slots, self.stale = num, True
