@@ -18,7 +18,9 @@ from posttrain.diagnosis.card import Diagnosis
 from posttrain.diagnosis.diagnose import BUDGET, Practice
 from posttrain.diagnosis.diagnose import diagnose as find_bottleneck
 from posttrain.diagnosis.prescribe import NOTHING, Supplies
-from posttrain.diagnosis.rules import RuleBook
+from posttrain.diagnosis.rules import RuleBook, load_rules
+from posttrain.diagnosis.treat import Treated
+from posttrain.diagnosis.treat import treat as close_the_loop
 from posttrain.engines.local import LocalEngine
 from posttrain.engines.model import pick_device
 from posttrain.events import Observer, ignore
@@ -82,6 +84,42 @@ def diagnose(
         practice=Practice(book=book) if book else None,
         budget=budget or BUDGET,
         observe=observe,
+    )
+
+
+def treat(
+    recipe: Recipe,
+    *,
+    out: Path,
+    budget: int,
+    root: Path = Path(),
+    supplies: Supplies = NOTHING,
+    book: RuleBook | None = None,
+    observe: Observer = ignore,
+    stop: Callable[[], bool] = lambda: False,
+) -> Treated:
+    """Diagnose, prescribe, run and compare, until nothing helps or the budget is spent.
+
+    Args:
+        recipe: model, task sets and measuring; its stages are ignored.
+        out: the run folder.
+        budget: tokens sampled and trained, looking included.
+        root: folder that the recipe's paths are relative to.
+        supplies: what there is to treat the model with.
+        book: the rules; None takes the shipped ones.
+        observe: told about everything.
+        stop: asked between draws; True commits and raises ``Interrupted``.
+    """
+    return close_the_loop(
+        recipe,
+        out=out,
+        root=root,
+        engine=engine_for(recipe),
+        budget=budget,
+        supplies=supplies,
+        book=book or load_rules(),
+        observe=observe,
+        stop=stop,
     )
 
 

@@ -8,12 +8,9 @@ exit codes   0 done · 2 a mistake that the message explains · 3 a gate stopped
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -74,7 +71,7 @@ def run(recipe: Path, out: Path | None) -> None:
 
 
 def _go(recipe_path: Path, out: Path | None) -> None:
-    from posttrain.console import Console
+    from posttrain.console import Console, interrupts
     from posttrain.recipe import load_recipe
 
     recipe = load_recipe(recipe_path)
@@ -85,7 +82,7 @@ def _go(recipe_path: Path, out: Path | None) -> None:
     from posttrain.api import run as run_recipe
 
     try:
-        with console, _interrupts(console.note) as stop:
+        with console, interrupts(console.note) as stop:
             outcome = run_recipe(
                 recipe, out=out, root=recipe_path.parent, observe=console.observe, stop=stop
             )
@@ -137,6 +134,7 @@ def probe(model: str, tasks: Path, out: Path | None, samples: int | None, detail
 
 
 cli.add_command(clinic.diagnose)
+cli.add_command(clinic.treat)
 
 
 @cli.command()
@@ -270,25 +268,6 @@ def verify(path: Path, head: str | None) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.kinds.items()))
     click.echo(f"{file}: the chain holds over {result.num_records} records ({kinds})")
     click.echo(f"head {result.head}")
-
-
-@contextmanager
-def _interrupts(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question the loop asks; the second one stops at once."""
-    asked = False
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        say("stopping after this step; Ctrl-C again stops at once (the last checkpoint is safe)")
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def main() -> None:

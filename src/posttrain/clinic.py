@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,19 +15,44 @@ if TYPE_CHECKING:
     from posttrain.diagnosis.prescribe import Supplies
     from posttrain.recipe import Recipe
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
+def _supplied(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that both commands have: what to look at, and what there is to work with."""
+    for option in reversed(
+        [
+            click.argument("model"),
+            click.option(
+                "--tasks", type=FILE, required=True, help="A recipe, or any YAML with `tasks`."
+            ),
+            click.option(
+                "--demos", multiple=True, metavar="[TASK=]FILE", help="Right answers, as JSONL."
+            ),
+            click.option(
+                "--teacher", multiple=True, metavar="[TASK=]MODEL", help="A model that is better."
+            ),
+            click.option("--before", metavar="MODEL", help="An earlier policy: what was lost?"),
+            click.option("--scaffold", help="Text with {question} that helps at run time."),
+            click.option(
+                "--later-tasks",
+                default="",
+                metavar="A,B",
+                help="Only watched: must stay trainable.",
+            ),
+            click.option("--rules", type=FILE, help="Your changes to the rules."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
 @click.command()
-@click.argument("model")
-@click.option("--tasks", type=FILE, required=True, help="A recipe, or any YAML with `tasks`.")
-@click.option("--demos", multiple=True, metavar="[TASK=]FILE", help="Right answers, as JSONL.")
-@click.option("--teacher", multiple=True, metavar="[TASK=]MODEL", help="A model that is better.")
-@click.option("--before", metavar="MODEL", help="An earlier policy, to see what was lost.")
-@click.option("--scaffold", help="Text with {question} that helps at run time.")
-@click.option("--later-tasks", default="", metavar="A,B", help="Only watched: must stay trainable.")
-@click.option("--rules", type=FILE, help="Your changes to the rules.")
+@_supplied
 @click.option("--budget", type=click.IntRange(min=1), help="Rollouts to spend.  [default: 60000]")
 @click.option("--out", type=FOLDER, default=Path("out/diagnosis"), show_default=True)
 def diagnose(
@@ -60,6 +86,8 @@ def diagnose(
     from posttrain.diagnosis.diagnose import write_diagnosis
     from posttrain.diagnosis.rules import load_rules
     from posttrain.diagnosis.show import card
+    from posttrain.files import write_atomic
+    from posttrain.report.card import render_card
 
     book = load_rules(rules)
     with console:
@@ -71,8 +99,69 @@ def diagnose(
             budget=budget,
             observe=console.observe,
         )
-    written = write_diagnosis(found, out)
+    written = [*write_diagnosis(found, out), out / "diagnosis.html"]
+    write_atomic(written[-1], render_card(found))
     Terminal(highlight=False).print(card(found, written=tuple(written)))
+
+
+@click.command()
+@_supplied
+@click.option(
+    "--budget",
+    type=click.IntRange(min=1),
+    required=True,
+    help="Tokens to sample and train, looking included.",
+)
+@click.option("--out", type=FOLDER, default=Path("out/treatment"), show_default=True)
+def treat(
+    model: str,
+    tasks: Path,
+    demos: tuple[str, ...],
+    teacher: tuple[str, ...],
+    before: str | None,
+    scaffold: str | None,
+    later_tasks: str,
+    rules: Path | None,
+    budget: int,
+    out: Path,
+) -> None:
+    """Diagnose, run what is prescribed, and again, until nothing helps or the budget is spent.
+
+    OUT is a run folder: every stage, measurement and decision is in it. The same command goes on
+    from where it stopped.
+    """
+    from rich.console import Console as Terminal
+
+    from posttrain.console import Console, interrupts
+    from posttrain.recipe import measuring_recipe
+
+    ground = measuring_recipe(tasks, model=model, name="treatment")
+    supplies = _supplies(ground, demos, teacher, before, scaffold, later_tasks)
+    console = Console()
+    console.headline("treat", out)
+    from posttrain.api import treat as run_treat
+    from posttrain.diagnosis.rules import load_rules
+    from posttrain.diagnosis.show import course
+    from posttrain.report.load import write_report
+
+    book = load_rules(rules)
+    try:
+        with console, interrupts(console.note) as stop:
+            done = run_treat(
+                ground,
+                out=out,
+                budget=budget,
+                root=tasks.parent,
+                supplies=supplies,
+                book=book,
+                observe=console.observe,
+                stop=stop,
+            )
+    except KeyboardInterrupt:
+        click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
+        sys.exit(INTERRUPTED)
+    Terminal(highlight=False).print(course(done))
+    click.echo(f"\nreport: {write_report(out).resolve()}")
 
 
 def _supplies(

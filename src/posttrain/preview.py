@@ -106,17 +106,17 @@ def _stage_lines(
         f"   objective   {terms}",
         "   legality    ok: every column and author that the objective needs is provided",
     ]
-    volume = _volume(planned, plan, folder) if shape else None
-    if volume:
-        most = "" if volume.exact else "at most "
+    amount = volume(planned, plan, folder) if shape else None
+    if amount:
+        most = "" if amount.exact else "at most "
         lines.append(
-            f"   steps       {volume.steps}  ({spec.groups_per_step} groups each"
-            + (f", {volume.rows} rows" if volume.rows is not None else "")
+            f"   steps       {amount.steps}  ({spec.groups_per_step} groups each"
+            + (f", {amount.rows} rows" if amount.rows is not None else "")
             + ")"
         )
         lines.append(
-            f"   tokens      {most}{volume.completions:,} of answers, "
-            f"{volume.prompts:,} of prompts (each counted once per group)"
+            f"   tokens      {most}{amount.completions:,} of answers, "
+            f"{amount.prompts:,} of prompts (each counted once per group)"
         )
     if shape:
         lines.append("   memory      " + _memory(planned, plan.recipe, shape))
@@ -168,7 +168,7 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
     return f"{parts}{extra}; logits {_size(logits)} per chunk{held}"
 
 
-def _volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
+def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
     """Count what a stage will draw; reads data files and the tokenizer."""
     source, spec = planned.composition.source, planned.spec
     if isinstance(source, Dataset):

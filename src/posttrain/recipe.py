@@ -378,13 +378,16 @@ def load_recipe(path: Path) -> Recipe:
     return convert(read_yaml(path), Recipe, origin=str(path))
 
 
-def measuring_recipe(path: Path, *, model: str, samples: int | None = None) -> Recipe:
+def measuring_recipe(
+    path: Path, *, model: str, samples: int | None = None, name: str = "probe"
+) -> Recipe:
     """A recipe without stages that measures ``model`` on the task sets of a YAML file.
 
     Args:
         path: a recipe, or any YAML mapping with ``tasks``; paths in it are relative to its folder.
         model: a folder, from where the process runs, or a hub id.
         samples: per prompt, instead of the file's.
+        name: of the recipe.
 
     Raises:
         ConfigError: no task sets, or an option that does not exist.
@@ -399,7 +402,7 @@ def measuring_recipe(path: Path, *, model: str, samples: int | None = None) -> R
     if samples is not None and isinstance(measure, dict):
         measure["samples"] = samples
     chosen: dict[str, object] = {
-        "name": "probe",
+        "name": name,
         "model": str(Path(model).resolve()) if Path(model).exists() else model,
         "tasks": content["tasks"],
         "measure": measure,

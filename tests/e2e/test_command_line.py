@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 from world import grpo, listing, recipe, sft, stage_folder, task_set, write_recipe
 
-COMMANDS = ["tour", "run", "plan", "probe", "diagnose", "compare", "report", "methods", "ledger"]
+COMMANDS = [
+    "tour",
+    "run",
+    "plan",
+    "probe",
+    "diagnose",
+    "treat",
+    "compare",
+    "report",
+    "methods",
+    "ledger",
+]
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,7 @@ def diagnose(
     practice: Practice | None = None,
     budget: int = BUDGET,
     known: Known = Known(),
+    labels: bool = True,
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
 ) -> Diagnosis:
@@ -73,6 +74,7 @@ def diagnose(
         practice: rules, and how the recipe is called and scaled.
         budget: the most rollouts to spend.
         known: samples that were taken before.
+        labels: spend what is left of the budget on which prompts are in reach.
         observe: told about progress.
         stop: asked between probes.
 
@@ -108,6 +110,7 @@ def diagnose(
         budget=budget,
         measured=known.now,
         earlier=known.before,
+        labels=labels,
         observe=observe,
         stop=stop,
     )

@@ -134,6 +134,7 @@ class Examination:
     teachers: Mapping[str, Policy] = field(default_factory=dict)  # by task set
     measured: Measurement | None = None
     earlier: Measurement | None = None
+    labels: bool = True
     references: Callable[[Policy, TaskSet], Sequence[Demonstration]] = reference_answers
     observe: Observer = ignore
     stop: Callable[[], bool] = lambda: False
@@ -159,6 +160,8 @@ class Examination:
             self._task(t, now.task(t.name), None if was is None else was.task(t.name))
             for t in self.tasksets
         ]
+        if not self.labels:
+            return tuple(found)
         return tuple(self._labelled(e, t) for e, t in zip(found, self.tasksets, strict=True))
 
     @property

@@ -55,12 +55,14 @@ PHASES: Mapping[Bottleneck, int] = MappingProxyType(
 class Supplies:
     """What there is to work with, by task set; ``*`` serves every task set.
 
-    Paths are absolute. ``teachers`` and ``before`` are folders or hub ids.
+    Paths are absolute. ``teachers`` and ``before`` are folders or hub ids. ``best`` names, by task
+    set, the policy of the same run that was best at it; it is a reference of a recipe.
     """
 
     demos: Mapping[str, str] = field(default_factory=dict)
     teachers: Mapping[str, str] = field(default_factory=dict)
     before: str | None = None
+    best: Mapping[str, str] = field(default_factory=dict)
     scaffold: str | None = None
     answers: bool = False  # task sets know the right answers
     later: tuple[str, ...] = ()  # task sets that are only to stay trainable
@@ -194,7 +196,7 @@ def _met(task: str, supplies: Supplies, others: Sequence[str]) -> frozenset[Need
     there: dict[Need, bool] = {
         "demos": supplies.demos_for(task) is not None,
         "teacher": supplies.teacher_for(task) is not None,
-        "before": supplies.before is not None,
+        "before": supplies.before is not None or task in supplies.best,
         "scaffold": supplies.scaffold is not None,
         "answers": supplies.answers,
         "others": bool(others),
@@ -296,16 +298,17 @@ def words_for(
     tasks = [t.task for t in together]
     demos, teacher = supplies.demos_for(task), supplies.teacher_for(task)
     lost = [t.task for t in tools.tasks if t.acted_on is Bottleneck.RETENTION]
-    before = f"path:{supplies.before}" if supplies.before else None
-    recalled = dict.fromkeys([*tasks, *lost], before)
+    outside = f"path:{supplies.before}" if supplies.before else None
+    known = {t: supplies.best.get(t, outside) for t in [*tasks, *lost]}
+    recalled = {t: ref for t, ref in known.items() if ref is not None}
     return {
         "task": task,
         "tasks": tasks,
         "others": list(others),
         "demos": {"type": "dataset", "path": demos} if demos else None,
         "teacher": f"path:{teacher}" if teacher else None,
-        "before": before,
-        "routes": {**recalled, "*": "input"} if before else None,
+        "before": known[task],
+        "routes": {**recalled, "*": "input"} if recalled else None,
         "scaffold": supplies.scaffold,
         "group": group,
         "groups": max(ROLLOUTS // group, 4),

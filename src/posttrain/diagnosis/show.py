@@ -16,6 +16,8 @@ from posttrain.diagnosis.card import (
     Prescription,
     TaskDiagnosis,
 )
+from posttrain.diagnosis.treat import Treated
+from posttrain.probes.passk import pass_interval
 
 INDENT = 14
 BAR = 30
@@ -53,6 +55,38 @@ def card(found: Diagnosis, *, written: tuple[Path, ...] = ()) -> RenderableType:
         parts += [Text("Nothing to treat on these task sets.", style="green"), Text()]
     parts += [Text(f"  {path}", style="dim") for path in written]
     return Group(*parts)
+
+
+def course(done: Treated) -> RenderableType:
+    """What a treatment did, round by round, and where it ended."""
+    rounds = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in ("round", "for", "bottleneck", "treatment", "what came of it"):
+        rounds.add_column(column, header_style="bold")
+    for r in done.rounds:
+        style = "" if r.kept else "dim"
+        tasks = ", ".join(r.tasks)
+        rounds.add_row(str(r.number), tasks, r.bottleneck, r.treatment, r.words, style=style)
+    ends = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in ("task", "pass@1 before", "pass@1 after"):
+        ends.add_column(column, header_style="bold")
+    for task in done.before.tasks:
+        sides = (pass_interval(m.task(task.taskset), 1) for m in (done.before, done.after))
+        words = (f"{i.value:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in sides)
+        ends.add_row(task.taskset, *words)
+    cost = done.spent
+    return Group(
+        rounds,
+        Text(),
+        ends,
+        Text(),
+        Text(f"ended: {done.ended}"),
+        Text(
+            f"spent {cost.total:,} of {done.budget:,} tokens: {cost.looking:,} looking, "
+            f"{cost.sampled:,} sampled and {cost.trained:,} trained in stages",
+            style="dim",
+        ),
+        Text(f"result: {done.policy}  {done.model}"),
+    )
 
 
 def _heading(found: Diagnosis) -> Text:

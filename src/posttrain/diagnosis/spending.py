@@ -1,0 +1,82 @@
+"""What a treatment costs, in tokens: counted after the fact, and estimated before.
+
+The unit is one token that was sampled, or that went through a training step (its prompt counted
+once per step, however many answers share it). Looking is sampling too, so it counts. Forward
+passes of references, teachers and judges are not counted, for any method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.composition import Rollouts, parts_of
+from posttrain.diagnosis.card import Diagnosis
+from posttrain.plan import make_plan
+from posttrain.preview import volume
+from posttrain.probes.measurement import Measurement
+from posttrain.provenance import Kind
+from posttrain.recipe import Recipe
+from posttrain.store import tokens_by_producer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """Tokens by what they were spent on."""
+
+    looking: int  # sampled by measurements and probes
+    sampled: int  # sampled for training
+    trained: int  # gone through a training step
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.looking + self.sampled + self.trained
+
+
+def spent(out: Path, *, looks: Sequence[str] = (), diagnoses: Sequence[Path] = ()) -> Spent:
+    """What a run folder has cost so far, read off what it wrote.
+
+    Args:
+        out: the run folder.
+        looks: the policies whose measurements count; a final judgement that every method gets
+            alike may be left out.
+        diagnoses: cards of this run.
+    """
+    looking = sum(_sampled(out / "measurements" / f"{name}.json") for name in looks)
+    for card in diagnoses:
+        looking += Diagnosis.from_json(card.read_text(encoding="utf-8")).cost.sampled_tokens
+    uses = tokens_by_producer(sorted((out / "stages").glob("*/shards/*.uses.parquet")))
+    rolled = sum(u.completion_tokens for u in uses if u.kind in (Kind.LEARNER, Kind.TEACHER))
+    trained = sum(
+        int(json.loads(line)["tokens"])
+        for file in (out / "stages").glob("*/metrics.jsonl")
+        for line in file.read_text(encoding="utf-8").splitlines()
+    )
+    return Spent(looking=looking, sampled=rolled, trained=trained)
+
+
+def _sampled(path: Path) -> int:
+    found = Measurement.from_json(path.read_text(encoding="utf-8"))
+    return sum(int(task.lengths.sum()) for task in found.tasks)
+
+
+def expected(recipe: Recipe, *, root: Path, tokens_per_answer: float) -> float:
+    """What the last stage of a recipe will cost, with answers of a known mean length.
+
+    Args:
+        recipe: its model must be a folder on this disk.
+        root: folder that its paths are relative to.
+        tokens_per_answer: of rollouts; a plan by itself knows only the most they can have.
+    """
+    plan = make_plan(recipe, root=root, base="estimate")
+    planned, folder = plan.stages[-1], Path(recipe.model)
+    amount = volume(planned, plan, folder)
+    rolled = [p for p in parts_of(planned.composition.source) if isinstance(p, Rollouts)]
+    if not rolled:
+        return float(amount.prompts + amount.completions)
+    longest = max(p.max_new_tokens for p in rolled)
+    # Sampled once, trained on once; rows of data in a mix are taken as long as rollouts.
+    return amount.prompts + 2 * amount.completions * min(tokens_per_answer / longest, 1.0)

@@ -1,0 +1,486 @@
+"""The closed loop: diagnose, prescribe, run, compare, until nothing helps or the budget is spent.
+
+measure base ─▶ diagnose ─▶ prescribe ─▶ run one stage ─▶ measure ─▶ helped? kept? ─┐
+                  ▲                                                                  │
+                  └──── from the policy that is kept ◀── roll back what did harm ◀───┘
+
+All stages live in one run folder, with one ledger: the recipe grows by a stage per round. What
+was decided is in OUT/treat.json, so the same command goes on from where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import final
+
+import msgspec
+import numpy as np
+
+from posttrain import config
+from posttrain.config import Config
+from posttrain.diagnosis.card import Bottleneck, Diagnosis, Prescription
+from posttrain.diagnosis.diagnose import Known, Practice, diagnose, grounded
+from posttrain.diagnosis.prescribe import Supplies
+from posttrain.diagnosis.rules import RuleBook
+from posttrain.diagnosis.spending import Spent, expected, spent
+from posttrain.errors import DataError, ResumeRefused
+from posttrain.events import Event, Measured, Note, Observer, StageStarted, ignore
+from posttrain.files import write_atomic
+from posttrain.ledger import Ledger, RecordKind, read
+from posttrain.pipeline import run
+from posttrain.probes.bootstrap import Interval, mean_interval
+from posttrain.probes.measurement import Measurement
+from posttrain.protocols import Engine
+from posttrain.recipe import Budget, Gate, Recipe, Stage
+
+ROUNDS = 12
+"""More stages than this are never a treatment."""
+
+SMALLEST_DOSE = 0.15
+"""A stage shorter than this share of its prescription is not worth beginning."""
+
+LOOKS = 2300
+"""Rollouts of a diagnosis per task set, beside the measurement that the run takes anyway: what
+success from a part of an answer needs for 32 prompts, and some more."""
+
+
+class Round(Config, frozen=True, kw_only=True):
+    """One turn of the loop. ``kept`` is null while its stage is not finished."""
+
+    number: int
+    treatment: str
+    tasks: tuple[str, ...]
+    bottleneck: Bottleneck
+    stage: Stage
+    kept: bool | None = None
+    helped: bool | None = None
+    words: str = ""
+
+
+class Chart(Config, frozen=True, kw_only=True):
+    """What was decided so far: OUT/treat.json."""
+
+    ground: str  # digest of what is treated, and with what
+    budget: int
+    rounds: tuple[Round, ...] = ()
+    ended: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Treated:
+    """How a treatment ended."""
+
+    out: Path
+    policy: str  # "base", or the stage whose policy is the result
+    model: Path
+    rounds: tuple[Round, ...]
+    spent: Spent
+    budget: int
+    ended: str
+    before: Measurement
+    after: Measurement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Whether a stage helped what it was for, and whether its policy is gone on from."""
+
+    helped: bool
+    kept: bool
+    words: str
+
+
+def treat(
+    ground: Recipe,
+    *,
+    out: Path,
+    root: Path,
+    engine: Engine,
+    budget: int,
+    supplies: Supplies,
+    book: RuleBook,
+    observe: Observer = ignore,
+    stop: Callable[[], bool] = lambda: False,
+) -> Treated:
+    """Treat a model within a budget of tokens, or go on with it.
+
+    Args:
+        ground: model, task sets and how to measure; its stages are ignored.
+        out: the run folder.
+        root: folder that the recipe's paths are relative to.
+        engine: makes policies and learners.
+        budget: tokens sampled and trained, looking included (see spending.py). A stage that would
+            not fit is shortened, or not begun.
+        supplies: what there is to work with.
+        book: rules and treatments.
+        observe: told about everything.
+        stop: asked between draws; True commits and raises.
+
+    Raises:
+        ResumeRefused: ``out`` holds the treatment of something else.
+        Interrupted: ``stop`` said so. Call again to go on.
+    """
+    ground = grounded(ground, root=root)
+    digest = config.digest(
+        {
+            "ground": msgspec.to_builtins(ground),
+            "supplies": msgspec.to_builtins(supplies),
+            "rules": config.digest(book),
+        }
+    )
+    chart = _opened(out, digest=digest, budget=budget)
+    return _Course(ground, out, root, engine, supplies, book, observe, stop, chart).go()
+
+
+def _opened(out: Path, *, digest: str, budget: int) -> Chart:
+    """The chart of an earlier sitting, or a new one. A larger budget reopens what it ended."""
+    path = out / "treat.json"
+    if not path.is_file():
+        return Chart(ground=digest, budget=budget)
+    try:
+        known = msgspec.json.decode(path.read_bytes(), type=Chart)
+    except msgspec.MsgspecError as error:
+        raise DataError(
+            f"{path} is damaged: {error}", fix=f"start again in another folder: {out}-2"
+        ) from None
+    if known.ground != digest:
+        raise ResumeRefused(
+            f"{out} holds the treatment of another model, task set, supply or rule",
+            expected="the same as when it began",
+            fix="undo the change, or choose another --out",
+        )
+    ended = known.ended if budget == known.budget else None
+    return msgspec.structs.replace(known, budget=budget, ended=ended)
+
+
+# --- did it help? ----------------------------------------------------------------------------
+
+
+def judge_stage(
+    before: Measurement,
+    after: Measurement,
+    *,
+    treated: Sequence[str],
+    counted: Sequence[str],
+    confidence: float,
+) -> Decision:
+    """Decide about a stage on the bounds of paired changes of pass@1.
+
+    It helped when the mean over the treated task sets certainly rose. It did harm when the mean
+    over all counted ones certainly fell; then it is rolled back, as it is when it did not help
+    and the mean over all did not rise either.
+
+    Args:
+        before: the policy that the stage started from.
+        after: the policy after it, measured in the same way.
+        treated: the task sets that it was for.
+        counted: all that matter.
+        confidence: of the intervals.
+    """
+    aim = _change(before, after, treated, confidence=confidence)
+    whole = _change(before, after, counted, confidence=confidence)
+    helped, harmed = aim.low > 0, whole.high < 0
+    kept = not harmed and (helped or whole.value > 0)
+    said = "helped" if helped else "did not certainly help"
+    words = f"{said} {', '.join(treated)} ({_signed(aim)}); all together {_signed(whole)}: " + (
+        "kept" if kept else "rolled back"
+    )
+    return Decision(helped=helped, kept=kept, words=words)
+
+
+def _change(
+    before: Measurement, after: Measurement, names: Sequence[str], *, confidence: float
+) -> Interval:
+    """Mean over task sets of the mean change of pass@1, with its interval over prompts."""
+    parts = [
+        after.task(n).successes.mean(axis=1) - before.task(n).successes.mean(axis=1) for n in names
+    ]
+    total = sum(len(p) for p in parts)
+    # Task sets count alike, whatever their number of prompts.
+    scaled = [p * total / (len(parts) * len(p)) for p in parts]
+    most = max(total / (len(parts) * len(p)) for p in parts)
+    return mean_interval(np.concatenate(scaled), lowest=-most, highest=most, confidence=confidence)
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
+# --- the loop --------------------------------------------------------------------------------
+
+
+@final
+@dataclass(slots=True, eq=False)
+class _Course:
+    """One sitting of a treatment."""
+
+    ground: Recipe
+    out: Path
+    root: Path
+    engine: Engine
+    supplies: Supplies
+    book: RuleBook
+    observe: Observer
+    stop: Callable[[], bool]
+    chart: Chart
+    measured: dict[str, Measurement] = field(default_factory=dict)
+
+    def go(self) -> Treated:
+        """Turn until something ends it."""
+        self._run()
+        if self.chart.rounds and self.chart.rounds[-1].kept is None:
+            self._decide()
+        while self.chart.ended is None:
+            self._turn()
+        current = self._current
+        return Treated(
+            out=self.out,
+            policy=current,
+            model=self._model(current),
+            rounds=self.chart.rounds,
+            spent=self._spent,
+            budget=self.chart.budget,
+            ended=self.chart.ended,
+            before=self.measured["base"],
+            after=self.measured[current],
+        )
+
+    def _turn(self) -> None:
+        found = self._diagnosis()
+        prescription = found.next
+        if prescription is None:
+            self._end(_nothing_left(found))
+        elif len(self.chart.rounds) >= ROUNDS:
+            self._end(f"{ROUNDS} rounds were taken")
+        else:
+            stage = self._fitted(prescription, found)
+            if stage is None:
+                self._end("the budget does not reach for another stage")
+                return
+            self._begin(prescription, stage)
+            self._run()
+            self._decide()
+
+    # --- looking -----------------------------------------------------------------------------
+
+    @property
+    def _current(self) -> str:
+        """The policy that is gone on from."""
+        kept = [r.stage.name for r in self.chart.rounds if r.kept]
+        return kept[-1] if kept else "base"
+
+    def _diagnosis(self) -> Diagnosis:
+        """The card of the current policy; that of an earlier sitting when there is one."""
+        path = self.out / "diagnoses" / f"{len(self.chart.rounds)}.json"
+        if path.is_file():
+            return Diagnosis.from_json(path.read_text(encoding="utf-8"))
+        current = self._current
+        best = self._best()
+        found = diagnose(
+            msgspec.structs.replace(self.ground, model=str(self._model(current))),
+            root=self.root,
+            engine=self.engine,
+            supplies=replace(self.supplies, best=best),
+            practice=Practice(book=self.book, name=self.ground.name, tried=self._tried()),
+            budget=LOOKS * len(self.ground.tasks),
+            known=Known(now=self.measured[current], before=self._earlier(best)),
+            labels=False,
+            observe=self.observe,
+            stop=self.stop,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, found.to_json())
+        for task in found.tasks:
+            self._say(
+                f"{task.task}: {task.bottleneck}"
+                + (f", likeliest {task.leaning}" if task.leaning else "")
+            )
+        return found
+
+    def _best(self) -> Mapping[str, str]:
+        """By task set, the measured policy that was best at it, stages rolled back included."""
+
+        def rate(policy: str, task: str) -> float:
+            return float(self.measured[policy].task(task).successes.mean())
+
+        best = {}
+        for task in self.ground.tasks:
+            rates = {policy: rate(policy, task) for policy in self.measured}
+            best[task] = max(rates, key=rates.__getitem__)
+        return MappingProxyType(best)
+
+    def _earlier(self, best: Mapping[str, str]) -> Measurement:
+        """The best that was ever measured on each task set, as if of one policy."""
+        first = self.measured["base"]
+        return replace(
+            first, tasks=tuple(self.measured[best[t.taskset]].task(t.taskset) for t in first.tasks)
+        )
+
+    def _tried(self) -> frozenset[tuple[str, str]]:
+        """What did not help from the policy that is current, so that it is not tried again."""
+        failed: set[tuple[str, str]] = set()
+        for r in self.chart.rounds:
+            if r.helped and r.kept:
+                failed.clear()  # another policy: what failed before may work now
+            elif r.kept is not None:
+                failed |= {(task, r.treatment) for task in r.tasks}
+        return frozenset(failed)
+
+    # --- the next stage ----------------------------------------------------------------------
+
+    def _fitted(self, prescription: Prescription, found: Diagnosis) -> Stage | None:
+        """The prescribed stage from the current policy, shortened to what the budget allows."""
+        assert prescription.recipe is not None
+        recipe = config.convert(
+            msgspec.yaml.decode(prescription.recipe), Recipe, origin="prescription"
+        )
+        (stage,) = recipe.stages
+        # Decisions are the loop's: a gate of an earlier stage must not end a later sitting.
+        gates = tuple(_only_warns(gate) for gate in stage.gates)
+        name = f"{len(self.chart.rounds) + 1}-{stage.name}"
+        stage = msgspec.structs.replace(stage, name=name, init=self._current, gates=gates)
+        lengths = [r.value for t in found.tasks if (r := t.evidence.get("tokens_per_answer"))]
+        whole = expected(
+            msgspec.structs.replace(
+                self.ground, stages=(*(r.stage for r in self.chart.rounds), stage)
+            ),
+            root=self.root,
+            tokens_per_answer=float(np.mean(lengths)) + 0.5,
+        )
+        look = spent(self.out, looks=("base",)).looking  # the stage is measured afterwards
+        left = self.chart.budget - self._spent.total - look
+        share = min(left / whole, 1.0)
+        if share < SMALLEST_DOSE or stage.budget.steps is None:
+            return None
+        steps = max(1, int(stage.budget.steps * share))
+        return msgspec.structs.replace(stage, budget=Budget(steps=steps))
+
+    def _begin(self, prescription: Prescription, stage: Stage) -> None:
+        number = len(self.chart.rounds) + 1
+        self._say(
+            f"round {number}: {prescription.title} ({', '.join(prescription.tasks)}), "
+            f"{stage.budget.steps} steps from {stage.init}"
+        )
+        begun = Round(
+            number=number,
+            treatment=str(prescription.treatment),
+            tasks=prescription.tasks,
+            bottleneck=prescription.bottleneck,
+            stage=stage,
+        )
+        self._write(rounds=(*self.chart.rounds, begun))
+
+    def _decide(self) -> None:
+        last = self.chart.rounds[-1]
+        decision = judge_stage(
+            self.measured[last.stage.init],
+            self.measured[last.stage.name],
+            treated=last.tasks,
+            counted=[t for t in self.ground.tasks if t not in self.supplies.later],
+            confidence=self.ground.measure.confidence,
+        )
+        self._say(decision.words)
+        settled = msgspec.structs.replace(
+            last, kept=decision.kept, helped=decision.helped, words=decision.words
+        )
+        self._record(
+            {
+                "name": last.stage.name,
+                "event": "kept" if decision.kept else "rolled back",
+                "bottleneck": str(last.bottleneck),
+                "treatment": last.treatment,
+                "words": decision.words,
+            }
+        )
+        self._write(rounds=(*self.chart.rounds[:-1], settled))
+
+    # --- running and writing -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Everything that the chart holds; what is finished is not run again."""
+        recipe = msgspec.structs.replace(
+            self.ground, stages=tuple(r.stage for r in self.chart.rounds)
+        )
+        run(
+            recipe,
+            out=self.out,
+            root=self.root,
+            engine=self.engine,
+            observe=_only_new(self.observe),
+            stop=self.stop,
+        )
+        for name in ("base", *(s.name for s in recipe.stages)):
+            text = (self.out / "measurements" / f"{name}.json").read_text(encoding="utf-8")
+            self.measured[name] = Measurement.from_json(text)
+
+    @property
+    def _spent(self) -> Spent:
+        return spent(
+            self.out,
+            looks=tuple(self.measured),
+            diagnoses=sorted((self.out / "diagnoses").glob("*.json")),
+        )
+
+    def _model(self, policy: str) -> Path:
+        if policy == "base":
+            return Path(self.ground.model)
+        (folder,) = (d for d in (self.out / "stages").glob(f"{policy}-*") if (d / "model").is_dir())
+        return folder / "model"
+
+    def _end(self, words: str) -> None:
+        self._say(words)
+        self._record({"name": self._current, "event": "treatment ended", "words": words})
+        self._write(ended=words)
+
+    def _record(self, body: Mapping[str, object]) -> None:
+        """A row of the run's ledger, once."""
+        path = self.out / "ledger.jsonl"
+        same = [r for r in read(path) if r.kind is RecordKind.STAGE and dict(r.body) == dict(body)]
+        if not same:
+            Ledger.open(path).append(RecordKind.STAGE, body)
+
+    def _write(self, *, rounds: tuple[Round, ...] | None = None, ended: str | None = None) -> None:
+        self.chart = msgspec.structs.replace(
+            self.chart,
+            rounds=self.chart.rounds if rounds is None else rounds,
+            ended=ended,
+        )
+        text = msgspec.json.format(msgspec.json.encode(self.chart))
+        write_atomic(self.out / "treat.json", text)
+
+    def _say(self, text: str) -> None:
+        self.observe(Note(text=text))
+
+
+def _only_new(observe: Observer) -> Observer:
+    """Leaves out what an earlier round has told already."""
+    told = False
+
+    def pass_on(event: Event) -> None:
+        nonlocal told
+        if isinstance(event, StageStarted):
+            told = event.finished
+        known = isinstance(event, Measured) and event.cached
+        if not (told or known or (isinstance(event, Note) and event.text.startswith("loading"))):
+            observe(event)
+
+    return pass_on
+
+
+def _only_warns(gate: Gate) -> Gate:
+    return msgspec.structs.replace(gate, otherwise="warn", to=None)
+
+
+def _nothing_left(found: Diagnosis) -> str:
+    """Why there is no next stage."""
+    needed = [
+        f"{', '.join(p.tasks)} ({p.bottleneck}): {p.obtain}"
+        for p in found.prescriptions
+        if p.obtain
+    ]
+    if needed:
+        return "nothing at hand helps any more. Needed for " + "; ".join(needed)
+    return "nothing is left to treat"

@@ -1,0 +1,109 @@
+"""`posttrain treat` on the lab: it learns, counts what it spends, and goes on where it was."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pyarrow.parquet as pq
+import pytest
+
+from posttrain import api
+from posttrain.diagnosis.card import Diagnosis
+from posttrain.diagnosis.prescribe import Supplies
+from posttrain.lab.settings import PRODUCTS, REVERSE
+from posttrain.lab.tour import ANSWER, BASE
+from posttrain.probes.measurement import Measurement
+from posttrain.recipe import Measure, Recipe
+from posttrain.stage import Interrupted
+
+BUDGET = 60_000
+GROUND = Recipe(
+    name="treated",
+    model=str(BASE),
+    tasks={"products": PRODUCTS.tasks},
+    measure=Measure(samples=64, max_new_tokens=ANSWER, seed=7),
+    threads=1,
+)
+
+
+def chart(out: Path) -> dict:
+    return json.loads((out / "treat.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("treat")
+    return api.treat(GROUND, out=out, budget=BUDGET)
+
+
+def test_it_finds_the_choice_and_improves_it(done):
+    first = done.rounds[0]
+    assert (first.bottleneck, first.treatment) == ("choice", "practise")
+    assert first.helped
+    assert first.kept
+    rate = [float(m.task("products").successes.mean()) for m in (done.before, done.after)]
+    assert rate[1] > rate[0] + 0.2
+    assert (done.model / "config.json").is_file()
+    assert done.policy == first.stage.name or done.policy in {r.stage.name for r in done.rounds}
+
+
+def test_it_counts_every_token_and_keeps_to_its_budget(done):
+    """The account, read off the files independently."""
+    looking = sum(
+        int(Measurement.from_json(p.read_text()).task("products").lengths.sum())
+        for p in (done.out / "measurements").glob("*.json")
+    )
+    looking += sum(
+        Diagnosis.from_json(p.read_text()).cost.sampled_tokens
+        for p in (done.out / "diagnoses").glob("*.json")
+    )
+    sampled = sum(
+        sum(pq.read_table(p)["completion_tokens"].to_pylist())
+        for p in (done.out / "stages").glob("*/shards/*.uses.parquet")
+    )
+    lines = [
+        json.loads(line)
+        for p in (done.out / "stages").glob("*/metrics.jsonl")
+        for line in p.read_text().splitlines()
+    ]
+    assert (done.spent.looking, done.spent.sampled) == (looking, sampled)
+    assert done.spent.trained == sum(line["tokens"] for line in lines)
+    assert 0.5 * BUDGET < done.spent.total <= 1.1 * BUDGET  # lengths are estimated beforehand
+
+
+def test_every_decision_is_in_the_ledger_once(done):
+    rows = [json.loads(r) for r in (done.out / "ledger.jsonl").read_text().splitlines()]
+    decisions = [r["body"] for r in rows if r["kind"] == "stage"]
+    assert [d["event"] for d in decisions] == [
+        *("kept" if r.kept else "rolled back" for r in done.rounds),
+        "treatment ended",
+    ]
+    again = api.treat(GROUND, out=done.out, budget=BUDGET)
+    assert again.rounds == done.rounds
+    after = (done.out / "ledger.jsonl").read_text().splitlines()
+    assert len(after) == len(rows), "a finished treatment is not treated again"
+
+
+def test_an_interrupted_treatment_ends_like_one_that_was_not(done, tmp_path):
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 6  # in the middle of the first stage
+
+    with pytest.raises(Interrupted):
+        api.treat(GROUND, out=tmp_path, budget=BUDGET, stop=stop)
+    assert chart(tmp_path)["rounds"][0]["kept"] is None
+    again = api.treat(GROUND, out=tmp_path, budget=BUDGET)
+    assert again.rounds == done.rounds
+    assert again.spent == done.spent
+    assert again.after.digest == done.after.digest
+
+
+def test_with_nothing_that_helps_it_says_what_is_needed(tmp_path):
+    ground = msgspec.structs.replace(GROUND, tasks={"reverse": REVERSE.tasks})
+    done = api.treat(ground, out=tmp_path, budget=BUDGET, supplies=Supplies())
+    assert done.rounds == ()
+    assert done.policy == "base"
+    assert "Nothing on-policy can help" in done.ended
