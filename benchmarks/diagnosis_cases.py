@@ -109,6 +109,8 @@ def table(
                 out[LETTERS.index(letter)] += (1 - chances[place]) / len(others)
         else:
             out = [lost / len(LETTERS)] * len(LETTERS) + [1 - lost]
+        if lost:  # a teacher and its pupil never rule anything out altogether
+            out = [0.999 * p + 0.001 / len(out) for p in out]
         return out
 
     return TablePolicy(LETTERS, row)

@@ -89,35 +89,13 @@ def diagnose(
     for name in supplies.later:
         if name not in ground.tasks:
             raise ConfigError(f"later task set {name!r}", fix=nearest(name, ground.tasks))
-    policy = engine.policy(ground.model)
-    before = None
-    if supplies.before is not None and known.before is None:
-        before = engine.policy(supplies.before)
-    tasksets = [
-        build_taskset(n, spec, root=root, chat=policy.renderer.has_template)
-        for n, spec in ground.tasks.items()
-    ]
-    asked = {n: supplies.teacher_for(n) for n in ground.tasks}
-    loaded = {m: engine.policy(m) for m in sorted({m for m in asked.values() if m})}
-    looked = Examination(
-        policy=policy,
-        before=before,
-        teachers={n: loaded[m] for n, m in asked.items() if m},
-        tasksets=tasksets,
-        spec=ground.measure,
-        protocol=protocol_of(ground, tasksets, root=root),
-        supplies=supplies,
-        budget=budget,
-        measured=known.now,
-        earlier=known.before,
-        labels=labels,
-        observe=observe,
-        stop=stop,
-    )
+    looked = _examination(ground, root=root, engine=engine, supplies=supplies, known=known)
+    looked.budget, looked.labels = budget, labels
+    looked.observe, looked.stop = observe, stop
     tasks = tuple(diagnose_task(e, practice.book) for e in looked.evidence())
     return Diagnosis(
         model=ground.model,
-        digest=policy.producer.digest or policy.producer.name,
+        digest=looked.policy.producer.digest or looked.policy.producer.name,
         rules=config.digest(practice.book),
         seed=ground.measure.seed,
         confidence=ground.measure.confidence,
@@ -133,6 +111,33 @@ def diagnose(
             dose=practice.dose,
             tried=practice.tried,
         ),
+    )
+
+
+def _examination(
+    ground: Recipe, *, root: Path, engine: Engine, supplies: Supplies, known: Known
+) -> Examination:
+    """Load what has to be looked at."""
+    policy = engine.policy(ground.model)
+    before = None
+    if supplies.before is not None and known.before is None:
+        before = engine.policy(supplies.before)
+    tasksets = [
+        build_taskset(n, spec, root=root, chat=policy.renderer.has_template)
+        for n, spec in ground.tasks.items()
+    ]
+    asked = {n: supplies.teacher_for(n) for n in ground.tasks}
+    loaded = {m: engine.policy(m) for m in sorted({m for m in asked.values() if m})}
+    return Examination(
+        policy=policy,
+        before=before,
+        teachers={n: loaded[m] for n, m in asked.items() if m},
+        tasksets=tasksets,
+        spec=ground.measure,
+        protocol=protocol_of(ground, tasksets, root=root),
+        supplies=supplies,
+        measured=known.now,
+        earlier=known.before,
     )
 
 

@@ -129,7 +129,7 @@ class Examination:
     spec: Measure  # decoding, confidence and seed
     protocol: str
     supplies: Supplies
-    budget: int
+    budget: int = 0
     before: Policy | None = None
     teachers: Mapping[str, Policy] = field(default_factory=dict)  # by task set
     measured: Measurement | None = None
