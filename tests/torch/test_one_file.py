@@ -96,7 +96,8 @@ def composed(folder, spec, taskset, settings, *, root, out) -> Trace:
     trace = Trace(seed=parts.source.seed)
 
     def observe(event):
-        assert isinstance(event, StepDone)
+        if not isinstance(event, StepDone):
+            return  # an alarm about a tiny model's answers
         trace.losses.append(event.metrics["loss"])
         trace.norms.append(event.metrics["grad_norm"])
         trace.rewards.append(event.metrics["reward"])
