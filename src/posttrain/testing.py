@@ -6,6 +6,7 @@ function of its seam; each raises ``AssertionError`` with the broken promise in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -175,6 +176,7 @@ class TablePolicy:
     context: int = 1024
     vocabulary: str = "code points"
     version: int | None = None
+    _seen: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def producer(self) -> Producer:
@@ -198,9 +200,13 @@ class TablePolicy:
                     yield letter + rest, float(np.log(p)) + logp
 
     def _row(self, text: str) -> npt.NDArray[np.float64]:
-        row = np.asarray(self.next(text), np.float64)
-        if row.shape != (len(self.alphabet) + 1,) or abs(row.sum() - 1) > 1e-9 or row.min() < 0:
-            raise ValueError(f"{row} is no distribution over {self.alphabet!r} and the end")
+        row = self._seen.get(text)
+        if row is None:
+            row = np.asarray(self.next(text), np.float64)
+            fits = row.shape == (len(self.alphabet) + 1,) and row.min() >= 0
+            if not fits or abs(row.sum() - 1) > 1e-9:
+                raise ValueError(f"{row} is no distribution over {self.alphabet!r} and the end")
+            self._seen[text] = row
         return row
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -213,16 +219,26 @@ class TablePolicy:
         heat = request.sampling.temperature
         if request.sampling.is_truncated and heat > 0:
             raise NotImplementedError("TablePolicy does not truncate")
-        rng = np.random.default_rng(request.sampling.seed)
+        draws = np.random.default_rng(request.sampling.seed).random(request.max_new_tokens)
         codes = [*(ord(c) for c in self.alphabet), 0]
-        prompt = "".join(chr(t) for t in request.prompt)
-        while len(tokens) < request.max_new_tokens and (not tokens or tokens[-1]):
-            row = self._row(prompt + "".join(chr(t) for t in tokens))
-            row = np.eye(len(row))[row.argmax()] if heat == 0 else row ** (1 / heat)
-            row = row / row.sum()
-            pick = int(rng.choice(len(row), p=row))
+        text = "".join(chr(t) for t in request.prompt)
+        for draw in draws.tolist():
+            row = self._row(text)
+            if heat != 1:
+                row = np.eye(len(row))[row.argmax()] if heat == 0 else row ** (1 / heat)
+                row = row / row.sum()
+            chances = row.tolist()
+            pick, left = 0, draw
+            while pick < len(chances) - 1 and (left >= chances[pick] or not chances[pick]):
+                left -= chances[pick]
+                pick += 1
+            while not chances[pick]:  # rounding carried the draw past the last possible token
+                pick -= 1
             tokens.append(codes[pick])
-            logprobs.append(float(np.log(row[pick])))
+            logprobs.append(math.log(chances[pick]))
+            if not tokens[-1]:
+                break
+            text += self.alphabet[pick]
         return Completion(
             tokens=np.array(tokens, np.int32),
             logprobs=np.array(logprobs, np.float32),
@@ -231,11 +247,17 @@ class TablePolicy:
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """Exact log-probs of trainable tokens; NaN elsewhere."""
-        full = self.distributions(trajectories, top_k=None)
-        return [
-            np.take_along_axis(logp, t.tokens[:, None].astype(np.int64), 1)[:, 0]
-            for t, (_, logp) in zip(trajectories, full, strict=True)
-        ]
+        out = []
+        places = {ord(c): i for i, c in enumerate(self.alphabet)} | {0: len(self.alphabet)}
+        for trajectory in trajectories:
+            values = np.full(len(trajectory), np.nan, np.float32)
+            whole = "".join(chr(t) for t in trajectory.tokens)
+            for at in np.flatnonzero(trajectory.trainable):
+                place = places.get(int(trajectory.tokens[at]))
+                chance = 0.0 if place is None else float(self._row(whole[:at])[place])
+                values[at] = math.log(chance) if chance else -np.inf
+            out.append(values)
+        return out
 
     def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """Exact entropies of trainable tokens; NaN elsewhere."""

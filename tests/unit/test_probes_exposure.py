@@ -53,7 +53,7 @@ def excess(longest: int) -> float:
 
 
 def test_errors_by_depth_and_excess_have_their_closed_form() -> None:
-    got = exposure_to_teacher(POLICY, TEACHER, TASKS, samples=150, max_new_tokens=LENGTH, seed=0)
+    got = exposure_to_teacher(POLICY, TEACHER, TASKS, samples=100, max_new_tokens=LENGTH, seed=0)
     assert got.depth == LENGTH
     for t, (own, right) in enumerate(got.by_depth):
         assert own == pytest.approx(exact(t, ON_P[0]), abs=0.04)
