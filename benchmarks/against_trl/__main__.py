@@ -26,6 +26,7 @@ from against_trl.plan import (
     Dims,
     Job,
     Load,
+    Ours,
     Side,
     Theirs,
     Work,
@@ -64,6 +65,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scaling-size", choices=SIZES, default="7m")
     parser.add_argument("--scaling-prompts", type=int, default=2)
+    parser.add_argument("--micro", type=int, help="our micro_batch_tokens; default: the stage's")
     parser.add_argument("--quick", action="store_true", help="small loads, 1m, two pairs, own page")
     parser.add_argument("--tune", action="store_true", help="time TRL's settings; no page")
     parser.add_argument("--hotspots", action="store_true", help="profile our side; no page")
@@ -233,6 +235,7 @@ class Bench:
             load=load,
             threads=self._chosen.threads,
             theirs=fitting,
+            ours=Ours(micro_batch_tokens=self._chosen.micro),
         )
 
 

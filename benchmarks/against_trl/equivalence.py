@@ -56,9 +56,8 @@ def _ours(job: Job, *, stale: bool) -> tuple[Sequence[Group], float, Mapping[str
     if stale:
         groups = _aged(groups)
     admission = admit(groups, parts.terms, version=learner.policy.version, max_age=0)
-    batches = pack(
-        admission.kept, needs=column_readers(parts.terms), max_tokens=job.ours.micro_batch_tokens
-    )
+    needs = column_readers(parts.terms)
+    batches = pack(admission.kept, needs=needs, max_tokens=planned.spec.micro_batch_tokens)
     report = learner.step(batches, parts.objective.at(step=0, steps=1), lr_scale=0.0)
     return groups, report.loss, _gradients(learner.policy.model.causal)
 

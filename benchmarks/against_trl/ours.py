@@ -40,6 +40,8 @@ def recipe(job: Job) -> Recipe:
         method = Grpo(**rollouts, **length)
     else:
         method = Opd(**rollouts, **length, teachers={"*": "path:teacher"})
+    chosen = job.ours.micro_batch_tokens
+    micro = {} if chosen is None else {"micro_batch_tokens": chosen}
     stage = Stage(
         name=job.work.replace("_", "-"),
         method=method,
@@ -48,7 +50,7 @@ def recipe(job: Job) -> Recipe:
             lr=job.learning_rate, betas=(0.9, 0.999), max_grad_norm=job.max_grad_norm
         ),
         groups_per_step=load.groups,
-        micro_batch_tokens=job.ours.micro_batch_tokens,
+        **micro,
         checkpoint_every=STEPS,
     )
     given = job.work in ("sft", "dpo")

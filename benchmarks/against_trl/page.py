@@ -194,10 +194,10 @@ def _limit(results: Results) -> Iterator[str]:
         "shared prompt once, the head where something is predicted, backward twice forward) over "
         "the rate of matrix products with the model's shapes on the same threads, divided by the "
         "median time. TRL's share is of the same necessary operations. Per step; SFT per 1,000 "
-        "tokens, DPO per pair.\n"
+        "tokens, DPO per pair. *At most* is how often faster than TRL a program at the limit is.\n"
     )
-    yield "| work | model | GFLOP | GFLOP/s | limit, s | ours | TRL | bar | |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| work | model | GFLOP | GFLOP/s | limit, s | ours | TRL | at most × | bar | |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for entry in entries:
         work: Work = entry.work  # type: ignore[assignment]
         rate: Rate = results.rates[entry.size]
@@ -209,6 +209,7 @@ def _limit(results: Results) -> Iterator[str]:
         yield (
             f"| {TITLES[work].split(',')[0]} | {entry.size} | {needed:.3g} | {rated:.0f} | "
             f"{shown * limit:.3g} | {shares[0]:.0%} | {shares[1]:.0%} | "
+            f"{1 / shares[1]:.1f} | "
             f"{f'≥ {bar.least:.0%} ({bar.hope:.0%})' if bar else '–'} | "
             f"{judge(shares[0], bar) if bar else ''} |"
         )

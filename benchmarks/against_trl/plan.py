@@ -126,9 +126,9 @@ THEIRS: dict[Work, Theirs] = {
 
 
 class Ours(msgspec.Struct, frozen=True, kw_only=True):
-    """How we run a work: the stage's own default."""
+    """How we run a work. None is the stage's own default, which is what users get."""
 
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int | None = None
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
