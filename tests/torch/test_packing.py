@@ -6,13 +6,14 @@ import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 from transformers import AutoModelForCausalLM
 
-from posttrain.batch import pack, pack_trajectories
+from posttrain.batch import Segment, pack, pack_trajectories
 from posttrain.composition import (
     ClippedPolicyGradient,
     CrossEntropy,
     PairwiseLogistic,
     ReferenceKL,
 )
+from posttrain.engines.attention import PackedPlan
 from posttrain.engines.model import load_model, prove_packing
 from posttrain.errors import LegalityError, ModelError
 from posttrain.objectives.objective import Objective
@@ -141,16 +142,13 @@ def test_missing_and_nan_columns_are_refused():
 
 def test_a_model_that_packing_cannot_isolate_is_refused(tiny_folder, monkeypatch):
     model = load_model(str(tiny_folder))
-    from posttrain.engines import attention
+    apart = PackedPlan.of
 
-    block = attention._block
-    monkeypatch.setattr(
-        attention,
-        "_block",
-        lambda members, segments: (
-            b := block(members, segments),
-            b.mask_BQK.fill_(True),  # everybody reads everything: what a leak would be
-        )[0],
-    )
+    def leaking(segments, *, device):
+        """Everybody reads everything before."""
+        total = sum(s.length for s in segments)
+        return apart((Segment(0, total, None),), device=device)
+
+    monkeypatch.setattr(PackedPlan, "of", leaking)
     with pytest.raises(ModelError, match="packed log-probs differ"):
         prove_packing(model)
