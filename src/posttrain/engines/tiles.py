@@ -234,10 +234,9 @@ class _Attention(torch.autograd.Function):
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for rows in ctx.tiles.own:
             keys, values = (_repeated(rows.take(x), per_kv) for x in (k, v))
-            # What is padding must give nothing to the keys it stands beside: no gradient, and
-            # probabilities exp(s − ∞).
+            # Padding must give nothing to the keys that it stands beside: exp(s − ∞) = 0.
             tile_dq, tile_dk, tile_dv = _backward(
-                rows.take(grad, padding=0.0),
+                rows.take(grad),
                 (rows.take(q), keys, values),
                 rows.take(out),
                 rows.take(lse, padding=float("inf")),
@@ -250,7 +249,7 @@ class _Attention(torch.autograd.Function):
         for family in ctx.tiles.families:
             queries, prefix = family.queries, family.prefix
             tile_dq, tile_dk, tile_dv = _backward(
-                _folded(queries.take(grad, padding=0.0), heads_kv),
+                _folded(queries.take(grad), heads_kv),
                 (_folded(queries.take(q), heads_kv), prefix.take(k), prefix.take(v)),
                 _folded(queries.take(out), heads_kv),
                 _folded(queries.take(lse, padding=float("inf")), heads_kv),
