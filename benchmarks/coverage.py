@@ -1,0 +1,497 @@
+"""Do the intervals hold what they claim? Simulated coverage of every one, and false labels.
+
+    python benchmarks/coverage.py --trials 400 --write docs/lab-log.md
+
+Task sets are drawn from populations of prompts whose success probabilities are known, and samples
+from those; an interval covers when the population's true value lies inside. Without --write the
+section is printed only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain.probes.attribution import MeasuredRole, Part, attribute, contributions
+from posttrain.probes.bootstrap import Interval, combined_interval
+from posttrain.probes.calibration import _gaps, calibration_error
+from posttrain.probes.curves import (
+    cover,
+    crossover,
+    efficiency_gap,
+    failed_tries,
+    sharpening_tax,
+)
+from posttrain.probes.diversity import (
+    answer_entropies,
+    answer_variety,
+    form,
+    token_entropy,
+    verifier_disagreement,
+)
+from posttrain.probes.learnability import (
+    NEEDED,
+    informative,
+    needed_group,
+    support_shares,
+    zero_variance,
+)
+from posttrain.probes.measurement import TaskMeasurement
+from posttrain.probes.passk import pass_at_k, pass_interval
+from posttrain.probes.reading import Reading
+from posttrain.probes.readings import paired_change
+from posttrain.probes.retention import backward_transfer, forgetting, handoff
+from posttrain.probes.scaffold import Help, Scaffold, amortisation_gap, amortised_share
+from posttrain.probes.support import labels, support_change
+from posttrain.probes.voting import majority, majority_at_k
+
+Floats = npt.NDArray[np.float64]
+Draw = Callable[[np.random.Generator, int], Floats]
+
+N = 64  # samples per prompt
+SIZES = (16, 32)  # prompts
+EPSILON = 1 - 0.05 ** (1 / N)
+LARGE = 40_000  # prompts behind a true value that has no closed form
+POPULATIONS: Mapping[str, Draw] = {
+    "hard": lambda g, p: g.beta(0.3, 1.2, p),
+    "middling": lambda g, p: g.beta(2.0, 5.0, p),
+    "easy": lambda g, p: g.beta(8.0, 1.0, p),
+    "two peaks": lambda g, p: g.beta(0.5, 0.5, p),
+    "nearly none": lambda g, p: g.beta(0.1, 2.0, p),
+    "all alike": lambda g, p: g.beta(50.0, 50.0, p),
+}
+TITLE = "## Coverage of the intervals"
+
+
+@dataclass(frozen=True)
+class World:
+    """One drawn task set under three policies, and what it was drawn from.
+
+    ``base`` succeeds with p, ``after`` with √p (better), ``later`` with p² (worse); ``again`` is
+    the base sampled once more.
+    """
+
+    p: Floats
+    base: TaskMeasurement
+    after: TaskMeasurement
+    later: TaskMeasurement
+    again: TaskMeasurement
+
+
+def world(rng: np.random.Generator, draw: Draw, prompts: int) -> World:
+    p = draw(rng, prompts)
+    sides = [sample(rng, rates, p) for rates in (p, np.sqrt(p), p**2, p)]
+    return World(p, *sides)
+
+
+def sample(rng: np.random.Generator, rates: Floats, p: Floats) -> TaskMeasurement:
+    """Answer 0 is right, 1 and 2 share the rest two to one; lengths and entropies vary with p."""
+    size = (len(rates), N)
+    right = rng.random(size) < rates[:, None]
+    answers = np.where(right, 0, 1 + (rng.random(size) < 1 / 3))
+    lengths = 1 + rng.poisson(4 + 8 * p[:, None], size)
+    nll = rng.gamma(2.0, (0.2 + p[:, None]) / 2, size)
+    flips = rng.random((len(rates), 4)) < 0.03
+    return TaskMeasurement(
+        taskset="t",
+        prompts=tuple(f"t/{i}" for i in range(len(rates))),
+        scores=right,
+        success=1.0,
+        lengths=lengths,
+        truncated=rng.random(size) < 0.1 * p[:, None],
+        nll=nll,
+        distinct=(np.sort(answers, axis=1)[:, 1:] != np.sort(answers, axis=1)[:, :-1]).sum(axis=1)
+        + 1,
+        answers=answers,
+        recheck=flips,
+    )
+
+
+# --- what is claimed, and what is true ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An interval that we report. ``share`` of the trials are run, where one is slow."""
+
+    method: str
+    take: Callable[[World], Interval | Reading | None]
+    truth: Callable[[World], float]  # from a world of LARGE prompts
+    exact: bool = False  # promises at least the nominal coverage
+    share: float = 1.0
+
+
+def mean(values: npt.ArrayLike) -> float:
+    return float(np.mean(np.asarray(values, np.float64)))
+
+
+def named(readings: tuple[Reading, ...], name: str) -> Reading:
+    return next(r for r in readings if r.name == name)
+
+
+def tax_of(w: World) -> float:
+    def share(task: TaskMeasurement) -> float:
+        return mean(failed_tries(N, N)[task.counts]) / ((N - 1) * (1 - mean(task.successes)))
+
+    return share(w.base) - share(w.after)
+
+
+def crossing_of(w: World) -> float:
+    for k in range(1, N + 1):
+        if mean(1 - (1 - w.p) ** k) > mean(1 - (1 - mixed(w.p)) ** k):
+            return float(k)
+    return math.inf
+
+
+def mixed(p: Floats) -> Floats:
+    """A policy whose curve crosses: half of the prompts better, half worse."""
+    return np.where(np.arange(len(p)) % 2 == 0, np.sqrt(p), p**3)
+
+
+def group_of(w: World) -> float:
+    for g in range(2, N + 1):
+        if mean(1 - w.p**g - (1 - w.p) ** g) >= NEEDED:
+            return float(g)
+    return math.inf
+
+
+def kept_of(w: World) -> float:
+    cells = contributions(w.base, w.later, epsilon=EPSILON, confidence=0.95)
+    return mean(cells.kept) / mean(w.base.successes)
+
+
+def part_of(part: Part) -> tuple[Callable[[World], Interval], Callable[[World], float]]:
+    def take(w: World) -> Interval:
+        return attribute(w.base, w.after, epsilon=EPSILON).parts[part]
+
+    def truth(w: World) -> float:
+        cells = contributions(w.base, w.after, epsilon=EPSILON, confidence=0.95)
+        return mean(cells.sharpened if part is Part.SHARPENED else cells.newly_reachable)
+
+    return take, truth
+
+
+def amortised_truth(w: World) -> float:
+    return mean(np.sqrt(w.p) - w.p) / mean(pass_at_k(w.base.counts, N, 8) - w.p)
+
+
+def calibration_of(w: World) -> float:
+    assert w.base.answers is not None
+    return float(np.abs(_gaps(w.base.answers, w.base.successes).mean(axis=0)).sum())
+
+
+def entropy_of(task: TaskMeasurement) -> float:
+    assert task.answers is not None
+    return mean(answer_entropies(task.answers))
+
+
+def votes_of(w: World) -> float:
+    assert w.base.answers is not None
+    return mean(majority_at_k(w.base.answers[:2000], w.base.successes[:2000], 16))
+
+
+def thirds(w: World) -> Interval:
+    """The mean over three task sets of unequal size."""
+    parts = []
+    for rows in (slice(0, None, 2), slice(1, None, 4), slice(3, None, 4)):
+        sub = pick(w.base, rows)
+        parts.append(pass_interval(sub, 1))
+    return combined_interval(parts)
+
+
+def pick(task: TaskMeasurement, rows: slice) -> TaskMeasurement:
+    return TaskMeasurement(
+        taskset="t",
+        prompts=task.prompts[rows],
+        scores=task.scores[rows],
+        success=1.0,
+        lengths=task.lengths[rows],
+        truncated=task.truncated[rows],
+        nll=task.nll[rows],
+        distinct=task.distinct[rows],
+    )
+
+
+BEST8 = Scaffold(Help.BEST, 8)
+BOOT = "bootstrap"
+CLAIMS: Mapping[str, Claim] = {
+    "pass@1": Claim(BOOT, lambda w: pass_interval(w.base, 1), lambda w: mean(w.p)),
+    "pass@8": Claim(BOOT, lambda w: pass_interval(w.base, 8), lambda w: mean(1 - (1 - w.p) ** 8)),
+    "pass@64": Claim(
+        BOOT, lambda w: pass_interval(w.base, 64), lambda w: mean(1 - (1 - w.p) ** 64)
+    ),
+    "maj@16": Claim(BOOT, lambda w: majority(w.base, 16), votes_of, share=0.15),
+    "efficiency_gap": Claim(
+        BOOT, lambda w: efficiency_gap(w.base), lambda w: mean(1 - (1 - w.p) ** 64 - w.p)
+    ),
+    "informative@8": Claim(
+        BOOT, lambda w: informative(w.base, 8), lambda w: mean(1 - w.p**8 - (1 - w.p) ** 8)
+    ),
+    "needed_group": Claim(
+        "inverted bootstrap", lambda w: needed_group(w.base), group_of, exact=True, share=0.25
+    ),
+    "cover@0.5": Claim(
+        "binomial, label errors taken off",
+        lambda w: cover(w.base, 0.5),
+        lambda w: mean(w.p >= 0.5),
+        exact=True,
+    ),
+    "in_share": Claim(
+        "binomial",
+        lambda w: named(support_shares(w.base, epsilon=EPSILON), "in_share"),
+        lambda w: mean([x == "in" for x in labels(w.base, epsilon=EPSILON)]),
+        exact=True,
+    ),
+    "all_wrong": Claim(
+        "binomial",
+        lambda w: named(zero_variance(w.base), "all_wrong"),
+        lambda w: mean((1 - w.p) ** N),
+        exact=True,
+    ),
+    "answer_entropy": Claim(
+        BOOT,
+        lambda w: named(answer_variety(w.base), "answer_entropy"),
+        lambda w: entropy_of(w.base),
+    ),
+    "distinct_answers": Claim(
+        BOOT,
+        lambda w: named(answer_variety(w.base), "distinct_answers"),
+        lambda w: mean(w.base.distinct),
+    ),
+    "token_entropy": Claim(
+        "ratio bootstrap",
+        lambda w: token_entropy(w.base),
+        lambda w: mean((0.2 + w.p) * (5 + 8 * w.p)) / mean(5 + 8 * w.p),
+    ),
+    "tokens_per_answer": Claim(
+        BOOT,
+        lambda w: named(form(w.base), "tokens_per_answer"),
+        lambda w: mean(5 + 8 * w.p),
+    ),
+    "truncated": Claim(BOOT, lambda w: named(form(w.base), "truncated"), lambda w: mean(w.p) / 10),
+    "verifier_disagreement": Claim(
+        "binomial over answers", lambda w: verifier_disagreement(w.base), lambda w: 0.03, exact=True
+    ),
+    "calibration_error": Claim(
+        "largest of signed sums",
+        lambda w: calibration_error(w.base),
+        calibration_of,
+        exact=True,
+        share=0.1,
+    ),
+    "change of pass@1": Claim(
+        BOOT,
+        lambda w: backward_transfer(w.base, w.after),
+        lambda w: mean(np.sqrt(w.p) - w.p),
+    ),
+    "change of answer_entropy": Claim(
+        BOOT,
+        lambda w: paired_change("answer_entropy", w.base, w.after),
+        lambda w: entropy_of(w.after) - entropy_of(w.base),
+    ),
+    "sharpened": Claim(BOOT, *part_of(Part.SHARPENED), share=0.25),
+    "newly reachable": Claim(BOOT, *part_of(Part.NEWLY_REACHABLE), share=0.25),
+    "retention": Claim(
+        "ratio bootstrap",
+        lambda w: attribute(w.base, w.later, epsilon=EPSILON).retention,
+        kept_of,
+        share=0.25,
+    ),
+    "crossover": Claim(
+        "inverted bootstrap",
+        lambda w: crossover(w.base, w.after),
+        crossing_of,
+        exact=True,
+        share=0.25,
+    ),
+    "sharpening_tax": Claim(
+        "bootstrap of a function", lambda w: sharpening_tax(w.base, w.after), tax_of, share=0.5
+    ),
+    "forgetting": Claim(
+        "cross-fitted bootstrap",
+        lambda w: forgetting([w.base, w.after, w.later]),
+        lambda w: mean(np.sqrt(w.p) - w.p**2),
+    ),
+    "forgetting, no change": Claim(
+        "cross-fitted bootstrap",
+        lambda w: forgetting([w.base, w.again, w.again]),
+        lambda w: 0.0,
+    ),
+    "handoff": Claim(
+        "binomial, given the gained",
+        lambda w: handoff(w.base, w.after, w.after, epsilon=EPSILON),
+        lambda w: 1.0,
+        exact=True,
+        share=0.25,
+    ),
+    "amortisation_gap": Claim(
+        BOOT,
+        lambda w: amortisation_gap(w.base, scaffold=BEST8),
+        lambda w: mean(1 - (1 - w.p) ** 8 - w.p),
+    ),
+    "amortised_share": Claim(
+        "bootstrap of a function",
+        lambda w: amortised_share(w.base, w.after, scaffold=BEST8),
+        amortised_truth,
+        share=0.5,
+    ),
+    "mean over task sets": Claim("squared distances", thirds, lambda w: mean(w.p)),
+}
+
+
+# --- running -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """Trials of one claim on one population and size."""
+
+    trials: int = 0
+    too_high: int = 0  # the interval lay above the truth
+    too_low: int = 0
+
+    @property
+    def coverage(self) -> float:
+        return 1 - (self.too_high + self.too_low) / max(self.trials, 1)
+
+
+def crossed(w: World, rng: np.random.Generator) -> World:
+    """The same world with a later policy whose curve crosses the base's."""
+    return World(w.p, w.base, sample(rng, mixed(w.p), w.p), w.later, w.again)
+
+
+def simulate(trials: int, *, seed: int) -> dict[tuple[str, str, int], Tally]:
+    found: dict[tuple[str, str, int], Tally] = {}
+    for number, (population, draw) in enumerate(POPULATIONS.items()):
+        rng = np.random.default_rng([seed, number])
+        large = world(rng, draw, LARGE)
+        truths = {name: claim.truth(large) for name, claim in CLAIMS.items()}
+        for size in SIZES:
+            for trial in range(trials):
+                w = world(rng, draw, size)
+                other = crossed(w, rng)
+                for name, claim in CLAIMS.items():
+                    if trial >= claim.share * trials:
+                        continue
+                    taken = claim.take(other if name == "crossover" else w)
+                    if taken is None:
+                        continue
+                    tally = found.setdefault((name, population, size), Tally())
+                    tally.trials += 1
+                    slack = 1e-9 * max(1.0, abs(truths[name]))
+                    tally.too_high += taken.low > truths[name] + slack
+                    tally.too_low += taken.high < truths[name] - slack
+    return found
+
+
+def false_labels(trials: int, *, seed: int) -> list[str]:
+    """A policy compared with itself: prompts called expanded or shrunk, and roles given."""
+    rows = []
+    for number, (population, draw) in enumerate(POPULATIONS.items()):
+        rng = np.random.default_rng([seed, 1000 + number])
+        expanded = shrunk = prompts = roles = 0
+        for _ in range(trials):
+            w = world(rng, draw, 32)
+            change = support_change(w.base, w.again, epsilon=EPSILON)
+            expanded, shrunk = expanded + change.expanded, shrunk + change.shrunk
+            prompts += 32
+            role = attribute(w.base, w.again, epsilon=EPSILON).dominant
+            roles += role in (
+                MeasuredRole.EXPANSION,
+                MeasuredRole.RESHAPING,
+                MeasuredRole.ATTRITION,
+            )
+        rows.append(
+            f"| {population} | {expanded} of {prompts} ({expanded / prompts:.2%}) "
+            f"| {shrunk} of {prompts} ({shrunk / prompts:.2%}) | {roles} of {trials} |"
+        )
+    return rows
+
+
+def section(found: Mapping[tuple[str, str, int], Tally], labels_: list[str], *, trials: int) -> str:
+    lines = [
+        TITLE,
+        "",
+        f"Simulated, {N} samples per prompt, nominal 95 %, six populations of prompts (success "
+        f"rates from {', '.join(POPULATIONS)}), up to {trials} task sets of each size per "
+        "population. The mean is over populations; *lowest* is the worst population, with its "
+        "name; *above*, *below*: how often the whole interval lay above or below the truth.",
+        "",
+        "| interval | method | 16 prompts | 32 prompts | lowest (32) | above | below |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, claim in CLAIMS.items():
+        means, worst, above, below, total = [], "–", 0, 0, 0
+        for size in SIZES:
+            tallies = {p: found[name, p, size] for p in POPULATIONS if (name, p, size) in found}
+            count = sum(t.trials for t in tallies.values())
+            missed = sum(t.too_high + t.too_low for t in tallies.values())
+            means.append(f"{1 - missed / count:.1%}" if count else "–")
+            above += sum(t.too_high for t in tallies.values())
+            below += sum(t.too_low for t in tallies.values())
+            total += count
+            if size == SIZES[-1] and tallies:
+                low = min(tallies, key=lambda p: tallies[p].coverage)
+                worst = f"{tallies[low].coverage:.1%} {low}"
+        mark = " (at least)" if claim.exact else ""
+        lines.append(
+            f"| {name} | {claim.method}{mark} | {means[0]} | {means[1]} | {worst} "
+            f"| {above / max(total, 1):.1%} | {below / max(total, 1):.1%} |"
+        )
+    lines += [
+        "",
+        "*At least* marks intervals that promise 95 % for every population, so most have more: "
+        "counts are whole, and a bound that holds for the worst mixture is wide for the others. "
+        "The bootstrap leans on the same binomial bound where values are skewed or nearly all "
+        "alike, and covers more than it claims there.",
+        "",
+        "A policy compared with itself, fresh samples on both sides, 32 prompts:",
+        "",
+        "| population | called expanded | called shrunk | given a role of change |",
+        "|---|---|---|---|",
+        *labels_,
+        "",
+        f"How to repeat it: `python benchmarks/coverage.py --trials {trials} --write "
+        "docs/lab-log.md`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Replace the section of that title, or put it before the first other one."""
+    old = path.read_text("utf-8")
+    pattern = re.compile(rf"^{re.escape(TITLE)}\n.*?(?=^## |\Z)", re.M | re.S)
+    if pattern.search(old):
+        new = pattern.sub(lambda _: text + "\n", old)
+    else:
+        at = old.index("\n## ") + 1
+        new = old[:at] + text + "\n" + old[at:]
+    path.write_text(new.rstrip() + "\n", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", type=Path, help="put the section into this file")
+    chosen = parser.parse_args()
+    began = time.process_time()
+    found = simulate(chosen.trials, seed=chosen.seed)
+    rows = false_labels(max(chosen.trials // 4, 20), seed=chosen.seed)
+    text = section(found, rows, trials=chosen.trials)
+    print(text)
+    print(f"{time.process_time() - began:.0f} s of processor time")
+    if chosen.write:
+        write(chosen.write, text)
+
+
+if __name__ == "__main__":
+    main()
