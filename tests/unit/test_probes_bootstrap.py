@@ -8,8 +8,11 @@ from scipy import stats
 
 from posttrain.errors import ConfigError
 from posttrain.probes.bootstrap import (
+    combined_interval,
+    function_interval,
     mean_interval,
     mean_intervals,
+    proportion_interval,
     ratio_interval,
     student_quantile,
 )
@@ -66,6 +69,100 @@ def test_pairing_pays() -> None:
     alone = mean_interval(after)
     assert paired.is_positive
     assert paired.high - paired.low < (alone.high - alone.low) / 10
+
+
+@pytest.mark.parametrize(("power", "prompts"), [(8, 32), (16, 32), (8, 64)])
+def test_pass_at_k_near_its_ceiling_is_covered(power: int, prompts: int) -> None:
+    """1 − (1 − p)^k of easy prompts: nearly 1, with a long tail that few prompts show."""
+    rng = np.random.default_rng(power)
+    truth = 1 - ((1 - rng.beta(8.0, 1.0, 400_000)) ** power).mean()
+    hits = []
+    for _ in range(120):
+        values = 1 - (1 - rng.beta(8.0, 1.0, prompts)) ** power
+        interval = mean_interval(values)
+        hits.append(interval.low <= truth <= interval.high)
+    assert np.mean(hits) >= 0.95
+
+
+def test_skewness_moves_the_end_in_its_tail_only() -> None:
+    values = np.concatenate([np.full(26, 0.9), np.linspace(0.85, 0.95, 5), [0.0]])
+    skewed, limit = mean_interval(values), mean_interval(np.full(32, 0.9))
+    bare = mean_interval(values[:-1])
+    assert skewed.low < limit.low + 0.05
+    assert skewed.high < bare.high + 0.02
+    turned = mean_interval(1 - values)
+    assert (1 - turned.high, 1 - turned.low) == pytest.approx((skewed.low, skewed.high), abs=0.01)
+
+
+def test_proportions_are_clopper_pearson_and_cover_at_least() -> None:
+    for count, num in ((0, 5), (3, 8), (31, 32), (7, 7)):
+        i = proportion_interval(count, num)
+        exact = stats.binomtest(count, num).proportion_ci(0.95, method="exact")
+        assert (i.low, i.high) == (pytest.approx(exact.low), pytest.approx(exact.high))
+    n = 24
+    bounds = [proportion_interval(c, n) for c in range(n + 1)]
+    for p in np.linspace(0.01, 0.99, 50):
+        inside = [i.low <= p <= i.high for i in bounds]
+        assert stats.binom.pmf(np.arange(n + 1), n, p) @ inside >= 0.95
+
+
+def test_a_function_of_one_mean_has_the_interval_of_the_mean() -> None:
+    # 20 prompts at either end carry the mean equally: the effective number is that of prompts.
+    x = np.repeat([0.2, 0.8], 20)
+    alone = mean_interval(x)
+    through = function_interval(
+        x[:, None], lambda m: m[:, 0], bounds=(0.0, 1.0), extremes=(-0.5, 0.5)
+    )
+    assert (through.value, through.low, through.high) == pytest.approx(
+        (alone.value, alone.low, alone.high), abs=1e-12
+    )
+
+
+def test_a_function_of_two_means_covers() -> None:
+    rng = np.random.default_rng(13)
+    hits = []
+    for _ in range(200):
+        whole = rng.beta(2.0, 2.0, 32)
+        part = whole * rng.beta(6.0, 4.0, 32)  # E[part] / E[whole] = 0.6
+        interval = function_interval(
+            np.stack([part, whole], axis=1),
+            lambda m: m[:, 0] / m[:, 1],
+            bounds=(0.0, 1.0),
+            extremes=(-1.2, 0.8),  # (a − 0.6 b) / 0.5
+        )
+        hits.append(interval.low <= 0.6 <= interval.high)
+    assert 0.90 <= np.mean(hits) <= 0.985
+
+
+def test_a_function_that_few_prompts_move_reaches_as_far_as_a_mean() -> None:
+    x = np.zeros((30, 1))
+    x[:4] = 0.5
+    interval = function_interval(
+        x, lambda m: m[:, 0], bounds=(0.0, 1.0), extremes=(-x.mean(), 1 - x.mean())
+    )
+    alone = mean_interval(x[:, 0])
+    assert interval.high == pytest.approx(alone.high, abs=1e-9)
+    assert interval.high == pytest.approx(stats.beta.ppf(0.975, 2 + 1, 30 - 2))  # 4 halves: 2
+    wide = function_interval(x, lambda m: m[:, 0], bounds=(-1.0, 1.0), extremes=(-9.0, 9.0))
+    assert wide.high == 1.0
+
+
+def test_the_mean_of_independent_values_by_hand_and_covering() -> None:
+    a, b = mean_interval(np.linspace(0, 1, 20)), mean_interval(np.full(10, 0.9))
+    both = combined_interval([a, b])
+    assert both.value == pytest.approx((a.value + b.value) / 2)
+    reach = np.hypot(a.value - a.low, b.value - b.low) / 2
+    assert both.low == pytest.approx(both.value - reach)
+    assert both.high == pytest.approx(both.value + np.hypot(a.high - a.value, b.high - b.value) / 2)
+    rng = np.random.default_rng(14)
+    hits = []
+    for _ in range(200):
+        sets = [mean_interval(rng.beta(a, 2.0, 20)) for a in (1.0, 2.0, 6.0)]
+        i = combined_interval(sets)
+        hits.append(i.low <= (1 / 3 + 1 / 2 + 3 / 4) / 3 <= i.high)
+    assert 0.91 <= np.mean(hits) <= 0.99
+    with pytest.raises(ConfigError, match="at least one task set"):
+        combined_interval([])
 
 
 @pytest.mark.parametrize("num", [1, 5, 16, 24, 300])

@@ -20,6 +20,7 @@ from posttrain.probes.curves import (
 )
 from posttrain.probes.measurement import TaskMeasurement
 from posttrain.probes.passk import pass_at_k
+from posttrain.probes.support import clopper_pearson
 
 
 def counted(counts: list[int] | np.ndarray, n: int = 64, taskset: str = "sums") -> TaskMeasurement:
@@ -48,6 +49,10 @@ def test_cover_of_clear_rates_and_its_bounds() -> None:
     r = cover(counted([0] * 20 + [64] * 20), 0.5)
     assert (r.name, r.value) == ("cover@0.5", 0.5)
     assert 0.3 < r.low < 0.5 < r.high < 0.7
+    # 20 of 40 surely above and 20 surely below; a hundredth of either may be mislabelled.
+    surely = clopper_pearson(20, 40, confidence=0.975)[0]
+    assert r.low == pytest.approx((surely - 0.01) / 0.99)
+    assert r.high == pytest.approx((1 - surely) / 0.99)
     near = cover(counted([32] * 40), 0.5)  # every rate lies at the threshold: nothing is known
     assert (near.low, near.high) == (0.0, 1.0)
 
@@ -110,8 +115,9 @@ def test_sharpening_tax_of_a_policy_that_never_fails_is_that_of_the_other() -> N
     solved = counted([64] * 12)
     r = sharpening_tax(solved, counted([32] * 12), k=2)
     assert r.value == pytest.approx(-(float(pass_at_k([32], 64, 2)[0]) - 0.5) / 0.5)
-    # No prompt can be told from another, so nothing is known of other prompts.
-    assert (r.low, r.high) == (-1.0, 1.0)
+    # Had one more prompt been asked that the first policy sometimes fails, its share could be 1.
+    assert r.high == 1.0
+    assert -1 <= r.low < r.value
 
 
 def test_refusals() -> None:

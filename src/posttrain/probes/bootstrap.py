@@ -168,25 +168,31 @@ def function_interval(
     function: Callable[[Floats], Floats],
     *,
     bounds: tuple[float, float],
+    extremes: tuple[float, float],
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
     """Interval of a smooth function of column means of [P, D] per-prompt values.
 
     The bootstrap of :func:`mean_intervals`, with the influence of each prompt from leaving it out
-    (the jackknife). When fewer than RARE prompts have an influence, the interval is ``bounds``:
-    so few prompts say nothing about a function without a bound of its own.
+    (the jackknife). value + influence is to first order a value per prompt whose mean is the
+    function, so the bound for values that are alike or skewed applies, with ``extremes`` for its
+    range. Of a ratio, a few prompts with a large denominator may carry all: Student's t has the
+    degrees of the effective number of prompts, (Σ |influence|)² / Σ influence², less one.
 
     Args:
         values: [P, D].
         function: from means [B, D] to [B] values inside ``bounds``.
         bounds: least and greatest possible value.
+        extremes: least and greatest influence that a prompt could have; bounds from theory.
         confidence: of the two-sided interval.
         seed: of the resampling.
 
     Example:
         >>> x = np.stack([np.linspace(0, 1, 9), np.ones(9)], axis=1)
-        >>> i = function_interval(x, lambda m: m[:, 0] / m[:, 1], bounds=(0.0, 1.0))
+        >>> i = function_interval(
+        ...     x, lambda m: m[:, 0] / m[:, 1], bounds=(0.0, 1.0), extremes=(-0.5, 0.5)
+        ... )
         >>> i.value, i.low < 0.35, i.high > 0.65
         (0.5, True, True)
     """
@@ -195,20 +201,15 @@ def function_interval(
     value = float(function(x.mean(axis=0)[None])[0])
     without = (x.sum(axis=0) - x) / max(num - 1, 1)
     influence = (num - 1) * (value - function(without)) if num > 1 else np.zeros(1)
-    if int((np.abs(influence) > SAME * num).sum()) < RARE:
-        return Interval(
-            value=value,
-            low=bounds[0],
-            high=bounds[1],
-            num_prompts=num,
-            seed=seed,
-            confidence=confidence,
-        )
+    influence = influence - influence.mean()
     return _interval(
         value=value,
         replicates=function(_resampled_means(x, seed=seed, resamples=RESAMPLES)),
-        influence=influence - influence.mean(),
-        caution=None,
+        influence=influence,
+        effective=float(np.abs(influence).sum() ** 2 / max((influence**2).sum(), SAME**2)),
+        caution=_caution(
+            value + influence, (value + extremes[0], value + extremes[1]), confidence=confidence
+        ),
         bounds=bounds,
         confidence=confidence,
         seed=seed,
@@ -254,10 +255,10 @@ def ratio_interval(
     """Interval of sum(part) / sum(whole) over prompts, both [P] and resampled together.
 
     Prompts with ``whole`` = 0 say nothing about the ratio. Resamples in which ``whole`` sums to
-    zero are left out. With few prompts away from one common ratio the exact bound of
-    :func:`mean_intervals` applies to the prompts that have a ratio, each taken as inside
-    ``limits``. The interval is not cut there, since an unbiased ``part`` may exceed ``whole`` by
-    chance.
+    zero are left out. The bound of :func:`mean_intervals` for values that are alike or skewed
+    applies to ratio + influence of the prompts that have a ratio: a prompt not asked is taken to
+    have a ratio inside ``limits`` and a ``whole`` no larger than the largest seen. The interval is
+    not cut at ``limits``, since an unbiased ``part`` may exceed ``whole`` by chance.
 
     Raises:
         ConfigError: ``whole`` is zero or negative in sum.
@@ -277,12 +278,15 @@ def ratio_interval(
     ratio = float(a.sum()) / total
     sums = _resampled_means(np.stack([a, b], axis=1), seed=seed, resamples=RESAMPLES)
     usable = sums[:, 1] > SAME
-    single = np.clip(a[b > 0] / b[b > 0], *limits)
+    has = b > 0
+    influence = (a - ratio * b)[has] / b[has].mean()
+    weight = float(b.max() / b[has].mean())
+    lowest, highest = (ratio + (limit - ratio) * weight for limit in limits)
     return _interval(
         value=ratio,
         replicates=sums[usable, 0] / sums[usable, 1],
-        influence=((a - ratio * b) / b.mean())[b > 0],
-        caution=_caution(single, limits, confidence=confidence),
+        influence=influence,
+        caution=_caution(ratio + influence, (lowest, highest), confidence=confidence),
         bounds=(-math.inf, math.inf),
         confidence=confidence,
         seed=seed,
@@ -300,12 +304,14 @@ def _interval(
     confidence: float,
     seed: int,
     num_prompts: int | None = None,
+    effective: float | None = None,  # number of prompts that carry the value, if not all alike
 ) -> Interval:
     low = high = value
     m = len(influence)
     spread = float(influence.std(ddof=1)) if m > 1 else 0.0
     if spread > SAME:
-        t = student_quantile((1 + confidence) / 2, degrees=m - 1)
+        carried = m if effective is None else max(effective, 2.0)
+        t = student_quantile((1 + confidence) / 2, degrees=max(carried - 1, 1))
         bca = _accelerated(replicates, value, influence, z=t * math.sqrt(m / (m - 1)))
         low, high = min(low, bca[0]), max(high, bca[1])
         if m < FEW:
@@ -401,7 +407,7 @@ def _resampled_means(x: Floats, *, seed: int, resamples: int) -> Floats:
     return np.concatenate(means)
 
 
-def student_quantile(level: float, *, degrees: int) -> float:
+def student_quantile(level: float, *, degrees: float) -> float:
     """Quantile of Student's t at ``level`` >= 0.5, through the Beta quantile.
 
     For t > 0, P(|T| > t) = I_x(degrees/2, 1/2) with x = degrees / (degrees + t²).

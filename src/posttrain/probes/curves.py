@@ -189,14 +189,35 @@ def sharpening_tax(
         share = np.divide(helped, failed, out=np.zeros_like(helped), where=failed > 0)
         return np.asarray(share[:, 0] - share[:, 1])
 
+    columns_PD = np.stack(values, axis=1)
     interval = function_interval(
-        np.stack(values, axis=1), tax, bounds=(-1.0, 1.0), confidence=confidence, seed=seed
+        columns_PD,
+        tax,
+        bounds=(-1.0, 1.0),
+        extremes=_tax_extremes(columns_PD.mean(axis=0)),
+        confidence=confidence,
+        seed=seed,
     )
     words = (
         f"a further try after a failure helps {abs(interval.value):.2f} "
         f"{'less' if interval.value >= 0 else 'more'} than before"
     )
     return reading("sharpening_tax", after.taskset, interval, samples=n, words=words)
+
+
+def _tax_extremes(means: Floats) -> tuple[float, float]:
+    """Least and greatest influence of a prompt on the tax.
+
+    On S = mean a / mean f it is (a − S f) / mean f, and 0 <= a <= f <= 1: from −S to 1 − S over
+    mean f. Where nothing failed, a prompt that does could have any influence.
+    """
+    ends = []
+    for helped, failed in zip(means[:2], means[2:], strict=True):
+        share = float(helped / failed) if failed > 0 else 0.0
+        room = max(float(failed), 1e-6)
+        ends.append((-share / room, (1 - share) / room))
+    (low0, high0), (low1, high1) = ends
+    return low0 - high1, high0 - low1
 
 
 def failed_tries(num_samples: int, k: int) -> Floats:

@@ -18,8 +18,10 @@ from posttrain.errors import ConfigError, nearest
 from posttrain.probes.attribution import FOLDS, Attribution
 from posttrain.probes.bootstrap import (
     Floats,
+    Interval,
     combined_interval,
     mean_interval,
+    mean_intervals,
     proportion_interval,
 )
 from posttrain.probes.measurement import (
@@ -137,10 +139,14 @@ def forgetting(
     """max_l<T R[l, i] − R[T, i]: how far the end is below the best that was (arXiv 1801.10112).
 
     The best of several noisy means is too good, and by itself makes forgetting out of chance. So
-    the samples are split: those outside a fold choose the best earlier policy, those in the fold
-    measure the difference, and the folds are averaged. Nothing changed then has expectation zero,
-    and a value may come out slightly negative. When the best is hard to tell, the value is low by
-    less than the differences among the candidates.
+    for the value the samples are split: those outside a fold choose the best earlier policy, those
+    in the fold measure the difference, and the folds are averaged. Nothing changed then has
+    expectation zero, and a value may come out slightly negative. When the best is hard to tell,
+    the value is low by less than the differences among the candidates.
+
+    Its bounds do not depend on a choice. max_l D_l of the differences D_l is at most the largest
+    of their upper bounds, and at least the largest of their lower bounds with the error shared
+    out among the candidates. With one earlier policy they are those of the paired difference.
 
     Raises:
         ConfigError: fewer than two policies, or one sample per prompt.
@@ -162,8 +168,21 @@ def forgetting(
         gap = best.successes[:, measures].mean(axis=1, dtype=np.float64)
         gap -= chain[-1].successes[:, measures].mean(axis=1, dtype=np.float64)
         lost += measures.sum() / n * gap
-    interval = mean_interval(lost, lowest=-1.0, confidence=confidence, seed=seed)
-    words = f"solved {max(interval.value, 0.0):.2f} less often than when it was best"
+    rates = np.stack([t.successes.mean(axis=1, dtype=np.float64) for t in chain], axis=1)
+    gaps, ranges = rates[:, :-1] - rates[:, -1:], ((-1.0, 1.0),) * (len(chain) - 1)
+    shared = 1 - (1 - confidence) / len(ranges)
+    usual = mean_intervals(gaps, ranges=ranges, confidence=confidence, seed=seed)
+    strict = mean_intervals(gaps, ranges=ranges, confidence=shared, seed=seed)
+    value = float(lost.mean())
+    interval = Interval(
+        value=value,
+        low=min(value, max(i.low for i in strict)),
+        high=max(value, max(i.high for i in usual)),
+        num_prompts=len(lost),
+        seed=seed,
+        confidence=confidence,
+    )
+    words = f"solved {max(value, 0.0):.2f} less often than when it was best"
     return reading("forgetting", chain[0].taskset, interval, samples=n, words=words)
 
 

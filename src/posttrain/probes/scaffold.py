@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from posttrain.errors import ConfigError, RunError
-from posttrain.probes.bootstrap import RARE, Floats, function_interval, mean_interval
+from posttrain.probes.bootstrap import Floats, function_interval, mean_interval
 from posttrain.probes.measurement import TaskMeasurement
 from posttrain.probes.passk import pass_at_k
 from posttrain.probes.reading import Reading, reading
@@ -129,12 +129,14 @@ def amortised_share(
         how.scores(helped),
     )
     columns = np.stack([then - first, top - first], axis=1)
-    if int((np.abs(columns[:, 1]) > 0).sum()) < RARE:
-        return None
+    mean_then, mean_gain = columns.mean(axis=0).tolist()
+    share = mean_then / mean_gain
     interval = function_interval(
         columns,
         lambda m: np.asarray(m[:, 0] / np.maximum(m[:, 1], 1e-9)),
         bounds=(-np.inf, np.inf),
+        # (d − share·g) / mean g, with a gain d of the bare policy and g of the scaffold within 1
+        extremes=((-1 - abs(share)) / mean_gain, (1 + abs(share)) / mean_gain),
         confidence=confidence,
         seed=seed,
     )
