@@ -12,18 +12,22 @@ from posttrain.composition import (
     MOVING,
     Dataset,
     Gae,
+    Judge,
     Mix,
     Redraw,
     ReferenceLogprobs,
+    RewardModel,
     Rollouts,
     SignalSpec,
     SourceSpec,
+    StepLabels,
     parts_of,
 )
 from posttrain.composition.company import Rival
 from posttrain.composition.credit import CreditSpec
 from posttrain.composition.offline import OfflineSignal
 from posttrain.composition.preference_signals import PreferenceSignal
+from posttrain.composition.reward_models import RewardModelSignal
 from posttrain.composition.teaching import TeachingSpec
 from posttrain.extensions import SignalTools, signal_extension
 from posttrain.legality import scopes
@@ -34,6 +38,8 @@ from posttrain.signals.gae import GaeSignal
 from posttrain.signals.offline import offline_signal
 from posttrain.signals.parts import credit_signal
 from posttrain.signals.preference import preference_signal
+from posttrain.signals.process import ProcessScores, StepLabelsByRollout
+from posttrain.signals.reward_model import InTurn, RewardModelScores
 from posttrain.signals.scope import ScopedSignal
 from posttrain.signals.scoring import ReferenceSignal, check_same_tokens
 from posttrain.signals.teaching import teaching_signal
@@ -126,7 +132,9 @@ class Workshop:
         if isinstance(spec, CreditSpec):
             drawn = [p for p in parts_of(planned.composition.source) if isinstance(p, Rollouts)]
             longest = max((p.max_new_tokens for p in drawn), default=live.context)
-            judge = Verifier(self.tasksets, live.renderer)
+            # A baseline's answer is judged as the group's are.
+            specs = [s for s in planned.composition.signals if isinstance(s, Judge)]
+            judge = InTurn([self._signal(s, planned, live) for s in specs])
             return credit_signal(spec, live=live, judge=judge, max_new_tokens=longest)
         if isinstance(spec, OfflineSignal):
             return offline_signal(spec, live=live)
@@ -134,6 +142,8 @@ class Workshop:
             return preference_signal(
                 spec, live=live, frozen=lambda ref: self._grader(_resolve(ref, planned), live)
             )
+        if isinstance(spec, RewardModelSignal):
+            return self._learnt(spec, planned, live)
         if isinstance(spec, Gae):
             return GaeSignal(spec, live)
         if isinstance(spec, ReferenceLogprobs):
@@ -149,6 +159,23 @@ class Workshop:
                 tasks=self._tasks(planned),
             )
         return Verifier(self.tasksets, live.renderer)
+
+    def _learnt(self, spec: RewardModelSignal, planned: PlannedStage, live: Policy) -> Signal:
+        """Judges that are learnt, and what labels the steps that they learn from."""
+        if isinstance(spec, StepLabels):
+            own = spec.policy == "learner"
+            return StepLabelsByRollout(
+                spec,
+                policy=live if own else self._grader(_resolve(spec.policy, planned), live),
+                judge=Verifier(self.tasksets, live.renderer),
+                success={name: tasks.success for name, tasks in self.tasksets.items()},
+                renderer=live.renderer,
+                seed=zlib.crc32(f"{self.seed}/{planned.spec.name}/step_labels".encode()),
+            )
+        model = self._grader(_resolve(spec.model, planned), live)
+        if isinstance(spec, RewardModel):
+            return RewardModelScores(spec, model)
+        return ProcessScores(spec, model, live.renderer)
 
     def _grader(self, ref: str, live: Policy) -> Policy:
         """A frozen policy whose token ids mean what the learner's mean."""

@@ -257,6 +257,8 @@ def _values(column: Column, trajectory: Trajectory, rng: np.random.Generator, nt
         return np.array(1.0 if nth % 2 == 0 else -1.0)
     if column in (Column.REWARD, Column.DISCARD):
         return np.array(float(nth % 2 if column is Column.REWARD else 0))
+    if column is Column.STEP_LABEL:
+        return (np.arange(num) % 3 - 1).astype(np.float32)
     if column is Column.WEIGHT:
         return np.array(rng.uniform(0.5, 2.0))
     if column is Column.ADVANTAGE:

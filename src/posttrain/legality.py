@@ -24,6 +24,7 @@ from posttrain.composition import (
     ReferenceKL,
     ReferenceLogprobs,
     Rollouts,
+    StepLabels,
     TeacherAdvantage,
     TeacherDistribution,
     TeacherLogprobs,
@@ -59,6 +60,10 @@ HOW_TO_GET = {
     Column.LABEL: "use a data set of prompt/completion/label rows, or pairs, with unpaired: true",
     Column.MISMATCHED_KL: "add the mismatched_kl signal",
     Column.LOG_RATIO_CENTRE: "add the log_ratio_centre signal",
+    Column.MARGIN: "name the data set's column of margins: `margin: <column>`",
+    Column.STEP_LABEL: "use a data set of prompt/completions/labels rows, or rollouts with the "
+    "step_labels signal",
+    Column.STEP_REWARD: "add the process_reward signal",
     Column.OLD_VALUE: "add the gae signal",
     Column.RETURN: "add the gae signal",
     Column.QUANTILE: "add the match_quantiles signal",
@@ -84,6 +89,9 @@ WHY = {
     Column.LABEL: "the loss raises good answers and lowers bad ones",
     Column.MISMATCHED_KL: "gains and losses are counted from what the policy gives to any answer",
     Column.LOG_RATIO_CENTRE: "the classifier's threshold lies between good and bad answers",
+    Column.MARGIN: "every pair asks for its own distance",
+    Column.STEP_LABEL: "steps are judged one by one",
+    Column.STEP_REWARD: "credit is assigned from the rewards of steps",
     Column.OLD_VALUE: "the critic is kept near what it said before the update",
     Column.RETURN: "the critic is fitted to it",
     Column.QUANTILE: "every value is compared with the one of its rank on the other side",
@@ -342,6 +350,12 @@ def _check_teachers(composition: Composition, *, stage: str) -> None:
                 expected="rollouts: what the teacher reads is written from a task's question and "
                 "answer, and rows of a data set have no task",
                 fix="use rollouts, or a teacher without a context",
+            )
+        if rows and isinstance(signal, StepLabels):
+            raise LegalityError(
+                f"stage {stage}: step_labels on rows of {rows[0].path}",
+                expected="rollouts: continuations are verified, and rows of a file have no task",
+                fix="use rollouts, or a data set that has labels",
             )
 
 

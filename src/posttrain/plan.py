@@ -22,10 +22,13 @@ from posttrain.composition import (
     Dataset,
     MismatchedKL,
     Mix,
+    ProcessReward,
     Redraw,
     ReferenceLogprobs,
+    RewardModel,
     Rollouts,
     SamplingSpec,
+    StepLabels,
     TeacherDistribution,
     TeacherLogprobs,
     parts_of,
@@ -36,6 +39,7 @@ from posttrain.config import digest, plain
 from posttrain.errors import ConfigError, DataError, nearest
 from posttrain.files import hash_file, hash_folder
 from posttrain.gates import Detour
+from posttrain.judges import check_judges
 from posttrain.legality import check_composition, scopes
 from posttrain.probes.per_prompt import METRICS, parse
 from posttrain.recipe import JsonlTasks, Recipe, Stage
@@ -151,6 +155,8 @@ def make_plan(
         _check_since(spec, known)
         _check_tasks(composition, recipe, stage=spec.name)
         check_composition(composition, stage=spec.name)
+        heads = {s.spec.name: s.composition.scalar_head for s in planned}
+        check_judges(composition, heads, recipe.model, init=init, root=root, stage=spec.name)
         inputs = _inputs(spec, composition, recipe, known, init=init, root=root)
         identity = digest(inputs)
         planned.append(
@@ -225,6 +231,8 @@ def _teachers(composition: Composition) -> Iterator[str]:
     for signal in composition.signals:
         if isinstance(signal, TeachingSpec):
             yield from teachers_of(signal)
+        elif isinstance(signal, StepLabels):
+            yield signal.policy
 
 
 def _graders(composition: Composition) -> Iterator[str]:
@@ -234,7 +242,9 @@ def _graders(composition: Composition) -> Iterator[str]:
     for signal in composition.signals:
         if isinstance(signal, ReferenceLogprobs | MismatchedKL):
             yield signal.policy
-        elif not isinstance(signal, TeachingSpec):
+        elif isinstance(signal, RewardModel | ProcessReward):
+            yield signal.model
+        elif not isinstance(signal, TeachingSpec | StepLabels):
             yield from extensions.references(signal)
 
 

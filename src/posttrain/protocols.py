@@ -49,6 +49,10 @@ class Renderer(Protocol):
         """The completion as a verifier should read it: without end-of-turn tokens."""
         ...
 
+    def token_text(self, token: int) -> str:
+        """One token, special ones by name."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:

@@ -61,6 +61,10 @@ class CharRenderer:
         """Characters up to the end token."""
         return "".join(chr(t) for t in tokens if t)
 
+    def token_text(self, token: int) -> str:
+        """The character; the end token by name."""
+        return chr(token) if token else "<end>"
+
 
 @final
 @dataclass(slots=True, eq=False)

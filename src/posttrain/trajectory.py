@@ -55,6 +55,9 @@ class Column(StrEnum):
     LABEL = "label"  # scalar: +1 good, -1 bad, judged without a comparison
     MISMATCHED_KL = "mismatched_kl"  # scalar: mean log-ratio of other prompts' answers
     LOG_RATIO_CENTRE = "log_ratio_centre"  # scalar: between those of good and of bad answers
+    MARGIN = "margin"  # scalar: how far apart the sides of a pair should be scored
+    STEP_LABEL = "step_label"  # [T] 0 to 1 where a labelled step ends, -1 elsewhere
+    STEP_REWARD = "step_reward"  # [T] what a process model gives the step that ends there
     OLD_VALUE = "old_value"  # [T] what the critic expected before each token, before the update
     RETURN = "return"  # [T] what was really still to come at each token: the critic's target
     QUANTILE = "quantile"  # scalar: the value of the same rank that an answer is compared with
@@ -76,6 +79,7 @@ SCALARS = frozenset(
         Column.LOG_RATIO_CENTRE,
         Column.QUANTILE,
         Column.WEIGHT,
+        Column.MARGIN,
     }
 )
 """Columns with one number per trajectory."""

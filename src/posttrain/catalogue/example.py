@@ -26,6 +26,7 @@ FILES: Mapping[tuple[str, ...], str] = defaultdict(
         ("prompt", "completion"): "demonstrations.jsonl",
         ("prompt", "chosen", "rejected"): "pairs.jsonl",
         ("prompt", "completion", "label"): "labelled.jsonl",
+        ("prompt", "completions", "labels"): "steps.jsonl",
     },
 )
 
@@ -108,6 +109,8 @@ def datasets_of(composition: Composition) -> list[Dataset]:
 
 def rows_of(data: Dataset) -> tuple[str, ...]:
     """Columns that a file must have."""
+    if data.steps:
+        return ("prompt", "completions", "labels")
     if data.preference:
         return ("prompt", "chosen", "rejected")
     if data.unpaired:

@@ -107,6 +107,15 @@ from posttrain.composition.preference_signals import (
     PreferDemonstration,
     RankPairs,
 )
+from posttrain.composition.reward_models import (
+    BradleyTerry,
+    Judge,
+    OutcomeClassifier,
+    ProcessReward,
+    RewardModel,
+    StepClassifier,
+    StepLabels,
+)
 from posttrain.composition.scalar_heads import ScalarTerm
 from posttrain.composition.signals import ReferenceLogprobs, SignalSpec
 from posttrain.composition.sources import (
@@ -118,6 +127,7 @@ from posttrain.composition.sources import (
     SourceSpec,
     parts_of,
 )
+from posttrain.composition.steps import Steps
 from posttrain.composition.supervised import (
     BalancedCrossEntropy,
     CrossEntropy,
@@ -149,6 +159,7 @@ __all__ = [
     "BalancedCrossEntropy",
     "BestOfKAdvantage",
     "BinaryClassifier",
+    "BradleyTerry",
     "ClipCovariance",
     "ClippedPolicyGradient",
     "ClippedWeightPolicyGradient",
@@ -172,6 +183,7 @@ __all__ = [
     "Guided",
     "Hinted",
     "ImitateFailures",
+    "Judge",
     "KLPenalty",
     "KeepInformative",
     "KeepPositiveAdvantages",
@@ -188,6 +200,7 @@ __all__ = [
     "Mix",
     "MovingReference",
     "OddsRatio",
+    "OutcomeClassifier",
     "OwnLogprobs",
     "PairwiseAnchored",
     "PairwiseDiscovered",
@@ -207,6 +220,7 @@ __all__ = [
     "PolicyRef",
     "PreferDemonstration",
     "ProbabilityLoss",
+    "ProcessReward",
     "ProspectValue",
     "ProximalCrossEntropy",
     "RankPairs",
@@ -214,6 +228,7 @@ __all__ = [
     "ReferenceKL",
     "ReferenceLogprobs",
     "RewardGold",
+    "RewardModel",
     "Rival",
     "Rollouts",
     "SamplingSpec",
@@ -225,6 +240,9 @@ __all__ = [
     "SoftGatedPolicyGradient",
     "SoftLengthPenalty",
     "SourceSpec",
+    "StepClassifier",
+    "StepLabels",
+    "Steps",
     "TargetMargin",
     "TeacherAdvantage",
     "TeacherDistribution",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from posttrain import extensions
+from posttrain.composition.reward_models import RewardModelTerm
 from posttrain.composition.values import Readout, ValueTerm
 from posttrain.config import Config
 
-ScalarTerm = ValueTerm
+ScalarTerm = ValueTerm | RewardModelTerm
 """Terms of ours that read a scalar head."""
 
 

@@ -8,6 +8,7 @@ from posttrain.composition.base import PolicyRef
 from posttrain.composition.credit import CreditSpec
 from posttrain.composition.offline import OfflineSignal
 from posttrain.composition.preference_signals import PreferenceSignal
+from posttrain.composition.reward_models import RewardModelSignal
 from posttrain.composition.teaching import TeachingSpec
 from posttrain.composition.values import ValueSignal
 from posttrain.composition.verify import Verify
@@ -33,4 +34,5 @@ SignalSpec = (
     | PreferenceSignal
     | OfflineSignal
     | ValueSignal
+    | RewardModelSignal
 )

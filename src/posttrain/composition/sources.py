@@ -9,6 +9,7 @@ from posttrain.composition.base import PolicyRef
 from posttrain.composition.company import Company, Guided, Hinted, Rival
 from posttrain.composition.credit import DropCutOff, KeepInformative, SoftLengthPenalty
 from posttrain.composition.offline import KeepRewards
+from posttrain.composition.steps import Steps
 from posttrain.composition.verify import Verify
 from posttrain.config import Config
 from posttrain.errors import ConfigError
@@ -49,17 +50,22 @@ class SamplingSpec(Config, frozen=True, kw_only=True):
         return self.with_seed(0).is_truncated
 
 
+Format = Literal["text", "completion", "messages", "preference", "unpaired", "steps"]
+"""What the rows of a data file are."""
+
+
 class Dataset(Config, frozen=True, kw_only=True, tag="dataset", tag_field="type"):
     """Trajectories from a JSONL or Parquet file (off-policy).
 
     ``format`` is detected from the columns: text (plain documents, every token is trained),
     prompt/completion, messages, prompt/chosen/rejected, or, for methods that learn from answers
-    judged one by one, prompt/completion/label with a true or false label (``unpaired``).
+    judged one by one, prompt/completion/label with a true or false label (``unpaired``), and for
+    process models prompt/completions/labels, an answer cut into steps (``steps``).
     ``author`` and ``licence`` go into the ledger.
     """
 
     path: str
-    format: Literal["auto", "text", "completion", "messages", "preference", "unpaired"] = "auto"
+    format: Format | Literal["auto"] = "auto"
     author: Kind = Kind.EXTERNAL
     name: str | None = None  # default: the file name
     licence: str | None = None
@@ -69,12 +75,21 @@ class Dataset(Config, frozen=True, kw_only=True, tag="dataset", tag_field="type"
     unpaired: bool = False  # set by methods on labelled answers; a file of pairs serves them too
     reward: str | None = None  # the column with each answer's reward, for logged answers
     weight: str | None = None  # the column that says how much each row counts, 0 or more
+    margin: str | None = None  # the column with each pair's margin, for reward models
+    steps: Steps | None = None  # set by methods on labelled steps: how the file's steps are joined
 
     def __post_init__(self) -> None:
         if self.preference and self.unpaired:
             raise ConfigError(
                 f"data set {self.path} with preference and unpaired",
                 expected="one of them: a stage compares answers, or judges each by itself",
+            )
+        if (self.margin and not self.preference) or (
+            self.steps and (self.preference or self.unpaired or self.reward or self.weight)
+        ):
+            raise ConfigError(
+                f"data set {self.path} with margin={self.margin}, steps={self.steps}",
+                expected="margins on pairs; labels of steps and nothing else beside them",
             )
         if (self.preference or self.unpaired) and (self.reward or self.weight):
             raise ConfigError(
@@ -86,10 +101,13 @@ class Dataset(Config, frozen=True, kw_only=True, tag="dataset", tag_field="type"
     @property
     def provides(self) -> frozenset[Column]:
         """Preferences for a file of pairs, labels for one of labelled answers; named numbers."""
+        if self.steps:
+            return frozenset({Column.STEP_LABEL})
         if self.unpaired:
             return frozenset({Column.LABEL})
         if self.preference:
-            return frozenset({Column.PREFERENCE})
+            margins = frozenset({Column.MARGIN}) if self.margin else frozenset[Column]()
+            return frozenset({Column.PREFERENCE}) | margins
         named = {Column.REWARD: self.reward, Column.WEIGHT: self.weight}
         return frozenset(column for column, name in named.items() if name is not None)
 

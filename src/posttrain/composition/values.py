@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from posttrain.composition.base import ANYONE, Aggregate, PolicyRef, Term
+from posttrain.composition.moving import MOVING
 from posttrain.config import Config
 from posttrain.errors import ConfigError
 from posttrain.provenance import Kind
@@ -39,6 +40,10 @@ class ScalarHead(Config, frozen=True, kw_only=True):
     lr: float | None = None
 
     def __post_init__(self) -> None:
+        if self.start in ("learner", MOVING):
+            raise ConfigError(
+                f"scalar_head with start={self.start}", expected="a model that stands still"
+            )
         if self.lr is not None and (self.lr < 0 or self.trunk == "shared"):
             raise ConfigError(
                 f"scalar_head with trunk={self.trunk}, lr={self.lr}",

@@ -18,6 +18,7 @@ from posttrain.methods.policy import Grpo, PolicyMethod
 from posttrain.methods.ppo import ValueMethod
 from posttrain.methods.preference import Dpo, PreferenceMethod
 from posttrain.methods.rejection import RejectionMethod
+from posttrain.methods.reward_models import RewardModelMethod
 from posttrain.methods.supervised import Sft, SupervisedMethod
 
 __all__ = ["METHODS", "Compose", "Dpo", "Grpo", "Method", "Opd", "Sft"]
@@ -29,6 +30,7 @@ Method = (
     | PreferenceMethod
     | PolicyMethod
     | ValueMethod
+    | RewardModelMethod
     | DistillationMethod
     | GuidedMethod
     | HybridMethod

@@ -16,6 +16,7 @@ from posttrain.composition import (
     GroupAdvantage,
     Guided,
     ImitateFailures,
+    Judge,
     Limit,
     OwnLogprobs,
     Rollouts,
@@ -41,6 +42,7 @@ class OnGuided(Config, frozen=True, kw_only=True):
     group_size: int = 8
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
+    rewards: tuple[Judge, ...] = (Verify(),)
 
     interface: ClassVar[str] = "verifier reward and demonstrations"
     tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
@@ -49,7 +51,7 @@ class OnGuided(Config, frozen=True, kw_only=True):
 def _guided(
     method: OnGuided, company: Guided, signals: tuple[SignalSpec, ...], *terms: TermSpec
 ) -> Composition:
-    """Guided rollouts, judged by the verifier and then by ``signals``, under ``terms``."""
+    """Guided rollouts, judged by its ``rewards`` and then by ``signals``, under ``terms``."""
     if method.group_size < 2:
         raise ConfigError(
             f"{method.__struct_config__.tag} with group_size={method.group_size}",
@@ -62,7 +64,7 @@ def _guided(
         sampling=method.sampling,
         company=company,
     )
-    return Composition(source=source, signals=(Verify(), *signals), terms=terms)
+    return Composition(source=source, signals=(*method.rewards, *signals), terms=terms)
 
 
 class GuidedGrpo(OnGuided, frozen=True, kw_only=True, tag="guided_grpo", tag_field="name"):

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from posttrain.composition import (
     Composition,
+    Judge,
     KLPenalty,
     Mismatch,
     PolicyRef,
@@ -26,12 +27,13 @@ from posttrain.config import Config
 
 
 class OnRollouts(Config, frozen=True, kw_only=True):
-    """Which prompts are drawn and how they are answered. Fields only: methods add what they do."""
+    """Which prompts are drawn, how they are answered, and who judges. Methods add what they do."""
 
     tasks: tuple[str, ...]
     group_size: int = 8
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
+    rewards: tuple[Judge, ...] = (Verify(),)
 
     provenance: ClassVar[str] = "on-policy"
     interface: ClassVar[str] = "verifier reward"
@@ -46,7 +48,7 @@ def on_rollouts(
     mismatch: Mismatch | None = None,
     scalar_head: ScalarHead | None = None,
 ) -> Composition:
-    """Live rollouts, judged by the verifier and then by ``signals``, under ``terms``.
+    """Live rollouts, judged by the method's ``rewards`` and then by ``signals``, under ``terms``.
 
     ``mismatch`` is that of the terms: it needs the trainer's log-probs. ``scalar_head`` is what
     terms on values read.
@@ -59,7 +61,7 @@ def on_rollouts(
             max_new_tokens=method.max_new_tokens,
             sampling=method.sampling,
         ),
-        signals=(Verify(), *signals, *trainer),
+        signals=(*method.rewards, *signals, *trainer),
         terms=terms,
         scalar_head=scalar_head,
     )

@@ -125,6 +125,11 @@ class Dapo(OnRollouts, frozen=True, kw_only=True, tag="dapo", tag_field="name"):
         term = ClippedPolicyGradient(
             clip_low=self.clip_low, clip_high=self.clip_high, mismatch=self.mismatch
         )
+        if self.max_draws > 1 and self.rewards != (Verify(),):
+            raise ConfigError(
+                f"dapo with max_draws={self.max_draws} and rewards of others than the verifier",
+                expected="max_draws: 1: drawing again asks the verifier, and no model",
+            )
         once = on_rollouts(self, signals, (term,), mismatch=self.mismatch)
         return redrawn(once, keep=(Verify(), KeepInformative()), max_draws=self.max_draws)
 

@@ -11,6 +11,7 @@ from posttrain.composition import (
     Composition,
     CrossEntropy,
     Dataset,
+    Judge,
     Limit,
     PairwiseLogistic,
     PolicyRef,
@@ -364,6 +365,7 @@ class OnRankedRollouts(Config, frozen=True, kw_only=True):
     group_size: int = 2
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
+    rewards: tuple[Judge, ...] = (Verify(),)
     beta: float = 0.1
     reference: PolicyRef = "input"
 
@@ -372,7 +374,7 @@ class OnRankedRollouts(Config, frozen=True, kw_only=True):
 
 
 def _on_ranked(method: OnRankedRollouts, policy: PolicyRef, *terms: TermSpec) -> Composition:
-    """Rollouts of a policy; verifier; best against worst; reference log-probs; the terms."""
+    """Rollouts of a policy; its judges; best against worst; reference log-probs; the terms."""
     if method.group_size < 2:
         raise ConfigError(
             f"{method.__struct_config__.tag} with group_size={method.group_size}",
@@ -386,7 +388,7 @@ def _on_ranked(method: OnRankedRollouts, policy: PolicyRef, *terms: TermSpec) ->
             max_new_tokens=method.max_new_tokens,
             sampling=method.sampling,
         ),
-        signals=(Verify(), RankPairs(), ReferenceLogprobs(policy=method.reference)),
+        signals=(*method.rewards, RankPairs(), ReferenceLogprobs(policy=method.reference)),
         terms=(PairwiseLogistic(beta=method.beta), *terms),
     )
 

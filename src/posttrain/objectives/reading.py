@@ -14,13 +14,15 @@ from posttrain.batch import PackedBatch
 from posttrain.composition import TermSpec
 from posttrain.legality import readable
 from posttrain.objectives.values import Stats
+from posttrain.trajectory import Column
 
 
 def as_read(term: TermSpec, batch: PackedBatch, stats: Stats) -> tuple[PackedBatch, Stats]:
     """The batch and the statistics, reduced to the tokens that the term reads.
 
-    A term over tokens reads those of its authors. A term over sequences or pairs reads whole
-    sequences: one with a token by anybody else is left out.
+    A term over tokens reads those of its authors, and one over steps those at which a labelled
+    step ends. A term over sequences or pairs reads whole sequences: one with a token by anybody
+    else is left out.
     """
     kept_N = read_tokens(term, batch)
     if bool(kept_N.all()):
@@ -33,6 +35,9 @@ def read_tokens(term: TermSpec, batch: PackedBatch) -> Tensor:
     allowed_N = batch.where(readable(term))
     if term.unit == "token":
         return allowed_N
+    if term.unit == "step":
+        label_N = batch.columns.get(Column.STEP_LABEL)
+        return allowed_N & (label_N >= 0) if label_N is not None else allowed_N & False
     whole_S = torch.ones(batch.num_sequences, dtype=torch.bool, device=allowed_N.device)
     whole_S[batch.sequence_N[~allowed_N]] = False
     return whole_S[batch.sequence_N]

@@ -18,6 +18,7 @@ from posttrain.objectives import (
     offline,
     policy,
     preference,
+    reward_models,
     supervised,
     value_terms,
 )
@@ -71,5 +72,6 @@ TERMS: Mapping[type[Config], TermCode] = Terms(
         **external.TERMS,
         **distillation.TERMS,
         **value_terms.TERMS,
+        **reward_models.TERMS,
     }
 )

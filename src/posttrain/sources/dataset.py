@@ -15,21 +15,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, final
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
 from posttrain.chat import ChatRenderer, messages_from
 from posttrain.composition import ANYONE, Dataset
+from posttrain.composition.sources import Format
 from posttrain.errors import ConfigError, DataError
 from posttrain.files import read_jsonl
 from posttrain.provenance import Kind, Producer, Role
 from posttrain.sources.numbers import row_numbers
+from posttrain.sources.step_rows import joined, step_labels
 from posttrain.task import Message
 from posttrain.trajectory import Column, Group, Scored, Trajectory
 
-Format = Literal["text", "completion", "messages", "preference", "unpaired"]
 Row = Mapping[str, object]
 
 COLUMNS: Mapping[Format, frozenset[str]] = MappingProxyType(
@@ -39,6 +40,7 @@ COLUMNS: Mapping[Format, frozenset[str]] = MappingProxyType(
         "messages": frozenset({"messages"}),
         "text": frozenset({"text"}),
         "unpaired": frozenset({"prompt", "completion", "label"}),
+        "steps": frozenset({"prompt", "completions", "labels"}),
     }
 )
 """Columns that each format needs. ``preference`` may have a ``prompt`` too."""
@@ -198,6 +200,14 @@ class DatasetSource:
             return self._pair(row, task)
         if self._format == "unpaired":
             return (self._labelled(row, task),)
+        if self._format == "steps":
+            assert self._spec.steps is not None
+            answer = joined(row, self._spec.steps)
+            written = self._checked(
+                self._continuation(row["prompt"], answer, "completions", task=task)
+            )
+            labels = step_labels(row, written, steps=self._spec.steps, renderer=self._renderer)
+            return (Scored(trajectory=written, columns=labels),)
         if self._format == "messages":
             messages = messages_from(row["messages"])
             _check_answer(messages)
@@ -384,11 +394,13 @@ def _format(spec: Dataset, path: Path, first: Row) -> Format:
 
 def _readable(spec: Dataset) -> frozenset[str]:
     """The formats that the stage can learn from. Pairs are labelled answers too."""
+    if spec.steps:
+        return frozenset({"steps"})
     if spec.preference:
         return frozenset({"preference"})
     if spec.unpaired:
         return frozenset({"unpaired", "preference"})
-    return frozenset(COLUMNS) - {"unpaired", "preference"}
+    return frozenset(COLUMNS) - {"unpaired", "preference", "steps"}
 
 
 def _check_labels(spec: Dataset, first: Row, fitting: Sequence[Format], *, place: str) -> None:

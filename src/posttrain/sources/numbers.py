@@ -16,13 +16,14 @@ from posttrain.trajectory import Column
 def row_numbers(
     spec: Dataset, row: Mapping[str, object]
 ) -> Mapping[Column, npt.NDArray[np.float64]]:
-    """The row's reward and weight, where the specification names their columns.
+    """The row's reward, weight and margin, where the specification names their columns.
 
     Raises:
         DataError: a missing or unusable number.
     """
     out: dict[Column, npt.NDArray[np.float64]] = {}
-    for column, name in ((Column.REWARD, spec.reward), (Column.WEIGHT, spec.weight)):
+    named = {Column.REWARD: spec.reward, Column.WEIGHT: spec.weight, Column.MARGIN: spec.margin}
+    for column, name in named.items():
         if name is None:
             continue
         value = row.get(name)
@@ -33,5 +34,7 @@ def row_numbers(
                 f"{column} {name}={value!r}",
                 expected="0 or more: a negative weight would push the answer away without bound",
             )
+        if column is Column.MARGIN and value < 0:
+            raise DataError(f"{column} {name}={value!r}", expected="0 or more")
         out[column] = np.asarray(float(value))
     return out

@@ -1,0 +1,185 @@
+"""Training judges: reward models of answers, and process models of steps."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from msgspec.structs import replace
+
+from posttrain.composition import (
+    BradleyTerry,
+    Composition,
+    Dataset,
+    OutcomeClassifier,
+    PolicyRef,
+    Rollouts,
+    SamplingSpec,
+    ScalarHead,
+    StepClassifier,
+    StepLabels,
+    Steps,
+    Verify,
+)
+from posttrain.config import Config
+
+JUDGE = ScalarHead(trunk="shared")
+"""The model that is trained is the judge: its own hidden states are read."""
+
+NO_ROLE = "none: it judges, and does not act"
+
+
+class BradleyTerryReward(Config, frozen=True, kw_only=True, tag="bradley_terry", tag_field="name"):
+    """A reward model from preferences: chosen answers score higher than rejected ones.
+
+    The stage's model is the reward model; name the stage as ``model`` of a reward_model signal.
+    Pairs may have margins of their own: name their column in the data set.
+    """
+
+    data: Dataset
+    margin: float = 0.0
+    centring: float = 0.01
+
+    provenance: ClassVar[str] = "off-policy"
+    interface: ClassVar[str] = "preferences"
+    tendency: ClassVar[str] = NO_ROLE
+    formula: ClassVar[str] = "-log sigmoid(s_w - s_l - margin) + centring (s_w + s_l)^2"
+    paper: ClassVar[str] = "2203.02155, 2307.09288 (margin), 2312.09244 (centring)"
+
+    def compose(self) -> Composition:
+        """Pairs; Bradley-Terry on the score after the last token."""
+        margin: float | Literal["column"] = "column" if self.data.margin else self.margin
+        return Composition(
+            source=replace(self.data, preference=True),
+            terms=(BradleyTerry(margin=margin, centring=self.centring),),
+            scalar_head=JUDGE,
+        )
+
+
+class Orm(Config, frozen=True, kw_only=True, tag="orm", tag_field="name"):
+    """An outcome reward model from answers labelled right or wrong.
+
+    Use it with ``squash: sigmoid``: its score is the log-odds of being right. ``at: every`` asks
+    for the verdict after every token, as the paper's token-level verifiers do.
+    """
+
+    data: Dataset
+    at: Literal["last", "every"] = "last"
+
+    provenance: ClassVar[str] = "off-policy"
+    interface: ClassVar[str] = "outcome labels"
+    tendency: ClassVar[str] = NO_ROLE
+    formula: ClassVar[str] = "-y log sigmoid(s) - (1 - y) log sigmoid(-s)"
+    paper: ClassVar[str] = "2110.14168"
+
+    def compose(self) -> Composition:
+        """Labelled answers; cross-entropy of the verdict."""
+        return Composition(
+            source=replace(self.data, unpaired=True),
+            terms=(OutcomeClassifier(at=self.at),),
+            scalar_head=JUDGE,
+        )
+
+
+class OrmOnRollouts(Config, frozen=True, kw_only=True, tag="orm_on_rollouts", tag_field="name"):
+    """An outcome reward model from a frozen policy's own answers, labelled by the verifier."""
+
+    tasks: tuple[str, ...]
+    generator: PolicyRef = "input"
+    at: Literal["last", "every"] = "last"
+    group_size: int = 8
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+
+    provenance: ClassVar[str] = "off-policy: a frozen policy's answers"
+    interface: ClassVar[str] = "verifier reward"
+    tendency: ClassVar[str] = NO_ROLE
+    formula: ClassVar[str] = "-R log sigmoid(s) - (1 - R) log sigmoid(-s)"
+    paper: ClassVar[str] = "2110.14168"
+
+    def compose(self) -> Composition:
+        """Frozen rollouts; verifier; cross-entropy of the verdict."""
+        return Composition(
+            source=_frozen(self),
+            signals=(Verify(),),
+            terms=(OutcomeClassifier(at=self.at, target="reward"),),
+            scalar_head=JUDGE,
+        )
+
+
+class Prm(Config, frozen=True, kw_only=True, tag="prm", tag_field="name"):
+    """A process reward model from answers whose steps are labelled.
+
+    Rows are a prompt, a list of ``completions`` (the steps) and a list of ``labels``: true, false,
+    or numbers from 0 to 1. ``steps`` must be the same where the model is used.
+    """
+
+    data: Dataset
+    steps: Steps = Steps()
+
+    provenance: ClassVar[str] = "off-policy"
+    interface: ClassVar[str] = "process labels"
+    tendency: ClassVar[str] = NO_ROLE
+    formula: ClassVar[str] = "-y_k log sigmoid(s_k) - (1 - y_k) log sigmoid(-s_k) at step ends"
+    paper: ClassVar[str] = "2305.20050, 2211.14275"
+
+    def compose(self) -> Composition:
+        """Labelled steps; cross-entropy at their ends."""
+        return Composition(
+            source=replace(self.data, steps=self.steps),
+            terms=(StepClassifier(),),
+            scalar_head=JUDGE,
+        )
+
+
+class MathShepherd(Config, frozen=True, kw_only=True, tag="math_shepherd", tag_field="name"):
+    """A process reward model without human labels: a step is as good as what comes of it.
+
+    A frozen policy answers; from the end of every step ``completer`` goes on ``samples`` times, and
+    the verifier says how often that ends well.
+    """
+
+    tasks: tuple[str, ...]
+    generator: PolicyRef = "input"
+    completer: PolicyRef = "input"
+    samples: int = 8
+    labels: Literal["soft", "hard"] = "soft"
+    steps: Steps = Steps()
+    group_size: int = 4
+    max_new_tokens: int = 256
+    sampling: SamplingSpec = SamplingSpec()
+
+    provenance: ClassVar[str] = "off-policy: a frozen policy's answers"
+    interface: ClassVar[str] = "process labels from verified roll-outs"
+    tendency: ClassVar[str] = NO_ROLE
+    formula: ClassVar[str] = "prm with y_k = share of continuations from step k that succeed"
+    paper: ClassVar[str] = "2312.08935"
+
+    def compose(self) -> Composition:
+        """Frozen rollouts; labels by continuation; cross-entropy at step ends."""
+        labels = StepLabels(
+            policy=self.completer,
+            samples=self.samples,
+            labels=self.labels,
+            steps=self.steps,
+            max_new_tokens=self.max_new_tokens,
+        )
+        return Composition(
+            source=_frozen(self),
+            signals=(labels,),
+            terms=(StepClassifier(),),
+            scalar_head=JUDGE,
+        )
+
+
+def _frozen(method: OrmOnRollouts | MathShepherd) -> Rollouts:
+    """Answers of a policy that does not change while the judge is trained."""
+    return Rollouts(
+        tasks=method.tasks,
+        policy=method.generator,
+        group_size=method.group_size,
+        max_new_tokens=method.max_new_tokens,
+        sampling=method.sampling,
+    )
+
+
+RewardModelMethod = BradleyTerryReward | Orm | OrmOnRollouts | Prm | MathShepherd
