@@ -27,6 +27,7 @@ from posttrain.composition import (
 from posttrain.errors import ConfigError, DataError, LegalityError, TaskError
 from posttrain.legality import check_composition
 from posttrain.methods.policy import Dapo, Grpo
+from posttrain.methods.ppo import Ppo
 from posttrain.methods.preference import OnlineDpo
 from posttrain.methods.reward_models import (
     BradleyTerryReward,
@@ -517,6 +518,7 @@ def test_a_plan_knows_who_can_judge(tmp_path):
         [stage("rl", asking("path:base"))],
         [stage("rl", asking("input"))],
         [stage("sft", Grpo(tasks=("t",))), stage("rl", asking("sft"))],
+        [stage("ppo", Ppo(tasks=("t",))), stage("rl", asking("ppo"))],  # its critic is no judge
     ):
         with pytest.raises(LegalityError, match="no scalar head of its own"):
             make_plan(recipe(tmp_path, *stages), root=tmp_path, base="b")
@@ -536,8 +538,6 @@ def test_a_folder_with_a_head_may_judge(tmp_path, sign):
 
 
 def test_a_critic_is_planned_like_a_reference(tmp_path):
-    from posttrain.methods.ppo import Ppo
-
     stages = [stage("rm", RM), stage("ppo", Ppo(tasks=("t",), critic_start="rm"), init="base")]
     plan = make_plan(recipe(tmp_path, *stages), root=tmp_path, base="b")
     assert "rm" in plan.stage("ppo").references
