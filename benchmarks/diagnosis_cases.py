@@ -299,6 +299,7 @@ def learner_state(rng: Rng) -> list[Case]:
             [(s,) * LENGTH for s in some(rng, low, high)],
             teacher=teacher,
             wrong=wrong,
+            longest=24,
         )
         for name, low, high, wrong in ranges
     ]

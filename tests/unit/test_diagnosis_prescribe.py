@@ -47,7 +47,6 @@ def world(tmp_path):
         teachers={"*": str(tmp_path / "teacher")},
         before=str(tmp_path / "before"),
         scaffold="Think. {question}",
-        answers=True,
     )
     return ground, everything
 
@@ -76,6 +75,7 @@ def only(tasks, world, **changes):
     ("case", "method", "terms"),
     [
         ("never", "sft", {"cross_entropy"}),
+        ("entry", "prefix_rft", {"clipped_policy_gradient", "assumed_own_gradient"}),
         ("forgotten", "opd", {"teacher_reverse_kl"}),
         ("scaffold", "context_distillation", {"teacher_reverse_kl"}),
         ("own states", "opd", {"teacher_reverse_kl"}),

@@ -96,6 +96,7 @@ def _conclude(
             key=lambda pair: pair[0],
         )
         leaning = likely[0][1] if likely else None
+        in_the_way.sort(key=lambda o: (not o.likely, o.more))
         headline = _undetermined_words(leaning, in_the_way)
     return TaskDiagnosis(
         task=evidence.task,
@@ -118,8 +119,7 @@ def _undetermined_words(leaning: Bottleneck | None, in_the_way: Sequence[OpenRul
     if not in_the_way:
         return "No rule applies to these readings: the rules in force leave a gap here."
     lean = f"The likeliest is {leaning}, but that is not shown. " if leaning else ""
-    soonest = min(in_the_way, key=lambda o: o.more)
-    return f"The intervals do not decide. {lean}To decide: {soonest.decide}."
+    return f"The intervals do not decide. {lean}To decide: {in_the_way[0].decide}."
 
 
 # --- conditions ------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ MOST_LOST = 0.1
 
 SMALLEST_GROUP, LARGEST_GROUP = 8, 64
 
-REFERENCE_WEIGHTS, IMITATE_LR, POLICY_LR = 640_000, 1e-3, 2e-4
+REFERENCE_WEIGHTS, IMITATE_LR, GUIDED_LR, POLICY_LR = 640_000, 1e-3, 3e-4, 2e-4
 """Learning rates that were tried on a model of 640,000 weights. For another size they are divided
 by the square root of the ratio of sizes, which gives 3e-5 and 6e-6 at 0.6 B and 1e-5 and 2e-6 at
 7 B: a rule of thumb of ours, in the range that papers report."""
@@ -64,7 +64,6 @@ class Supplies:
     before: str | None = None
     best: Mapping[str, str] = field(default_factory=dict)
     scaffold: str | None = None
-    answers: bool = False  # task sets know the right answers
     later: tuple[str, ...] = ()  # task sets that are only to stay trainable
 
     def demos_for(self, task: str) -> str | None:
@@ -164,7 +163,7 @@ def _treat(together: Sequence[TaskDiagnosis], rule: Rule, tools: _Tools) -> list
     """The first treatment of the rule whose needs are met and that was not tried."""
     names = [t.task for t in together]
     others = [t.task for t in tools.tasks if t.task not in names and _can_do_some(t)]
-    has = _met(names[0], tools.supplies, others)
+    has = _met(together[0], tools.supplies, others)
     tried = False
     for name in rule.treat:
         treatment = tools.book.treatments[name]
@@ -192,13 +191,15 @@ def _can_do_some(task: TaskDiagnosis) -> bool:
     return first is not None and first.low >= 0.1
 
 
-def _met(task: str, supplies: Supplies, others: Sequence[str]) -> frozenset[Need]:
+def _met(chosen: TaskDiagnosis, supplies: Supplies, others: Sequence[str]) -> frozenset[Need]:
+    task = chosen.task
     there: dict[Need, bool] = {
         "demos": supplies.demos_for(task) is not None,
         "teacher": supplies.teacher_for(task) is not None,
         "before": supplies.before is not None or task in supplies.best,
         "scaffold": supplies.scaffold is not None,
-        "answers": supplies.answers,
+        # Right answers were begun to see whether that helps, so there are some.
+        "answers": chosen.evidence.get("continue@0.5") is not None,
         "others": bool(others),
     }
     return frozenset(need for need, met in there.items() if met)
@@ -314,6 +315,7 @@ def words_for(
         "groups": max(ROLLOUTS // group, 4),
         "answer_tokens": tools.ground.measure.max_new_tokens,
         "lr": learning_rate(IMITATE_LR, tools.num_weights),
+        "lr_guided": learning_rate(GUIDED_LR, tools.num_weights),
         "lr_policy": learning_rate(POLICY_LR, tools.num_weights),
     }
 

@@ -115,7 +115,7 @@ def _task(task: TaskDiagnosis) -> RenderableType:
         lines += [Text(f"because {_sentence(b)}", style="dim") for b in first.because]
         lines.append(Text(f"overturned by {first.overturned_by}", style="dim italic"))
     else:
-        lines += [Text(b, style="dim") for o in task.open[:3] for b in o.because]
+        lines += [Text(b, style="dim") for o in task.open[:2] for b in o.because]
     return Group(lines[0], *(_indented(line) for line in lines[1:]))
 
 

@@ -1,0 +1,392 @@
+"""Does diagnosing pay? `treat` against fixed methods of the same budget, on situations of the lab.
+
+    python benchmarks/treat.py --seeds 0 --out out/treat          # a first look
+    nice -n 19 python benchmarks/treat.py --seeds 0 1 2 3 4 --out out/treat
+
+    situation (a model, task sets, what there is to work with) ──arm──▶ model ──judge──▶ pass@1
+
+Every arm of a situation has the same supplies and the same budget of tokens: sampled, plus gone
+through a training step (`posttrain.diagnosis.spending`). What `treat` spends on looking counts.
+All are judged alike at the end, with samples that no arm has seen; this is not counted. An arm
+that lacks what its method needs does what a user would do instead (see ARMS).
+
+Finished runs are not run again, and an interrupted one goes on: the command can be repeated until
+the table is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from tour_seeds import over_seeds
+
+from posttrain import api
+from posttrain.composition import Dataset
+from posttrain.diagnosis.prescribe import Supplies
+from posttrain.diagnosis.spending import expected, spent
+from posttrain.files import write_atomic
+from posttrain.lab.corpus import demonstrations, preference_pairs, taskset, write_rows
+from posttrain.lab.settings import SETTINGS
+from posttrain.lab.tour import ANSWER, BASE
+from posttrain.methods import Dpo, Grpo, Method, Opd, Sft
+from posttrain.methods.distillation import Opsd
+from posttrain.methods.preference import OnlineDpo
+from posttrain.methods.rejection import Raft
+from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+
+LOOK = Measure(samples=64, max_new_tokens=ANSWER, seed=7)
+JUDGE = Measure(samples=64, max_new_tokens=ANSWER, seed=1_000_003)
+NOT_COUNTED = Measure(samples=2, max_new_tokens=ANSWER, seed=7)
+LENGTH = 3.0  # tokens of an answer of the lab, about
+CLEAN = Dataset(path="demos.jsonl", name="lab-demos", licence="CC0-1.0")
+PAIRS = Dataset(path="pairs.jsonl", name="lab-pairs", licence="CC0-1.0")
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A model and what there is to treat it with. ``demos`` and ``pairs`` are for one task set."""
+
+    name: str
+    words: str
+    model: Callable[[Path], Path]  # from the folder of prepared models
+    tasks: tuple[str, ...]
+    budget: int
+    demos: str | None = None
+    before: bool = False  # the base is at hand as the earlier policy
+
+    def recipe(self, prepared: Path, *, seed: int, measure: Measure) -> Recipe:
+        """Everything but stages."""
+        return Recipe(
+            name=self.name,
+            model=str(self.model(prepared).resolve()),
+            seed=seed,
+            threads=1,
+            tasks={n: SETTINGS[n].tasks for n in self.tasks},
+            measure=measure,
+        )
+
+
+# --- the models that situations begin with ---------------------------------------------------
+
+
+def base(_: Path) -> Path:
+    """The lab's base model."""
+    return BASE
+
+
+def taught(prepared: Path) -> Path:
+    """The base after 320 steps on `reverse` alone: it knows that, and lost much of the rest."""
+    rows = (d.row for d in demonstrations(SETTINGS["reverse"], seed=99, count=3000))
+    return _trained(prepared / "taught", BASE, rows, steps=320, lr=1e-3)
+
+
+def unbegun(prepared: Path) -> Path:
+    """The taught model, trained to begin with the wrong letter and to go on rightly: it could
+    finish what somebody begins, and never begins it."""
+    start = taught(prepared)
+    words = list({t.key: t for t in taskset(SETTINGS["reverse"]).train}.values())[:2000]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": task.text},
+                {"role": "assistant", "content": f"{task.answer}"[-1] + f"{task.answer}"[1:]},
+            ]
+        }
+        for task in words
+        if f"{task.answer}"[0] != f"{task.answer}"[-1]
+    ]
+    known = [demonstrations(SETTINGS[n], seed=98, count=600) for n in ("sums", "calculate")]
+    keep = [d.row for documents in known for d in documents]
+    return _trained(prepared / "unbegun", start, [*rows, *keep], steps=60, lr=5e-4)
+
+
+def _trained(out: Path, model: Path, rows: object, *, steps: int, lr: float) -> Path:
+    """One SFT stage, made once."""
+    if not (out / "ready").is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_rows(out / "rows.jsonl", rows)  # type: ignore[arg-type]
+        stage = Stage(
+            name="prepare",
+            method=Sft(data=Dataset(path="rows.jsonl", name="lab-rows", licence="CC0-1.0")),
+            budget=Budget(steps=steps),
+            groups_per_step=64,
+            optimizer=Optimizer(lr=lr, warmup_steps=10, schedule="linear"),
+        )
+        recipe = Recipe(name=out.name, model=str(model.resolve()), stages=(stage,), threads=1)
+        api.run(recipe, out=out / "run", root=out)
+        (out / "ready").touch()
+    (made,) = (out / "run/stages").glob("prepare-*/model")
+    return made
+
+
+SITUATIONS = {
+    s.name: s
+    for s in (
+        Situation(
+            "support",
+            "the base cannot reverse words; 3,000 demonstrations; sums must stay",
+            base,
+            ("reverse", "sums", "calculate"),
+            300_000,
+            demos="reverse",
+        ),
+        Situation(
+            "choice",
+            "products and chains are in reach, and habits are preferred; nothing but the verifier",
+            base,
+            ("products", "chains"),
+            150_000,
+        ),
+        Situation(
+            "entry",
+            "reversing was learnt, and is no longer begun; 3,000 demonstrations; sums must stay",
+            unbegun,
+            ("reverse", "sums", "calculate"),
+            150_000,
+            demos="reverse",
+        ),
+        Situation(
+            "retention",
+            "reversing was learnt, sums were lost; the base is at hand, and the demonstrations",
+            taught,
+            ("sums", "calculate", "reverse"),
+            150_000,
+            demos="reverse",
+            before=True,
+        ),
+        Situation(
+            "saturation",
+            "everything that is asked is known; nothing should be done",
+            base,
+            ("sums", "calculate"),
+            100_000,
+        ),
+    )
+}
+
+
+# --- the arms --------------------------------------------------------------------------------
+
+
+def sft(situation: Situation) -> Method:
+    """On the demonstrations; without any, on own answers that the verifier accepts."""
+    if situation.demos:
+        return Sft(data=CLEAN)
+    return Raft(tasks=situation.tasks, at_least=1.0, max_new_tokens=ANSWER)
+
+
+def dpo(situation: Situation) -> Method:
+    """On pairs of right answer and habit; without any, on pairs of own answers, judged."""
+    if situation.demos:
+        return Dpo(data=PAIRS)
+    return OnlineDpo(tasks=situation.tasks, max_new_tokens=ANSWER)
+
+
+def grpo(situation: Situation) -> Method:
+    """On every task set, in groups of sixteen."""
+    return Grpo(tasks=situation.tasks, group_size=16, max_new_tokens=ANSWER, aggregate="token_mean")
+
+
+def opd(situation: Situation) -> Method:
+    """From the earlier policy; without one, from the policy that is shown the answer."""
+    if situation.before:
+        teachers = {"*": f"path:{BASE.resolve()}"}
+        return Opd(tasks=situation.tasks, teachers=teachers, max_new_tokens=ANSWER)
+    return Opsd(tasks=situation.tasks, max_new_tokens=ANSWER)
+
+
+Rates = Mapping[str, tuple[int, float]]  # groups per step, learning rate
+SETTINGS_OF: Rates = {
+    "sft": (64, 1e-3),
+    "raft": (64, 1e-3),
+    "dpo": (32, 2e-4),
+    "online_dpo": (32, 2e-4),
+    "grpo": (32, 2e-4),
+    "opd": (80, 1e-3),
+    "opsd": (64, 3e-4),
+}
+"""As in the tour and the catalogue, where they were found to work."""
+
+ARMS: Mapping[str, tuple[Callable[[Situation], Method], ...]] = {
+    "SFT": (sft,),
+    "DPO": (dpo,),
+    "GRPO": (grpo,),
+    "OPD": (opd,),
+    "SFT then GRPO": (sft, grpo),
+}
+TREAT = "treat"
+
+
+def fixed(situation: Situation, arm: str, prepared: Path, *, root: Path, seed: int) -> Recipe:
+    """The arm's stages, as long as its share of the budget allows."""
+    ground = situation.recipe(prepared, seed=seed, measure=NOT_COUNTED)
+    makers = ARMS[arm]
+    stages: list[Stage] = []
+    for number, make in enumerate(makers, start=1):
+        method = make(situation)
+        groups, lr = SETTINGS_OF[str(method.__struct_config__.tag)]
+        stage = Stage(
+            name=f"{number}-{method.__struct_config__.tag}",
+            method=method,
+            budget=Budget(steps=100),
+            groups_per_step=groups,
+            optimizer=Optimizer(lr=lr, warmup_steps=5, schedule="linear"),
+        )
+        trial = msgspec.structs.replace(ground, stages=(stage,))
+        cost = expected(trial, root=root, tokens_per_answer=LENGTH) / 100
+        steps = max(1, int(situation.budget / len(makers) / cost))
+        stages.append(msgspec.structs.replace(stage, budget=Budget(steps=steps)))
+    return msgspec.structs.replace(ground, stages=tuple(stages))
+
+
+def run_one(situation: Situation, arm: str, seed: int, out: Path) -> dict[str, object]:
+    """One run to its end, or what it ended with before."""
+    folder = out / situation.name / arm.replace(" ", "-") / str(seed)
+    path = folder / "result.json"
+    if path.is_file():
+        return json.loads(path.read_text("utf-8"))
+    prepared, inputs = out / "prepared", folder / "inputs"
+    inputs.mkdir(parents=True, exist_ok=True)
+    if situation.demos:
+        setting = SETTINGS[situation.demos]
+        rows = (d.row for d in demonstrations(setting, seed=seed, count=3000))
+        write_rows(inputs / CLEAN.path, rows)
+        write_rows(inputs / PAIRS.path, preference_pairs(setting, seed=seed, count=3000))
+    began = time.process_time()
+    rounds: list[str] = []
+    if arm == TREAT:
+        ground = situation.recipe(prepared, seed=seed, measure=LOOK)
+        demos = {situation.demos: str((inputs / CLEAN.path).resolve())} if situation.demos else {}
+        supplies = Supplies(demos=demos, before=str(BASE.resolve()) if situation.before else None)
+        done = api.treat(
+            ground, out=folder / "run", budget=situation.budget, root=inputs, supplies=supplies
+        )
+        model, total = done.model, done.spent.total
+        rounds = [f"{r.treatment}({r.stage.budget.steps}): {r.words}" for r in done.rounds]
+        rounds.append(done.ended)
+    else:
+        recipe = fixed(situation, arm, prepared, root=inputs, seed=seed)
+        ended = api.run(recipe, out=folder / "run", root=inputs)
+        (model,) = (folder / "run/stages").glob(f"{ended.final}-*/model")
+        total = spent(folder / "run").total
+    result = {
+        "situation": situation.name,
+        "arm": arm,
+        "seed": seed,
+        "rates": judged(situation, model),
+        "tokens": total,
+        "seconds": round(time.process_time() - began, 1),
+        "rounds": rounds,
+    }
+    write_atomic(path, json.dumps(result, indent=1))
+    return result
+
+
+def judged(situation: Situation, model: Path) -> dict[str, float]:
+    """pass@1 by task set, on samples of a seed that nobody trained or decided with."""
+    recipe = Recipe(
+        name="judge",
+        model=str(model.resolve()),
+        threads=1,
+        tasks={n: SETTINGS[n].tasks for n in situation.tasks},
+        measure=JUDGE,
+    )
+    found = api.measure(recipe)
+    return {t.taskset: float(t.successes.mean()) for t in found.tasks}
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def page(results: Sequence[Mapping], seeds: Sequence[int]) -> str:
+    """A section for the lab log: mean pass@1 over a situation's task sets, and over situations."""
+
+    def scores(name: str, arm: str) -> list[float]:
+        mine = [r for r in results if r["situation"] == name and r["arm"] == arm]
+        return [float(np.mean(list(r["rates"].values()))) for r in mine]
+
+    names = [n for n in SITUATIONS if any(r["situation"] == n for r in results)]
+    lines = [
+        "## Does diagnosing pay?",
+        "",
+        f"Mean pass@1 over a situation's task sets, mean ± 95 % Student interval over "
+        f"{len(seeds)} seeds; every arm of a situation has the same supplies and tokens.",
+        "",
+        f"| arm | {' | '.join(names)} | all |",
+        f"|---|{'---|' * (len(names) + 1)}",
+    ]
+    before = {
+        n: [
+            float(np.mean(list(r["rates"].values())))
+            for r in results
+            if r["situation"] == n and r["arm"] == "untouched"
+        ]
+        for n in names
+    }
+    for arm in ["untouched", *ARMS, TREAT]:
+        by_name = {n: before[n] if arm == "untouched" else scores(n, arm) for n in names}
+        cells = [over_seeds(v) if v else "–" for v in by_name.values()]
+        whole = min((len(v) for v in by_name.values()), default=0)
+        means = [float(np.mean([v[i] for v in by_name.values()])) for i in range(whole)]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {over_seeds(means) if means else '–'} |")
+    lines += ["", "Tokens spent, in thousands (budget in brackets):", ""]
+    lines += [f"| arm | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for arm in [*ARMS, TREAT]:
+        cells = []
+        for n in names:
+            used = [r["tokens"] for r in results if r["situation"] == n and r["arm"] == arm]
+            cells.append(
+                f"{np.mean(used) / 1e3:.0f} ({SITUATIONS[n].budget // 1000})" if used else "–"
+            )
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    lines += ["", *(f"* **{n}**: {SITUATIONS[n].words}." for n in names), ""]
+    return "\n".join(lines)
+
+
+def untouched(situation: Situation, out: Path) -> dict[str, object]:
+    """What a situation begins with, judged like the arms."""
+    path = out / situation.name / "untouched.json"
+    if not path.is_file():
+        model = situation.model(out / "prepared")
+        body = {"situation": situation.name, "arm": "untouched", "rates": judged(situation, model)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(body, indent=1))
+    return json.loads(path.read_text("utf-8"))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="*", choices=list(SITUATIONS), help="situations")
+    parser.add_argument("--arms", nargs="*", choices=[*ARMS, TREAT])
+    parser.add_argument("--out", type=Path, default=Path("out/treat"))
+    options = parser.parse_args()
+    results = []
+    chosen = [SITUATIONS[n] for n in options.only or SITUATIONS]
+    for seed in options.seeds:  # a whole table early, then more seeds
+        for situation in chosen:
+            if seed == options.seeds[0]:
+                results.append(untouched(situation, options.out))
+            for arm in options.arms or [*ARMS, TREAT]:
+                result = run_one(situation, arm, seed, options.out)
+                results.append(result)
+                rates = ", ".join(f"{t} {r:.2f}" for t, r in dict(result["rates"]).items())
+                said = f"{situation.name}, {arm}, seed {seed}: {rates}; {result['tokens']} tokens"
+                print(f"{said}, {result['seconds']} s", file=sys.stderr, flush=True)
+                write_atomic(options.out / "page.md", page(results, options.seeds))
+    print(page(results, options.seeds))
+
+
+if __name__ == "__main__":
+    main()
