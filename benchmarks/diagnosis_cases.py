@@ -227,7 +227,7 @@ def signal(rng: Rng) -> list[Case]:
         Case("rare, many guesses", Bottleneck.SIGNAL, at_once(some(rng, 0.02, 0.03)), wrong=7),
         Case("rare at every step", Bottleneck.SIGNAL, spread_over(some(rng, 0.02, 0.03)), wrong=3),
         Case(
-            "rare, uneven", Bottleneck.SIGNAL, at_once(split(rng, 0.5, (0.03, 0.04), (0.018, 0.02)))
+            "rare, uneven", Bottleneck.SIGNAL, at_once(split(rng, 0.5, (0.026, 0.032), (0.018, 0.022)))
         ),
         Case("rare, few guesses", Bottleneck.SIGNAL, at_once(some(rng, 0.024, 0.028)), wrong=2),
     ]

@@ -25,7 +25,13 @@ from posttrain.errors import ConfigError, ModelError
 from posttrain.events import Note, Observer, ignore
 from posttrain.probes.adaptive import AdaptiveDesign, adaptive_support
 from posttrain.probes.continuation import continuation
-from posttrain.probes.drawing import Demonstration, demonstration_from
+from posttrain.probes.drawing import (
+    Demonstration,
+    demonstration_from,
+    draw_answers,
+    require_same_language,
+)
+from posttrain.probes.drift import divergence
 from posttrain.probes.exposure import exposure_to_teacher
 from posttrain.probes.measure import measure
 from posttrain.probes.measurement import Measurement, TaskMeasurement
@@ -49,6 +55,12 @@ WITH_HELP = 16
 
 UNSOLVED = 5
 """From so many prompts without a success on it is asked whether a beginning would help them."""
+
+TO_SCORE = 4
+"""Answers of the earlier policy per prompt, from which its distance is estimated."""
+
+COULD = 0.5
+"""pass@1 of the earlier policy from which on a task set counts as one that it could do."""
 
 MASTERED = 0.9
 """pass@1 from which on nobody asks a teacher about the rest."""
@@ -223,6 +235,7 @@ class Examination:
         found = [*take(now, epsilon=spec.threshold, confidence=spec.confidence)]
         if was is not None:
             found += take_change(was, now, epsilon=spec.threshold, confidence=spec.confidence)
+            found += self._drifted(taskset, was, missing)
         else:
             missing.append("retention: no earlier policy was given (--before)")
         found += self._continued(taskset, now, missing)
@@ -232,6 +245,43 @@ class Examination:
         else:
             missing.append("amortisation: no scaffold was given (--scaffold)")
         return Evidence(task=taskset.name, readings=tuple(found), missing=tuple(missing))
+
+    def _drifted(
+        self, taskset: TaskSet, was: TaskMeasurement, missing: list[str]
+    ) -> tuple[Reading, ...]:
+        """How far the policy has moved on a task set that the earlier one could do."""
+        cost = len(taskset.held_out) * TO_SCORE
+        if self.before is None or was.successes.mean() < COULD:
+            return ()
+        if self.rollouts + cost > self.budget:
+            missing.append("movement on earlier tasks: the budget is spent")
+            return ()
+        tasks = list(taskset.held_out)
+        try:
+            require_same_language(self.before, self.policy, tasks)
+        except ModelError as error:
+            missing.append(f"movement on earlier tasks: {error.found}")
+            return ()
+        answers = draw_answers(
+            self.before,
+            taskset,
+            tasks,
+            samples=TO_SCORE,
+            max_new_tokens=self.spec.max_new_tokens,
+            seed=self.spec.seed,
+        )
+        tokens = sum(len(a.completion.tokens) for group in answers for a in group)
+        self._spent(cost, tokens)
+        self.scored += 2 * tokens
+        moved = divergence(
+            self.before,
+            self.policy,
+            answers,
+            samples=TO_SCORE,
+            confidence=self.spec.confidence,
+            seed=self.spec.seed,
+        )
+        return (moved.reading("kl_prior"),)
 
     def _continued(
         self, taskset: TaskSet, now: TaskMeasurement, missing: list[str]

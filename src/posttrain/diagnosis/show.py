@@ -114,6 +114,8 @@ def _task(task: TaskDiagnosis) -> RenderableType:
         first = task.findings[0]
         lines += [Text(f"because {_sentence(b)}", style="dim") for b in first.because]
         lines.append(Text(f"overturned by {first.overturned_by}", style="dim italic"))
+        others = [f for f in task.findings[1:] if f.bottleneck is not first.bottleneck]
+        lines += [Text(f"also: {f.words}", style="dim") for f in others]
     else:
         lines += [Text(b, style="dim") for o in task.open[:2] for b in o.because]
     return Group(lines[0], *(_indented(line) for line in lines[1:]))
