@@ -222,13 +222,12 @@ def entry(rng: Rng) -> list[Case]:
 
 def signal(rng: Rng) -> list[Case]:
     """Right answers are in reach, and rare."""
+    uneven = split(rng, 0.5, (0.026, 0.032), (0.018, 0.022))
     return [
         Case("rare habit", Bottleneck.SIGNAL, at_once(some(rng, 0.022, 0.03))),
         Case("rare, many guesses", Bottleneck.SIGNAL, at_once(some(rng, 0.02, 0.03)), wrong=7),
         Case("rare at every step", Bottleneck.SIGNAL, spread_over(some(rng, 0.02, 0.03)), wrong=3),
-        Case(
-            "rare, uneven", Bottleneck.SIGNAL, at_once(split(rng, 0.5, (0.026, 0.032), (0.018, 0.022)))
-        ),
+        Case("rare, uneven", Bottleneck.SIGNAL, at_once(uneven)),
         Case("rare, few guesses", Bottleneck.SIGNAL, at_once(some(rng, 0.024, 0.028)), wrong=2),
     ]
 
