@@ -45,7 +45,9 @@ def test_support_is_as_constructed(measured, name):
     first = mean_interval(counts / SAMPLES)
     at_64 = mean_interval(pass_at_k(counts, SAMPLES, 64))
     if setting.support is Support.RELIABLE:
-        assert first.low > 0.9
+        # 32 prompts all solved cannot exclude a few unsolved ones: the interval allows for those.
+        assert first.value > 0.99
+        assert first.low > 0.85
     elif setting.support is Support.SELDOM:
         assert first.high < 0.25, "seldom: low pass@1"
         assert first.low > 0.01
