@@ -21,6 +21,7 @@ from posttrain.composition import (
     SignalSpec,
     SourceSpec,
     StepLabels,
+    TeacherLogprobs,
     parts_of,
 )
 from posttrain.composition.company import Rival
@@ -35,6 +36,7 @@ from posttrain.objectives.objective import Objective
 from posttrain.plan import PlannedStage
 from posttrain.protocols import Learner, Policy, Signal, Source
 from posttrain.signals.gae import GaeSignal
+from posttrain.signals.memory import Memory
 from posttrain.signals.offline import offline_signal
 from posttrain.signals.parts import credit_signal
 from posttrain.signals.preference import preference_signal
@@ -60,16 +62,18 @@ class Workshop:
     seed: int
     tasksets: Mapping[str, TaskSet]
     policy: Callable[[str], Policy]  # frozen policy behind a reference
+    memory: Memory | None = None  # of what frozen policies said, where trajectories come again
 
     def parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         """Build a stage around its learner."""
-        if (moving := learner.moving) is not None:
-            return self._following(moving)._parts(planned, learner)
-        return self._parts(planned, learner)
-
-    def _following(self, moving: Policy) -> Workshop:
-        """The same workshop, which finds the learner's own reference too."""
-        return replace(self, policy=lambda ref: moving if ref == MOVING else self.policy(ref))
+        own = {MOVING: learner.moving, planned.init: learner.start}
+        found = {ref: policy for ref, policy in own.items() if policy is not None}
+        shop = replace(
+            self,
+            policy=lambda ref: found[ref] if ref in found else self.policy(ref),
+            memory=Memory() if _comes_again(planned) else None,
+        )
+        return shop._parts(planned, learner)
 
     def _parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         composition = planned.composition
@@ -81,6 +85,7 @@ class Workshop:
             terms=composition.terms,
             objective=Objective(composition.terms),
             learner=learner,
+            kept=() if self.memory is None else (self.memory,),
         )
 
     def _source(
@@ -147,7 +152,8 @@ class Workshop:
         if isinstance(spec, Gae):
             return GaeSignal(spec, live)
         if isinstance(spec, ReferenceLogprobs):
-            return ReferenceSignal(self._grader(_resolve(spec.policy, planned), live))
+            reference = self._grader(_resolve(spec.policy, planned), live)
+            return ReferenceSignal(reference, self.memory)
         if isinstance(spec, TeachingSpec):
             return teaching_signal(
                 spec,
@@ -157,6 +163,7 @@ class Workshop:
                 ),
                 stranger=lambda r: self.policy(_resolve(r, planned)),
                 tasks=self._tasks(planned),
+                memory=self.memory,
             )
         return Verifier(self.tasksets, live.renderer)
 
@@ -188,6 +195,13 @@ class Workshop:
         parts = parts_of(planned.composition.source)
         names = [t for p in parts if isinstance(p, Rollouts) for t in p.tasks]
         return {task.key: task for name in names for task in self.tasksets[name].train}
+
+
+def _comes_again(planned: PlannedStage) -> bool:
+    """Whether frozen policies read trajectories of a data set, which has epochs."""
+    composition = planned.composition
+    reads = any(isinstance(s, ReferenceLogprobs | TeacherLogprobs) for s in composition.signals)
+    return reads and any(isinstance(p, Dataset) for p in parts_of(composition.source))
 
 
 def _resolve(ref: str, planned: PlannedStage) -> str:

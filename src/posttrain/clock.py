@@ -1,4 +1,4 @@
-"""Where the time of a step goes: seconds by name, each second counted once.
+"""Where the time of a step goes: seconds by name, each second counted once. And what was saved.
 
     with clock.measure("score"):            score     ██    ██
         with clock.measure("reference"):    reference   ████        what is inside is subtracted
@@ -9,6 +9,8 @@ Whoever does the work measures it; the stage loop drains once per step, into the
 ``seconds/<name>``. A row of metrics therefore holds the time since the row before: writing a row,
 and a checkpoint after it, count to the next one. Every thread has a clock of its own, and only
 the thread of the stage loop is drained. On a GPU, time is counted where the program waits for it.
+
+Work that was *not* done is counted too, with :func:`count`, and drained with the times.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self._seconds: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
         self._open: list[str] = []
         self._since = self._drained = now()
 
@@ -86,6 +89,15 @@ class Clock:
         seconds, self._seconds = self._seconds, {}
         wall, self._drained = self._since - self._drained, self._since
         return {**seconds, "idle": max(wall - sum(seconds.values()), 0.0)}
+
+    def count(self, name: str, number: float) -> None:
+        """Add to a number that the next row of metrics shows."""
+        self._counts[name] = self._counts.get(name, 0.0) + number
+
+    def drain_counts(self) -> dict[str, float]:
+        """The numbers since they were last drained."""
+        counts, self._counts = self._counts, {}
+        return counts
 
     def _credit(self) -> None:
         now = self._now()
@@ -114,6 +126,16 @@ def measure(name: Name) -> AbstractContextManager[None]:
 def drain() -> dict[str, float]:
     """Seconds by name since this thread's last drain; what nobody measured is ``idle``."""
     return _current().drain()
+
+
+def count(name: str, number: float) -> None:
+    """Add to a number that the next row of metrics shows."""
+    _current().count(name, number)
+
+
+def drain_counts() -> dict[str, float]:
+    """This thread's numbers since they were last drained."""
+    return _current().drain_counts()
 
 
 def seconds_in(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from posttrain.errors import RunError
 from posttrain.files import as_disk_full, atomic_folder, recover_folder, write_atomic
 from posttrain.ledger import Ledger, RecordKind, read
 from posttrain.legality import Admission
-from posttrain.protocols import Learner
+from posttrain.protocols import Kept, Learner
 from posttrain.store import Use, UseRole, write_trajectories, write_uses
 from posttrain.trajectory import Column, Group, Scored, Trajectory
 
@@ -95,7 +95,7 @@ class Journal:
     def _checkpoint(self) -> Path:
         return self._folder / "checkpoint"
 
-    def resume(self, learner: Learner) -> int:
+    def resume(self, learner: Learner, *also: Kept) -> int:
         """Load the last checkpoint, if there is one; returns the step to go on from."""
         recover_folder(self._checkpoint)
         progress = read_progress(self._folder)
@@ -104,7 +104,8 @@ class Journal:
         if progress is None:
             self._metrics.unlink(missing_ok=True)
             return 0
-        learner.load(self._checkpoint)
+        for kept in (learner, *also):
+            kept.load(self._checkpoint)
         self._step, self._seconds = progress.step, progress.seconds
         self._cut_metrics(progress.step)
         self._append_missing(progress)
@@ -134,7 +135,7 @@ class Journal:
                 raise
             raise full from error
 
-    def commit(self, step: int, learner: Learner) -> None:
+    def commit(self, step: int, learner: Learner, *also: Kept) -> None:
         """Make everything up to ``step`` durable."""
         shards = self._folder / "shards"
         names = [f"{step:06d}.trajectories.parquet", f"{step:06d}.uses.parquet"]
@@ -167,7 +168,8 @@ class Journal:
         )
         self._sync_metrics()
         with atomic_folder(self._checkpoint) as partial:
-            learner.save(partial)
+            for kept in (learner, *also):
+                kept.save(partial)
             write_atomic(partial / "progress.json", msgspec.json.encode(progress))
         for kind, body in progress.rows:
             self._ledger.append(RecordKind(kind), body)

@@ -206,6 +206,14 @@ class Objective(Protocol):
         ...
 
 
+class Kept(Protocol):
+    """Something that a checkpoint must hold for a resumed stage to go on bit for bit."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
 class Learner(Protocol):
     """The model being trained: takes steps on an objective and can be saved exactly."""
 
@@ -215,6 +223,14 @@ class Learner(Protocol):
     @property
     def state(self) -> Mapping[str, float]:
         """What the objective remembers of earlier updates, by name. Saved with the weights."""
+        ...
+
+    @property
+    def start(self) -> Policy | None:
+        """The policy it started from, on the same weights; None where they are overwritten.
+
+        Under adapters this is the model with the adapters switched off.
+        """
         ...
 
     @property

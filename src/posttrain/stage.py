@@ -28,7 +28,7 @@ from posttrain.journal import Journal
 from posttrain.legality import Admission, admit, column_readers
 from posttrain.monitors import Watch
 from posttrain.objectives.authors import author_metrics
-from posttrain.protocols import Learner, Objective, Signal, Source
+from posttrain.protocols import Kept, Learner, Objective, Signal, Source
 from posttrain.recipe import Optimizer, Stage
 from posttrain.signals.gae import value_metrics
 from posttrain.signals.mismatch import mismatch_metrics
@@ -44,6 +44,7 @@ class Parts:
     terms: Sequence[TermSpec]
     objective: Objective
     learner: Learner
+    kept: Sequence[Kept] = ()  # what else a checkpoint must hold
 
 
 class Interrupted(KeyboardInterrupt):
@@ -71,10 +72,11 @@ def run_stage(
     """
     run = _Run(stage, parts, steps, journal, observe, Watch(stage.monitors))
     updates = stage.updates_per_draw
-    step = committed = journal.resume(parts.learner)
+    step = committed = journal.resume(parts.learner, *parts.kept)
     for line in journal.metrics():
         run.watch.see(int(line["step"]), line)  # alarms of earlier sittings have been told
     clock.drain()  # what happened before the first step is none of its time
+    clock.drain_counts()
     while step < steps:
         with clock.measure("draw"):
             groups = parts.source.draw(stage.groups_per_step, step=step // updates)
@@ -88,7 +90,7 @@ def run_stage(
         halt = stop()
         if step - committed >= stage.checkpoint_every or step >= steps or halt:
             with clock.measure("journal"):
-                journal.commit(step, parts.learner)
+                journal.commit(step, parts.learner, *parts.kept)
             committed = step
         if halt and step < steps:
             raise Interrupted(f"stage {stage.name} at step {step} of {steps}")
@@ -134,6 +136,7 @@ class _Run:
             **author_metrics(report.metrics),
             **objective.moving,
             **group_metrics(admission),
+            **clock.drain_counts(),
             **{f"{clock.PREFIX}{name}": value for name, value in seconds.items()},
         }
         with clock.measure("journal"):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import final
 
 import torch
 from torch import nn
 
 from posttrain.engines.model import Model
 from posttrain.errors import ConfigError
+from posttrain.protocols import Completion, Policy, Renderer, Request
+from posttrain.provenance import FloatArray, IntArray, Producer
 from posttrain.recipe import Lora
+from posttrain.trajectory import Trajectory
 
 # peft asks transformers for an attribute by its old name; nothing a user could act on.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
@@ -68,6 +73,78 @@ def attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-d
                 f"lora on {targets!r}: {error}",
                 expected="names of linear layers of this model, or all-linear",
             ) from error
+
+
+@final
+class WithoutAdapters:
+    """The policy that a learner with adapters started from: its own weights, adapters off.
+
+    It is frozen, and costs no second model. Not to be asked while the learner computes.
+
+    Args:
+        policy: a frozen policy on the model that carries the adapters.
+        adapters: the peft model around it.
+    """
+
+    def __init__(self, policy: Policy, adapters) -> None:  # type: ignore[no-untyped-def]  # optional
+        self._policy, self._adapters = policy, adapters
+
+    @property
+    def producer(self) -> Producer:
+        """Author of what it writes."""
+        return self._policy.producer
+
+    @property
+    def version(self) -> int | None:
+        """None: it never changes."""
+        return self._policy.version
+
+    @property
+    def renderer(self) -> Renderer:
+        """Its tokenizer and chat template."""
+        return self._policy.renderer
+
+    @property
+    def context(self) -> int:
+        """Longest sequence it was made for."""
+        return self._policy.context
+
+    @property
+    def vocabulary(self) -> str:
+        """Digest of its token ids and the size of its head."""
+        return self._policy.vocabulary
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion per request, in order."""
+        with self._adapters.disable_adapter():
+            return self._policy.generate(requests)
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory, at temperature 1; NaN where nothing is trained."""
+        with self._adapters.disable_adapter():
+            return self._policy.logprobs(trajectories)
+
+    def distributions(
+        self, trajectories: Sequence[Trajectory], *, top_k: int | None
+    ) -> list[tuple[IntArray, FloatArray]]:
+        """([T, K] ids, [T, K] log-probs), or ([T, 0], [T, V]) for the whole vocabulary."""
+        with self._adapters.disable_adapter():
+            return self._policy.distributions(trajectories, top_k=top_k)
+
+    def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: entropy before each trained token; NaN elsewhere."""
+        with self._adapters.disable_adapter():
+            return self._policy.entropies(trajectories)
+
+    def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: the scalar head before each trained token; NaN elsewhere."""
+        with self._adapters.disable_adapter():
+            return self._policy.values(trajectories)
+
+    def scores(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: the scalar head after each trained token; NaN elsewhere."""
+        with self._adapters.disable_adapter():
+            return self._policy.scores(trajectories)
 
 
 def save_adapters(adapters, folder: Path) -> None:  # type: ignore[no-untyped-def]  # optional

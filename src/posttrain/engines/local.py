@@ -21,7 +21,7 @@ from posttrain.batch import PackedBatch, pack_trajectories
 from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.composition.moving import MOVING, MovingReference
 from posttrain.config import digest
-from posttrain.engines.adapters import attach, export, trained_weights
+from posttrain.engines.adapters import WithoutAdapters, attach, export, trained_weights
 from posttrain.engines.masters import MasterWeights
 from posttrain.engines.model import Dtype, Model, load_model, resolve_folder
 from posttrain.engines.sampler import generate
@@ -263,6 +263,10 @@ class LocalLearner:
         )
         self._state: Mapping[str, float] = {}
         self._shadow = Shadow(model, policy_only, moving) if moving else None
+        self._start = None
+        if self._adapters is not None:
+            own = LocalPolicy(model, scalar=Scalar.load(model, model.folder))
+            self._start = WithoutAdapters(own, self._adapters)
         follower = Producer(kind=Kind.TEACHER, name=f"{name}/{MOVING}")
         self._moving = LocalPolicy(self._shadow.model, producer=follower) if self._shadow else None
 
@@ -270,6 +274,11 @@ class LocalLearner:
     def state(self) -> Mapping[str, float]:
         """What the objective remembers of earlier updates."""
         return self._state
+
+    @property
+    def start(self) -> WithoutAdapters | None:
+        """The policy it started from, where adapters leave its weights alone."""
+        return self._start
 
     @property
     def moving(self) -> LocalPolicy | None:

@@ -20,7 +20,8 @@ from posttrain import clock
 from posttrain.composition import TeacherDistribution, TeacherLogprobs
 from posttrain.errors import ConfigError, ModelError, TaskError, nearest
 from posttrain.protocols import Policy
-from posttrain.provenance import Span
+from posttrain.provenance import FloatArray, Span
+from posttrain.signals.memory import Memory
 from posttrain.task import Task, with_context
 from posttrain.trajectory import Array, Column, Discard, Group, Scored, Trajectory
 
@@ -34,11 +35,12 @@ class ReferenceSignal:
     """Adds ``REFERENCE_LOGPROB`` [T]: log-probs of the written tokens under a frozen policy."""
 
     policy: Policy
+    memory: Memory | None = None  # for trajectories that come again
 
     def score(self, groups: Sequence[Group]) -> Sequence[Group]:
         """The same groups with the column on every member."""
         with clock.measure("reference"):
-            values = self.policy.logprobs(_trajectories(groups))
+            values = _logprobs(self.policy, _trajectories(groups), self.memory)
         return attach(groups, [{Column.REFERENCE_LOGPROB: v} for v in values])
 
 
@@ -58,6 +60,7 @@ class TeacherSignal:
     spec: TeacherDistribution | TeacherLogprobs
     teachers: Mapping[str, Policy]  # by policy reference
     tasks: Mapping[str, Task] = field(default_factory=dict)
+    memory: Memory | None = None  # of log-probs, for trajectories that come again
 
     def __post_init__(self) -> None:
         if self.spec.context is None or "{answer}" not in self.spec.context:
@@ -94,7 +97,7 @@ class TeacherSignal:
             read = [self._retold(t, teacher, spec.context) for t in trajectories]
         pairs = list(zip(trajectories, read, strict=True))
         if isinstance(spec, TeacherLogprobs):
-            values = zip(pairs, teacher.logprobs(read), strict=True)
+            values = zip(pairs, _logprobs(teacher, read, self.memory), strict=True)
             return [{Column.TEACHER_LOGPROB: _moved(v, *pair)} for pair, v in values]
         return _distributions(teacher, pairs, top_k=spec.top_k)
 
@@ -229,6 +232,14 @@ def _moved(values: Array, to: Trajectory, read: Trajectory, *, fill: float = np.
     out = np.full((len(to), *values.shape[1:]), fill, values.dtype)
     out[to.prompt_length :] = values[read.prompt_length :]
     return out
+
+
+def _logprobs(
+    policy: Policy, trajectories: Sequence[Trajectory], memory: Memory | None
+) -> list[FloatArray]:
+    if memory is None:
+        return policy.logprobs(trajectories)
+    return memory.logprobs(policy, trajectories)
 
 
 def _trajectories(groups: Sequence[Group]) -> list[Trajectory]:

@@ -13,6 +13,7 @@ from posttrain.composition.teaching import (
 )
 from posttrain.protocols import Policy, Signal
 from posttrain.signals.foreign import ForeignTeacherSignal
+from posttrain.signals.memory import Memory
 from posttrain.signals.scoring import TeacherSignal
 from posttrain.signals.teacher_credit import DeltaAdvantageSignal, TeacherAdvantageSignal
 from posttrain.task import Task
@@ -25,6 +26,7 @@ def teaching_signal(
     judge: Callable[[str], Policy],
     stranger: Callable[[str], Policy],
     tasks: Mapping[str, Task],
+    memory: Memory | None = None,
 ) -> Signal:
     """The code behind a specification.
 
@@ -34,6 +36,7 @@ def teaching_signal(
         judge: a policy by reference, whose token ids are the learner's.
         stranger: a frozen policy by reference, whatever its tokens.
         tasks: those that the stage may draw, by key.
+        memory: of what teachers said, where trajectories come again.
     """
     match spec:
         case TeacherAdvantage():
@@ -42,4 +45,4 @@ def teaching_signal(
             return DeltaAdvantageSignal(spec, live, judge(spec.teacher), judge(spec.base))
         case ForeignTeacher():
             return ForeignTeacherSignal(spec, stranger(spec.teacher), live.renderer, tasks)
-    return TeacherSignal(spec, {ref: judge(ref) for ref in teachers_of(spec)}, tasks)
+    return TeacherSignal(spec, {ref: judge(ref) for ref in teachers_of(spec)}, tasks, memory)
