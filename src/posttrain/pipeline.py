@@ -355,6 +355,7 @@ class _Run:
             seed=self.plan.recipe.seed,
             moving=planned.composition.moving,
             scalar=self._scalar_start(planned),
+            activation_checkpointing=spec.activation_checkpointing,
         )
         parts = self._workshop().parts(planned, learner)
         rows = None

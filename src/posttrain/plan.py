@@ -399,6 +399,7 @@ def _inputs(
         "groups_per_step": spec.groups_per_step,
         "updates_per_draw": spec.updates_per_draw,
         "micro_batch_tokens": spec.micro_batch_tokens,
+        **({"activation_checkpointing": True} if spec.activation_checkpointing else {}),
         "max_age": spec.max_age,
         "seed": recipe.seed,
         "dtype": recipe.dtype,

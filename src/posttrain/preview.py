@@ -152,7 +152,7 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
     extra = f" + {_size(len(graders) * weights)} frozen policies" if graders else ""
     if (head := planned.composition.scalar_head) is not None and head.trunk == "separate":
         extra += f" + {_size(4 * weights)} critic"
-    logits = min(planned.spec.micro_batch_tokens * shape.vocab_size, 2**24) * 4
+    logits = min(planned.spec.micro_batch_tokens * shape.vocab_size, 2**25) * 4
     teacher = 0
     for signal in planned.composition.signals:
         if isinstance(signal, TeacherDistribution):
@@ -165,7 +165,7 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
             rows = planned.spec.groups_per_step * longest
             teacher = rows * (signal.top_k or shape.vocab_size) * 4
     held = f"; teacher distributions up to {_size(teacher)} per step" if teacher else ""
-    return f"{parts}{extra}; logits {_size(logits)} per chunk{held}"
+    return f"{parts}{extra}; logits up to {_size(logits)}{held}"
 
 
 def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:

@@ -281,8 +281,12 @@ class Engine(Protocol):
         seed: int,
         moving: MovingReference | None = None,
         scalar: ScalarStart | None = None,
+        activation_checkpointing: bool = False,
     ) -> Learner:
-        """A learner that starts from a folder or a hub id; adapters start from ``seed``."""
+        """A learner that starts from a folder or a hub id; adapters start from ``seed``.
+
+        ``activation_checkpointing`` computes activations again rather than keep them.
+        """
         ...
 
 

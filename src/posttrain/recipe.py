@@ -214,7 +214,8 @@ class Stage(Config, frozen=True, kw_only=True):
     ``groups_per_step`` prompts, demonstrations or pairs are drawn at a time; the learner takes
     ``updates_per_draw`` steps on each draw. ``init`` is where the weights start: ``previous``,
     ``base`` or the name of an earlier stage. ``then`` is the stage that follows, if not the next
-    one of the recipe: a later one, or ``end``. ``intends`` is a note; the role is measured.
+    one of the recipe: a later one, or ``end``. ``activation_checkpointing`` computes activations
+    again in the backward pass: less memory, about a third more work. ``intends`` is a note; the role is measured.
     """
 
     name: str
@@ -225,6 +226,7 @@ class Stage(Config, frozen=True, kw_only=True):
     groups_per_step: int = 16
     updates_per_draw: int = 1
     micro_batch_tokens: int = 4096
+    activation_checkpointing: bool = False
     max_age: int = 0
     lora: Lora | None = None
     checkpoint_every: int = 25

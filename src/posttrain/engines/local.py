@@ -8,208 +8,30 @@ the learner's own: ratio 1 is a test, not a hope.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, final
+from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from posttrain import clock
-from posttrain.batch import PackedBatch, pack_trajectories
-from posttrain.chat import ChatRenderer, Tokenizer
+from posttrain.batch import PackedBatch
 from posttrain.composition.moving import MOVING, MovingReference
-from posttrain.config import digest
 from posttrain.engines.adapters import WithoutAdapters, attach, export, trained_weights
 from posttrain.engines.masters import MasterWeights
 from posttrain.engines.model import Dtype, Model, load_model, resolve_folder
-from posttrain.engines.sampler import generate
+from posttrain.engines.policy import LocalPolicy, Version, frozen
+from posttrain.engines.recompute import Recomputation
 from posttrain.engines.scalar import CRITIC, Scalar
 from posttrain.engines.shadow import Shadow
 from posttrain.errors import LegalityError, ModelError
-from posttrain.head import CHUNK_ELEMENTS, Stat, Wanted, token_stats
-from posttrain.protocols import Completion, Objective, Request, ScalarStart, StepReport
-from posttrain.provenance import FloatArray, IntArray, Kind, Producer
+from posttrain.head import Wanted
+from posttrain.protocols import Objective, ScalarStart, StepReport
+from posttrain.provenance import Kind, Producer
 from posttrain.recipe import Lora, Optimizer
-from posttrain.trajectory import Trajectory
-
-SCORE_TOKENS = 16384
-"""Tokens scored together when no gradient is needed."""
-
-
-@dataclass(slots=True)
-class Version:
-    """Optimiser steps taken. Shared by a learner and its policy."""
-
-    steps: int = 0
-
-
-@final
-class LocalPolicy:
-    """A model in this process that can be sampled and asked for log-probs."""
-
-    def __init__(
-        self,
-        model: Model,
-        *,
-        producer: Producer | None = None,
-        version: Version | None = None,
-        scalar: Scalar | None = None,
-    ) -> None:
-        self._model, self._version, self._scalar = model, version, scalar
-        self._renderer = ChatRenderer(cast(Tokenizer, model.tokenizer), end_tokens=model.end_tokens)
-        self._producer = producer or Producer(
-            kind=Kind.TEACHER, name=model.name, digest=model.digest
-        )
-
-    @property
-    def model(self) -> Model:
-        """The model behind it."""
-        return self._model
-
-    @property
-    def producer(self) -> Producer:
-        """Author of what it writes."""
-        return self._producer
-
-    @property
-    def version(self) -> int | None:
-        """Steps taken, for a live learner; None for a frozen policy."""
-        return self._version.steps if self._version else None
-
-    @property
-    def renderer(self) -> ChatRenderer:
-        """Its tokenizer and chat template."""
-        return self._renderer
-
-    @property
-    def context(self) -> int:
-        """Longest sequence it was made for."""
-        return self._model.context
-
-    @property
-    def vocabulary(self) -> str:
-        """Digest of its token ids and the size of its head."""
-        return digest([self._model.vocab_size, self._model.tokenizer.get_vocab()])
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in order."""
-        self._check_speaks()
-        with clock.measure("decode"):
-            return generate(self._model, requests, end_tokens=self._renderer.end_tokens)
-
-    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """[T] per trajectory, at temperature 1; NaN where nothing is trained."""
-        return self._scored(trajectories, Stat.LOGPROB)
-
-    def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """[T] per trajectory, in nats; NaN where nothing is trained."""
-        return self._scored(trajectories, Stat.ENTROPY)
-
-    def _scored(self, trajectories: Sequence[Trajectory], stat: Stat) -> list[FloatArray]:
-        self._check_speaks()
-        out: list[FloatArray] = []
-        for batch, members in pack_trajectories(trajectories, max_tokens=SCORE_TOKENS):
-            with torch.inference_mode():
-                on_device = batch.to(self._model.device)
-                stats = token_stats(
-                    self._model.predicting(on_device),
-                    self._model.head,
-                    on_device,
-                    wanted=frozenset({stat}),
-                    vocab_size=self._model.vocab_size,
-                )
-            values = stats[stat].cpu().numpy()
-            out.extend(_spread(values, batch, [trajectories[m] for m in members]))
-        return out
-
-    def distributions(
-        self, trajectories: Sequence[Trajectory], *, top_k: int | None
-    ) -> list[tuple[IntArray, FloatArray]]:
-        """([T, K] ids, [T, K] log-probs), or ([T, 0], [T, V]) for the whole vocabulary."""
-        self._check_speaks()
-        out: list[tuple[IntArray, FloatArray]] = []
-        for batch, members in pack_trajectories(trajectories, max_tokens=SCORE_TOKENS):
-            with torch.inference_mode():
-                on_device = batch.to(self._model.device)
-                hidden = self._model.predicting(on_device)
-                ids, values = self._top(hidden, top_k)
-            chosen = [trajectories[m] for m in members]
-            spread_ids = _spread(ids, batch, chosen, fill=-1)
-            out.extend(zip(spread_ids, _spread(values, batch, chosen), strict=True))
-        return out
-
-    def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """[T] per trajectory: the scalar head before each trained token; NaN elsewhere."""
-        return self._read(trajectories, Stat.VALUE)
-
-    def scores(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """[T] per trajectory: the scalar head after each trained token; NaN elsewhere."""
-        return self._read(trajectories, Stat.SCORE)
-
-    def _read(self, trajectories: Sequence[Trajectory], stat: Stat) -> list[FloatArray]:
-        scalar = self._scalar
-        if scalar is None:
-            raise LegalityError(
-                f"{self._producer.name} has no scalar head, and its {stat} is asked for",
-                expected="a reward model, or a learner whose stage has a scalar_head",
-                fix="train one (bradley_terry, orm, prm, …), or name the folder of a classifier "
-                "with one or two labels",
-            )
-        out: list[FloatArray] = []
-        for batch, members in pack_trajectories(
-            trajectories, max_tokens=SCORE_TOKENS, whole=stat is Stat.SCORE
-        ):
-            with torch.inference_mode():
-                on_device = batch.to(scalar.trunk.device)
-                hidden = scalar.trunk.packed(on_device)
-                values = scalar.stats(hidden, on_device, frozenset({stat}))[stat]
-            out.extend(_spread(values.cpu().numpy(), batch, [trajectories[m] for m in members]))
-        return out
-
-    def _check_speaks(self) -> None:
-        """Refuse to write with, or to read, an output head that nobody trained."""
-        if not self._model.speaks:
-            raise ModelError(
-                f"{self._model.name} is a classifier: its output head was never trained",
-                expected="a causal language model",
-                fix="use it as a reward model only",
-            )
-
-    def _top(self, hidden_NX: Tensor, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Top-k ids and log-probs [N, K]; no ids and all log-probs [N, V] for None."""
-        rows = max(CHUNK_ELEMENTS // self._model.vocab_size, 1)
-        ids, values = [], []
-        for hidden in hidden_NX.split(rows):
-            logp = self._model.head(hidden).log_softmax(-1)
-            if top_k is None:
-                ids.append(np.zeros((len(hidden), 0), np.int32))
-                values.append(logp.cpu().numpy())
-            else:
-                top = logp.topk(min(top_k, logp.shape[1]), -1)
-                ids.append(top.indices.cpu().numpy().astype(np.int32))
-                values.append(top.values.cpu().numpy())
-        return np.concatenate(ids), np.concatenate(values)
-
-
-def _spread(
-    values_N: np.ndarray,
-    batch: PackedBatch,
-    trajectories: Sequence[Trajectory],
-    *,
-    fill: float = np.nan,
-) -> list[np.ndarray]:
-    """Values at trained tokens -> one [T, ...] array per trajectory, ``fill`` elsewhere."""
-    per_sequence = np.bincount(batch.sequence_N.numpy(), minlength=batch.num_sequences)
-    parts = np.split(values_N, np.cumsum(per_sequence)[:-1])
-    out = []
-    for trajectory, part in zip(trajectories, parts, strict=True):
-        trained = np.flatnonzero(trajectory.trainable)
-        full = np.full((len(trajectory), *values_N.shape[1:]), fill, values_N.dtype)
-        full[trained[trained > 0]] = part
-        out.append(full)
-    return out
 
 
 @final
@@ -234,6 +56,7 @@ class LocalLearner:
         moving: MovingReference | None = None,
         scalar: Scalar | None = None,
         critic_lr: float | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         self._adapters = attach(model, lora, seed=seed) if lora else None
         self._model, self._config, self._scalar = model, optimizer, scalar
@@ -244,6 +67,8 @@ class LocalLearner:
         self._critic_adapters = (
             attach(self._critic, lora, seed=seed) if lora and self._critic is not None else None
         )
+        models = [model] if self._critic is None else [model, self._critic]
+        self._recomputed = Recomputation(models) if activation_checkpointing else None
         trained, critic = trained_weights(model, lora), list[tuple[str, nn.Parameter]]()
         if self._critic is not None:
             read = trained_weights(self._critic, lora, reads=True)
@@ -303,7 +128,8 @@ class LocalLearner:
         total, metrics = 0.0, dict[str, float]()
         for batch in (b.to(self._model.device) for b in batches):
             with clock.measure("forward"):
-                hidden, scalars = self._forward(batch, objective)
+                with self._recomputed.on() if self._recomputed else nullcontext():
+                    hidden, scalars = self._forward(batch, objective)
                 loss, shares = objective.loss(
                     hidden,
                     self._model.head,
@@ -416,16 +242,6 @@ class LocalLearner:
             self._scalar.save(home)
 
 
-def frozen(model: Model) -> LocalPolicy:
-    """A policy whose weights never change: a reference, a teacher, a policy to measure."""
-    model.causal.requires_grad_(False)
-    scalar = Scalar.load(model, model.folder)
-    if scalar is not None:
-        for _, weight in scalar.parameters:
-            weight.requires_grad_(False)
-    return LocalPolicy(model, scalar=scalar)
-
-
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalEngine:
@@ -455,6 +271,7 @@ class LocalEngine:
         seed: int = 0,
         moving: MovingReference | None = None,
         scalar: ScalarStart | None = None,
+        activation_checkpointing: bool = False,
     ) -> LocalLearner:
         """A learner that starts from a folder or a hub id."""
         loaded = self._load(model)
@@ -467,6 +284,7 @@ class LocalEngine:
             moving=moving,
             scalar=self._scalar(scalar, loaded) if scalar else None,
             critic_lr=scalar.lr if scalar else None,
+            activation_checkpointing=activation_checkpointing,
         )
 
     def _scalar(self, start: ScalarStart, policy: Model) -> Scalar:
