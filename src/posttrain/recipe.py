@@ -215,7 +215,8 @@ class Stage(Config, frozen=True, kw_only=True):
     ``updates_per_draw`` steps on each draw. ``init`` is where the weights start: ``previous``,
     ``base`` or the name of an earlier stage. ``then`` is the stage that follows, if not the next
     one of the recipe: a later one, or ``end``. ``activation_checkpointing`` computes activations
-    again in the backward pass: less memory, about a third more work. ``intends`` is a note; the role is measured.
+    again in the backward pass: less memory, about a third more work. ``intends`` is a note; the
+    role is measured.
     """
 
     name: str
