@@ -31,7 +31,7 @@ from tour_seeds import over_seeds
 from posttrain import api
 from posttrain.composition import Dataset
 from posttrain.diagnosis.prescribe import Supplies
-from posttrain.diagnosis.spending import expected, spent
+from posttrain.diagnosis.spending import spent
 from posttrain.files import write_atomic
 from posttrain.lab.corpus import demonstrations, preference_pairs, taskset, write_rows
 from posttrain.lab.settings import SETTINGS
@@ -45,7 +45,6 @@ from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
 LOOK = Measure(samples=64, max_new_tokens=ANSWER, seed=7)
 JUDGE = Measure(samples=64, max_new_tokens=ANSWER, seed=1_000_003)
 NOT_COUNTED = Measure(samples=2, max_new_tokens=ANSWER, seed=7)
-LENGTH = 3.0  # tokens of an answer of the lab, about
 CLEAN = Dataset(path="demos.jsonl", name="lab-demos", licence="CC0-1.0")
 PAIRS = Dataset(path="pairs.jsonl", name="lab-pairs", licence="CC0-1.0")
 
@@ -225,8 +224,11 @@ ARMS: Mapping[str, tuple[Callable[[Situation], Method], ...]] = {
 TREAT = "treat"
 
 
-def fixed(situation: Situation, arm: str, prepared: Path, *, root: Path, seed: int) -> Recipe:
-    """The arm's stages, as long as its share of the budget allows."""
+TRIAL = 4  # steps from which an arm's cost per step is read
+
+
+def fixed(situation: Situation, arm: str, prepared: Path, *, folder: Path, seed: int) -> Recipe:
+    """The arm's stages, as long as its share of the budget allows: a short trial tells its cost."""
     ground = situation.recipe(prepared, seed=seed, measure=NOT_COUNTED)
     makers = ARMS[arm]
     stages: list[Stage] = []
@@ -236,14 +238,15 @@ def fixed(situation: Situation, arm: str, prepared: Path, *, root: Path, seed: i
         stage = Stage(
             name=f"{number}-{method.__struct_config__.tag}",
             method=method,
-            budget=Budget(steps=100),
+            budget=Budget(steps=TRIAL),
             groups_per_step=groups,
             optimizer=Optimizer(lr=lr, warmup_steps=5, schedule="linear"),
         )
-        trial = msgspec.structs.replace(ground, stages=(stage,))
-        cost = expected(trial, root=root, tokens_per_answer=LENGTH) / 100
-        steps = max(1, int(situation.budget / len(makers) / cost))
-        stages.append(msgspec.structs.replace(stage, budget=Budget(steps=steps)))
+        trial = folder / f"trial-{number}"
+        short = msgspec.structs.replace(ground, stages=(stage,))
+        api.run(short, out=trial, root=folder / "inputs")
+        steps = int(situation.budget / len(makers) * TRIAL / spent(trial).total)
+        stages.append(msgspec.structs.replace(stage, budget=Budget(steps=max(1, steps))))
     return msgspec.structs.replace(ground, stages=tuple(stages))
 
 
@@ -273,7 +276,7 @@ def run_one(situation: Situation, arm: str, seed: int, out: Path) -> dict[str, o
         rounds = [f"{r.treatment}({r.stage.budget.steps}): {r.words}" for r in done.rounds]
         rounds.append(done.ended)
     else:
-        recipe = fixed(situation, arm, prepared, root=inputs, seed=seed)
+        recipe = fixed(situation, arm, prepared, folder=folder, seed=seed)
         ended = api.run(recipe, out=folder / "run", root=inputs)
         (model,) = (folder / "run/stages").glob(f"{ended.final}-*/model")
         total = spent(folder / "run").total

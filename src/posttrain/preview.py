@@ -179,14 +179,28 @@ def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
         return Volume(steps, round(prompts), round(completions), rows=data.num_groups, exact=True)
     steps = planned.steps(None)
     drawn = math.ceil(steps / spec.updates_per_draw) * spec.groups_per_step
+    tokens = [amounts for _, amounts in part_tokens(planned, plan, folder, groups=drawn)]
+    return Volume(steps, *(round(sum(side)) for side in zip(*tokens, strict=True)))
+
+
+def part_tokens(
+    planned: PlannedStage, plan: Plan, folder: Path, *, groups: float
+) -> list[tuple[Dataset | Rollouts, tuple[float, float]]]:
+    """What each part of a source gives to so many groups: (prompt, completion) tokens.
+
+    Exact on average for data; of rollouts the most that they can have.
+    """
+    source = planned.composition.source
     shares = source.shares if isinstance(source, Mix) else (1.0,)
-    tokens = [
-        _dataset_tokens(_dataset(part, plan, folder), share * drawn)
-        if isinstance(part, Dataset)
-        else _rollout_tokens(part, share * drawn, plan, folder)
+    return [
+        (
+            part,
+            _dataset_tokens(_dataset(part, plan, folder), share * groups)
+            if isinstance(part, Dataset)
+            else _rollout_tokens(part, share * groups, plan, folder),
+        )
         for part, share in zip(parts_of(source), shares, strict=True)
     ]
-    return Volume(steps, *(round(sum(side)) for side in zip(*tokens, strict=True)))
 
 
 def _dataset(source: Dataset, plan: Plan, folder: Path) -> DatasetSource:

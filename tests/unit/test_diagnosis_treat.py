@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from test_probes_measurement import measured, policy
 
-from posttrain.diagnosis.treat import Chart, _opened, judge_stage
+from posttrain.diagnosis.treat import Chart, _opened
+from posttrain.diagnosis.verdict import judge_stage
 from posttrain.errors import DataError, ResumeRefused
 
 

@@ -8,14 +8,15 @@ passes of references, teachers and judges are not counted, for any method.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.composition import Rollouts, parts_of
+from posttrain.composition import Dataset, Rollouts
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.plan import make_plan
-from posttrain.preview import volume
+from posttrain.preview import part_tokens, volume
 from posttrain.probes.measurement import Measurement
 from posttrain.provenance import Kind
 from posttrain.recipe import Recipe
@@ -63,20 +64,27 @@ def _sampled(path: Path) -> int:
     return sum(int(task.lengths.sum()) for task in found.tasks)
 
 
-def expected(recipe: Recipe, *, root: Path, tokens_per_answer: float) -> float:
-    """What the last stage of a recipe will cost, with answers of a known mean length.
+def expected(recipe: Recipe, *, root: Path, lengths: Mapping[str, float]) -> float:
+    """What the last stage of a recipe will cost.
 
     Args:
         recipe: its model must be a folder on this disk.
         root: folder that its paths are relative to.
-        tokens_per_answer: of rollouts; a plan by itself knows only the most they can have.
+        lengths: mean tokens of an answer by task set; a plan by itself knows only the most that
+            rollouts can have.
     """
     plan = make_plan(recipe, root=root, base="estimate")
     planned, folder = plan.stages[-1], Path(recipe.model)
-    amount = volume(planned, plan, folder)
-    rolled = [p for p in parts_of(planned.composition.source) if isinstance(p, Rollouts)]
-    if not rolled:
+    spec = planned.spec
+    if isinstance(planned.composition.source, Dataset):
+        amount = volume(planned, plan, folder)
         return float(amount.prompts + amount.completions)
-    longest = max(p.max_new_tokens for p in rolled)
-    # Sampled once, trained on once; rows of data in a mix are taken as long as rollouts.
-    return amount.prompts + 2 * amount.completions * min(tokens_per_answer / longest, 1.0)
+    groups = math.ceil(planned.steps(None) / spec.updates_per_draw) * spec.groups_per_step
+    total = 0.0
+    for part, (prompts, completions) in part_tokens(planned, plan, folder, groups=groups):
+        total += prompts
+        if isinstance(part, Rollouts):  # sampled once, and trained on once
+            length = sum(lengths[t] for t in part.tasks) / len(part.tasks)
+            completions *= 2 * min(length / part.max_new_tokens, 1.0)
+        total += completions
+    return total

@@ -10,37 +10,46 @@ was decided is in OUT/treat.json, so the same command goes on from where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import final
 
 import msgspec
-import numpy as np
 
 from posttrain import config
 from posttrain.config import Config
-from posttrain.diagnosis.card import Bottleneck, Diagnosis, Prescription
+from posttrain.diagnosis.card import Bottleneck, Diagnosis, Evidence, Prescription
 from posttrain.diagnosis.diagnose import Known, Practice, diagnose, grounded
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.rules import RuleBook
 from posttrain.diagnosis.spending import Spent, expected, spent
+from posttrain.diagnosis.verdict import judge_stage
 from posttrain.errors import DataError, ResumeRefused
 from posttrain.events import Event, Measured, Note, Observer, StageStarted, ignore
 from posttrain.files import write_atomic
 from posttrain.ledger import Ledger, RecordKind, read
-from posttrain.pipeline import run
-from posttrain.probes.bootstrap import Interval, mean_interval
+from posttrain.pipeline import measure_model, run
 from posttrain.probes.measurement import Measurement
 from posttrain.protocols import Engine
 from posttrain.recipe import Budget, Gate, Recipe, Stage
+
+OUTSIDE = "_earlier.json"
+"""The measurement of a policy from outside the run; no stage may have this name."""
 
 ROUNDS = 12
 """More stages than this are never a treatment."""
 
 SMALLEST_DOSE = 0.15
 """A stage shorter than this share of its prescription is not worth beginning."""
+
+WORTH_A_LOOK = 0.15
+"""With less than this share of the budget left, looking again would leave too little to act on."""
+
+LONGER = 1.15
+"""Answers are taken to get longer by this factor while a stage trains on them."""
 
 LOOKS = 2300
 """Rollouts of a diagnosis per task set, beside the measurement that the run takes anyway: what
@@ -82,15 +91,6 @@ class Treated:
     ended: str
     before: Measurement
     after: Measurement
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """Whether a stage helped what it was for, and whether its policy is gone on from."""
-
-    helped: bool
-    kept: bool
-    words: str
 
 
 def treat(
@@ -156,59 +156,6 @@ def _opened(out: Path, *, digest: str, budget: int) -> Chart:
     return msgspec.structs.replace(known, budget=budget, ended=ended)
 
 
-# --- did it help? ----------------------------------------------------------------------------
-
-
-def judge_stage(
-    before: Measurement,
-    after: Measurement,
-    *,
-    treated: Sequence[str],
-    counted: Sequence[str],
-    confidence: float,
-) -> Decision:
-    """Decide about a stage on the bounds of paired changes of pass@1.
-
-    It helped when the mean over the treated task sets certainly rose. It did harm when the mean
-    over all counted ones certainly fell; then it is rolled back, as it is when it did not help
-    and the mean over all did not rise either.
-
-    Args:
-        before: the policy that the stage started from.
-        after: the policy after it, measured in the same way.
-        treated: the task sets that it was for.
-        counted: all that matter.
-        confidence: of the intervals.
-    """
-    aim = _change(before, after, treated, confidence=confidence)
-    whole = _change(before, after, counted, confidence=confidence)
-    helped, harmed = aim.low > 0, whole.high < 0
-    kept = not harmed and (helped or whole.value > 0)
-    said = "helped" if helped else "did not certainly help"
-    words = f"{said} {', '.join(treated)} ({_signed(aim)}); all together {_signed(whole)}: " + (
-        "kept" if kept else "rolled back"
-    )
-    return Decision(helped=helped, kept=kept, words=words)
-
-
-def _change(
-    before: Measurement, after: Measurement, names: Sequence[str], *, confidence: float
-) -> Interval:
-    """Mean over task sets of the mean change of pass@1, with its interval over prompts."""
-    parts = [
-        after.task(n).successes.mean(axis=1) - before.task(n).successes.mean(axis=1) for n in names
-    ]
-    total = sum(len(p) for p in parts)
-    # Task sets count alike, whatever their number of prompts.
-    scaled = [p * total / (len(parts) * len(p)) for p in parts]
-    most = max(total / (len(parts) * len(p)) for p in parts)
-    return mean_interval(np.concatenate(scaled), lowest=-most, highest=most, confidence=confidence)
-
-
-def _signed(interval: Interval) -> str:
-    return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
-
-
 # --- the loop --------------------------------------------------------------------------------
 
 
@@ -231,6 +178,7 @@ class _Course:
     def go(self) -> Treated:
         """Turn until something ends it."""
         self._run()
+        self._look_back()
         if self.chart.rounds and self.chart.rounds[-1].kept is None:
             self._decide()
         while self.chart.ended is None:
@@ -249,6 +197,9 @@ class _Course:
         )
 
     def _turn(self) -> None:
+        if self._spent.total > (1 - WORTH_A_LOOK) * self.chart.budget:
+            self._end("the budget is spent")
+            return
         found = self._diagnosis()
         prescription = found.next
         if prescription is None:
@@ -300,6 +251,23 @@ class _Course:
             )
         return found
 
+    def _look_back(self) -> None:
+        """Measure the earlier policy that the user brought, once; it may be the best teacher."""
+        before = self.supplies.before
+        if before is None or self._outside in self.measured:
+            return
+        path = self.out / "measurements" / OUTSIDE
+        if not path.is_file():
+            self._say(f"sampling {before}")
+            ground = msgspec.structs.replace(self.ground, model=before)
+            taken = measure_model(ground, root=self.root, engine=self.engine, observe=self.observe)
+            write_atomic(path, taken.to_json())
+        self.measured[self._outside] = Measurement.from_json(path.read_text(encoding="utf-8"))
+
+    @property
+    def _outside(self) -> str:
+        return f"path:{self.supplies.before}"
+
     def _best(self) -> Mapping[str, str]:
         """By task set, the measured policy that was best at it, stages rolled back included."""
 
@@ -342,16 +310,15 @@ class _Course:
         gates = tuple(_only_warns(gate) for gate in stage.gates)
         name = f"{len(self.chart.rounds) + 1}-{stage.name}"
         stage = msgspec.structs.replace(stage, name=name, init=self._current, gates=gates)
-        lengths = [r.value for t in found.tasks if (r := t.evidence.get("tokens_per_answer"))]
         whole = expected(
             msgspec.structs.replace(
                 self.ground, stages=(*(r.stage for r in self.chart.rounds), stage)
             ),
             root=self.root,
-            tokens_per_answer=float(np.mean(lengths)) + 0.5,
+            lengths={t.task: _length(t.evidence) for t in found.tasks},
         )
-        look = spent(self.out, looks=("base",)).looking  # the stage is measured afterwards
-        left = self.chart.budget - self._spent.total - look
+        # The stage is measured afterwards, like the base was.
+        left = self.chart.budget - self._spent.total - spent(self.out, looks=("base",)).looking
         share = min(left / whole, 1.0)
         if share < SMALLEST_DOSE or stage.budget.steps is None:
             return None
@@ -420,7 +387,9 @@ class _Course:
     def _spent(self) -> Spent:
         return spent(
             self.out,
-            looks=tuple(self.measured),
+            looks=[
+                OUTSIDE.removesuffix(".json") if n == self._outside else n for n in self.measured
+            ],
             diagnoses=sorted((self.out / "diagnoses").glob("*.json")),
         )
 
@@ -472,6 +441,12 @@ def _only_new(observe: Observer) -> Observer:
 
 def _only_warns(gate: Gate) -> Gate:
     return msgspec.structs.replace(gate, otherwise="warn", to=None)
+
+
+def _length(evidence: Evidence) -> float:
+    """Tokens of an answer, taken a little long: right answers often are."""
+    seen = evidence.get("tokens_per_answer")
+    return LONGER * seen.value if seen is not None else math.inf
 
 
 def _nothing_left(found: Diagnosis) -> str:
