@@ -6,8 +6,9 @@ from pathlib import Path
 import msgspec
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from posttrain import api
+from posttrain import api, config
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.lab.settings import PRODUCTS, REVERSE
@@ -107,3 +108,22 @@ def test_with_nothing_that_helps_it_says_what_is_needed(tmp_path):
     assert done.rounds == ()
     assert done.policy == "base"
     assert "Nothing on-policy can help" in done.ended
+
+
+def test_the_command_shows_the_course_and_writes_the_report(tmp_path, posttrain):
+    """A budget that only reaches for looking: the base is measured, and nothing is begun."""
+    content = {
+        "tasks": {"products": config.plain(PRODUCTS.tasks)},
+        "measure": {"max_new_tokens": ANSWER},
+        "threads": 1,
+    }
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(content))
+    arguments = ["--tasks", tmp_path / "tasks.yaml", "--out", tmp_path / "out", "--budget", 9000]
+    code, shown, errors = posttrain("treat", BASE, *arguments)
+    assert code == 0, errors
+    assert "ended: the budget" in " ".join(shown.split())
+    assert "result: base" in shown
+    assert (tmp_path / "out/report.html").is_file()
+    code, _, errors = posttrain("treat", BASE, *arguments[:-1], 0)
+    assert code == 2
+    assert "budget" in errors
