@@ -10,7 +10,8 @@ stage but one, and its own policy is not measured against anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -34,10 +35,13 @@ WALK = 10
 """Longest answer in steps, in tokens."""
 
 CARELESS = 0.35
-"""Chance that a step of a demonstration forgets its term, and the next step goes on from there."""
+"""Chance of a slip at each step of a demonstration but the first."""
+
+TIMES = 4
+"""How often each question is demonstrated."""
 
 WALKS = "walks"
-"""Chains of three terms, answered by their two running totals; only the last is verified."""
+"""The terms of a calculation, to be listed line by line. All of them are verified."""
 
 _LICENCE = "CC0-1.0"
 PAIRS = Dataset(path="products-pairs.jsonl", name="lab-products-pairs", licence=_LICENCE)
@@ -46,37 +50,28 @@ WALKED = Dataset(path="walks.jsonl", name="lab-walks", licence=_LICENCE)
 STEPPED = Dataset(path="walks-labelled.jsonl", name="lab-walks-labelled", licence=_LICENCE)
 
 
-def walk(expression: str, rng: Random) -> tuple[list[str], list[bool]]:
-    """Running totals of ``a ± b ± c``, some of them wrong, and whether all is right so far.
+def walk(terms: Sequence[str], rng: Random) -> tuple[list[str], list[bool]]:
+    """The terms one by one, with slips, and whether all is right so far.
+
+    Who slips says a term twice, and stays behind from then on.
 
     Example:
-        >>> walk("3 + 4 - 2", Random(0)), walk("3 + 4 - 2", Random(1))
-        ((['7', '5'], [True, True]), (['3', '1'], [False, False]))
+        >>> walk(["3", "4", "2"], Random(0)), walk(["3", "4", "2"], Random(1))
+        ((['3', '4', '2'], [True, True, True]), (['3', '3', '4'], [True, False, False]))
     """
-    first, *rest = expression.split()
-    total, right = int(first), True
-    steps, labels = list[str](), list[bool]()
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        result = total + int(term) if sign == "+" else total - int(term)
-        if rng.random() < CARELESS:
-            right = right and result == total
-            result = total
-        steps.append(str(result))
-        labels.append(right)
-        total = result
-    return steps, labels
+    steps, at = [terms[0]], 0
+    for _ in terms[1:]:
+        at += rng.random() >= CARELESS
+        steps.append(terms[at])
+    return steps, [steps[: k + 1] == [*terms[: k + 1]] for k in range(len(terms))]
 
 
 def _walks(*, seed: int) -> Iterator[tuple[str, str, list[str], list[bool]]]:
     """(question, answer, steps, labels) over training questions of ``calculate``."""
-    rng, tasks = Random(seed), taskset(CALCULATE)
-    for task in dict.fromkeys(t.text for t in tasks.train):
-        expression = task.removeprefix("Calculate ").partition(".")[0].rstrip("= ")
-        steps, labels = walk(expression, rng)
-        first, *rest = expression.split()
-        signed = zip(rest[::2], rest[1::2], strict=True)
-        answer = int(first) + sum(int(t) if s == "+" else -int(t) for s, t in signed)
-        yield task, str(answer), steps, labels
+    rng = Random(seed)
+    for question in dict.fromkeys(t.text for t in taskset(CALCULATE).train):
+        terms = re.findall(r"\d+", question)
+        yield question, "\n".join(terms), *walk(terms, rng)
 
 
 def write_inputs(inputs: Path, *, seed: int) -> None:
@@ -86,8 +81,9 @@ def write_inputs(inputs: Path, *, seed: int) -> None:
     write_rows(inputs / LABELLED.path, labelled_rows(pairs))
     walks = list(_walks(seed=seed))
     write_rows(inputs / "tasks.jsonl", ({"prompt": [_user(q)], "answer": a} for q, a, *_ in walks))
-    # The last questions are held out, and no demonstration shows them.
-    shown = walks[:-64]
+    # The last questions are held out, and no demonstration shows them. The others come again and
+    # again with other slips, which would else be learnt by heart.
+    shown = [w for n in range(TIMES) for w in list(_walks(seed=seed + 1000 * n))[:-64]]
     write_rows(
         inputs / WALKED.path,
         (
@@ -108,14 +104,14 @@ def _user(question: str) -> Mapping[str, str]:
 def stage(
     name: str, method: Method, *, steps: int, groups: int, lr: float = 3e-4, init: str = "previous"
 ) -> Stage:
-    """A stage of a few steps."""
+    """A stage whose learning rate falls."""
     return Stage(
         name=name,
         method=method,
         init=init,
         budget=Budget(steps=steps),
         groups_per_step=groups,
-        optimizer=Optimizer(lr=lr),
+        optimizer=Optimizer(lr=lr, schedule="linear"),
     )
 
 
@@ -125,8 +121,8 @@ def asking(judge: Judge, *, tasks: str, longest: int, init: str) -> Stage:
     return stage("asking", method, steps=40, groups=16, init=init)
 
 
-_CAREFUL = JsonlTasks(path="tasks.jsonl", reward="number", held_out=32)
-_WALKER = stage("walker", Sft(data=WALKED), steps=150, groups=64, lr=1e-3)
+_CAREFUL = JsonlTasks(path="tasks.jsonl", reward="exact", held_out=32)
+_WALKER = stage("walker", Sft(data=WALKED), steps=200, groups=64, lr=1e-3)
 _AS_PROBABILITY = RewardModel(model="judge", squash="sigmoid")
 _ON_PRODUCTS = asking(_AS_PROBABILITY, tasks=PRODUCTS.name, longest=ANSWER, init="base")
 _ON_WALKS = asking(ProcessReward(model="judge"), tasks=WALKS, longest=WALK, init="walker")
@@ -165,8 +161,8 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         ),
         "orm": _products(stage("judge", Orm(data=LABELLED), steps=60, groups=32)),
         "orm_on_rollouts": _products(stage("judge", _OWN, steps=60, groups=16)),
-        "prm": _steps(stage("judge", Prm(data=STEPPED), steps=100, groups=64, lr=1e-3)),
-        "math_shepherd": _steps(stage("judge", _SHEPHERD, steps=60, groups=32, lr=1e-3)),
+        "prm": _steps(stage("judge", Prm(data=STEPPED), steps=100, groups=64, lr=3e-3)),
+        "math_shepherd": _steps(stage("judge", _SHEPHERD, steps=100, groups=32, lr=3e-3)),
     }
 )
 """A recipe per judge, from a folder for its inputs and a seed."""
