@@ -127,7 +127,7 @@ _AS_PROBABILITY = RewardModel(model="judge", squash="sigmoid")
 _ON_PRODUCTS = asking(_AS_PROBABILITY, tasks=PRODUCTS.name, longest=ANSWER, init="base")
 _ON_WALKS = asking(ProcessReward(model="judge"), tasks=WALKS, longest=WALK, init="walker")
 _OWN = OrmOnRollouts(tasks=(PRODUCTS.name,), max_new_tokens=ANSWER)
-_SHEPHERD = MathShepherd(tasks=(WALKS,), max_new_tokens=WALK, group_size=2)
+_SHEPHERD = MathShepherd(tasks=(WALKS,), max_new_tokens=WALK, group_size=2, labels="hard")
 
 
 def _of(task: str, spec: TaskSetSpec, *stages: Stage) -> Callable[[Path, int], Recipe]:
@@ -162,7 +162,7 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "orm": _products(stage("judge", Orm(data=LABELLED), steps=60, groups=32)),
         "orm_on_rollouts": _products(stage("judge", _OWN, steps=60, groups=16)),
         "prm": _steps(stage("judge", Prm(data=STEPPED), steps=100, groups=64, lr=3e-3)),
-        "math_shepherd": _steps(stage("judge", _SHEPHERD, steps=100, groups=32, lr=3e-3)),
+        "math_shepherd": _steps(stage("judge", _SHEPHERD, steps=200, groups=64, lr=3e-3)),
     }
 )
 """A recipe per judge, from a folder for its inputs and a seed."""

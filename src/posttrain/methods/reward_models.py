@@ -136,6 +136,10 @@ class MathShepherd(Config, frozen=True, kw_only=True, tag="math_shepherd", tag_f
 
     A frozen policy answers; from the end of every step ``completer`` goes on ``samples`` times, and
     the verifier says how often that ends well.
+
+    Soft labels are chances, and the first step's chance is below 1 whatever it is worth: their
+    ``min`` or ``product`` over an answer's steps prefers answers with few steps. Ask for ``last``,
+    or use hard labels.
     """
 
     tasks: tuple[str, ...]
