@@ -3,12 +3,14 @@
     python benchmarks/training_profile.py                           # the table
     python benchmarks/training_profile.py --against OTHER/src       # and another source tree's
     python benchmarks/training_profile.py --sizes 7M --work grpo --operators
+    python benchmarks/training_profile.py --device cuda --dtype bfloat16 --sizes 0.6B
 
 Models are random, with Qwen3's layout. One step is packing, forward, backward and update; `score`
 is log-probs of the GRPO batch without a gradient. Times are CPU seconds on one thread, the median
 of `--pairs` runs; two source trees take turns in two processes. The limit is the FLOPs that these
 tokens need (causal pairs only, shared prompts once, backward twice the forward), divided by the
-rate of a large matrix product measured in the same process.
+rate of a large matrix product measured in the same process. On a GPU times are those of the wall,
+after a synchronisation; the script has not been run on one yet.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ SIZES = {
     "1.3M": Size(128, 4, 4, 2, 32, 384, 4096),
     "7M": Size(256, 6, 4, 2, 64, 768, 8192),
     "40M": Size(512, 10, 8, 4, 64, 1536, 16384),
+    "0.6B": Size(1024, 28, 16, 8, 128, 3072, 151936),  # Qwen3-0.6B
+    "1.7B": Size(2048, 28, 16, 8, 128, 6144, 151936),  # Qwen3-1.7B
 }
+SMALL = ("0.6M", "1.3M", "7M", "40M")
 
 
 # --- one case --------------------------------------------------------------------------------
@@ -132,7 +137,9 @@ SHAPES = {
 }
 
 
-def make_step(work: str, size: Size, folder: Path) -> tuple[Callable[[], float], float]:
+def make_step(
+    work: str, size: Size, folder: Path, *, device: str = "cpu", dtype: str = "float32"
+) -> tuple[Callable[[], float], float]:
     """A step to repeat, and the FLOPs that it needs."""
     import torch
 
@@ -147,7 +154,7 @@ def make_step(work: str, size: Size, folder: Path) -> tuple[Callable[[], float],
     from posttrain.objectives.objective import Objective
     from posttrain.recipe import Optimizer
 
-    engine = LocalEngine(device=torch.device("cpu"))
+    engine = LocalEngine(device=torch.device(device), dtype=dtype)
     make_model(folder, size)
     terms = {
         "grpo": (ClippedPolicyGradient(), ReferenceKL(weight=0.01)),
@@ -190,35 +197,48 @@ def flops(size: Size, batches) -> float:
     return total
 
 
-def matmul_rate() -> float:
-    """FLOP/s of a large float32 product on this thread, the best of five."""
+def now(device: str) -> float:
+    """Seconds: of this process on a CPU, of the wall when a GPU has done everything."""
     import torch
 
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matmul_rate(device: str, dtype: str) -> float:
+    """FLOP/s of a large product, the best of five."""
+    import torch
+
+    width = 1024 if device == "cpu" else 8192
+    options = {"device": device, "dtype": getattr(torch, dtype)}
+    a, b = torch.randn(width, width, **options), torch.randn(width, width, **options)
     best = 0.0
     for _ in range(5):
-        started = time.process_time()
+        started = now(device)
         for _ in range(4):
             a @ b
-        best = max(best, 4 * 2 * 1024**3 / (time.process_time() - started))
+        best = max(best, 4 * 2 * width**3 / (now(device) - started))
     return best
 
 
 # --- processes -------------------------------------------------------------------------------
 
 
-def work_here(name: str, work: str) -> None:
+def work_here(name: str, work: str, device: str, dtype: str) -> None:
     """The worker: one step per line of standard input, answered with a line of JSON."""
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        step, needed = make_step(work, SIZES[name], Path(folder) / "model")
+        place = Path(folder) / "model"
+        step, needed = make_step(work, SIZES[name], place, device=device, dtype=dtype)
         for _ in sys.stdin:
-            rate = matmul_rate()
-            started = time.process_time()
+            rate = matmul_rate(device, dtype)
+            started = now(device)
             loss = step()
-            seconds = time.process_time() - started
+            seconds = now(device) - started
             answer = {"seconds": seconds, "loss": loss, "flops": needed, "rate": rate}
             print("@" + json.dumps(answer), flush=True)
 
@@ -226,10 +246,10 @@ def work_here(name: str, work: str) -> None:
 class Worker:
     """A process with a source tree of its own."""
 
-    def __init__(self, source: Path, name: str, work: str) -> None:
+    def __init__(self, source: Path, case: tuple[str, str, str, str]) -> None:
         environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, work],
+            [sys.executable, __file__, "--worker", *case],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -255,9 +275,9 @@ class Worker:
         self._process.wait()
 
 
-def compare(name: str, work: str, sources: list[Path], pairs: int) -> str:
+def compare(case: tuple[str, str, str, str], sources: list[Path], pairs: int) -> str:
     """A row of the table."""
-    workers = [Worker(s, name, work) for s in sources]
+    workers = [Worker(s, case) for s in sources]
     found: list[list[dict[str, float]]] = [[] for _ in workers]
     for turn in range(pairs + 2):
         for index, worker in enumerate(workers):
@@ -269,7 +289,7 @@ def compare(name: str, work: str, sources: list[Path], pairs: int) -> str:
     seconds = [statistics.median(a["seconds"] for a in answers) for answers in found]
     rate = max(a["rate"] for answers in found for a in answers)
     needed = found[0][0]["flops"]
-    cells = [name, work, f"{needed / 1e9:.2f}", f"{1e3 * seconds[0]:.0f}"]
+    cells = [*case[:2], f"{needed / 1e9:.2f}", f"{1e3 * seconds[0]:.0f}"]
     cells.append(f"{needed / rate / seconds[0]:.0%}")
     if len(sources) > 1:
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(*found, strict=True)]
@@ -301,12 +321,14 @@ def operators(name: str, work: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=list(SMALL), choices=list(SIZES))
     parser.add_argument("--work", nargs="+", default=list(WORK), choices=WORK)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--against", type=Path, help="another source tree, to take turns with")
     parser.add_argument("--operators", action="store_true", help="a profile instead of the table")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work_here(*arguments.worker)
@@ -317,13 +339,14 @@ def main() -> None:
         other = "ms, other | of limit | other / this | " if len(sources) > 1 else ""
         print(f"| model | work | GFLOP | ms | of limit | {other}GFLOP/s |")
         print("|---" * (6 + 3 * (len(sources) - 1)) + "|")
+    where = (arguments.device, arguments.dtype)
     for name in arguments.sizes:
         for work in arguments.work:
             if arguments.operators:
                 print(f"\n{name} {work}")
                 operators(name, work)
             else:
-                print(compare(name, work, sources, arguments.pairs), flush=True)
+                print(compare((name, work, *where), sources, arguments.pairs), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from posttrain.batch import Segment
 from posttrain.engines import tiles as tiling
 from posttrain.engines.attention import PackedPlan
+from posttrain.engines.flex import FlexBlocks
 from posttrain.engines.tiles import Tiles
 
 CPU = torch.device("cpu")
@@ -104,6 +105,18 @@ def test_a_window_counts_from_the_beginning_of_the_prompt(window):
     arrays = inputs(segments)
     out = attend(as_leaves(arrays), segments, window).detach().numpy()
     np.testing.assert_allclose(out, by_numpy(*arrays, segments, window=window), atol=2e-5)
+
+
+@pytest.mark.parametrize("segments", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("heads_kv", [2, 4])
+def test_the_blocks_of_a_gpu_read_the_same(segments, window, heads_kv):
+    """The forward pass alone: FlexAttention has no backward pass on a CPU."""
+    arrays = inputs(segments, heads_kv=heads_kv)
+    leaves = [leaf.detach() for leaf in as_leaves(arrays)]
+    out = FlexBlocks(segments, device=CPU).attend(*leaves, scaling=SCALING, window=window)
+    expected = by_numpy(*arrays, segments, window=window)
+    np.testing.assert_allclose(out.numpy(), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("segments", LAYOUTS.values(), ids=LAYOUTS)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from posttrain.batch import Segment
+from posttrain.engines.flex import FlexBlocks
 from posttrain.engines.masked import MaskedBlocks
 from posttrain.engines.tiles import Tiles, attend_tiles
 from posttrain.errors import ModelError
@@ -84,14 +85,16 @@ AttentionInterface.register(IMPLEMENTATION, attend)
 class PackedPlan:
     """Causal attention within each segment, and full attention to its shared prompt.
 
-    Masks and indices are made once for all layers: tiles (see ``tiles.py``), and dense masks only
-    if a layer has a window that some token's past does not fit into.
+    Masks and indices are made once for all layers. On a CPU that is tiles (see ``tiles.py``), and
+    dense masks only if a layer has a window that some token's past does not fit into. On a GPU it
+    is the blocks of ``flex.py``.
     """
 
     def __init__(self, segments: Sequence[Segment], *, device: torch.device) -> None:
         self._segments, self._device = tuple(segments), device
-        self._tiles = Tiles.of(segments, device=device)
+        self._tiles: Tiles | None = None
         self._masked: MaskedBlocks | None = None
+        self._blocks: FlexBlocks | None = None
         self._longest = max((self._past(s) for s in segments), default=0)
 
     @classmethod
@@ -103,11 +106,18 @@ class PackedPlan:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
     ) -> Tensor:
         """q [T, H, D], k and v [T, J, D] -> [T, H, D]."""
-        if window is None or window >= self._longest:
+        limit = None if window is None or window >= self._longest else window
+        if self._device.type == "cuda":
+            if self._blocks is None:
+                self._blocks = FlexBlocks(self._segments, device=self._device)
+            return self._blocks.attend(q, k, v, scaling=scaling, window=limit)
+        if limit is None:
+            if self._tiles is None:
+                self._tiles = Tiles.of(self._segments, device=self._device)
             return attend_tiles(q, k, v, self._tiles, scaling=scaling)
         if self._masked is None:
             self._masked = MaskedBlocks.of(self._segments, device=self._device)
-        return self._masked.attend(q, k, v, scaling=scaling, window=window)
+        return self._masked.attend(q, k, v, scaling=scaling, window=limit)
 
     def _past(self, segment: Segment) -> int:
         """Tokens that the segment's last one reads, itself included."""
