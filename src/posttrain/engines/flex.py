@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -50,9 +50,7 @@ class FlexBlocks:
         """q [T, H, D], k and v [T, J, D] -> [T, H, D]."""
         if window not in self._masks:
             self._masks[window] = self._mask(window)
-        on_gpu = self._device.type == "cuda"
-        call: Callable[..., Tensor] = _compiled() if on_gpu else flex_attention
-        out: Tensor = call(
+        out: Tensor = _kernel(compiled=self._device.type == "cuda")(
             *(x.transpose(0, 1)[None] for x in (q, k, v)),
             block_mask=self._masks[window],
             scale=scaling,
@@ -72,6 +70,7 @@ class FlexBlocks:
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    """The kernel, compiled on first use for any number of tokens."""
-    return torch.compile(flex_attention, dynamic=True)
+def _kernel(*, compiled: bool) -> Callable[..., Tensor]:
+    """The kernel; where it is compiled, on first use and for any number of tokens."""
+    plain: Any = flex_attention
+    return torch.compile(plain, dynamic=True) if compiled else plain
