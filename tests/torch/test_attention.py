@@ -108,6 +108,7 @@ def test_a_window_counts_from_the_beginning_of_the_prompt(window):
 
 
 @pytest.mark.parametrize("segments", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("heads_kv", [2, 4])
 def test_the_blocks_of_a_gpu_read_the_same(segments, window, heads_kv):
