@@ -203,14 +203,14 @@ class DecodePlan:
         mass = mass.reshape(-1, per_kv).index_select(0, unfold)
 
         columns = self._read_columns()
-        own_k = store.own_k[:num_rows, :, :columns].flatten(0, 1)  # [S·J, C, D]
-        own_v = store.own_v[:num_rows, :, :columns].flatten(0, 1)
-        scores = (q.view(-1, per_kv, size) * scaling) @ own_k.transpose(1, 2)
+        own_k = store.own_k.flatten(0, 1)[: len(q), :columns]  # [S·J, C, D]
+        own_v = store.own_v.flatten(0, 1)[: len(q), :columns]
+        scores = (q.view(-1, per_kv, size) * scaling).bmm(own_k.transpose(1, 2))
         if own_mask is not None:
             scores.view(num_rows, heads_kv, per_kv, -1).add_(own_mask)
         both = torch.cat([scores.float(), mass[..., None]], -1)
         weights = both.softmax(-1).to(q.dtype)
-        out = weights[..., :columns] @ own_v
+        out = weights[..., :columns].bmm(own_v)
         out.addcmul_(weights[..., columns:], read.view(-1, per_kv, size))
         return out.view(num_rows, heads, size)
 

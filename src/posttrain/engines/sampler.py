@@ -131,6 +131,7 @@ class _Batch:
     plan: DecodePlan
     kinds: list[Sampling]  # distinct ways of sampling
     kind_of: list[int]  # of each request
+    any_stops: bool
     tokens_SC: Tensor
     logprobs_SC: Tensor
     uniform_SC: np.ndarray
@@ -164,6 +165,7 @@ class _Batch:
             plan=DecodePlan(bounds.row_tokens),
             kinds=list(kinds),
             kind_of=kind_of,
+            any_stops=any(r.sampling.stop for r in requests),
             tokens_SC=torch.zeros(shape, dtype=torch.int64, device=device),
             logprobs_SC=torch.zeros(shape, device=device),
             uniform_SC=np.zeros(shape),
@@ -256,26 +258,33 @@ class _Batch:
 
     def _draw(self, hidden_NX: Tensor, slots: np.ndarray) -> None:
         """Sample a token for each of these slots, and write it down."""
-        device = self.model.device
-        slot_N, age_N = torch.from_numpy(slots).to(device), torch.from_numpy(self.age_S[slots])
-        uniform_N = torch.from_numpy(self.uniform_SC[slots, self.age_S[slots]]).to(device)
-        kind_N = np.array([self.kind_of[i] for i in self.request_S[slots]])
-        tokens_N = torch.empty_like(slot_N)
-        logprobs_N = torch.empty(len(slots), device=device)
+        device, head = self.model.device, self.model.head
+        ages = self.age_S[slots]
+        slot_N, age_N = torch.from_numpy(slots).to(device), torch.from_numpy(ages).to(device)
+        uniform_N = torch.from_numpy(self.uniform_SC[slots, ages]).to(device)
         size = max(LOGIT_ELEMENTS // self.model.vocab_size, 1)
-        for first in range(0, len(slots), size):
-            part = slice(first, first + size)
-            logits = self.model.head(hidden_NX[part])
-            for kind in np.unique(kind_N[part]):
-                at = torch.from_numpy(np.flatnonzero(kind_N[part] == kind)).to(device) + first
-                mine = logits if len(at) == len(logits) else logits[at - first]
-                tokens_N[at], logprobs_N[at] = sample(mine, self.kinds[kind], uniform_N[at])
-        age_N = age_N.to(device)
+        parts = [slice(first, first + size) for first in range(0, len(slots), size)]
+        drawn = [self._sample(head(hidden_NX[p]), slots[p], uniform_N[p]) for p in parts]
+        tokens_N, logprobs_N = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         self.tokens_SC[slot_N, age_N] = tokens_N
         self.logprobs_SC[slot_N, age_N] = logprobs_N
-        self.ended_S[slot_N] |= torch.isin(tokens_N, self.ends)
+        self.ended_S[slot_N] |= (tokens_N[:, None] == self.ends).any(-1)
         self.age_S[slots] += 1
         self.since_look += 1
+
+    def _sample(
+        self, logits_NV: Tensor, slots: np.ndarray, uniform_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw for rows that may each have a distribution of their own kind."""
+        if len(self.kinds) == 1:
+            return sample(logits_NV, self.kinds[0], uniform_N)
+        kind_N = np.array([self.kind_of[i] for i in self.request_S[slots]])
+        tokens_N = torch.empty(len(slots), dtype=torch.int64, device=logits_NV.device)
+        logprobs_N = torch.empty(len(slots), device=logits_NV.device)
+        for kind in np.unique(kind_N):
+            at = torch.from_numpy(np.flatnonzero(kind_N == kind)).to(logits_NV.device)
+            tokens_N[at], logprobs_N[at] = sample(logits_NV[at], self.kinds[kind], uniform_N[at])
+        return tokens_N, logprobs_N
 
     # --- rows go ---
 
@@ -288,10 +297,12 @@ class _Batch:
             return
         self.since_look = 0
         ended_S = live_S & self.ended_S[:num].cpu().numpy()
-        stopped = self._stopped(live_S, full_S | ended_S)
-        rows = np.flatnonzero(full_S | ended_S | np.isin(np.arange(num), list(stopped)))
-        if not len(rows):
+        last_S = full_S | ended_S
+        stopped = self._stopped(live_S, last_S) if self.any_stops else {}
+        last_S[list(stopped)] = True
+        if not last_S.any():
             return
+        rows = np.flatnonzero(last_S)
         at = torch.from_numpy(rows).to(self.model.device)
         tokens, logprobs = self.tokens_SC[at].cpu().numpy(), self.logprobs_SC[at].cpu().numpy()
         ends = self.ends.cpu().numpy()

@@ -59,7 +59,10 @@ def _invert(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:
     block_R1 = _first_above(cdf_RB, target_R1)
     before_R1 = torch.where(block_R1 > 0, cdf_RB.gather(-1, (block_R1 - 1).clamp_min(0)), 0.0)
     at_RW = block_R1 * BLOCK + torch.arange(BLOCK, device=prob_RV.device)
-    inside_RW = prob_RV.gather(-1, at_RW.clamp_max(size - 1)).masked_fill(at_RW >= size, 0.0)
+    if even == size:
+        inside_RW = prob_RV.gather(-1, at_RW)
+    else:
+        inside_RW = prob_RV.gather(-1, at_RW.clamp_max(size - 1)).masked_fill(at_RW >= size, 0.0)
     cdf_RW = inside_RW.cumsum(-1, dtype=torch.float64)
     return (block_R1 * BLOCK + _first_above(cdf_RW, target_R1 - before_R1))[:, 0]
 
