@@ -152,6 +152,8 @@ def test_a_checkpoint_without_it_is_refused(engine, tiny_folder, tmp_path):
 def test_tr_dpo_that_is_never_due_is_dpo(world):
     _, still = world.run(TrDpo(data=PAIRS, every=99), "tr", steps=3)
     _, plain = world.run(Dpo(data=PAIRS, beta=0.05), "dpo", steps=3)
+    # Only a reference that never moves has log-probs that can be remembered.
+    assert [m.pop("logprobs_remembered") for m in plain] == [0.0] * 3
     assert untimed(still) == untimed(plain)
 
 
