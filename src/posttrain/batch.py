@@ -17,7 +17,7 @@ entries of a top-k distribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -126,7 +126,9 @@ def pack(
 ) -> list[PackedBatch]:
     """Lay groups out as micro-batches of at most ``max_tokens`` computed tokens.
 
-    A pair is never split; a single sequence longer than ``max_tokens`` gets a batch of its own.
+    A pair is never split, and a group only where it does not fit into one micro-batch: the prompt
+    of a split group is computed again. A single sequence longer than ``max_tokens`` gets a batch
+    of its own.
 
     Args:
         groups: scored trajectories. Every member must carry the columns that its authors' tokens
@@ -143,7 +145,7 @@ def pack(
         needs = dict.fromkeys(needs, frozenset(KINDS))
     batches: list[PackedBatch] = []
     builder = _Builder(needs, whole)
-    for unit in _units(groups):
+    for unit in _units(groups, lambda g: _Builder({}, whole).cost(g.members) <= max_tokens):
         if builder.num_tokens and builder.num_tokens + builder.cost(unit) > max_tokens:
             batches.append(builder.build())
             builder = _Builder(needs, whole)
@@ -171,10 +173,10 @@ def pack_trajectories(
     return packed
 
 
-def _units(groups: Sequence[Group]) -> Iterable[list[Scored]]:
-    """Members that must share a micro-batch: whole groups with preferences, else single ones."""
+def _units(groups: Sequence[Group], fits: Callable[[Group], bool]) -> Iterable[list[Scored]]:
+    """Members that share a micro-batch: those of a group that fits, or that has preferences."""
     for group in groups:
-        if any(Column.PREFERENCE in m.columns for m in group.members):
+        if any(Column.PREFERENCE in m.columns for m in group.members) or fits(group):
             yield list(group.members)
         else:
             yield from ([member] for member in group.members)

@@ -152,7 +152,8 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
     extra = f" + {_size(len(graders) * weights)} frozen policies" if graders else ""
     if (head := planned.composition.scalar_head) is not None and head.trunk == "separate":
         extra += f" + {_size(4 * weights)} critic"
-    logits = min(planned.spec.micro_batch_tokens * shape.vocab_size, 2**25) * 4
+    tokens = planned.spec.micro_batch_tokens or 2**25
+    logits = min(tokens * shape.vocab_size, 2**25) * 4
     teacher = 0
     for signal in planned.composition.signals:
         if isinstance(signal, TeacherDistribution):

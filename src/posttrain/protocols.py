@@ -226,6 +226,11 @@ class Learner(Protocol):
         ...
 
     @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens that go through it at once where the stage names no number."""
+        ...
+
+    @property
     def start(self) -> Policy | None:
         """The policy it started from, on the same weights; None where they are overwritten.
 

@@ -214,9 +214,10 @@ class Stage(Config, frozen=True, kw_only=True):
     ``groups_per_step`` prompts, demonstrations or pairs are drawn at a time; the learner takes
     ``updates_per_draw`` steps on each draw. ``init`` is where the weights start: ``previous``,
     ``base`` or the name of an earlier stage. ``then`` is the stage that follows, if not the next
-    one of the recipe: a later one, or ``end``. ``activation_checkpointing`` computes activations
-    again in the backward pass: less memory, about a third more work. ``intends`` is a note; the
-    role is measured.
+    one of the recipe: a later one, or ``end``. ``micro_batch_tokens`` go through the model at
+    once; null leaves the number to the engine, which knows the size of the model and the device.
+    ``activation_checkpointing`` computes activations again in the backward pass: less memory,
+    about a third more work. ``intends`` is a note; the role is measured.
     """
 
     name: str
@@ -226,7 +227,7 @@ class Stage(Config, frozen=True, kw_only=True):
     optimizer: Optimizer = Optimizer()
     groups_per_step: int = 16
     updates_per_draw: int = 1
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int | None = None
     activation_checkpointing: bool = False
     max_age: int = 0
     lora: Lora | None = None
@@ -250,7 +251,7 @@ class Stage(Config, frozen=True, kw_only=True):
         }
         if self.max_age < 0:
             raise ConfigError(f"stage {self.name}: max_age={self.max_age}", expected="0 or more")
-        if low := [f"{k}={v}" for k, v in counts.items() if v < 1]:
+        if low := [f"{k}={v}" for k, v in counts.items() if v is not None and v < 1]:
             raise ConfigError(f"stage {self.name}: {', '.join(low)}", expected="at least 1")
         if self.updates_per_draw > self.groups_per_step:
             raise ConfigError(

@@ -122,7 +122,7 @@ class _Run:
             batches = pack(
                 admission.kept,
                 needs=column_readers(self.parts.terms),
-                max_tokens=stage.micro_batch_tokens,
+                max_tokens=stage.micro_batch_tokens or learner.micro_batch_tokens,
                 whole="score" in readouts(self.parts.terms),
             )
         scale = lr_scale(stage.optimizer, step=step, steps=self.steps)

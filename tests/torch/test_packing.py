@@ -73,6 +73,24 @@ def test_a_large_group_splits_and_a_pair_never(learner):
     assert batch.pairs_P2.tolist() == [[0, 1]]
 
 
+def test_a_group_that_fits_is_not_split_to_fill_a_batch():
+    prompt = list(range(10, 40))
+    groups = [
+        Group(
+            task=f"test/{g}",
+            members=tuple(Scored(trajectory=trajectory([g, *prompt], [5, 6, 7])) for _ in range(4)),
+        )
+        for g in range(3)
+    ]
+    alone = 31 + 4 * 2
+    batches = pack(groups, needs=frozenset(), max_tokens=2 * alone - 1)
+    assert [b.num_tokens for b in batches] == [alone] * 3
+    assert [b.num_sequences for b in pack(groups, needs=frozenset(), max_tokens=2 * alone)] == [
+        8,
+        4,
+    ]
+
+
 @pytest.mark.parametrize(
     "terms",
     [

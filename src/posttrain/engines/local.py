@@ -21,6 +21,7 @@ from posttrain import clock
 from posttrain.batch import PackedBatch
 from posttrain.composition.moving import MOVING, MovingReference
 from posttrain.engines.adapters import WithoutAdapters, attach, export, trained_weights
+from posttrain.engines.footprint import comfortable_tokens, keep_freed_memory
 from posttrain.engines.masters import MasterWeights
 from posttrain.engines.model import Dtype, Model, load_model, resolve_folder
 from posttrain.engines.policy import LocalPolicy, Version, frozen
@@ -100,6 +101,11 @@ class LocalLearner:
     def state(self) -> Mapping[str, float]:
         """What the objective remembers of earlier updates."""
         return self._state
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch where the stage names no number."""
+        return comfortable_tokens(self._model.causal.base_model, self._model.device)
 
     @property
     def start(self) -> WithoutAdapters | None:
@@ -257,6 +263,10 @@ class LocalEngine:
     device: torch.device
     dtype: Dtype = "float32"
     remote_code: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def policy(self, model: str) -> LocalPolicy:
         """A frozen policy from a folder or a hub id."""

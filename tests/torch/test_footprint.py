@@ -1,0 +1,77 @@
+"""How many tokens go through a model at once, and what the C library keeps."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from posttrain.batch import Segment
+from posttrain.engines.attention import PackedPlan
+from posttrain.engines.footprint import BOUNDS, CPU_BUDGET, activation_bytes, comfortable_tokens
+from posttrain.recipe import Optimizer
+from posttrain.testing import tiny_model
+
+CPU = torch.device("cpu")
+
+
+def test_activations_are_counted_as_autograd_keeps_them(engine, tmp_path):
+    """The estimate stands within a factor of two of what is saved for the backward pass."""
+    learner = engine.learner(
+        str(tiny_model(tmp_path / "m", seed=1)), name="l", optimizer=Optimizer(), lora=None
+    )
+    model, decoder = learner.policy.model, learner.policy.model.causal.base_model
+    own = {w.untyped_storage().data_ptr() for w in decoder.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # one per storage; held, so that none is used again
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        if saved.untyped_storage().data_ptr() not in own:
+            kept[saved.untyped_storage().data_ptr()] = saved
+        return saved
+
+    num = 400
+    plan = PackedPlan.of((Segment(0, num, None),), device=CPU)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        hidden = model.hidden(torch.arange(num) % 20, torch.arange(num), plan)
+    assert hidden.requires_grad
+    measured = sum(t.untyped_storage().nbytes() for t in kept.values()) / num
+    assert 0.5 < measured / activation_bytes(decoder) < 2
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(10, BOUNDS["cpu"][1]), (20_000, BOUNDS["cpu"][0])])
+def test_tokens_at_once_stay_within_bounds(width, tokens):
+    assert comfortable_tokens(nn.Linear(width, width), CPU) == tokens
+
+
+def test_between_the_bounds_the_activations_fill_the_budget():
+    decoder = nn.Linear(15_000, 1_000)
+    tokens = comfortable_tokens(decoder, CPU)
+    assert tokens * activation_bytes(decoder) == pytest.approx(CPU_BUDGET, rel=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted as Linux does")
+def test_what_is_freed_is_taken_again_without_the_kernel():
+    """Taking and freeing 64 MiB again costs no page faults; by default it costs thousands."""
+    program = """
+import resource, sys, torch
+from posttrain.engines.footprint import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    print(-1)
+    raise SystemExit
+def touch():
+    for size in (2**20, 2**22, 2**24): torch.empty(size).fill_(1.0)
+for _ in range(8): touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5): touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def faults(mode: str) -> int:
+        command = [sys.executable, "-c", program, mode]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    kept = faults("keep")
+    if kept < 0:
+        pytest.skip("the C library is not glibc")
+    assert kept < 0.02 * faults("plain")
