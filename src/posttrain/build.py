@@ -10,6 +10,7 @@ from pathlib import Path
 from posttrain.chat import ChatRenderer
 from posttrain.composition import (
     MOVING,
+    Composition,
     Dataset,
     Gae,
     Judge,
@@ -21,17 +22,20 @@ from posttrain.composition import (
     SignalSpec,
     SourceSpec,
     StepLabels,
+    TeacherDistribution,
     TeacherLogprobs,
     parts_of,
 )
 from posttrain.composition.company import Rival
 from posttrain.composition.credit import CreditSpec
+from posttrain.composition.distillation import Softened
 from posttrain.composition.offline import OfflineSignal
 from posttrain.composition.preference_signals import PreferenceSignal
 from posttrain.composition.reward_models import RewardModelSignal
-from posttrain.composition.teaching import TeachingSpec
+from posttrain.composition.teaching import TeachingSpec, teachers_of
 from posttrain.extensions import SignalTools, signal_extension
 from posttrain.legality import scopes
+from posttrain.logits import Head
 from posttrain.objectives.objective import Objective
 from posttrain.plan import PlannedStage
 from posttrain.protocols import Learner, Policy, Signal, Source
@@ -52,6 +56,7 @@ from posttrain.sources.redraw import RedrawSource
 from posttrain.sources.rollout import RolloutSource
 from posttrain.stage import Parts
 from posttrain.task import Task, TaskSet
+from posttrain.trajectory import Column
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,11 +84,12 @@ class Workshop:
         composition = planned.composition
         # The stage's own stream of randomness, the same in every sitting.
         seed = zlib.crc32(f"{self.seed}/{planned.spec.name}".encode())
+        heads = self._teacher_heads(planned, learner.policy)
         return Parts(
             source=self._source(composition.source, planned, learner.policy, seed=seed),
             signals=self._signals(planned, learner.policy),
             terms=composition.terms,
-            objective=Objective(composition.terms),
+            objective=Objective(composition.terms, teachers=tuple(heads.values())),
             learner=learner,
             kept=() if self.memory is None else (self.memory,),
         )
@@ -158,12 +164,11 @@ class Workshop:
             return teaching_signal(
                 spec,
                 live=live,
-                judge=lambda r: (
-                    live if r == "learner" else self._grader(_resolve(r, planned), live)
-                ),
+                judge=lambda r: self._teacher(r, planned, live),
                 stranger=lambda r: self.policy(_resolve(r, planned)),
                 tasks=self._tasks(planned),
                 memory=self.memory,
+                heads={r: n for n, r in enumerate(self._teacher_heads(planned, live))},
             )
         return Verifier(self.tasksets, live.renderer)
 
@@ -184,6 +189,18 @@ class Workshop:
             return RewardModelScores(spec, model)
         return ProcessScores(spec, model, live.renderer)
 
+    def _teacher(self, ref: str, planned: PlannedStage, live: Policy) -> Policy:
+        return live if ref == "learner" else self._grader(_resolve(ref, planned), live)
+
+    def _teacher_heads(self, planned: PlannedStage, live: Policy) -> Mapping[str, Head]:
+        """Heads of the teachers of whom hidden states are enough, by reference and in order."""
+        heads = dict[str, Head]()
+        for ref in dict.fromkeys(_compared_by_the_head(planned.composition)):
+            hidden = self._teacher(ref, planned, live).hidden
+            if hidden is not None:
+                heads[ref] = hidden.head
+        return heads
+
     def _grader(self, ref: str, live: Policy) -> Policy:
         """A frozen policy whose token ids mean what the learner's mean."""
         policy = self.policy(ref)
@@ -202,6 +219,21 @@ def _comes_again(planned: PlannedStage) -> bool:
     composition = planned.composition
     reads = any(isinstance(s, ReferenceLogprobs | TeacherLogprobs) for s in composition.signals)
     return reads and any(isinstance(p, Dataset) for p in parts_of(composition.source))
+
+
+def _compared_by_the_head(composition: Composition) -> tuple[str, ...]:
+    """Teachers whose distributions are only read as divergences of whole vocabularies.
+
+    Whatever else reads log-probs of a teacher, such as a term of another package, gets them.
+    """
+    column = Column.TEACHER_LOGPROBS
+    given = [s for s in composition.signals if isinstance(s, TeacherDistribution)]
+    others = [t for t in composition.terms if column in t.needs and not isinstance(t, Softened)]
+    if len(given) != 1 or given[0].top_k is not None or others:
+        return ()
+    if any(column in s.needs for s in composition.signals):
+        return ()
+    return teachers_of(given[0])
 
 
 def _resolve(ref: str, planned: PlannedStage) -> str:
