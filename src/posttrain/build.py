@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from posttrain.chat import ChatRenderer
@@ -68,6 +68,7 @@ class Workshop:
     tasksets: Mapping[str, TaskSet]
     policy: Callable[[str], Policy]  # frozen policy behind a reference
     memory: Memory | None = None  # of what frozen policies said, where trajectories come again
+    heads: Mapping[str, Head] = field(default_factory=dict)  # of teachers, where states are enough
 
     def parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         """Build a stage around its learner."""
@@ -78,18 +79,18 @@ class Workshop:
             policy=lambda ref: found[ref] if ref in found else self.policy(ref),
             memory=Memory() if _comes_again(planned) else None,
         )
-        return shop._parts(planned, learner)
+        heads = shop._teacher_heads(planned)
+        return replace(shop, heads=heads)._parts(planned, learner)
 
     def _parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         composition = planned.composition
         # The stage's own stream of randomness, the same in every sitting.
         seed = zlib.crc32(f"{self.seed}/{planned.spec.name}".encode())
-        heads = self._teacher_heads(planned, learner.policy)
         return Parts(
             source=self._source(composition.source, planned, learner.policy, seed=seed),
             signals=self._signals(planned, learner.policy),
             terms=composition.terms,
-            objective=Objective(composition.terms, teachers=tuple(heads.values())),
+            objective=Objective(composition.terms, teachers=tuple(self.heads.values())),
             learner=learner,
             kept=() if self.memory is None else (self.memory,),
         )
@@ -164,11 +165,13 @@ class Workshop:
             return teaching_signal(
                 spec,
                 live=live,
-                judge=lambda r: self._teacher(r, planned, live),
+                judge=lambda r: (
+                    live if r == "learner" else self._grader(_resolve(r, planned), live)
+                ),
                 stranger=lambda r: self.policy(_resolve(r, planned)),
                 tasks=self._tasks(planned),
                 memory=self.memory,
-                heads={r: n for n, r in enumerate(self._teacher_heads(planned, live))},
+                heads={ref: number for number, ref in enumerate(self.heads)},
             )
         return Verifier(self.tasksets, live.renderer)
 
@@ -189,14 +192,11 @@ class Workshop:
             return RewardModelScores(spec, model)
         return ProcessScores(spec, model, live.renderer)
 
-    def _teacher(self, ref: str, planned: PlannedStage, live: Policy) -> Policy:
-        return live if ref == "learner" else self._grader(_resolve(ref, planned), live)
-
-    def _teacher_heads(self, planned: PlannedStage, live: Policy) -> Mapping[str, Head]:
+    def _teacher_heads(self, planned: PlannedStage) -> Mapping[str, Head]:
         """Heads of the teachers of whom hidden states are enough, by reference and in order."""
         heads = dict[str, Head]()
-        for ref in dict.fromkeys(_compared_by_the_head(planned.composition)):
-            hidden = self._teacher(ref, planned, live).hidden
+        for ref in _compared_by_the_head(planned.composition):
+            hidden = self.policy(_resolve(ref, planned)).hidden if ref != "learner" else None
             if hidden is not None:
                 heads[ref] = hidden.head
         return heads

@@ -192,6 +192,18 @@ def test_a_second_backward_pass_gives_the_same_gradient():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
+def test_bfloat16_is_as_close_as_its_precision():
+    states, dense, heads, leaves, known = situation()
+    half = [t.detach().bfloat16().requires_grad_() for t in leaves]
+    wanted, head = frozenset({divergence_of(TeacherReverseKL())}), LinearHead(half[1], half[2])
+    rounded = LinearHead(heads[0].weight_VX.bfloat16(), heads[0].bias_V.bfloat16(), 1.3)
+    found = evaluated(states, head, half, wanted, known, heads=(rounded, heads[1]))
+    expected = evaluated(dense, lambda h: head(h), half, wanted, known)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - theirs).abs().max() <= 0.03 * theirs.abs().max()
+
+
 # --- the signal ------------------------------------------------------------------------------
 
 
