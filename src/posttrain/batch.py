@@ -26,7 +26,7 @@ from torch import Tensor
 
 from posttrain.errors import LegalityError
 from posttrain.provenance import Kind, Span
-from posttrain.trajectory import Column, Group, Scored, Trajectory
+from posttrain.trajectory import IN_PLACE, Column, Group, Scored, Trajectory
 
 KINDS = tuple(Kind)
 """``kind_N`` holds indices into this tuple."""
@@ -188,9 +188,14 @@ def _temperature(span: Span) -> float:
 
 def _filled(parts: Sequence[np.ndarray | int], column: Column) -> list[np.ndarray]:
     """Rows of NaN (-1 for ids) in place of each number of missing rows."""
-    shape = next(part.shape[1:] for part in parts if isinstance(part, np.ndarray))
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    shape = max(part.shape[1:] for part in arrays)
     fill = -1 if column is Column.TEACHER_IDS else np.nan
-    return [np.full((part, *shape), fill) if isinstance(part, int) else part for part in parts]
+    out = [np.full((part, *shape), fill) if isinstance(part, int) else part for part in parts]
+    if column is not Column.TEACHER_STATES:
+        return out
+    # Teachers may be of several widths: the rows of a narrow one end with NaN.
+    return [np.pad(p, ((0, 0), (0, shape[0] - p.shape[1])), constant_values=fill) for p in out]
 
 
 @dataclass(slots=True, eq=False)
@@ -276,25 +281,36 @@ class _Builder:
     def _add_columns(self, member: Scored, trained: np.ndarray, kinds: np.ndarray) -> None:
         for column, readers in self.needs.items():
             read = np.isin(kinds, [KINDS.index(k) for k in readers])
-            parts = self.columns.setdefault(column, [])
-            if column not in member.columns:
-                if not read.any():
-                    parts.append(len(trained) if column.per_token else 1)
-                    continue
-                raise LegalityError(
-                    f"a trajectory of task {member.trajectory.task} has no {column}",
-                    expected=f"every trained trajectory to carry {column}",
-                    fix="add the signal that writes it, or filter these trajectories out",
-                )
-            values = member.columns[column]
-            chosen = values[trained] if column.per_token else values[None]
-            asked = chosen[read] if column.per_token else chosen[: int(read.any())]
-            if not np.isfinite(asked).all():
-                raise LegalityError(
-                    f"{column} is not finite on a trajectory of task {member.trajectory.task}",
-                    expected="a number at every trained token",
-                )
-            parts.append(chosen)
+            other = IN_PLACE.get(column)
+            if other is not None:
+                stands = other in member.columns
+                self._add_column(other, member, trained, read & stands)
+                read = read & (not stands)
+            self._add_column(column, member, trained, read)
+
+    def _add_column(
+        self, column: Column, member: Scored, trained: np.ndarray, read: np.ndarray
+    ) -> None:
+        """The member's share of a column, which must be there where ``read``."""
+        parts = self.columns.setdefault(column, [])
+        if column not in member.columns:
+            if not read.any():
+                parts.append(len(trained) if column.per_token else 1)
+                return
+            raise LegalityError(
+                f"a trajectory of task {member.trajectory.task} has no {column}",
+                expected=f"every trained trajectory to carry {column}",
+                fix="add the signal that writes it, or filter these trajectories out",
+            )
+        values = member.columns[column]
+        chosen = values[trained] if column.per_token else values[None]
+        asked = chosen[read] if column.per_token else chosen[: int(read.any())]
+        if not np.isfinite(asked).all():
+            raise LegalityError(
+                f"{column} is not finite on a trajectory of task {member.trajectory.task}",
+                expected="a number at every trained token",
+            )
+        parts.append(chosen)
 
     def build(self) -> PackedBatch:
         def joined(parts: list[np.ndarray], dtype: torch.dtype) -> Tensor:

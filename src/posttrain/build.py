@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from posttrain.chat import ChatRenderer
 from posttrain.composition import (
     MOVING,
+    Composition,
     Dataset,
     Gae,
     Judge,
@@ -21,17 +22,20 @@ from posttrain.composition import (
     SignalSpec,
     SourceSpec,
     StepLabels,
+    TeacherDistribution,
     TeacherLogprobs,
     parts_of,
 )
 from posttrain.composition.company import Rival
 from posttrain.composition.credit import CreditSpec
+from posttrain.composition.distillation import Softened
 from posttrain.composition.offline import OfflineSignal
 from posttrain.composition.preference_signals import PreferenceSignal
 from posttrain.composition.reward_models import RewardModelSignal
-from posttrain.composition.teaching import TeachingSpec
+from posttrain.composition.teaching import TeachingSpec, teachers_of
 from posttrain.extensions import SignalTools, signal_extension
 from posttrain.legality import scopes
+from posttrain.logits import Head
 from posttrain.objectives.objective import Objective
 from posttrain.plan import PlannedStage
 from posttrain.protocols import Learner, Policy, Signal, Source
@@ -52,6 +56,7 @@ from posttrain.sources.redraw import RedrawSource
 from posttrain.sources.rollout import RolloutSource
 from posttrain.stage import Parts
 from posttrain.task import Task, TaskSet
+from posttrain.trajectory import Column
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,6 +68,7 @@ class Workshop:
     tasksets: Mapping[str, TaskSet]
     policy: Callable[[str], Policy]  # frozen policy behind a reference
     memory: Memory | None = None  # of what frozen policies said, where trajectories come again
+    heads: Mapping[str, Head] = field(default_factory=dict)  # of teachers, where states are enough
 
     def parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         """Build a stage around its learner."""
@@ -73,7 +79,8 @@ class Workshop:
             policy=lambda ref: found[ref] if ref in found else self.policy(ref),
             memory=Memory() if _comes_again(planned) else None,
         )
-        return shop._parts(planned, learner)
+        heads = shop._teacher_heads(planned)
+        return replace(shop, heads=heads)._parts(planned, learner)
 
     def _parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         composition = planned.composition
@@ -83,7 +90,7 @@ class Workshop:
             source=self._source(composition.source, planned, learner.policy, seed=seed),
             signals=self._signals(planned, learner.policy),
             terms=composition.terms,
-            objective=Objective(composition.terms),
+            objective=Objective(composition.terms, teachers=tuple(self.heads.values())),
             learner=learner,
             kept=() if self.memory is None else (self.memory,),
         )
@@ -164,6 +171,7 @@ class Workshop:
                 stranger=lambda r: self.policy(_resolve(r, planned)),
                 tasks=self._tasks(planned),
                 memory=self.memory,
+                heads={ref: number for number, ref in enumerate(self.heads)},
             )
         return Verifier(self.tasksets, live.renderer)
 
@@ -184,6 +192,15 @@ class Workshop:
             return RewardModelScores(spec, model)
         return ProcessScores(spec, model, live.renderer)
 
+    def _teacher_heads(self, planned: PlannedStage) -> Mapping[str, Head]:
+        """Heads of the teachers of whom hidden states are enough, by reference and in order."""
+        heads = dict[str, Head]()
+        for ref in _compared_by_the_head(planned.composition):
+            hidden = self.policy(_resolve(ref, planned)).hidden if ref != "learner" else None
+            if hidden is not None:
+                heads[ref] = hidden.head
+        return heads
+
     def _grader(self, ref: str, live: Policy) -> Policy:
         """A frozen policy whose token ids mean what the learner's mean."""
         policy = self.policy(ref)
@@ -202,6 +219,21 @@ def _comes_again(planned: PlannedStage) -> bool:
     composition = planned.composition
     reads = any(isinstance(s, ReferenceLogprobs | TeacherLogprobs) for s in composition.signals)
     return reads and any(isinstance(p, Dataset) for p in parts_of(composition.source))
+
+
+def _compared_by_the_head(composition: Composition) -> tuple[str, ...]:
+    """Teachers whose distributions are only read as divergences of whole vocabularies.
+
+    Whatever else reads log-probs of a teacher, such as a term of another package, gets them.
+    """
+    column = Column.TEACHER_LOGPROBS
+    given = [s for s in composition.signals if isinstance(s, TeacherDistribution)]
+    others = [t for t in composition.terms if column in t.needs and not isinstance(t, Softened)]
+    if len(given) != 1 or given[0].top_k is not None or others:
+        return ()
+    if any(column in s.needs for s in composition.signals):
+        return ()
+    return teachers_of(given[0])
 
 
 def _resolve(ref: str, planned: PlannedStage) -> str:

@@ -86,6 +86,95 @@ def divergence(wanted: Divergence, logp_NV: Tensor, ids_NK: Tensor, teacher_NK: 
             return 0.5 * (s_NW.exp() - t_NW.exp()).abs().sum(-1)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sides:
+    """Policy and teacher over the whole vocabulary, for :func:`sloped`.
+
+    ``z`` and ``t`` are their logits, divided by the temperature; ``p`` and ``q`` the softmax of
+    these; ``own`` and ``other`` log Σ exp of them.
+    """
+
+    z_NV: Tensor
+    t_NV: Tensor
+    p_NV: Tensor
+    q_NV: Tensor
+    own_N: Tensor
+    other_N: Tensor
+
+    @classmethod
+    def of(cls, z_NV: Tensor, t_NV: Tensor, p_NV: Tensor, *, room_NV: Tensor) -> Sides:
+        """The teacher's probabilities are written to ``room_NV``."""
+        q_NV = torch.softmax(t_NV, -1, out=room_NV)
+        # From the largest entry: z = log p + log Σ exp z at every one.
+        own_N = z_NV.amax(-1) - p_NV.amax(-1).log()
+        return cls(z_NV, t_NV, p_NV, q_NV, own_N, t_NV.amax(-1) - q_NV.amax(-1).log())
+
+
+def sloped(wanted: Divergence, sides: Sides, *, out_NV: Tensor, spare_NV: Tensor) -> Tensor:
+    """[N] the divergence over the whole vocabulary, and in ``out_NV`` its gradient.
+
+    With g = ∂D / ∂p the gradient by z is p (g − Σ p g). What is the same for every token drops out
+    of g, so logits stand in it for log-probs.
+
+    Args:
+        wanted: which one; not the one by rank.
+        sides: what is compared.
+        out_NV: receives the gradient by the policy's logits as they were before the division.
+        spare_NV: is written over.
+    """
+    shape, dot, factor = wanted.shape, torch.linalg.vecdot, 1.0
+    if shape is Shape.JENSEN_SHANNON and wanted.coefficient in (0, 1):
+        shape = Shape.REVERSE_KL if wanted.coefficient else Shape.FORWARD_KL
+    p_NV, q_NV = sides.p_NV, sides.q_NV
+    value_N: Tensor
+    mean_N: Tensor | None = None
+    match shape:
+        case Shape.FORWARD_KL:  # g = −q / p, whose mean is −1: p − q
+            torch.sub(sides.t_NV, sides.z_NV, out=out_NV)
+            value_N = dot(q_NV, out_NV) - sides.other_N + sides.own_N
+            torch.sub(p_NV, q_NV, out=out_NV)
+        case Shape.REVERSE_KL:  # g = s − t
+            mean_N = dot(p_NV, torch.sub(sides.z_NV, sides.t_NV, out=out_NV))
+            value_N = mean_N - sides.own_N + sides.other_N
+        case Shape.TOTAL_VARIATION:  # g = ½ sign(p − q)
+            value_N = 0.5 * torch.linalg.vector_norm(torch.sub(p_NV, q_NV, out=out_NV), 1, -1)
+            mean_N, factor = dot(p_NV, out_NV.sign_()), 0.5
+        case _:
+            value_N, mean_N, factor = _mixed(shape, wanted.coefficient, sides, out_NV, spare_NV)
+    if mean_N is not None:
+        out_NV.sub_(mean_N[:, None]).mul_(p_NV)
+    factor /= wanted.temperature
+    if factor != 1:
+        out_NV.mul_(factor)
+    return value_N
+
+
+def _mixed(
+    shape: Shape, c: float, sides: Sides, out_NV: Tensor, spare_NV: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """[N] a divergence from a mixture M, and g: Σ p g [N], what is left in ``out_NV``, its factor.
+
+    M = c q + (1−c) p, or (1−c) q + c p for the reverse skew KL.
+    """
+    dot, z_NV, p_NV, q_NV = torch.linalg.vecdot, sides.z_NV, sides.p_NV, sides.q_NV
+    share = 1 - c if shape is Shape.SKEW_REVERSE_KL else c
+    # Where both are 0 in float32 a mixture of 0 would make 0 · log 0 and 0 / 0.
+    torch.lerp(p_NV, q_NV, share, out=out_NV).clamp_min_(torch.finfo(torch.float32).tiny)
+    log_NV = torch.log(out_NV, out=spare_NV)
+    if shape is Shape.SKEW_KL:  # g = −(1−α) q / M
+        value_N = dot(q_NV, sides.t_NV) - dot(q_NV, log_NV) - sides.other_N
+        return value_N, dot(p_NV, torch.div(q_NV, out_NV, out=out_NV)), c - 1
+    if shape is Shape.SKEW_REVERSE_KL:  # g = s − log M − α p / M
+        torch.sub(z_NV, log_NV, out=spare_NV)
+        value_N = dot(p_NV, spare_NV) - sides.own_N
+        torch.div(p_NV, out_NV, out=out_NV).mul_(-c).add_(spare_NV)
+        return value_N, dot(p_NV, out_NV), 1.0
+    # Jensen-Shannon: g = (1−β) (s − log M)
+    from_teacher_N = dot(q_NV, sides.t_NV) - dot(q_NV, log_NV) - sides.other_N
+    mean_N = dot(p_NV, torch.sub(z_NV, log_NV, out=out_NV))
+    return c * from_teacher_N + (1 - c) * (mean_N - sides.own_N), mean_N, 1 - c
+
+
 def outcomes(logp_NV: Tensor, ids_NK: Tensor, teacher_NK: Tensor) -> tuple[Tensor, Tensor]:
     """([N, W], [N, W]) log-probs of policy and teacher over the outcomes that they share."""
     if ids_NK.shape[1] == 0:

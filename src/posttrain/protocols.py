@@ -5,21 +5,22 @@ Shape legend: ``T`` tokens of a trajectory, ``K`` entries of a top-k distributio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from posttrain.provenance import FloatArray, IntArray, Producer, Sampling, Span
 from posttrain.task import Task
-from posttrain.trajectory import Column, End, Group, Trajectory
+from posttrain.trajectory import IN_PLACE, Column, End, Group, Trajectory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.batch import PackedBatch
     from posttrain.composition.moving import MovingReference
-    from posttrain.head import Head, Stat, Wanted
+    from posttrain.head import Stat, Wanted
+    from posttrain.logits import Head
     from posttrain.recipe import Lora, Optimizer
 
 
@@ -72,6 +73,16 @@ class Completion:
     end: End
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Hidden:
+    """What is behind a policy's distributions: hidden states, and the head that reads them."""
+
+    head: Head
+    states: Callable[[Sequence[Trajectory]], list[FloatArray]]
+    """[T, X] per trajectory: the final hidden states that predict the trainable tokens, each
+    where the token stands; NaN elsewhere."""
+
+
 class Policy(Protocol):
     """A model that can be sampled and asked for log-probs, live or frozen."""
 
@@ -114,6 +125,12 @@ class Policy(Protocol):
 
         ``top_k=None`` gives the whole vocabulary: ids [T, 0] and log-probs [T, V].
         """
+        ...
+
+    @property
+    def hidden(self) -> Hidden | None:
+        """What its distributions are made from, if head and weights are in this process and never
+        change; else None."""
         ...
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
@@ -296,5 +313,10 @@ class Engine(Protocol):
 
 
 def provided(group: Group) -> frozenset[Column]:
-    """Columns that every member of a group carries."""
-    return frozenset.intersection(*(frozenset(m.columns) for m in group.members))
+    """Columns that every member of a group carries, or has something in place of."""
+    return frozenset.intersection(
+        *(
+            frozenset(m.columns) | {c for c, other in IN_PLACE.items() if other in m.columns}
+            for m in group.members
+        )
+    )

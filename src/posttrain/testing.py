@@ -82,6 +82,7 @@ class FakePolicy:
     context: int = 1024
     vocabulary: str = "code points"
     judgement: Callable[[str], float] | None = None  # its scalar head, of a text
+    hidden: None = None
 
     def __post_init__(self) -> None:
         if abs(sum(self.answers.values()) - 1) > 1e-9:
@@ -180,6 +181,7 @@ class TablePolicy:
     context: int = 1024
     vocabulary: str = "code points"
     version: int | None = None
+    hidden: None = None
     _seen: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict, init=False, repr=False)
 
     @property

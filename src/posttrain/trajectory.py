@@ -40,6 +40,8 @@ class Column(StrEnum):
     REFERENCE_LOGPROB = "reference_logprob"  # [T] under the frozen reference
     TEACHER_IDS = "teacher_ids"  # [T, K] the teacher's K most likely tokens
     TEACHER_LOGPROBS = "teacher_logprobs"  # [T, K] their log-probs
+    TEACHER_STATES = "teacher_states"  # [T, X] what the teacher's head reads, in their place
+    TEACHER_HEAD = "teacher_head"  # scalar: which head that is, by its number in the objective
     TEACHER_LOGPROB = "teacher_logprob"  # [T] the teacher's log-prob of the written token
     TEACHER_SORTED = "teacher_sorted"  # [T, K] log-probs of another vocabulary, largest first
     TEACHER_ALIGNED = "teacher_aligned"  # [T] 1 where TEACHER_SORTED follows the same text, else 0
@@ -80,9 +82,17 @@ SCALARS = frozenset(
         Column.QUANTILE,
         Column.WEIGHT,
         Column.MARGIN,
+        Column.TEACHER_HEAD,
     }
 )
 """Columns with one number per trajectory."""
+
+IN_PLACE = {
+    Column.TEACHER_LOGPROBS: Column.TEACHER_STATES,
+    Column.TEACHER_IDS: Column.TEACHER_HEAD,
+}
+"""What may stand beside a trajectory in place of a column: a distribution over the vocabulary is
+the teacher's head applied to its hidden states, which are far fewer numbers."""
 
 
 class Discard(StrEnum):

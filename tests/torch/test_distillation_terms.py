@@ -225,7 +225,7 @@ def test_the_head_computes_several_divergences_in_chunks(learner, monkeypatch):
     (batch,) = pack(groups, needs=needs, max_tokens=10_000)
     wanted = frozenset(divergence_of(t) for t in DENSE)
     hidden = model.predicting(batch).detach()
-    monkeypatch.setattr("posttrain.head.CHUNK_ELEMENTS", 5 * model.vocab_size)
+    monkeypatch.setattr("posttrain.logits.CHUNK_ELEMENTS", 5 * model.vocab_size)
     got = token_stats(hidden, model.head, batch, wanted=wanted, vocab_size=model.vocab_size)
     q = model.head(hidden).double().softmax(-1).detach().numpy()
     p = batch.columns[Column.TEACHER_LOGPROBS].double().exp().numpy()

@@ -7,9 +7,10 @@ import pytest
 import torch
 from material import random_groups
 
-from posttrain import head as heads
+from posttrain import fused, logits
 from posttrain.batch import pack
-from posttrain.head import LinearHead, Stat, token_stats
+from posttrain.head import Stat, token_stats
+from posttrain.logits import LinearHead
 
 V, X = 37, 6
 ALL = frozenset({Stat.LOGPROB, Stat.SAMPLED_LOGPROB, Stat.ENTROPY})
@@ -56,9 +57,9 @@ def weighted(stats, coefficients):
 def way(request, monkeypatch):
     """Every way through the function."""
     if request.param != "kept":
-        monkeypatch.setattr(heads, "KEEP_ELEMENTS", 0)
+        monkeypatch.setattr(fused, "KEEP_ELEMENTS", 0)
     if request.param == "chunks":
-        monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 5 * V)
+        monkeypatch.setattr(logits, "CHUNK_ELEMENTS", 5 * V)
 
 
 @pytest.mark.parametrize("temperatures", TEMPERATURES.values(), ids=TEMPERATURES)

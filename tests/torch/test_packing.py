@@ -143,7 +143,7 @@ def test_chunked_head_gives_the_same_gradient(learner, monkeypatch):
     objective = Objective((CrossEntropy(),))
     batches = pack(random_groups(), needs=frozenset(), max_tokens=10_000)
     loss, grads = gradients(learner, batches, objective)
-    monkeypatch.setattr("posttrain.head.CHUNK_ELEMENTS", 5 * learner.policy.model.vocab_size)
+    monkeypatch.setattr("posttrain.logits.CHUNK_ELEMENTS", 5 * learner.policy.model.vocab_size)
     loss_chunked, grads_chunked = gradients(learner, batches, objective)
     assert loss_chunked == pytest.approx(loss, rel=1e-6)
     assert largest_gap(grads, grads_chunked) < 1e-5

@@ -24,6 +24,8 @@ LAYERS = [
         "steps",
         "batch",
         "head",
+        "fused",
+        "logits",
         "divergence",
         "extensions",
     },
@@ -49,6 +51,8 @@ SIBLINGS = LAYERS[4]
 TORCH_FREE_UNITS = {unit for layer in LAYERS[:4] for unit in layer} - {
     "batch",
     "head",
+    "fused",
+    "logits",
     "divergence",
 }
 MAX_FUNCTION, MAX_MODULE = 80, 500

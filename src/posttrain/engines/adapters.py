@@ -13,7 +13,7 @@ from torch import nn
 
 from posttrain.engines.model import Model
 from posttrain.errors import ConfigError
-from posttrain.protocols import Completion, Policy, Renderer, Request
+from posttrain.protocols import Completion, Hidden, Policy, Renderer, Request
 from posttrain.provenance import FloatArray, IntArray, Producer
 from posttrain.recipe import Lora
 from posttrain.trajectory import Trajectory
@@ -130,6 +130,19 @@ class WithoutAdapters:
         """([T, K] ids, [T, K] log-probs), or ([T, 0], [T, V]) for the whole vocabulary."""
         with self._adapters.disable_adapter():
             return self._policy.distributions(trajectories, top_k=top_k)
+
+    @property
+    def hidden(self) -> Hidden | None:
+        """Hidden states with adapters off; None where adapters change the head."""
+        own = self._policy.hidden
+        if own is None:
+            return None
+
+        def states(trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+            with self._adapters.disable_adapter():
+                return own.states(trajectories)
+
+        return Hidden(head=own.head, states=states)
 
     def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory: entropy before each trained token; NaN elsewhere."""

@@ -30,7 +30,7 @@ from posttrain.engines.attention import IMPLEMENTATION, PackedPlan, Plan
 from posttrain.engines.recording import Recording, stock_hidden
 from posttrain.errors import ModelError
 from posttrain.files import hash_folder
-from posttrain.head import Head, LinearHead
+from posttrain.logits import Head, LinearHead
 
 # A bar per loaded shard would tear the run's own progress display.
 library_logging.disable_progress_bar()

@@ -18,8 +18,9 @@ from posttrain.engines.model import Model
 from posttrain.engines.sampler import generate
 from posttrain.engines.scalar import Scalar
 from posttrain.errors import LegalityError, ModelError
-from posttrain.head import CHUNK_ELEMENTS, Stat, token_stats
-from posttrain.protocols import Completion, Request
+from posttrain.head import Stat, token_stats
+from posttrain.logits import CHUNK_ELEMENTS, LinearHead
+from posttrain.protocols import Completion, Hidden, Request
 from posttrain.provenance import FloatArray, IntArray, Kind, Producer
 from posttrain.trajectory import Trajectory
 
@@ -127,6 +128,34 @@ class LocalPolicy:
             chosen = [trajectories[m] for m in members]
             spread_ids = _spread(ids, batch, chosen, fill=-1)
             out.extend(zip(spread_ids, _spread(values, batch, chosen), strict=True))
+        return out
+
+    @property
+    def hidden(self) -> Hidden | None:
+        """Its hidden states and head, if it is frozen and says what it is by a digest.
+
+        The live learner and a reference that follows it are None: states of one version must not
+        meet the head of another, and an update may come between.
+        """
+        reads = self._model.causal.get_output_embeddings()
+        changes = any(weight.requires_grad for weight in reads.parameters())
+        if self._version is not None or self._producer.digest is None or changes:
+            return None
+        head = self._model.head
+        if isinstance(head, LinearHead):
+            return Hidden(head=head, states=self._states)
+        dtype = self._model.causal.dtype
+        return Hidden(head=lambda hidden_NX: head(hidden_NX.to(dtype)), states=self._states)
+
+    def _states(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T, X] per trajectory, NaN where nothing is trained."""
+        self._check_speaks()
+        out: list[FloatArray] = []
+        for batch, members in pack_trajectories(trajectories, max_tokens=SCORE_TOKENS):
+            with torch.inference_mode():
+                states_NX = self._model.predicting(batch.to(self._model.device))
+            values = states_NX.float().cpu().numpy()
+            out.extend(_spread(values, batch, [trajectories[m] for m in members]))
         return out
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from posttrain.batch import PackedBatch
 from posttrain.composition import AdaptiveEntropyBonus, Term, TermSpec
-from posttrain.head import SCALARS, Head, Stat, Wanted, token_stats
+from posttrain.head import SCALARS, Stat, Wanted, token_stats
+from posttrain.logits import Head
 from posttrain.objectives.authors import author_sums
 from posttrain.objectives.limits import kept_units, limit_of
 from posttrain.objectives.reading import as_read, read_tokens
@@ -33,6 +34,7 @@ class Objective:
     terms: tuple[TermSpec, ...]
     progress: float = 0.0  # share of the stage's updates done, for weights that move
     state: Mapping[str, float] = field(default_factory=dict)  # what terms remember, by name
+    teachers: tuple[Head, ...] = ()  # of the teachers that signals know by these numbers
 
     @property
     def needs(self) -> frozenset[Column]:
@@ -128,7 +130,14 @@ class Objective:
         ``scalars`` holds what :attr:`scalars` asks for.
         """
         wanted = self.reads - SCALARS
-        by_logits = token_stats(hidden_NX, head, batch, wanted=wanted, vocab_size=vocab_size)
+        by_logits = token_stats(
+            hidden_NX,
+            head,
+            batch,
+            wanted=wanted,
+            vocab_size=vocab_size,
+            teachers=self.teachers,
+        )
         stats = {**by_logits, **scalars}
         total = hidden_NX.new_zeros((), dtype=torch.float32)
         metrics: dict[str, float] = author_sums(batch, stats)

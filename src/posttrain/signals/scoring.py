@@ -53,6 +53,9 @@ class TeacherSignal:
     those that may be drawn, by key; a context is written from them, and from answers of the
     group. An answer that should be shown another one, and has none, is discarded.
 
+    Of a teacher among ``heads`` the hidden states are enough: the loss has its head, under this
+    number, and makes its distribution from them a few tokens at a time.
+
     Raises:
         TaskError: the context asks for an answer, and a task has none.
     """
@@ -61,6 +64,7 @@ class TeacherSignal:
     teachers: Mapping[str, Policy]  # by policy reference
     tasks: Mapping[str, Task] = field(default_factory=dict)
     memory: Memory | None = None  # of log-probs, for trajectories that come again
+    heads: Mapping[str, int] = field(default_factory=dict)  # see below
 
     def __post_init__(self) -> None:
         if self.spec.context is None or "{answer}" not in self.spec.context:
@@ -75,7 +79,8 @@ class TeacherSignal:
 
     def score(self, groups: Sequence[Group]) -> Sequence[Group]:
         """The same groups with ``TEACHER_IDS`` [T, K] and ``TEACHER_LOGPROBS`` [T, K]; for the
-        whole vocabulary [T, 0] and [T, V]. For log-probs alone with ``TEACHER_LOGPROB`` [T]."""
+        whole vocabulary [T, 0] and [T, V], or ``TEACHER_STATES`` [T, X] and ``TEACHER_HEAD`` in
+        their place. For log-probs alone with ``TEACHER_LOGPROB`` [T]."""
         by_teacher: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
             by_teacher.setdefault(self._route(group.task), []).append(index)
@@ -83,26 +88,27 @@ class TeacherSignal:
         for reference, indices in by_teacher.items():
             chosen = [groups[i] for i in indices]
             with clock.measure("teacher"):
-                columns = self._ask(self.teachers[reference], chosen)
+                columns = self._ask(reference, chosen)
             for index, group in zip(indices, attach(chosen, columns), strict=True):
                 out[index] = group
         return [g for g in out if g is not None]
 
-    def _ask(self, teacher: Policy, groups: Sequence[Group]) -> list[Mapping[Column, Array]]:
+    def _ask(self, reference: str, groups: Sequence[Group]) -> list[Mapping[Column, Array]]:
         spec, trajectories = self.spec, _trajectories(groups)
+        teacher = self.teachers[reference]
         read: Sequence[Trajectory] = trajectories
         if isinstance(spec, TeacherDistribution) and spec.shows_success:
-            return self._shown(spec, teacher, groups)
+            return self._shown(spec, reference, groups)
         if spec.context is not None:
             read = [self._retold(t, teacher, spec.context) for t in trajectories]
         pairs = list(zip(trajectories, read, strict=True))
         if isinstance(spec, TeacherLogprobs):
             values = zip(pairs, _logprobs(teacher, read, self.memory), strict=True)
             return [{Column.TEACHER_LOGPROB: _moved(v, *pair)} for pair, v in values]
-        return _distributions(teacher, pairs, top_k=spec.top_k)
+        return self._distributions(reference, pairs, top_k=spec.top_k)
 
     def _shown(
-        self, spec: TeacherDistribution, teacher: Policy, groups: Sequence[Group]
+        self, spec: TeacherDistribution, reference: str, groups: Sequence[Group]
     ) -> list[Mapping[Column, Array]]:
         """As :meth:`_ask`, with a sibling's text in the context, and verdicts."""
         members = [m for g in groups for m in g.members]
@@ -111,12 +117,39 @@ class TeacherSignal:
         for member, sibling in zip(members, siblings, strict=True):
             own = read = member.trajectory
             if sibling is not None and spec.context is not None:
+                teacher = self.teachers[reference]
                 text = teacher.renderer.text(sibling.tokens[sibling.answer_start :])
                 read = self._retold(own, teacher, spec.context, success=text)
             pairs.append((own, read))
         verdicts = [_verdict(m, s) for m, s in zip(members, siblings, strict=True)]
-        said = _distributions(teacher, pairs, top_k=spec.top_k)
+        said = self._distributions(reference, pairs, top_k=spec.top_k)
         return [{**c, Column.DISCARD: v} for c, v in zip(said, verdicts, strict=True)]
+
+    def _distributions(
+        self,
+        reference: str,
+        pairs: Sequence[tuple[Trajectory, Trajectory]],
+        *,
+        top_k: int | None,
+    ) -> list[Mapping[Column, Array]]:
+        """What a teacher says of (the learner's trajectory, what the teacher reads)."""
+        teacher, read = self.teachers[reference], [read for _, read in pairs]
+        number = self.heads.get(reference) if top_k is None else None
+        if number is not None and teacher.hidden is not None:
+            states = zip(pairs, teacher.hidden.states(read), strict=True)
+            which = np.asarray(float(number))
+            return [
+                {Column.TEACHER_HEAD: which, Column.TEACHER_STATES: _moved(values, *pair)}
+                for pair, values in states
+            ]
+        tops = teacher.distributions(read, top_k=top_k)
+        return [
+            {
+                Column.TEACHER_IDS: _moved(ids, *pair, fill=-1),
+                Column.TEACHER_LOGPROBS: _moved(values, *pair),
+            }
+            for pair, (ids, values) in zip(pairs, tops, strict=True)
+        ]
 
     def _retold(
         self, trajectory: Trajectory, teacher: Policy, context: str, **shown: str
@@ -154,20 +187,6 @@ class TeacherSignal:
                 fix=nearest(taskset, self.spec.routes),
             )
         return route
-
-
-def _distributions(
-    teacher: Policy, pairs: Sequence[tuple[Trajectory, Trajectory]], *, top_k: int | None
-) -> list[Mapping[Column, Array]]:
-    """What a teacher says of (the learner's trajectory, what the teacher reads)."""
-    tops = teacher.distributions([read for _, read in pairs], top_k=top_k)
-    return [
-        {
-            Column.TEACHER_IDS: _moved(ids, *pair, fill=-1),
-            Column.TEACHER_LOGPROBS: _moved(values, *pair),
-        }
-        for pair, (ids, values) in zip(pairs, tops, strict=True)
-    ]
 
 
 def _successful_siblings(group: Group, *, at_least: float) -> list[Trajectory | None]:

@@ -27,6 +27,7 @@ def teaching_signal(
     stranger: Callable[[str], Policy],
     tasks: Mapping[str, Task],
     memory: Memory | None = None,
+    heads: Mapping[str, int] | None = None,
 ) -> Signal:
     """The code behind a specification.
 
@@ -37,6 +38,7 @@ def teaching_signal(
         stranger: a frozen policy by reference, whatever its tokens.
         tasks: those that the stage may draw, by key.
         memory: of what teachers said, where trajectories come again.
+        heads: by reference the numbers of teachers whose heads the loss has.
     """
     match spec:
         case TeacherAdvantage():
@@ -45,4 +47,5 @@ def teaching_signal(
             return DeltaAdvantageSignal(spec, live, judge(spec.teacher), judge(spec.base))
         case ForeignTeacher():
             return ForeignTeacherSignal(spec, stranger(spec.teacher), live.renderer, tasks)
-    return TeacherSignal(spec, {ref: judge(ref) for ref in teachers_of(spec)}, tasks, memory)
+    teachers = {ref: judge(ref) for ref in teachers_of(spec)}
+    return TeacherSignal(spec, teachers, tasks, memory, heads or {})
