@@ -1,6 +1,6 @@
 """Do the intervals hold what they claim? Simulated coverage of every one, and false labels.
 
-    python benchmarks/coverage.py --trials 400 --write docs/lab-log.md
+    python benchmarks/coverage.py --trials 400 --write
 
 Task sets are drawn from populations of prompts whose success probabilities are known, and samples
 from those; an interval covers when the population's true value lies inside. Without --write the
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from lab_log import write
 
 from posttrain.probes.attribution import MeasuredRole, Part, attribute, contributions
 from posttrain.probes.bootstrap import Interval, combined_interval
@@ -465,22 +464,9 @@ def section(found: Mapping[tuple[str, str, int], Tally], labels_: list[str], *, 
         "|---|---|---|---|",
         *labels_,
         "",
-        f"How to repeat it: `python benchmarks/coverage.py --trials {trials} --write "
-        "docs/lab-log.md`.",
+        f"How to repeat it: `python benchmarks/coverage.py --trials {trials} --write`.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Replace the section of that title, or put it before the first other one."""
-    old = path.read_text("utf-8")
-    pattern = re.compile(rf"^{re.escape(TITLE)}\n.*?(?=^## |\Z)", re.M | re.S)
-    if pattern.search(old):
-        new = pattern.sub(lambda _: text + "\n", old)
-    else:
-        at = old.index("\n## ") + 1
-        new = old[:at] + text + "\n" + old[at:]
-    path.write_text(new.rstrip() + "\n", "utf-8")
 
 
 def main() -> None:
@@ -488,7 +474,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=list(CLAIMS), default=list(CLAIMS))
-    parser.add_argument("--write", type=Path, help="put the section into this file")
+    parser.add_argument("--write", action="store_true", help="put the section into the lab log")
     chosen = parser.parse_args()
     began = time.process_time()
     found = simulate(chosen.trials, names=chosen.only, seed=chosen.seed)
@@ -497,7 +483,7 @@ def main() -> None:
     print(text)
     print(f"{time.process_time() - began:.0f} s of processor time")
     if chosen.write:
-        write(chosen.write, text)
+        write(text)
 
 
 if __name__ == "__main__":

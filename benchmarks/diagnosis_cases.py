@@ -1,6 +1,6 @@
 """Policies built to have exactly one bottleneck, diagnosed from finitely many samples.
 
-    python benchmarks/diagnosis_cases.py --seeds 0 1 2
+    python benchmarks/diagnosis_cases.py --seeds 0 1 2 --write
 
 Each case is a policy whose probability of every next character is written down, 32 prompts and,
 where it matters, an earlier policy or a scaffold. The real probes sample it and the shipped rules
@@ -18,16 +18,15 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
+from lab_log import write
 
 from posttrain.diagnosis.card import Bottleneck, TaskDiagnosis
 from posttrain.diagnosis.examine import Examination
 from posttrain.diagnosis.judge import diagnose_task
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.rules import load_rules
-from posttrain.files import write_atomic
 from posttrain.probes.drawing import Demonstration
 from posttrain.protocols import Policy
 from posttrain.recipe import Measure
@@ -417,7 +416,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--page", type=Path, help="write the section here, too")
+    parser.add_argument("--write", action="store_true", help="put the section into the lab log")
     options = parser.parse_args()
     results = []
     for seed in options.seeds:
@@ -429,8 +428,8 @@ def main() -> None:
                 print(f"seed {seed}, {case.truth}: {case.name}: {said}", file=sys.stderr)
                 print(f"    {found.headline}", file=sys.stderr)
     text = page(results, seeds=len(options.seeds))
-    if options.page:
-        write_atomic(options.page, text)
+    if options.write:
+        write(text)
     print(text)
 
 

@@ -1,7 +1,7 @@
 """Does diagnosing pay? `treat` against fixed methods of the same budget, on situations of the lab.
 
     python benchmarks/treat.py --seeds 0 --out out/treat          # a first look
-    nice -n 19 python benchmarks/treat.py --seeds 0 1 2 3 4 --out out/treat
+    python benchmarks/treat.py --seeds 0 1 2 3 4 --write      # and put it into docs/lab-log.md
 
     situation (a model, task sets, what there is to work with) ──arm──▶ model ──judge──▶ pass@1
 
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from lab_log import write
 from tour_seeds import over_seeds
 
 from posttrain import api
@@ -340,6 +341,7 @@ def page(results: Sequence[Mapping], seeds: Sequence[int]) -> str:
         whole = min((len(v) for v in by_name.values()), default=0)
         means = [float(np.mean([v[i] for v in by_name.values()])) for i in range(whole)]
         lines.append(f"| {arm} | {' | '.join(cells)} | {over_seeds(means) if means else '–'} |")
+    lines += ["", *_margins(names, scores)]
     lines += ["", "Tokens spent, in thousands (budget in brackets):", ""]
     lines += [f"| arm | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for arm in [*ARMS, TREAT]:
@@ -350,8 +352,30 @@ def page(results: Sequence[Mapping], seeds: Sequence[int]) -> str:
                 f"{np.mean(used) / 1e3:.0f} ({SITUATIONS[n].budget // 1000})" if used else "–"
             )
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    lines += ["", *(f"* **{n}**: {SITUATIONS[n].words}." for n in names), ""]
-    return "\n".join(lines)
+    lines += ["", *(f"* **{n}**: {SITUATIONS[n].words}." for n in names)]
+    lines += ["", f"What `treat` did with seed {seeds[0]}:", ""]
+    for r in results:
+        if r["arm"] == TREAT and r["seed"] == seeds[0]:
+            lines.append(f"* **{r['situation']}**: {'; '.join(r['rounds'])}.")
+    given = " ".join(map(str, seeds))
+    lines += ["", f"`python benchmarks/treat.py --seeds {given} --only {' '.join(names)} --write`"]
+    return "\n".join(lines) + "\n"
+
+
+def _margins(names: Sequence[str], scores: Callable[[str, str], list[float]]) -> list[str]:
+    """What treating gains over each fixed arm, seed by seed."""
+    lines = ["`treat` minus the arm, paired by seed:", ""]
+    lines += [f"| arm | {' | '.join(names)} | all |", f"|---|{'---|' * (len(names) + 1)}"]
+    for arm in ARMS:
+        gains = []
+        for name in names:
+            ours, theirs = scores(name, TREAT), scores(name, arm)
+            gains.append([a - b for a, b in zip(ours, theirs, strict=False)])
+        whole = min(len(g) for g in gains)
+        means = [float(np.mean([g[i] for g in gains])) for i in range(whole)]
+        cells = [over_seeds(g) if g else "–" for g in (*gains, means)]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return lines
 
 
 def untouched(situation: Situation, out: Path) -> dict[str, object]:
@@ -374,6 +398,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(SITUATIONS), help="situations")
     parser.add_argument("--arms", nargs="*", choices=[*ARMS, TREAT])
     parser.add_argument("--out", type=Path, default=Path("out/treat"))
+    parser.add_argument("--write", action="store_true", help="put the section into the lab log")
     options = parser.parse_args()
     results = []
     chosen = [SITUATIONS[n] for n in options.only or SITUATIONS]
@@ -388,7 +413,10 @@ def main() -> None:
                 said = f"{situation.name}, {arm}, seed {seed}: {rates}; {result['tokens']} tokens"
                 print(f"{said}, {result['seconds']} s", file=sys.stderr, flush=True)
                 write_atomic(options.out / "page.md", page(results, options.seeds))
-    print(page(results, options.seeds))
+    text = page(results, options.seeds)
+    print(text)
+    if options.write:
+        write(text)
 
 
 if __name__ == "__main__":
