@@ -60,7 +60,7 @@ def test_on_text_of_others_it_is_refused(term, author):
     data = Dataset(path="logged.jsonl", reward="reward", author=author)
     constant = GroupAdvantage(baseline="constant", value=0.0, scale="none")
     signals = (constant, ReferenceLogprobs(), MarkEntropy())
-    with pytest.raises(LegalityError, match="behaviour_logprob|the source writes"):
+    with pytest.raises(LegalityError, match=r"behaviour_logprob|the source writes"):
         check_composition(Composition(source=data, signals=signals, terms=(term,)), stage="s")
 
 

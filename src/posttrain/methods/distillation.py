@@ -1,5 +1,8 @@
-"""Distillation with a distribution as the target. Policy gradients on a teacher's log-probs are in
-``distillation_rewards.py``, mixes with other methods in ``hybrid.py``."""
+"""Distillation with a distribution as the target.
+
+Policy gradients on a teacher's log-probs are in ``distillation_rewards.py``, mixes with other
+methods in ``hybrid.py``.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,7 @@ from posttrain.composition import (
 from posttrain.config import Config
 from posttrain.errors import ConfigError
 from posttrain.methods.distillation_rewards import RewardedDistillation
+from posttrain.methods.on_rollouts import rollouts
 from posttrain.provenance import Kind
 
 ANSWER_SHOWN = "{question}\nThe correct answer is {answer}. Answer in your own words."
@@ -61,17 +65,6 @@ class OnTasks(Config, frozen=True, kw_only=True):
     interface: ClassVar[str] = "teacher targets"
 
 
-def rollouts(method: OnTasks, policy: PolicyRef = "learner") -> Rollouts:
-    """The method's prompts, answered by a policy."""
-    return Rollouts(
-        tasks=method.tasks,
-        policy=policy,
-        group_size=method.group_size,
-        max_new_tokens=method.max_new_tokens,
-        sampling=method.sampling,
-    )
-
-
 class SeqKd(OnTasks, frozen=True, kw_only=True, tag="seq_kd", tag_field="name"):
     """Sequence-level distillation: the likelihood of a teacher's own answers."""
 
@@ -85,7 +78,7 @@ class SeqKd(OnTasks, frozen=True, kw_only=True, tag="seq_kd", tag_field="name"):
 
     def compose(self) -> Composition:
         """Rollouts of the teacher; no signals; cross-entropy."""
-        source = rollouts(self, self.teacher)
+        source = rollouts(self, policy=self.teacher)
         return Composition(source=source, terms=(CrossEntropy(aggregate=self.aggregate),))
 
 
@@ -265,28 +258,33 @@ class DistiLlm2(OnTasks, frozen=True, kw_only=True, tag="distillm2", tag_field="
 
     def compose(self) -> Composition:
         """Half teacher, half learner; teacher distributions; one skew KL on each."""
-        own = WeightSchedule(end=self.beta_end)
-        other = WeightSchedule(end=2 - self.beta_end)
-        raised = TeacherSkewKL(
-            alpha=self.alpha,
-            aggregate=self.aggregate,
-            weight=2 - self.beta,
-            weight_schedule=other,
-            where=(Kind.TEACHER,),
-        )
-        lowered = TeacherSkewReverseKL(
-            alpha=self.alpha,
-            aggregate=self.aggregate,
-            weight=self.beta,
-            weight_schedule=own,
-            where=(Kind.LEARNER,),
-        )
-        parts = (rollouts(self, self.teacher), rollouts(self))
+        first, last = self.beta, self.beta_end
+        raised = _skewed(self, TeacherSkewKL, Kind.TEACHER, weight=2 - first, end=2 - last)
+        lowered = _skewed(self, TeacherSkewReverseKL, Kind.LEARNER, weight=first, end=last)
+        parts = (rollouts(self, policy=self.teacher), rollouts(self))
         return Composition(
             source=Mix(parts=parts, shares=(0.5, 0.5)),
             signals=(TeacherDistribution(routes={"*": self.teacher}, top_k=self.top_k),),
             terms=(raised, lowered),
         )
+
+
+def _skewed(
+    method: DistiLlm2,
+    kind: type[TeacherSkewKL] | type[TeacherSkewReverseKL],
+    author: Kind,
+    *,
+    weight: float,
+    end: float,
+) -> TermSpec:
+    """A skew KL on what one of the two wrote, its weight moving."""
+    return kind(
+        alpha=method.alpha,
+        aggregate=method.aggregate,
+        weight=weight,
+        weight_schedule=WeightSchedule(end=end),
+        where=(author,),
+    )
 
 
 class Uld(OnTasks, frozen=True, kw_only=True, tag="uld", tag_field="name"):

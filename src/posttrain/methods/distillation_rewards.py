@@ -12,7 +12,6 @@ from posttrain.composition import (
     PolicyGradient,
     PolicyRef,
     ReferenceLogprobs,
-    Rollouts,
     SamplingSpec,
     SignalSpec,
     TeacherAdvantage,
@@ -23,6 +22,7 @@ from posttrain.composition import (
 )
 from posttrain.config import Config
 from posttrain.errors import ConfigError
+from posttrain.methods.on_rollouts import rollouts
 
 
 class Sampled(Config, frozen=True, kw_only=True):
@@ -42,13 +42,7 @@ class Sampled(Config, frozen=True, kw_only=True):
 def _sampled(
     method: Sampled, signals: tuple[SignalSpec, ...], terms: tuple[TermSpec, ...]
 ) -> Composition:
-    source = Rollouts(
-        tasks=method.tasks,
-        group_size=method.group_size,
-        max_new_tokens=method.max_new_tokens,
-        sampling=method.sampling,
-    )
-    return Composition(source=source, signals=signals, terms=terms)
+    return Composition(source=rollouts(method), signals=signals, terms=terms)
 
 
 class OpdSampled(Sampled, frozen=True, kw_only=True, tag="opd_sampled", tag_field="name"):

@@ -11,7 +11,6 @@ from posttrain.composition import (
     Composition,
     Dataset,
     ExplorationBonus,
-    Guided,
     MatchQuantiles,
     MovingReference,
     PairwiseLogistic,
@@ -21,12 +20,12 @@ from posttrain.composition import (
     RankPairs,
     ReferenceLogprobs,
     Rival,
-    Rollouts,
     SamplingSpec,
     TransportedReward,
     Verify,
 )
 from posttrain.config import Config
+from posttrain.methods.on_rollouts import demonstrated, rollouts
 from posttrain.provenance import Kind
 
 
@@ -44,7 +43,7 @@ class TrDpo(Config, frozen=True, kw_only=True, tag="tr_dpo", tag_field="name"):
     provenance: ClassVar[str] = "off-policy"
     interface: ClassVar[str] = "preference pairs"
     tendency: ClassVar[str] = "reshaping"
-    formula: ClassVar[str] = "DPO; ref <- (1-rate) ref + rate pi, after every `every` steps"
+    formula: ClassVar[str] = "DPO; ref <- (1-rate) ref + rate pi, after each `every` steps"
     paper: ClassVar[str] = "2404.09656"
 
     def compose(self) -> Composition:
@@ -73,6 +72,7 @@ class Spin(Config, frozen=True, kw_only=True, tag="spin", tag_field="name"):
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
 
+    group_size: ClassVar[int] = 2  # a demonstration and an answer
     provenance: ClassVar[str] = "off-policy: demonstrations, and an earlier self's answers"
     interface: ClassVar[str] = "demonstrations"
     tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
@@ -82,19 +82,8 @@ class Spin(Config, frozen=True, kw_only=True, tag="spin", tag_field="name"):
     def compose(self) -> Composition:
         """Demonstrations and an opponent's rollouts; chosen by author; pairwise logistic loss."""
         opponent = "input" if self.every is None else MOVING
-        company = Guided(
-            column=self.demonstration, author=self.author, members=1, start=1, end=1, learn=True
-        )
-        source = Rollouts(
-            tasks=self.tasks,
-            policy=opponent,
-            group_size=2,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            company=company,
-        )
         return Composition(
-            source=source,
+            source=rollouts(self, policy=opponent, company=demonstrated(self)),
             signals=(PreferDemonstration(author=self.author), ReferenceLogprobs(policy=opponent)),
             terms=(PairwiseLogistic(beta=self.beta),),
             moving=None if self.every is None else MovingReference(every=self.every),
@@ -125,16 +114,9 @@ class Xpo(Config, frozen=True, kw_only=True, tag="xpo", tag_field="name"):
 
     def compose(self) -> Composition:
         """Rollouts of learner and reference; verifier and ranking; DPO and the bonus."""
-        source = Rollouts(
-            tasks=self.tasks,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            company=Rival(policy=self.reference),
-        )
         bonus = (ExplorationBonus(weight=self.bonus),) if self.bonus else ()
         return Composition(
-            source=source,
+            source=rollouts(self, company=Rival(policy=self.reference)),
             signals=(Verify(), RankPairs(), ReferenceLogprobs(policy=self.reference)),
             terms=(PairwiseLogistic(beta=self.beta), *bonus),
         )

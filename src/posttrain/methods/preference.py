@@ -17,7 +17,6 @@ from posttrain.composition import (
     PolicyRef,
     RankPairs,
     ReferenceLogprobs,
-    Rollouts,
     SamplingSpec,
     SignalSpec,
     TermSpec,
@@ -43,6 +42,7 @@ from posttrain.composition.preference import (
 from posttrain.config import Config
 from posttrain.errors import ConfigError
 from posttrain.methods.moving_preference import MovingPreferenceMethod
+from posttrain.methods.on_rollouts import rollouts
 from posttrain.methods.unpaired import UnpairedMethod
 
 
@@ -381,13 +381,7 @@ def _on_ranked(method: OnRankedRollouts, policy: PolicyRef, *terms: TermSpec) ->
             expected="at least 2: one answer makes no pair",
         )
     return Composition(
-        source=Rollouts(
-            tasks=method.tasks,
-            policy=policy,
-            group_size=method.group_size,
-            max_new_tokens=method.max_new_tokens,
-            sampling=method.sampling,
-        ),
+        source=rollouts(method, policy=policy),
         signals=(*method.rewards, RankPairs(), ReferenceLogprobs(policy=method.reference)),
         terms=(PairwiseLogistic(beta=method.beta), *terms),
     )

@@ -21,6 +21,7 @@ from posttrain.composition import (
 )
 from posttrain.config import Config
 from posttrain.errors import ConfigError
+from posttrain.methods.on_rollouts import rollouts
 
 OWN = "cross-entropy on the sampler's answers that pass the filter"
 
@@ -51,13 +52,7 @@ class Rft(Config, frozen=True, kw_only=True, tag="rft", tag_field="name"):
 
     def compose(self) -> Composition:
         """Frozen rollouts; verifier and threshold; cross-entropy."""
-        source = Rollouts(
-            tasks=self.tasks,
-            policy=self.sampler,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
+        source = rollouts(self, policy=self.sampler)
         keep = KeepRewards(at_least=self.at_least, distinct=self.distinct)
         return imitate(source, keep=keep, aggregate=self.aggregate)
 
@@ -93,13 +88,7 @@ class Raft(Config, frozen=True, kw_only=True, tag="raft", tag_field="name"):
 
     def compose(self) -> Composition:
         """Rollouts; verifier and rank; cross-entropy."""
-        source = Rollouts(
-            tasks=self.tasks,
-            policy=self.sampler,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
+        source = rollouts(self, policy=self.sampler)
         keep = KeepRewards(at_least=self.at_least, best=self.best)
         return imitate(source, keep=keep, aggregate=self.aggregate)
 
@@ -175,13 +164,7 @@ class RestEm(Config, frozen=True, kw_only=True, tag="rest_em", tag_field="name")
 
     def compose(self) -> Composition:
         """Frozen rollouts; verifier, threshold and cut; cross-entropy."""
-        source = Rollouts(
-            tasks=self.tasks,
-            policy=self.sampler,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
+        source = rollouts(self, policy=self.sampler)
         keep = KeepRewards(at_least=self.at_least, best=self.best)
         return imitate(source, keep=keep, aggregate=self.aggregate)
 
@@ -205,13 +188,7 @@ class Ssd(Config, frozen=True, kw_only=True, tag="ssd", tag_field="name"):
 
     def compose(self) -> Composition:
         """Frozen, truncated rollouts; no signals; cross-entropy."""
-        source = Rollouts(
-            tasks=self.tasks,
-            policy=self.sampler,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
+        source = rollouts(self, policy=self.sampler)
         return imitate(source, keep=None, aggregate=self.aggregate)
 
 
