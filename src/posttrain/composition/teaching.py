@@ -102,7 +102,7 @@ class TeacherAdvantage(
     log π is that of the distribution sampled, from the record. ``extrapolation`` λ ≠ 1 makes u
     λ (log π_T − log π_ref) − (log π − log π_ref), which goes on where the teacher stopped
     (G-OPD, 2602.12125). ``early`` γ multiplies A_t by 1 + γ (1 − Σ_{s<t} |A_s| / Σ_s |A_s|)
-    (IW-OPD, 2606.22600). Both formulas were read at second hand.
+    (IW-OPD, 2606.22600).
     """
 
     credit: Literal["token", "to_go", "future_mean"] = "token"
@@ -130,7 +130,7 @@ class DeltaAdvantage(Config, frozen=True, kw_only=True, tag="delta_advantage", t
     Δ = log π_T(y) − log π_base(y) and U = log π_T(y) − log π(y), each less its expectation under
     π; A = ``scale`` · Δ where Δ and U have one sign, else 0. ``base`` is what the teacher was
     tuned from. Expectations are exact, over the full vocabulary (the paper: over the policy's
-    1024 most likely tokens). Formula read at second hand.
+    1024 most likely tokens).
     """  # noqa: E501
 
     teacher: PolicyRef

@@ -110,7 +110,11 @@ class Kd(Config, frozen=True, kw_only=True, tag="kd", tag_field="name"):
 
 
 class Opd(OnTasks, frozen=True, kw_only=True, tag="opd", tag_field="name"):
-    """On-policy distillation: the teacher grades every token of the learner's own rollouts."""
+    """On-policy distillation: the teacher grades every token of the learner's own rollouts.
+
+    Several teachers, each for its own task sets, make it MOPD (arXiv 2601.02780):
+    ``teachers: {sums: path:adder, "*": base}``.
+    """
 
     teachers: dict[str, PolicyRef]
     top_k: int | None = None
@@ -128,7 +132,10 @@ class Opd(OnTasks, frozen=True, kw_only=True, tag="opd", tag_field="name"):
 class EntropyAwareOpd(
     OnTasks, frozen=True, kw_only=True, tag="entropy_aware_opd", tag_field="name"
 ):
-    """OPD that also covers the teacher's answers where the teacher is unsure."""
+    """OPD that also covers the teacher's answers where the teacher is unsure.
+
+    Unconfirmed: read at second hand; the threshold's unit and the second part's weight are ours.
+    """
 
     teachers: dict[str, PolicyRef]
     top_k: int | None = 16
@@ -146,7 +153,10 @@ class EntropyAwareOpd(
 
 
 class TvDistillation(OnTasks, frozen=True, kw_only=True, tag="tv_distillation", tag_field="name"):
-    """Total variation to a teacher on the learner's own rollouts: a bounded loss per token."""
+    """Total variation to a teacher on the learner's own rollouts: a bounded loss per token.
+
+    Unconfirmed: the divergence is standard; that the paper uses it so is from general knowledge.
+    """
 
     teachers: dict[str, PolicyRef]
     top_k: int | None = None
@@ -236,6 +246,8 @@ class DistiLlm2(OnTasks, frozen=True, kw_only=True, tag="distillm2", tag_field="
     Skew KL on the teacher's rollouts with weight 2 − β, skew reverse KL on the learner's with β,
     and β moving from ``beta`` to ``beta_end``. The paper also fits α to every sample; here it is
     constant. Each half is averaged over its own tokens.
+
+    Unconfirmed: the formula is that of the authors' code; the paper was not opened.
     """
 
     teacher: PolicyRef
@@ -357,6 +369,8 @@ class Opsd(Told, frozen=True, kw_only=True, tag="opsd", tag_field="name"):
     """On-policy self-distillation: the teacher is the policy that knows the right answer.
 
     The teacher is frozen where the stage begins; ``teacher: learner`` lets it move along.
+
+    Unconfirmed: the divergence and its ``beta`` are those of ``sdft``, the paper was not opened.
     """
 
     context: str = ANSWER_SHOWN
@@ -375,8 +389,10 @@ class Sdft(Told, frozen=True, kw_only=True, tag="sdft", tag_field="name"):
     """Self-distillation fine-tuning: the learner itself, shown a demonstration, is the teacher.
 
     The demonstration is the task's ``answer``. The teacher is a moving average of the learner
-    (``rate`` per step, its default not confirmed against the paper); ``teacher: learner`` is the
-    learner at every draw, and any other policy stays as it is.
+    (``rate`` per step); ``teacher: learner`` is the learner at every draw, and any other policy
+    stays as it is.
+
+    Unconfirmed: the default of ``rate``.
     """
 
     teacher: PolicyRef = MOVING

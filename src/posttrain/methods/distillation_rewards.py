@@ -64,7 +64,10 @@ class OpdSampled(Sampled, frozen=True, kw_only=True, tag="opd_sampled", tag_fiel
 
 
 class IwOpd(Sampled, frozen=True, kw_only=True, tag="iw_opd", tag_field="name"):
-    """Sampled OPD with more weight on early tokens, where a wrong turn costs what follows."""
+    """Sampled OPD with more weight on early tokens, where a wrong turn costs what follows.
+
+    Unconfirmed: the formula was read at second hand.
+    """
 
     teachers: dict[str, PolicyRef]
     early: float = 0.5
@@ -88,6 +91,8 @@ class GOpd(Sampled, frozen=True, kw_only=True, tag="g_opd", tag_field="name"):
     """Sampled OPD that goes on where the teacher stopped: λ above 1 extrapolates.
 
     ``reference`` is where the teacher started from; by default where this stage does.
+
+    Unconfirmed: the formula was read at second hand.
     """
 
     teachers: dict[str, PolicyRef]
@@ -116,7 +121,10 @@ class GOpd(Sampled, frozen=True, kw_only=True, tag="g_opd", tag_field="name"):
 
 
 class Opd2(Sampled, frozen=True, kw_only=True, tag="opd2", tag_field="name"):
-    """Distils what a teacher's tuning added to its base, where plain OPD agrees in sign."""
+    """Distils what a teacher's tuning added to its base, where plain OPD agrees in sign.
+
+    Unconfirmed: the formula was read at second hand.
+    """
 
     teacher: PolicyRef
     teacher_base: PolicyRef

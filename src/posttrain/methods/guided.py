@@ -93,6 +93,8 @@ class GuidedGrpo(OnGuided, frozen=True, kw_only=True, tag="guided_grpo", tag_fie
     and long ones are met together. A schedule in place of what the papers do: QuestA has two
     levels (one half, then one quarter), BREAD (arXiv 2506.17211) searches the shortest beginning
     that helps.
+
+    Unconfirmed: the papers were read at second hand, the schedule is ours.
     """
 
     start: float = 0.75
@@ -143,6 +145,8 @@ class PrefixRft(OnGuided, frozen=True, kw_only=True, tag="prefix_rft", tag_field
 
     Its tokens are treated as if the learner had written them, at the fifth of highest entropy.
     Both terms are sums over tokens divided by the same constant.
+
+    Unconfirmed: read from the authors' code and notes; the constant is ours.
     """
 
     start: float = 0.95
@@ -206,8 +210,9 @@ class Hpt(OnGuided, frozen=True, kw_only=True, tag="hpt", tag_field="name"):
     """Hybrid post-training: prompts that fail are imitated, all others are explored.
 
     Where at most ``gate`` of a group's rollouts are right, the demonstration is learnt and the
-    rollouts are left out; elsewhere the opposite. The policy gradient is Dr.GRPO's, which was not
-    confirmed against the paper.
+    rollouts are left out; elsewhere the opposite.
+
+    Unconfirmed: that the policy gradient is Dr.GRPO's.
     """
 
     group_size: int = 8

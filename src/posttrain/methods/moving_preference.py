@@ -62,6 +62,8 @@ class Spin(Config, frozen=True, kw_only=True, tag="spin", tag_field="name"):
     One stage is one iteration: the opponent, who is the reference too, is the policy that the
     stage started from, and a pipeline of such stages is the method. With ``every`` the opponent is
     a copy of the learner taken every so many steps: several iterations in one stage.
+
+    Unconfirmed: the formula was read at second hand.
     """
 
     tasks: tuple[str, ...]
@@ -96,6 +98,9 @@ class Xpo(Config, frozen=True, kw_only=True, tag="xpo", tag_field="name"):
     Every group has one answer of the reference; the best of a group is chosen and the worst
     rejected. What the reference says is made less likely as such, by ``bonus``; at 0 this is
     online DPO in that company. Pairs without a winner teach nothing, the bonus included.
+
+    Unconfirmed: the bonus's sign is derived: what is minimised must make the reference's own
+    answers less likely, or it would not explore.
     """
 
     tasks: tuple[str, ...]

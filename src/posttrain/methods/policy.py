@@ -283,8 +283,10 @@ class AdaptiveEntropy(
 ):
     """GRPO with an entropy bonus that is as strong as it must be to keep a target entropy.
 
-    The loss of Skywork-OR1: a token mean, no KL, and no length normalisation. Its target of 0.2
-    nats is from memory; what is right depends on the policy.
+    The loss of Skywork-OR1: a token mean, no KL, and no length normalisation. What target is
+    right depends on the policy.
+
+    Unconfirmed: the target of 0.2 nats is from memory.
     """
 
     target: float = 0.2

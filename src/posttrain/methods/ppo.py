@@ -64,7 +64,9 @@ class Vapo(OnRollouts, frozen=True, kw_only=True, tag="vapo", tag_field="name"):
 
     λ is 1 for the critic and 1 − 1/(α l) for an answer of l tokens. Precede it with a stage of
     ``value_pretraining``, whose critic it then starts from: the paper's ablation loses most
-    without. Formulas and defaults were read at second hand.
+    without.
+
+    Unconfirmed: formulas and defaults were read at second hand.
     """
 
     group_size: int = 16
@@ -101,6 +103,8 @@ class ValuePretraining(
 
     The stage ends with the policy it began with, and a critic beside it that ``ppo`` and ``vapo``
     start from. Watch ``critic/explained_variance``: the paper trains until it settles.
+
+    Unconfirmed: read at second hand, like ``vapo``.
     """
 
     group_size: int = 1

@@ -33,7 +33,10 @@ def imitate(source: Rollouts, *, keep: KeepRewards | None, aggregate: Aggregate)
 
 
 class Rft(Config, frozen=True, kw_only=True, tag="rft", tag_field="name"):
-    """Rejection-sampling fine-tuning: distinct right answers of a frozen policy."""
+    """Rejection-sampling fine-tuning: distinct right answers of a frozen policy.
+
+    Unconfirmed: from general knowledge, the paper was not opened.
+    """
 
     tasks: tuple[str, ...]
     sampler: PolicyRef = "input"
@@ -136,8 +139,9 @@ class RestEm(Config, frozen=True, kw_only=True, tag="rest_em", tag_field="name")
     """ReST-EM: up to ``best`` right answers per prompt of a frozen policy, learnt from the base.
 
     One stage is one round of expectation (sampling) and maximisation (learning): ``init: base``
-    and ``sampler: <the stage before>``. The defaults of sampling and of the cut are from memory,
-    not confirmed against the paper.
+    and ``sampler: <the stage before>``.
+
+    Unconfirmed: the defaults of sampling and of the cut are from memory.
     """
 
     tasks: tuple[str, ...]

@@ -108,6 +108,8 @@ class Prm(Config, frozen=True, kw_only=True, tag="prm", tag_field="name"):
 
     Rows are a prompt, a list of ``completions`` (the steps) and a list of ``labels``: true, false,
     or numbers from 0 to 1. ``steps`` must be the same where the model is used.
+
+    Unconfirmed: the loss per step was read at second hand.
     """
 
     data: Dataset
@@ -137,6 +139,8 @@ class MathShepherd(Config, frozen=True, kw_only=True, tag="math_shepherd", tag_f
     Soft labels are chances, and the first step's chance is below 1 whatever it is worth: their
     ``min`` or ``product`` over an answer's steps prefers answers with few steps. Ask for ``last``,
     or use hard labels.
+
+    Unconfirmed: the formula was read at second hand; how many samples, is ours.
     """
 
     tasks: tuple[str, ...]

@@ -55,7 +55,10 @@ class Kto(OnLabels, frozen=True, kw_only=True, tag="kto", tag_field="name"):
 
 
 class Bco(OnLabels, frozen=True, kw_only=True, tag="bco", tag_field="name"):
-    """Binary classifier optimisation: the log-ratio is the classifier's logit."""
+    """Binary classifier optimisation: the log-ratio is the classifier's logit.
+
+    Unconfirmed: a library's document and its code disagree on the formula; this is the code's.
+    """
 
     beta: float = 0.01
 
