@@ -25,6 +25,7 @@ from posttrain.composition import (
     ReferenceLogprobs,
     Rollouts,
     SamplingSpec,
+    SpanAdvantage,
     StepLabels,
     TeacherAdvantage,
     TeacherDistribution,
@@ -97,6 +98,10 @@ WHY = {
     Column.RETURN: "the critic is fitted to it",
     Column.QUANTILE: "every value is compared with the one of its rank on the other side",
 }
+
+
+PLAIN_ONLY = KLPenalty | TrainerLogprobs | TeacherAdvantage | SpanAdvantage
+"""Signals that compare the log-probs of what was sampled with others at temperature 1."""
 
 
 def check_composition(composition: Composition, *, stage: str) -> None:
@@ -319,7 +324,7 @@ def _check_credit(composition: Composition, *, stage: str) -> None:
                         fix="raise group_size, or take a baseline from outside the group",
                     )
         changed = [p.sampling for p in drawn if not _plain(p.sampling)]
-        if changed and isinstance(signal, KLPenalty | TrainerLogprobs | TeacherAdvantage):
+        if changed and isinstance(signal, PLAIN_ONLY):
             how = changed[0]
             told = f"temperature {how.temperature}" if how.temperature != 1 else f"{how}"
             raise LegalityError(
@@ -353,7 +358,7 @@ def _check_teachers(composition: Composition, *, stage: str) -> None:
         rows = [
             p for p in parts_of(composition.source) if isinstance(p, Dataset) and p.writes & kinds
         ]
-        if rows and (told or isinstance(signal, ForeignTeacher)):
+        if rows and (told or isinstance(signal, ForeignTeacher | SpanAdvantage)):
             raise LegalityError(
                 f"stage {stage}: {signal.__struct_config__.tag} on rows of {rows[0].path}",
                 expected="rollouts: what the teacher reads is written from a task's question and "

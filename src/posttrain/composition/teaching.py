@@ -3,6 +3,7 @@
     teacher ─┬─ teacher_distribution ──TEACHER_IDS, TEACHER_LOGPROBS──▶ terms of distillation.py
              ├─ teacher_logprobs ─────TEACHER_LOGPROB──▶ teacher_advantage ──ADVANTAGE──▶ policy
              ├─ delta_advantage ──────ADVANTAGE──▶ policy gradients                    gradients
+             ├─ span_advantage ───────ADVANTAGE──▶ policy gradients
              └─ foreign_teacher ──────TEACHER_SORTED, TEACHER_ALIGNED──▶ teacher_sorted_l1
 
 The code is in ``signals/scoring.py``, ``teacher_credit.py`` and ``foreign.py``.
@@ -166,6 +167,26 @@ class ForeignTeacher(Config, frozen=True, kw_only=True, tag="foreign_teacher", t
             raise ConfigError(f"top_k={self.top_k}", expected="at least 1")
 
 
+class SpanAdvantage(Config, frozen=True, kw_only=True, tag="span_advantage", tag_field="type"):
+    """The log-ratio of policy and a teacher with another tokenizer, span by span, as credit.
+
+    A span reaches from one boundary that both tokenizers have to the next; its log-prob is the sum
+    over its tokens, whichever they are. Every token of a span has A = log π_T(span) − log π(span).
+    With one tokenizer every span is a token, and this is ``teacher_advantage``. The teacher reads
+    the task in its own template; the end of a turn is a span too. What stands after the last common
+    boundary of an answer that was cut off has no credit.
+
+    Of all ways to write a span only those are counted that the two tokenizers take.
+
+    Unconfirmed: spans and products of conditionals are those of GOLD, which compares distributions
+    at the boundaries; the policy gradient on the spans' log-ratio is derived.
+    """
+
+    teacher: PolicyRef
+    needs: ClassVar[Columns] = frozenset({Column.BEHAVIOUR_LOGPROB})
+    provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
+
+
 def _check_routes(routes: dict[str, PolicyRef]) -> None:
     if not routes:
         raise ConfigError("no teacher", expected='at least one route, such as {"*": base}')
@@ -212,7 +233,12 @@ def check_context(
 
 
 TeachingSpec = (
-    TeacherDistribution | TeacherLogprobs | TeacherAdvantage | DeltaAdvantage | ForeignTeacher
+    TeacherDistribution
+    | TeacherLogprobs
+    | TeacherAdvantage
+    | DeltaAdvantage
+    | SpanAdvantage
+    | ForeignTeacher
 )
 
 
@@ -223,6 +249,6 @@ def teachers_of(spec: TeachingSpec) -> tuple[PolicyRef, ...]:
             return tuple(spec.routes.values())
         case DeltaAdvantage():
             return (spec.teacher, spec.base)
-        case ForeignTeacher():
+        case ForeignTeacher() | SpanAdvantage():
             return (spec.teacher,)
     return ()

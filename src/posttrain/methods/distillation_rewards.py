@@ -14,6 +14,7 @@ from posttrain.composition import (
     ReferenceLogprobs,
     SamplingSpec,
     SignalSpec,
+    SpanAdvantage,
     TeacherAdvantage,
     TeacherDistribution,
     TeacherLogprobs,
@@ -146,6 +147,23 @@ class Opd2(Sampled, frozen=True, kw_only=True, tag="opd2", tag_field="name"):
         return _sampled(self, (signal,), (term,))
 
 
+class SpanOpd(Sampled, frozen=True, kw_only=True, tag="span_opd", tag_field="name"):
+    """Sampled OPD from a teacher with another tokenizer, by spans of text that both can cut out.
+
+    The alignment is that of GOLD. ``uld`` compares whole distributions instead, by rank.
+    """
+
+    teacher: PolicyRef
+
+    formula: ClassVar[str] = "-r A, A = log pi_T(span) - log pi(span), the span of y_t"
+    paper: ClassVar[str] = "GOLD, Hugging Face 2025"
+
+    def compose(self) -> Composition:
+        """Live rollouts; a foreign teacher's log-probs of spans as advantages; policy gradient."""
+        signals = (SpanAdvantage(teacher=self.teacher),)
+        return _sampled(self, signals, (PolicyGradient(aggregate=self.aggregate),))
+
+
 class MiniLlm(Sampled, frozen=True, kw_only=True, tag="minillm", tag_field="name"):
     """The reverse KL between whole sequences: one step exactly, the rest by policy gradient.
 
@@ -176,4 +194,4 @@ class MiniLlm(Sampled, frozen=True, kw_only=True, tag="minillm", tag_field="name
         return _sampled(self, signals, (exact, rest))
 
 
-RewardedDistillation = OpdSampled | IwOpd | GOpd | Opd2 | MiniLlm
+RewardedDistillation = OpdSampled | IwOpd | GOpd | Opd2 | SpanOpd | MiniLlm
