@@ -404,7 +404,7 @@ def credit_of_spans(learner, teacher, groups):
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_spans_of_two_tokenizers_are_compared_by_hand(learner, stranger, ended):
-    """Learner: a|b|c|d|e|end, teacher: ab|cd|e|end. Spans: ab, cd, e, and the end if there is one."""
+    """Learner: a|b|c|d|e|end, teacher: ab|cd|e|end. Spans: ab, cd, e, and the end if any."""
     own = [-1.0, -0.5, -2.0, -0.25, -3.0, -0.125][: 6 if ended else 5]
     groups, cut, task = written(learner, "abcde", own=own, ended=ended)
     got = credit_of_spans(learner, stranger, groups)
