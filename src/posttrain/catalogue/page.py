@@ -21,7 +21,9 @@ it says who speaks of it.
 
 In formulas pi is the learner, y an answer and y_t its token t, r = pi(y_t) / pi_old(y_t) against
 the policy that sampled, A an advantage, R a reward, s(x) or sigmoid(x) the logistic function, and
-sg(x) a constant through which no gradient flows.
+sg(x) a constant through which no gradient flows. pi_T or pi_teacher is a teacher, pi_ref a
+reference, rho = log pi(y) - log pi_ref(y) over a whole answer, w or chosen the preferred answer and
+l or rejected the other one, n and m their lengths in tokens.
 
 Every recipe below is complete but for the model and the files that it names.
 """

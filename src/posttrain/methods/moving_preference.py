@@ -11,6 +11,7 @@ from posttrain.composition import (
     Composition,
     Dataset,
     ExplorationBonus,
+    Judge,
     MatchQuantiles,
     MovingReference,
     PairwiseLogistic,
@@ -110,6 +111,7 @@ class Xpo(Config, frozen=True, kw_only=True, tag="xpo", tag_field="name"):
     group_size: int = 2
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
+    rewards: tuple[Judge, ...] = (Verify(),)
 
     provenance: ClassVar[str] = "mixed"
     interface: ClassVar[str] = "verifier reward"
@@ -122,7 +124,7 @@ class Xpo(Config, frozen=True, kw_only=True, tag="xpo", tag_field="name"):
         bonus = (ExplorationBonus(weight=self.bonus),) if self.bonus else ()
         return Composition(
             source=rollouts(self, company=Rival(policy=self.reference)),
-            signals=(Verify(), RankPairs(), ReferenceLogprobs(policy=self.reference)),
+            signals=(*self.rewards, RankPairs(), ReferenceLogprobs(policy=self.reference)),
             terms=(PairwiseLogistic(beta=self.beta), *bonus),
         )
 
