@@ -24,6 +24,8 @@ from posttrain.composition import (
     ReferenceKL,
     ReferenceLogprobs,
     Rollouts,
+    SamplingSpec,
+    SpanAdvantage,
     StepLabels,
     TeacherAdvantage,
     TeacherDistribution,
@@ -96,6 +98,10 @@ WHY = {
     Column.RETURN: "the critic is fitted to it",
     Column.QUANTILE: "every value is compared with the one of its rank on the other side",
 }
+
+
+PLAIN_ONLY = KLPenalty | TrainerLogprobs | TeacherAdvantage | SpanAdvantage
+"""Signals that compare the log-probs of what was sampled with others at temperature 1."""
 
 
 def check_composition(composition: Composition, *, stage: str) -> None:
@@ -317,14 +323,22 @@ def _check_credit(composition: Composition, *, stage: str) -> None:
                         "other, and the advantage of a single one would be its raw reward",
                         fix="raise group_size, or take a baseline from outside the group",
                     )
-        warm = [p.sampling.temperature for p in drawn if p.sampling.temperature != 1]
-        if warm and isinstance(signal, KLPenalty | TrainerLogprobs | TeacherAdvantage):
+        changed = [p.sampling for p in drawn if not _plain(p.sampling)]
+        if changed and isinstance(signal, PLAIN_ONLY):
+            how = changed[0]
+            told = f"temperature {how.temperature}" if how.temperature != 1 else f"{how}"
             raise LegalityError(
-                f"stage {stage}: {name} on samples at temperature {warm[0]}",
-                expected="temperature 1: it compares the sampled distribution with log-probs at "
-                "temperature 1, and would take the temperature for a difference of policies",
-                fix=f"sample at temperature 1, or drop {name}",
+                f"stage {stage}: {name} on samples at {told}",
+                expected="temperature 1 and no truncation: it compares the sampled distribution "
+                "with log-probs of the whole one at temperature 1, and would take the sampling "
+                "for a difference of policies",
+                fix=f"sample at temperature 1 without top_k, top_p and min_p, or drop {name}",
             )
+
+
+def _plain(sampling: SamplingSpec) -> bool:
+    """True when samples are those of the policy itself."""
+    return sampling.temperature == 1 and not sampling.is_truncated
 
 
 def _check_teachers(composition: Composition, *, stage: str) -> None:
@@ -344,7 +358,7 @@ def _check_teachers(composition: Composition, *, stage: str) -> None:
         rows = [
             p for p in parts_of(composition.source) if isinstance(p, Dataset) and p.writes & kinds
         ]
-        if rows and (told or isinstance(signal, ForeignTeacher)):
+        if rows and (told or isinstance(signal, ForeignTeacher | SpanAdvantage)):
             raise LegalityError(
                 f"stage {stage}: {signal.__struct_config__.tag} on rows of {rows[0].path}",
                 expected="rollouts: what the teacher reads is written from a task's question and "

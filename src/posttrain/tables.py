@@ -10,8 +10,18 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from posttrain.catalogue import entry, families, paper_words, prose
+from posttrain.catalogue import (
+    entry,
+    families,
+    known_groups,
+    known_methods,
+    known_parts,
+    mentions,
+    paper_words,
+    prose,
+)
 from posttrain.composition import TermSpec
+from posttrain.errors import ConfigError, nearest
 from posttrain.probes.attribution import Attribution, Comparison, Part, compare
 from posttrain.probes.bootstrap import Interval
 from posttrain.probes.curves import crossover
@@ -298,11 +308,13 @@ def _short(provenance: str) -> str:
 
 
 def method_page(name: str) -> str:
-    """One method: what it composes, its options and defaults, and a recipe.
+    """One method: what it composes, its options and defaults, and a recipe; or one part.
 
     Raises:
-        ConfigError: no such method.
+        ConfigError: no such method or part; says who speaks of it, if anybody does.
     """
+    if name not in known_methods():
+        return _part_page(name)
     e = entry(name)
     lines = [
         f"{name}: {prose(e.doc)}",
@@ -324,6 +336,21 @@ def method_page(name: str) -> str:
     wide = max((len(o.name) for o in e.options), default=0)
     lines += [f"  {o.name:{wide}}  {o.default}   ({o.kind})" for o in e.options]
     return "\n".join([*lines, "", "a recipe:", "", e.recipe.rstrip("\n")])
+
+
+def _part_page(name: str) -> str:
+    """A source, signal, term or group of options, explained."""
+    for part, its_options in (*known_parts(), *known_groups()):
+        if part.tag.lower() == name.lower():
+            lines = [f"{part.tag}: {prose(part.doc)}", "", f"{part.role}  {part.facts}".rstrip()]
+            lines += [f"  {o.name}  {o.default}   ({o.kind})" for o in its_options]
+            return "\n".join(lines)
+    if speakers := mentions(name):
+        raise ConfigError(
+            f"no method is called {name!r}",
+            fix=f"these speak of it: {', '.join(speakers)}; `posttrain methods {speakers[0]}`",
+        )
+    raise ConfigError(f"no method {name!r}", fix=nearest(name, known_methods()))
 
 
 def terms_words(terms: Sequence[TermSpec]) -> str:

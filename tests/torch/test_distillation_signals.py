@@ -14,6 +14,7 @@ from posttrain.composition import (
     ForeignTeacher,
     PolicyGradient,
     Rollouts,
+    SpanAdvantage,
     TeacherAdvantage,
     TeacherDistribution,
     TeacherLogprobs,
@@ -23,11 +24,23 @@ from posttrain.errors import ConfigError, LegalityError, ModelError, TaskError
 from posttrain.head import Stat
 from posttrain.legality import check_composition
 from posttrain.methods.distillation import ContextDistillation, Kd, Opsd, Sdft
-from posttrain.methods.distillation_rewards import GOpd, IwOpd, MiniLlm, Opd2, OpdSampled
+from posttrain.methods.distillation_rewards import (
+    GOpd,
+    IwOpd,
+    MiniLlm,
+    Opd2,
+    OpdSampled,
+    SpanOpd,
+)
 from posttrain.objectives.objective import Objective
 from posttrain.objectives.terms import TERMS
 from posttrain.provenance import Role
-from posttrain.signals.foreign import ForeignTeacherSignal, boundaries
+from posttrain.signals.foreign import (
+    ForeignTeacherSignal,
+    SpanAdvantageSignal,
+    boundaries,
+    common_spans,
+)
 from posttrain.signals.scoring import TeacherSignal, check_same_tokens, with_context
 from posttrain.signals.teacher_credit import (
     DeltaAdvantageSignal,
@@ -39,7 +52,7 @@ from posttrain.signals.teacher_credit import (
 from posttrain.sources.rollout import RolloutSource
 from posttrain.task import Message, Task
 from posttrain.testing import FakeTaskSet, check_signal, tiny_model
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.trajectory import Column, End, Group, Scored
 
 TASKS = FakeTaskSet()
 BY_KEY = {t.key: t for t in TASKS.train}
@@ -367,6 +380,113 @@ def fields(record):
     return {n: getattr(record, n) for n in names}
 
 
+def written(learner, text, *, own, ended=True):
+    """A rollout of a text, in the learner's tokens, with the log-probs it was sampled with."""
+    task = next(iter(BY_KEY.values()))
+    encode = learner.policy.renderer.prompt
+    answer = encode(Task(taskset="x", prompt=text)).tokens.tolist() + [1] * ended
+    prompt = encode(task).tokens.tolist()
+    record = fields(trajectory(prompt, answer)) | {"task": task.key}
+    record["end"] = End.COMPLETED if ended else End.LENGTH
+    logprobs = np.array([np.nan] * len(prompt) + own, np.float32)
+    member = Scored(trajectory=trajectory(prompt, answer).__class__(**record))
+    columns = {Column.BEHAVIOUR_LOGPROB: logprobs}
+    return [Group(task=task.key, members=(member.with_columns(columns),))], len(prompt), task
+
+
+def credit_of_spans(learner, teacher, groups):
+    spec = SpanAdvantage(teacher="s")
+    signal = SpanAdvantageSignal(spec, teacher, learner.policy.renderer, BY_KEY)
+    check_signal(signal, groups, provides=spec.provides)
+    (group,) = signal.score(groups)
+    return group.members[0].columns[Column.ADVANTAGE]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_spans_of_two_tokenizers_are_compared_by_hand(learner, stranger, ended):
+    """Learner: a|b|c|d|e|end, teacher: ab|cd|e|end. Spans: ab, cd, e, and the end if any."""
+    own = [-1.0, -0.5, -2.0, -0.25, -3.0, -0.125][: 6 if ended else 5]
+    groups, cut, task = written(learner, "abcde", own=own, ended=ended)
+    got = credit_of_spans(learner, stranger, groups)
+    asked = stranger.renderer.prompt(task).tokens.tolist()
+    answer = stranger.renderer.answer(task, "abcde").tolist()
+    assert len(answer) == 4
+    (said,) = stranger.logprobs([trajectory(asked, answer)])
+    ab, cd, e, end = said[len(asked) :]
+    expected = [ab + 1.5, ab + 1.5, cd + 2.25, cd + 2.25, e + 3.0, end + 0.125][: len(own)]
+    np.testing.assert_allclose(got[cut:], expected, rtol=1e-4)
+    assert np.isnan(got[:cut]).all()
+
+
+def test_an_answer_cut_off_inside_of_a_span_has_no_credit_there(learner, stranger):
+    """Learner: a|b|c, teacher: ab|c. Then learner: a|b|a|b where the teacher says ab|ab."""
+    groups, cut, _ = written(learner, "abc", own=[-1.0] * 3, ended=False)
+    assert (credit_of_spans(learner, stranger, groups)[cut:] != 0).all()
+    whole = common_spans([0, 1, 2, 3], [0, 2, 4, 4], ended=False)
+    assert whole == [(slice(0, 2), slice(0, 1))], "the third token ends inside of the teacher's"
+
+
+def test_a_token_without_text_belongs_to_what_follows():
+    assert common_spans([0, 0, 1, 2], [0, 1, 2, 2], ended=False) == [
+        (slice(0, 2), slice(0, 1)),
+        (slice(2, 3), slice(1, 2)),
+    ]
+    assert common_spans([0, None, 1, 1], [0, 1, 1], ended=True) == [
+        (slice(0, 2), slice(0, 1)),
+        (slice(2, 3), slice(1, 2)),
+    ]
+
+
+def test_with_one_tokenizer_every_span_is_a_token(learner, teacher):
+    """Then span_opd is opd_sampled."""
+    groups = drawn(learner, size=3)
+    tasks = {t.key: t for t in TASKS.train}
+    spans = SpanAdvantageSignal(
+        SpanAdvantage(teacher="t"), teacher, learner.policy.renderer, tasks
+    ).score(groups)
+    asked = TeacherSignal(TeacherLogprobs(routes={"*": "t"}), {"t": teacher}).score(groups)
+    plain = TeacherAdvantageSignal(TeacherAdvantage()).score(asked)
+    compared = 0
+    for got, want in zip(members(spans), members(plain), strict=True):
+        cut = got.trajectory.prompt_length
+        text = learner.policy.renderer.text(got.trajectory.tokens[cut:])
+        again = teacher.renderer.answer(tasks[got.trajectory.task], text)
+        done = got.trajectory.end is End.COMPLETED
+        if again[: None if done else -1].tolist() == got.trajectory.tokens[cut:].tolist():
+            compared += 1
+            np.testing.assert_allclose(
+                got.columns[Column.ADVANTAGE], want.columns[Column.ADVANTAGE], atol=1e-4
+            )
+    assert compared > 0
+
+
+def test_the_expected_gradient_of_one_span_is_that_of_the_reverse_kl_between_spans():
+    """Two tokens of the learner are one of the teacher: summed exactly over all nine spans."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    other = torch.randn(9, dtype=torch.float64, generator=generator).log_softmax(-1)
+    expected, exact = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+    for code, (_, own, _) in enumerated_spans(logits):
+        gain = float(other[code] - own.detach().sum())
+        groups = credited_group(
+            {Column.ADVANTAGE: [gain, gain], Column.BEHAVIOUR_LOGPROB: own.tolist()}
+        )
+        term = PolicyGradient()
+        (batch,) = pack(groups, needs=frozenset(term.needs), max_tokens=99)
+        loss_N = TERMS[PolicyGradient].values(term, {Stat.SAMPLED_LOGPROB: own}, batch).loss
+        probability = own.sum().exp()
+        expected = expected + probability.detach() * loss_N.sum()
+        exact = exact + probability * (own.sum() - other[code])
+    (got,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    (want,) = torch.autograd.grad(exact, logits)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert float(want.abs().max()) > 0.01
+
+
+def enumerated_spans(logits):
+    return enumerate(enumerated(2, logits, logits.detach()))
+
+
 def test_boundaries_leave_out_the_middle_of_a_character():
     class Halves:
         """Token 1 and 2 together are é; alone they are half of it."""
@@ -393,6 +513,7 @@ def test_boundaries_leave_out_the_middle_of_a_character():
         GOpd(tasks=("letters",), teachers={"*": "base"}),
         Opd2(tasks=("letters",), teacher="tuned", teacher_base="base"),
         MiniLlm(tasks=("letters",), teachers={"*": "base"}),
+        SpanOpd(tasks=("letters",), teacher="base"),
     ],
     ids=lambda m: type(m).__name__,
 )
@@ -403,11 +524,10 @@ def test_named_methods_are_legal(method):
 def test_sampled_distillation_compares_one_and_the_same_temperature():
     from posttrain.composition import SamplingSpec
 
-    warm = OpdSampled(
-        tasks=("letters",), teachers={"*": "base"}, sampling=SamplingSpec(temperature=0.7)
-    )
-    with pytest.raises(LegalityError, match=r"temperature 0\.7"):
-        check_composition(warm.compose(), stage="s")
+    warm = {"tasks": ("letters",), "sampling": SamplingSpec(temperature=0.7)}
+    for method in (OpdSampled(teachers={"*": "base"}, **warm), SpanOpd(teacher="base", **warm)):
+        with pytest.raises(LegalityError, match=r"temperature 0\.7"):
+            check_composition(method.compose(), stage="s")
 
 
 def test_methods_that_would_be_another_one_are_refused():

@@ -281,6 +281,47 @@ def test_sorted_l1_forgets_which_token_it_is_and_pads_the_shorter():
     assert float(divergence(wanted, q, nothing, other)) == pytest.approx(0.8)
 
 
+def test_gradients_with_corners_by_closed_form_and_differences():
+    """Away from ties, where neither has a derivative: signs times the softmax's derivative."""
+    p, q = np.array([0.5, 0.1, 0.4]), np.array([0.2, 0.45, 0.35])
+    nothing = torch.empty(1, 0, dtype=torch.long)
+    ranked = np.sort(p)[::-1][np.argsort(np.argsort(-q))]  # the teacher's of the same rank
+    for shape, signs in (
+        (Shape.TOTAL_VARIATION, np.sign(q - p) / 2),
+        (Shape.SORTED_L1, np.sign(q - ranked)),
+    ):
+        logits = torch.tensor(np.log(q)[None], requires_grad=True)
+        teacher, wanted = torch.tensor(np.log(p)[None]), Divergence(shape)
+
+        def value(z, wanted=wanted, teacher=teacher):
+            return divergence(wanted, z.log_softmax(-1), nothing, teacher)[0]
+
+        (got,) = torch.autograd.grad(value(logits), logits)
+        np.testing.assert_allclose(got[0], q * (signs - (signs * q).sum()), atol=1e-12)
+        assert torch.autograd.gradcheck(value, logits, eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 5.0])
+def test_entropy_aware_kl_has_the_gradient_of_the_kls_it_adds(threshold):
+    p, q = (x[0] for x in normalised(*random_pair(3)))
+    logits = torch.tensor(np.log(q)[None], requires_grad=True)
+    rows = np.log(np.stack([p, p, p])).astype(np.float32)
+    batch = one_token(
+        {Column.TEACHER_IDS: np.zeros((3, 0), np.int32), Column.TEACHER_LOGPROBS: rows}
+    )
+    term, nothing = EntropyAwareKL(threshold=threshold), torch.empty(1, 0, dtype=torch.long)
+    stats = {
+        d: divergence(d, logits.log_softmax(-1), nothing, torch.tensor(np.log(p)[None]))
+        for d in TERMS[EntropyAwareKL].wants(term)
+    }
+    TERMS[EntropyAwareKL].values(term, stats, batch).loss.sum().backward()
+    ratio = np.log(q / p)
+    reverse = q * (ratio - (q * ratio).sum())
+    forward = q - p
+    expected = reverse + (forward if threshold == 0 else 0)
+    np.testing.assert_allclose(logits.grad[0], expected, atol=1e-7)
+
+
 def test_sorted_l1_counts_only_where_the_texts_agree():
     rows = np.log(np.full((3, 2), 0.5, np.float32))
     for aligned in (0.0, 1.0):

@@ -31,8 +31,8 @@ from posttrain.composition import (
 from posttrain.errors import ConfigError
 from posttrain.head import Stat
 from posttrain.objectives.objective import Objective
-from posttrain.objectives.preference import capped_exp
 from posttrain.objectives.terms import TERMS
+from posttrain.objectives.values import capped_exp
 from posttrain.provenance import Kind
 from posttrain.trajectory import Column, Group, Scored
 

@@ -147,10 +147,12 @@ def test_outcome_loss_by_hand(at, target):
     read = at_ends(scores, batch)[sequence] if at == "last" else scores.detach().numpy()
     values = outcome_bce(term, {Stat.SCORE: scores}, batch)
     np.testing.assert_allclose(values.loss.detach().numpy(), bce(read, truth), rtol=1e-6)
-    if at == "every":
-        values.loss.sum().backward()
-        slope = 1 / (1 + np.exp(-read)) - truth  # closed form: σ(s) − y
-        np.testing.assert_allclose(scores.grad.numpy(), slope, rtol=1e-6)
+    values.loss.sum().backward()
+    slope = 1 / (1 + np.exp(-read)) - truth  # closed form: σ(s) − y
+    if at == "last":  # every token carries its sequence's loss, which only the last score moves
+        last = np.append(sequence[1:] != sequence[:-1], True)
+        slope = np.where(last, slope * np.bincount(sequence)[sequence], 0)
+    np.testing.assert_allclose(scores.grad.numpy(), slope, rtol=1e-6)
 
 
 def test_step_loss_reads_step_ends_only():

@@ -69,6 +69,28 @@ def objective_gradients(learner, term, groups):
     return gradients(learner, pack(groups, needs=objective.needs, max_tokens=10_000), objective)
 
 
+# --- plain -----------------------------------------------------------------------------------
+
+
+def test_cross_entropy_by_hand():
+    """By log π(y) the slope is −1; by the logits it is π − 1[y], here against differences."""
+    loss, grad, _ = evaluate(CrossEntropy())
+    np.testing.assert_allclose(loss, -np.log(P))
+    np.testing.assert_array_equal(grad, -1)
+    (batch,) = pack(two_answers(), needs=frozenset(), max_tokens=999)
+    logits = np.array([0.3, -1.2, 0.8, 0.1])
+
+    def value(z):
+        logp = z.log_softmax(-1)[[1, 1, 1]]
+        return TERMS[CrossEntropy].values(CrossEntropy(), {Stat.LOGPROB: logp}, batch).loss[0]
+
+    at = torch.tensor(logits, requires_grad=True)
+    value(at).backward()
+    soft = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(at.grad, soft - np.eye(4)[1], rtol=1e-12)
+    assert torch.autograd.gradcheck(value, at, eps=1e-6, atol=1e-7)
+
+
 # --- weighted --------------------------------------------------------------------------------
 
 

@@ -27,7 +27,13 @@ def terms_in_use() -> dict[str, TermSpec]:
     return found
 
 
-TERMS_IN_USE = terms_in_use()
+TERMS_IN_USE = {**terms_in_use(), "option-reference_kl": ReferenceKL()}
+"""And what only an option of a named method brings in."""
+
+
+def test_no_term_is_left_out():
+    """Micro-batches, packing, authors and columns: the contract holds them for every term."""
+    assert {type(term) for term in TERMS_IN_USE.values()} == set(TERMS)
 
 
 @pytest.mark.parametrize("name", TERMS_IN_USE)

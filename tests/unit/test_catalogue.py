@@ -228,6 +228,62 @@ def test_a_misspelt_method():
     assert "did you mean 'grpo'?" in str(caught.value)
 
 
+def test_a_part_and_a_group_of_options_are_explained():
+    text = method_page("group_advantage")
+    assert text.startswith("group_advantage: ")
+    assert re.search(r"^  baseline  group_mean ", text, re.MULTILINE)
+    assert method_page("mismatch").startswith("Mismatch: ")
+
+
+SPOKEN_OF = {
+    "cDPO": "dpo",
+    "SLiC": "hinge",
+    "RSO": "pairwise_hinge",
+    "RPO": "irpo",
+    "MOPD": "opd",
+    "IcePop": "Mismatch",
+    "TIS": "Mismatch",
+    "LD-DPO": "pairwise_shared",
+    "k3": "reference_kl",
+    "dual_clip": "clipped_policy_gradient",
+    "2-GRPO": "grpo",
+    "OPCD": "context_distillation",
+}
+
+
+@pytest.mark.parametrize(("word", "speaker"), SPOKEN_OF.items())
+def test_what_goes_by_another_name_is_found(word, speaker):
+    assert speaker in catalogue.mentions(word)
+    with pytest.raises(ConfigError, match="these speak of it") as caught:
+        method_page(word)
+    assert speaker in str(caught.value)
+
+
+def test_every_group_of_options_is_explained():
+    """What an option's type names in capitals has a section of its own."""
+    text = catalogue.page()
+    headings = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    groups = set(re.findall(r"\| (?:list of )?([A-Z]\w+) \{", text)) - {"ScalarHead"}
+    assert {"Mismatch", "Limit", "SamplingSpec"} <= groups
+    assert {f"options {g}" for g in groups | {"WeightSchedule"}} <= set(headings)
+
+
+def test_what_was_not_confirmed_is_listed(monkeypatch):
+    class Guessed(MadeUp, frozen=True, kw_only=True, tag="guessed", tag_field="name"):
+        """A guess.
+
+        Unconfirmed: the sign,
+        and the scale.
+        """
+
+    Guessed.__module__ = __name__
+    monkeypatch.setitem(METHODS, "guessed", Guessed)
+    listed = catalogue.page().partition("## What was not confirmed")[2]
+    assert "* [guessed](#guessed): the sign, and the scale." in listed
+    assert "* [vapo](#vapo): " in listed
+    assert "(#sft)" not in listed
+
+
 @pytest.mark.parametrize("arguments", [[], ["grpo"]])
 def test_the_command_stays_light(arguments):
     code = (

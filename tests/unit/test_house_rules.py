@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import posttrain
+from posttrain.methods import METHODS
 
 ROOT = Path(posttrain.__file__).parent
 LAYERS = [
@@ -56,6 +57,7 @@ TORCH_FREE_UNITS = {unit for layer in LAYERS[:4] for unit in layer} - {
     "divergence",
 }
 MAX_FUNCTION, MAX_MODULE = 80, 500
+MAX_TERM, MAX_COMPOSE = 25, 12
 MODULES = sorted(ROOT.rglob("*.py"))
 
 
@@ -119,6 +121,44 @@ def test_the_checker_catches_what_it_should():
     assert violations("stage", "def f():\n" + "    x = 1\n" * 90)
     assert violations("stage", "try:\n    x = 1\nexcept Exception:\n    pass\n")
     assert not violations("stage", "from posttrain.errors import PosttrainError\n")
+
+
+def code_lines(source: str, function: ast.FunctionDef) -> int:
+    """Lines of a function without its docstring, comments and blank lines."""
+    first = function.body[0]
+    told = ast.get_docstring(function) is not None
+    doc = range(first.lineno, first.end_lineno + 1) if told else range(0)
+    lines = source.splitlines()
+    code = (i for i in range(function.lineno, function.end_lineno + 1) if i not in doc)
+    return sum(lines[i - 1].strip() != "" and lines[i - 1].strip()[0] != "#" for i in code)
+
+
+def functions_of(folder: str, wanted) -> list[tuple[str, int]]:
+    found = []
+    for path in sorted((ROOT / folder).glob("*.py")):
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and wanted(node):
+                name = f"{path.stem}:{node.lineno} {node.name}"
+                found.append((name, code_lines(source, node)))
+    return found
+
+
+def test_terms_and_named_methods_stay_readable():
+    """A term is at most 25 lines of code, what a named method composes at most 12."""
+    terms = functions_of(
+        "objectives", lambda f: [a.arg for a in f.args.args] == ["term", "stats", "batch"]
+    )
+    composed = functions_of("methods", lambda f: f.name == "compose")
+    assert len(terms) > 45
+    assert len(composed) >= len(METHODS)
+    assert [t for t in terms if t[1] > MAX_TERM] == []
+    assert [c for c in composed if c[1] > MAX_COMPOSE] == []
+
+
+def test_lines_of_code_are_counted_as_said():
+    source = 'def f():\n    """Doc.\n\n    More.\n    """\n    # why\n\n    x = 1\n    return x\n'
+    assert code_lines(source, ast.parse(source).body[0]) == 3
 
 
 def test_no_import_cycles():

@@ -26,6 +26,7 @@ from posttrain.composition import (
 )
 from posttrain.errors import ConfigError, DataError, LegalityError, TaskError
 from posttrain.legality import check_composition
+from posttrain.methods.moving_preference import Xpo
 from posttrain.methods.policy import Dapo, Grpo
 from posttrain.methods.ppo import Ppo
 from posttrain.methods.preference import OnlineDpo
@@ -475,7 +476,7 @@ def test_methods_spelt_out():
         check_composition(made, stage="s")
 
 
-@pytest.mark.parametrize("method", [Grpo, OnlineDpo])
+@pytest.mark.parametrize("method", [Grpo, OnlineDpo, Xpo])
 def test_any_method_may_ask_another_judge(method):
     asked = (Verify(), RewardModel(model="rm", weight=0.1, add=True))
     composition = method(tasks=("t",), rewards=asked).compose()

@@ -13,8 +13,10 @@ from posttrain.catalogue.gather import (
     entries,
     entry,
     families,
+    known_groups,
     known_methods,
     known_parts,
+    mentions,
 )
 from posttrain.catalogue.page import page, paper_words, prose
 from posttrain.catalogue.words import Option, options
@@ -26,8 +28,10 @@ __all__ = [
     "entries",
     "entry",
     "families",
+    "known_groups",
     "known_methods",
     "known_parts",
+    "mentions",
     "options",
     "page",
     "paper_words",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,17 +29,22 @@ from posttrain.errors import ConfigError, nearest
 from posttrain.legality import readable
 from posttrain.methods import METHODS, Method
 
-Role = Literal["source", "signal", "term", "head"]
+Role = Literal["source", "signal", "term", "head", "options"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A source, signal, term or scalar head in a composition."""
+    """A source, signal, term or scalar head in a composition, or a group of options of one."""
 
     role: Role
     tag: str
     facts: str  # what it needs, provides, reads, in one line
     doc: str
+
+    @property
+    def unconfirmed(self) -> str:
+        """What its documentation says that nobody could confirm against a paper, or nothing."""
+        return unconfirmed(self.doc)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +69,22 @@ class Entry:
     def summary(self) -> str:
         """The first sentence of its documentation."""
         return self.doc.split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def unconfirmed(self) -> str:
+        """What its documentation says that nobody could confirm against a paper, or nothing."""
+        return unconfirmed(self.doc)
+
+
+def unconfirmed(doc: str) -> str:
+    """The paragraph of a documentation that begins with ``Unconfirmed:``, on one line.
+
+    Example:
+        >>> unconfirmed("A method.\\n\\nUnconfirmed: the formula,\\nand its sign.")
+        'the formula, and its sign.'
+    """
+    told = re.search(r"^Unconfirmed: (.+?)(?=\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
+    return " ".join(told[1].split()) if told else ""
 
 
 def known_methods(*, packages: bool = True) -> Mapping[str, type[Method]]:
@@ -235,3 +257,47 @@ def _class_facts(role: Role, spec: Any) -> str:
         told = _names(gives) if isinstance(gives, frozenset) else "depends on its options"
         return f"needs {needs}; provides {told}"
     return f"per {spec.unit}; needs {needs}; may read tokens of {_names(spec.accepts)}"
+
+
+def known_groups(*, packages: bool = True) -> list[tuple[Part, tuple[Option, ...]]]:
+    """Every group of options that a method or a part takes as one option, with its own options."""
+    read: list[type[Config]] = [*known_methods(packages=packages).values()]
+    read += [t for union in (SourceSpec, SignalSpec, TermSpec) for t in get_args(union)]
+    told, found = {*read, ScalarHead}, dict[type[Config], None]()
+    while read:
+        inside = [c for f in structs.fields(read.pop(0)) for c in _configs(f.type)]
+        new = [c for c in inside if c not in told and c not in found]
+        found |= dict.fromkeys(new)
+        read += new
+    ordered = sorted(found, key=_group_name)
+    return [(_group(kind), options(kind)) for kind in ordered]
+
+
+def _configs(kind: Any) -> Iterator[type[Config]]:
+    """Classes of options inside of a type."""
+    if isinstance(kind, type) and issubclass(kind, Config):
+        yield kind
+    for inner in get_args(kind):
+        yield from _configs(inner)
+
+
+def _group_name(kind: type[Config]) -> str:
+    return str(kind.__struct_config__.tag or kind.__name__)
+
+
+def _group(kind: type[Config]) -> Part:
+    doc = inspect.cleandoc(kind.__doc__ or "")
+    return Part(role="options", tag=_group_name(kind), facts="", doc=doc)
+
+
+def mentions(word: str) -> list[str]:
+    """Methods, parts and groups of options whose documentation has the word.
+
+    Example:
+        >>> mentions("IcePop")
+        ['Mismatch']
+    """
+    exact = re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w-])", re.IGNORECASE)
+    docs = {n: f"{inspect.cleandoc(k.__doc__ or '')} {k.paper}" for n, k in known_methods().items()}
+    docs |= {p.tag: p.doc for p, _ in (*known_parts(), *known_groups())}
+    return [name for name, doc in docs.items() if exact.search(doc)]

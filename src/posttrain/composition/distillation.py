@@ -139,8 +139,7 @@ class EntropyAwareKL(Term, frozen=True, kw_only=True, tag="entropy_aware_kl", ta
     """KL(π ‖ π_T), plus KL(π_T ‖ π) where the teacher's entropy is above ``threshold`` nats.
 
     Where the teacher is unsure the reverse KL alone would settle on one of its answers (arXiv
-    2603.07079; read at second hand: unit and weight of the second part are ours). With a top-k
-    the entropy is that of the merged outcomes.
+    2603.07079). With a top-k the entropy is that of the merged outcomes.
     """
 
     threshold: float = 0.8

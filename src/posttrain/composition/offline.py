@@ -69,7 +69,6 @@ class AdvantageWeighted(
     """−min(e^{A/β}, w_max) log π(y_t): advantage-weighted regression (arXiv 1910.00177).
 
     The weight is a constant. β → ∞ is cross-entropy. Weights are not normalised over the batch.
-    Formula from general knowledge, not confirmed against the paper.
     """
 
     beta: float = 1.0

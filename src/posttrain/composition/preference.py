@@ -313,8 +313,7 @@ class TargetMargin(FreePairTerm, frozen=True, kw_only=True, tag="target_margin",
     """SimPO (arXiv 2405.14734) and AlphaPO (2501.03884): −log σ(β(r_w − r_l) − γ).
 
     r is the mean token log-prob m for α = 0 (SimPO), else (1 − e^{−αm})/α (AlphaPO), which tends
-    to m as α → 0. AlphaPO's r is derived from its description and TRL's option of that name, not
-    confirmed against the paper.
+    to m as α → 0.
     """
 
     beta: float = 2.5

@@ -156,6 +156,8 @@ class ProcessReward(Config, frozen=True, kw_only=True, tag="process_reward", tag
     All times ``weight``. ``add`` adds to the ``REWARD`` that is there already. Token rewards always
     add up, and need a reward beside them (0 will do). ``progress`` is a difference of scores, not
     the advantage under a prover that PAV defines.
+
+    Unconfirmed: ``min`` and ``product`` are from general knowledge.
     """
 
     model: PolicyRef

@@ -3,6 +3,7 @@
     teacher ─┬─ teacher_distribution ──TEACHER_IDS, TEACHER_LOGPROBS──▶ terms of distillation.py
              ├─ teacher_logprobs ─────TEACHER_LOGPROB──▶ teacher_advantage ──ADVANTAGE──▶ policy
              ├─ delta_advantage ──────ADVANTAGE──▶ policy gradients                    gradients
+             ├─ span_advantage ───────ADVANTAGE──▶ policy gradients
              └─ foreign_teacher ──────TEACHER_SORTED, TEACHER_ALIGNED──▶ teacher_sorted_l1
 
 The code is in ``signals/scoring.py``, ``teacher_credit.py`` and ``foreign.py``.
@@ -102,7 +103,7 @@ class TeacherAdvantage(
     log π is that of the distribution sampled, from the record. ``extrapolation`` λ ≠ 1 makes u
     λ (log π_T − log π_ref) − (log π − log π_ref), which goes on where the teacher stopped
     (G-OPD, 2602.12125). ``early`` γ multiplies A_t by 1 + γ (1 − Σ_{s<t} |A_s| / Σ_s |A_s|)
-    (IW-OPD, 2606.22600). Both formulas were read at second hand.
+    (IW-OPD, 2606.22600).
     """
 
     credit: Literal["token", "to_go", "future_mean"] = "token"
@@ -130,7 +131,7 @@ class DeltaAdvantage(Config, frozen=True, kw_only=True, tag="delta_advantage", t
     Δ = log π_T(y) − log π_base(y) and U = log π_T(y) − log π(y), each less its expectation under
     π; A = ``scale`` · Δ where Δ and U have one sign, else 0. ``base`` is what the teacher was
     tuned from. Expectations are exact, over the full vocabulary (the paper: over the policy's
-    1024 most likely tokens). Formula read at second hand.
+    1024 most likely tokens).
     """  # noqa: E501
 
     teacher: PolicyRef
@@ -164,6 +165,26 @@ class ForeignTeacher(Config, frozen=True, kw_only=True, tag="foreign_teacher", t
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}", expected="at least 1")
+
+
+class SpanAdvantage(Config, frozen=True, kw_only=True, tag="span_advantage", tag_field="type"):
+    """The log-ratio of policy and a teacher with another tokenizer, span by span, as credit.
+
+    A span reaches from one boundary that both tokenizers have to the next; its log-prob is the sum
+    over its tokens, whichever they are. Every token of a span has A = log π_T(span) − log π(span).
+    With one tokenizer every span is a token, and this is ``teacher_advantage``. The teacher reads
+    the task in its own template; the end of a turn is a span too. What stands after the last common
+    boundary of an answer that was cut off has no credit.
+
+    Of all ways to write a span only those are counted that the two tokenizers take.
+
+    Unconfirmed: spans and products of conditionals are those of GOLD, which compares distributions
+    at the boundaries; the policy gradient on the spans' log-ratio is derived.
+    """
+
+    teacher: PolicyRef
+    needs: ClassVar[Columns] = frozenset({Column.BEHAVIOUR_LOGPROB})
+    provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
 
 
 def _check_routes(routes: dict[str, PolicyRef]) -> None:
@@ -212,7 +233,12 @@ def check_context(
 
 
 TeachingSpec = (
-    TeacherDistribution | TeacherLogprobs | TeacherAdvantage | DeltaAdvantage | ForeignTeacher
+    TeacherDistribution
+    | TeacherLogprobs
+    | TeacherAdvantage
+    | DeltaAdvantage
+    | SpanAdvantage
+    | ForeignTeacher
 )
 
 
@@ -223,6 +249,6 @@ def teachers_of(spec: TeachingSpec) -> tuple[PolicyRef, ...]:
             return tuple(spec.routes.values())
         case DeltaAdvantage():
             return (spec.teacher, spec.base)
-        case ForeignTeacher():
+        case ForeignTeacher() | SpanAdvantage():
             return (spec.teacher,)
     return ()

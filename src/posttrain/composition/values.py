@@ -62,7 +62,7 @@ class Gae(Config, frozen=True, kw_only=True, tag="gae", tag_field="type"):
 
     ``value_lam`` is the λ of ``RETURN`` = V_t + A_t(value_lam), what the critic is fitted to; null
     takes ``lam``. ``length_alpha`` α replaces ``lam`` by 1 − 1/(α l) for an answer of l tokens, at
-    least 0, so that longer answers look further (VAPO, arXiv 2504.05118, read at second hand).
+    least 0, so that longer answers look further (VAPO, arXiv 2504.05118).
 
     ``whiten`` gives the advantages of the draw's trained tokens mean 0 and unbiased standard
     deviation 1. Values come from the weights before the update.

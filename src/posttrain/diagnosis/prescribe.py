@@ -311,6 +311,7 @@ def words_for(
         "before": known[task],
         "routes": {**recalled, "*": "input"} if recalled else None,
         "scaffold": supplies.scaffold,
+        "success": max(tools.ground.tasks[t].success for t in tasks),
         "group": group,
         "groups": max(ROLLOUTS // group, 4),
         "answer_tokens": tools.ground.measure.max_new_tokens,

@@ -35,7 +35,14 @@ from posttrain.methods.distillation import (
     TvDistillation,
     Uld,
 )
-from posttrain.methods.distillation_rewards import GOpd, IwOpd, MiniLlm, Opd2, OpdSampled
+from posttrain.methods.distillation_rewards import (
+    GOpd,
+    IwOpd,
+    MiniLlm,
+    Opd2,
+    OpdSampled,
+    SpanOpd,
+)
 from posttrain.methods.hybrid import Chord, ChordPhi
 from posttrain.methods.rejection import Star
 from posttrain.methods.supervised import Sft
@@ -151,6 +158,7 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "iw_opd": _sampled(IwOpd, teachers=TEACHERS),
         "g_opd": _sampled(GOpd, teachers=TEACHERS),
         "opd2": _sampled(Opd2, teacher="teacher", teacher_base="base", sampling=_COOL, scale=1.0),
+        "span_opd": _sampled(SpanOpd, teacher="teacher"),  # with one tokenizer: opd_sampled
         "minillm": _sampled(MiniLlm, teachers=TEACHERS),
         "opsd": _told(Opsd),
         # At 3e-4 a teacher that moves with the learner is pulled along, and both get worse.

@@ -1,5 +1,8 @@
-"""Distillation with a distribution as the target. Policy gradients on a teacher's log-probs are in
-``distillation_rewards.py``, mixes with other methods in ``hybrid.py``."""
+"""Distillation with a distribution as the target.
+
+Policy gradients on a teacher's log-probs are in ``distillation_rewards.py``, mixes with other
+methods in ``hybrid.py``.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,7 @@ from posttrain.composition import (
 from posttrain.config import Config
 from posttrain.errors import ConfigError
 from posttrain.methods.distillation_rewards import RewardedDistillation
+from posttrain.methods.on_rollouts import rollouts
 from posttrain.provenance import Kind
 
 ANSWER_SHOWN = "{question}\nThe correct answer is {answer}. Answer in your own words."
@@ -61,17 +65,6 @@ class OnTasks(Config, frozen=True, kw_only=True):
     interface: ClassVar[str] = "teacher targets"
 
 
-def rollouts(method: OnTasks, policy: PolicyRef = "learner") -> Rollouts:
-    """The method's prompts, answered by a policy."""
-    return Rollouts(
-        tasks=method.tasks,
-        policy=policy,
-        group_size=method.group_size,
-        max_new_tokens=method.max_new_tokens,
-        sampling=method.sampling,
-    )
-
-
 class SeqKd(OnTasks, frozen=True, kw_only=True, tag="seq_kd", tag_field="name"):
     """Sequence-level distillation: the likelihood of a teacher's own answers."""
 
@@ -85,7 +78,7 @@ class SeqKd(OnTasks, frozen=True, kw_only=True, tag="seq_kd", tag_field="name"):
 
     def compose(self) -> Composition:
         """Rollouts of the teacher; no signals; cross-entropy."""
-        source = rollouts(self, self.teacher)
+        source = rollouts(self, policy=self.teacher)
         return Composition(source=source, terms=(CrossEntropy(aggregate=self.aggregate),))
 
 
@@ -117,7 +110,11 @@ class Kd(Config, frozen=True, kw_only=True, tag="kd", tag_field="name"):
 
 
 class Opd(OnTasks, frozen=True, kw_only=True, tag="opd", tag_field="name"):
-    """On-policy distillation: the teacher grades every token of the learner's own rollouts."""
+    """On-policy distillation: the teacher grades every token of the learner's own rollouts.
+
+    Several teachers, each for its own task sets, make it MOPD (arXiv 2601.02780):
+    ``teachers: {sums: path:adder, "*": base}``.
+    """
 
     teachers: dict[str, PolicyRef]
     top_k: int | None = None
@@ -135,7 +132,10 @@ class Opd(OnTasks, frozen=True, kw_only=True, tag="opd", tag_field="name"):
 class EntropyAwareOpd(
     OnTasks, frozen=True, kw_only=True, tag="entropy_aware_opd", tag_field="name"
 ):
-    """OPD that also covers the teacher's answers where the teacher is unsure."""
+    """OPD that also covers the teacher's answers where the teacher is unsure.
+
+    Unconfirmed: read at second hand; the threshold's unit and the second part's weight are ours.
+    """
 
     teachers: dict[str, PolicyRef]
     top_k: int | None = 16
@@ -153,7 +153,10 @@ class EntropyAwareOpd(
 
 
 class TvDistillation(OnTasks, frozen=True, kw_only=True, tag="tv_distillation", tag_field="name"):
-    """Total variation to a teacher on the learner's own rollouts: a bounded loss per token."""
+    """Total variation to a teacher on the learner's own rollouts: a bounded loss per token.
+
+    Unconfirmed: the divergence is standard; that the paper uses it so is from general knowledge.
+    """
 
     teachers: dict[str, PolicyRef]
     top_k: int | None = None
@@ -243,6 +246,8 @@ class DistiLlm2(OnTasks, frozen=True, kw_only=True, tag="distillm2", tag_field="
     Skew KL on the teacher's rollouts with weight 2 − β, skew reverse KL on the learner's with β,
     and β moving from ``beta`` to ``beta_end``. The paper also fits α to every sample; here it is
     constant. Each half is averaged over its own tokens.
+
+    Unconfirmed: the formula is that of the authors' code; the paper was not opened.
     """
 
     teacher: PolicyRef
@@ -265,28 +270,33 @@ class DistiLlm2(OnTasks, frozen=True, kw_only=True, tag="distillm2", tag_field="
 
     def compose(self) -> Composition:
         """Half teacher, half learner; teacher distributions; one skew KL on each."""
-        own = WeightSchedule(end=self.beta_end)
-        other = WeightSchedule(end=2 - self.beta_end)
-        raised = TeacherSkewKL(
-            alpha=self.alpha,
-            aggregate=self.aggregate,
-            weight=2 - self.beta,
-            weight_schedule=other,
-            where=(Kind.TEACHER,),
-        )
-        lowered = TeacherSkewReverseKL(
-            alpha=self.alpha,
-            aggregate=self.aggregate,
-            weight=self.beta,
-            weight_schedule=own,
-            where=(Kind.LEARNER,),
-        )
-        parts = (rollouts(self, self.teacher), rollouts(self))
+        first, last = self.beta, self.beta_end
+        raised = _skewed(self, TeacherSkewKL, Kind.TEACHER, weight=2 - first, end=2 - last)
+        lowered = _skewed(self, TeacherSkewReverseKL, Kind.LEARNER, weight=first, end=last)
+        parts = (rollouts(self, policy=self.teacher), rollouts(self))
         return Composition(
             source=Mix(parts=parts, shares=(0.5, 0.5)),
             signals=(TeacherDistribution(routes={"*": self.teacher}, top_k=self.top_k),),
             terms=(raised, lowered),
         )
+
+
+def _skewed(
+    method: DistiLlm2,
+    kind: type[TeacherSkewKL] | type[TeacherSkewReverseKL],
+    author: Kind,
+    *,
+    weight: float,
+    end: float,
+) -> TermSpec:
+    """A skew KL on what one of the two wrote, its weight moving."""
+    return kind(
+        alpha=method.alpha,
+        aggregate=method.aggregate,
+        weight=weight,
+        weight_schedule=WeightSchedule(end=end),
+        where=(author,),
+    )
 
 
 class Uld(OnTasks, frozen=True, kw_only=True, tag="uld", tag_field="name"):
@@ -359,6 +369,8 @@ class Opsd(Told, frozen=True, kw_only=True, tag="opsd", tag_field="name"):
     """On-policy self-distillation: the teacher is the policy that knows the right answer.
 
     The teacher is frozen where the stage begins; ``teacher: learner`` lets it move along.
+
+    Unconfirmed: the divergence and its ``beta`` are those of ``sdft``, the paper was not opened.
     """
 
     context: str = ANSWER_SHOWN
@@ -377,8 +389,10 @@ class Sdft(Told, frozen=True, kw_only=True, tag="sdft", tag_field="name"):
     """Self-distillation fine-tuning: the learner itself, shown a demonstration, is the teacher.
 
     The demonstration is the task's ``answer``. The teacher is a moving average of the learner
-    (``rate`` per step, its default not confirmed against the paper); ``teacher: learner`` is the
-    learner at every draw, and any other policy stays as it is.
+    (``rate`` per step); ``teacher: learner`` is the learner at every draw, and any other policy
+    stays as it is.
+
+    Unconfirmed: the default of ``rate``.
     """
 
     teacher: PolicyRef = MOVING

@@ -19,7 +19,6 @@ from posttrain.composition import (
     Judge,
     Limit,
     OwnLogprobs,
-    Rollouts,
     SamplingSpec,
     SignalSpec,
     TermSpec,
@@ -27,6 +26,7 @@ from posttrain.composition import (
 )
 from posttrain.config import Config
 from posttrain.errors import ConfigError
+from posttrain.methods.on_rollouts import clipped, demonstrated, rollouts
 from posttrain.provenance import Kind
 
 
@@ -57,14 +57,31 @@ def _guided(
             f"{method.__struct_config__.tag} with group_size={method.group_size}",
             expected="at least 2: a group of one has no baseline",
         )
-    source = Rollouts(
-        tasks=method.tasks,
-        group_size=method.group_size,
-        max_new_tokens=method.max_new_tokens,
-        sampling=method.sampling,
-        company=company,
-    )
+    source = rollouts(method, company=company)
     return Composition(source=source, signals=(*method.rewards, *signals), terms=terms)
+
+
+def _beginning(
+    method: GuidedGrpo | Uft | PrefixRft,
+    *,
+    end: float,
+    length: Literal["share", "binomial", "uniform"],
+    slices: int = 5,
+    members: int | None = None,
+    learn: bool = False,
+) -> Guided:
+    """A demonstration's beginning, which gets shorter over the method's ``draws``."""
+    return Guided(
+        column=method.demonstration,
+        author=method.author,
+        members=members,
+        start=method.start,
+        end=end,
+        draws=method.draws,
+        length=length,
+        slices=slices,
+        learn=learn,
+    )
 
 
 class GuidedGrpo(OnGuided, frozen=True, kw_only=True, tag="guided_grpo", tag_field="name"):
@@ -76,6 +93,8 @@ class GuidedGrpo(OnGuided, frozen=True, kw_only=True, tag="guided_grpo", tag_fie
     and long ones are met together. A schedule in place of what the papers do: QuestA has two
     levels (one half, then one quarter), BREAD (arXiv 2506.17211) searches the shortest beginning
     that helps.
+
+    Unconfirmed: the papers were read at second hand, the schedule is ours.
     """
 
     start: float = 0.75
@@ -91,18 +110,8 @@ class GuidedGrpo(OnGuided, frozen=True, kw_only=True, tag="guided_grpo", tag_fie
 
     def compose(self) -> Composition:
         """Rollouts from given beginnings; group advantage; clipped policy gradient."""
-        company = Guided(
-            column=self.demonstration,
-            author=self.author,
-            start=self.start,
-            end=self.end,
-            draws=self.draws,
-            length=self.length,
-        )
-        term = ClippedPolicyGradient(
-            clip_low=self.clip_low, clip_high=self.clip_high, aggregate="sequence_mean"
-        )
-        return _guided(self, company, (GroupAdvantage(),), term)
+        company = _beginning(self, end=self.end, length=self.length)
+        return _guided(self, company, (GroupAdvantage(),), clipped(self, aggregate="sequence_mean"))
 
 
 class Uft(OnGuided, frozen=True, kw_only=True, tag="uft", tag_field="name"):
@@ -125,16 +134,7 @@ class Uft(OnGuided, frozen=True, kw_only=True, tag="uft", tag_field="name"):
 
     def compose(self) -> Composition:
         """Rollouts from beginnings of random length; GRPO, and cross-entropy on the beginnings."""
-        company = Guided(
-            column=self.demonstration,
-            author=self.author,
-            start=self.start,
-            end=self.end,
-            draws=self.draws,
-            length="binomial",
-            slices=self.slices,
-            learn=True,
-        )
+        company = _beginning(self, end=self.end, length="binomial", slices=self.slices, learn=True)
         given = CrossEntropy(weight=self.nll_weight, where=(self.author,))
         grpo = ClippedPolicyGradient(aggregate="sequence_mean")
         return _guided(self, company, (GroupAdvantage(),), grpo, given)
@@ -145,6 +145,8 @@ class PrefixRft(OnGuided, frozen=True, kw_only=True, tag="prefix_rft", tag_field
 
     Its tokens are treated as if the learner had written them, at the fifth of highest entropy.
     Both terms are sums over tokens divided by the same constant.
+
+    Unconfirmed: read from the authors' code and notes; the constant is ours.
     """
 
     start: float = 0.95
@@ -159,23 +161,9 @@ class PrefixRft(OnGuided, frozen=True, kw_only=True, tag="prefix_rft", tag_field
 
     def compose(self) -> Composition:
         """One guided member; group advantage; a clipped policy gradient for either author."""
-        company = Guided(
-            column=self.demonstration,
-            author=self.author,
-            members=1,
-            start=self.start,
-            end=0.0,
-            draws=self.draws,
-            length="uniform",
-            learn=True,
-        )
+        company = _beginning(self, end=0.0, length="uniform", members=1, learn=True)
         # Each term is divided by its own number of sequences: G per group, and one per group.
-        own = ClippedPolicyGradient(
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            aggregate="sequence_sum",
-            weight=1 / self.max_new_tokens,
-        )
+        own = clipped(self, aggregate="sequence_sum", weight=1 / self.max_new_tokens)
         given = AssumedOwnGradient(
             clip_low=self.clip_low,
             clip_high=self.clip_high,
@@ -205,16 +193,8 @@ class Luffy(OnGuided, frozen=True, kw_only=True, tag="luffy", tag_field="name"):
 
     def compose(self) -> Composition:
         """One demonstration per group; group mean without std; a term for either author."""
-        company = Guided(
-            column=self.demonstration, author=self.author, members=1, start=1, end=1, learn=True
-        )
         size, longest = self.group_size, self.max_new_tokens
-        own = ClippedPolicyGradient(
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            aggregate="sequence_sum",
-            weight=(size - 1) / (size * longest),
-        )
+        own = clipped(self, aggregate="sequence_sum", weight=(size - 1) / (size * longest))
         given = AssumedCertainGradient(
             gamma=self.gamma,
             aggregate="sequence_sum",
@@ -222,15 +202,17 @@ class Luffy(OnGuided, frozen=True, kw_only=True, tag="luffy", tag_field="name"):
             where=(self.author,),
         )
         bonus = (EntropyBonus(weight=self.entropy_weight),) if self.entropy_weight else ()
-        return _guided(self, company, (GroupAdvantage(scale="none"),), own, given, *bonus)
+        mean = GroupAdvantage(scale="none")
+        return _guided(self, demonstrated(self), (mean,), own, given, *bonus)
 
 
 class Hpt(OnGuided, frozen=True, kw_only=True, tag="hpt", tag_field="name"):
     """Hybrid post-training: prompts that fail are imitated, all others are explored.
 
     Where at most ``gate`` of a group's rollouts are right, the demonstration is learnt and the
-    rollouts are left out; elsewhere the opposite. The policy gradient is Dr.GRPO's, which was not
-    confirmed against the paper.
+    rollouts are left out; elsewhere the opposite.
+
+    Unconfirmed: that the policy gradient is Dr.GRPO's.
     """
 
     group_size: int = 8
@@ -246,22 +228,12 @@ class Hpt(OnGuided, frozen=True, kw_only=True, tag="hpt", tag_field="name"):
 
     def compose(self) -> Composition:
         """Rollouts and a demonstration; one of the two is discarded; a loss for each."""
-        company = Guided(
-            column=self.demonstration, author=self.author, members=1, start=1, end=1, learn=True
-        )
         imitate = CrossEntropy(weight=self.nll_weight, where=(self.author,))
-        explore = ClippedPolicyGradient(
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            aggregate="sequence_sum",
-            weight=1 / self.max_new_tokens,
-        )
-        signals = (
-            ImitateFailures(gate=self.gate, success=self.success, author=self.author),
-            GroupAdvantage(scale="none", kept_only=True),
-        )
+        explore = clipped(self, aggregate="sequence_sum", weight=1 / self.max_new_tokens)
+        gate = ImitateFailures(gate=self.gate, success=self.success, author=self.author)
+        signals = (gate, GroupAdvantage(scale="none", kept_only=True))
         more = replace(self, group_size=self.group_size + 1)  # group_size counts the rollouts
-        return _guided(more, company, signals, imitate, explore)
+        return _guided(more, demonstrated(self), signals, imitate, explore)
 
 
 GuidedMethod = GuidedGrpo | Uft | PrefixRft | Luffy | Hpt

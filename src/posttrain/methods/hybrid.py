@@ -6,20 +6,19 @@ from typing import ClassVar
 
 from posttrain.composition import (
     BalancedCrossEntropy,
-    ClippedPolicyGradient,
     Composition,
     CrossEntropy,
     Dataset,
     GroupAdvantage,
     Mix,
-    Rollouts,
     SamplingSpec,
+    TermSpec,
     Verify,
     WeightSchedule,
 )
 from posttrain.config import Config
 from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
+from posttrain.methods.on_rollouts import clipped, rollouts
 
 
 class Chord(Config, frozen=True, kw_only=True, tag="chord", tag_field="name"):
@@ -59,29 +58,11 @@ class Chord(Config, frozen=True, kw_only=True, tag="chord", tag_field="name"):
 
     def compose(self) -> Composition:
         """Demonstrations and live rollouts; group advantage on these; both losses."""
-        imitate = CrossEntropy(
-            weight=self.mu,
-            weight_schedule=WeightSchedule(end=self.mu_end, shape="cosine"),
-            where=(self.data.author,),
-        )
-        explore = ClippedPolicyGradient(
-            weight=1 - self.mu,
-            weight_schedule=WeightSchedule(end=1 - self.mu_end, shape="cosine"),
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            where=(Kind.LEARNER,),
-        )
-        own = Rollouts(
-            tasks=self.tasks,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
-        return Composition(
-            source=Mix(parts=(self.data, own), shares=(self.expert, 1 - self.expert)),
-            signals=(Verify(), GroupAdvantage()),
-            terms=(imitate, explore),
-        )
+        falling = WeightSchedule(end=self.mu_end, shape="cosine")
+        rising = WeightSchedule(end=1 - self.mu_end, shape="cosine")
+        imitate = CrossEntropy(weight=self.mu, weight_schedule=falling, where=(self.data.author,))
+        explore = clipped(self, weight=1 - self.mu, weight_schedule=rising)
+        return _beside(self, imitate, explore)
 
 
 class ChordPhi(Config, frozen=True, kw_only=True, tag="chord_phi", tag_field="name"):
@@ -117,20 +98,18 @@ class ChordPhi(Config, frozen=True, kw_only=True, tag="chord_phi", tag_field="na
     def compose(self) -> Composition:
         """Demonstrations and live rollouts; group advantage on these; both losses."""
         imitate = BalancedCrossEntropy(weight=self.mu, where=(self.data.author,))
-        explore = ClippedPolicyGradient(
-            weight=1 - self.mu, clip_low=self.clip_low, clip_high=self.clip_high
-        )
-        own = Rollouts(
-            tasks=self.tasks,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
-        return Composition(
-            source=Mix(parts=(self.data, own), shares=(self.expert, 1 - self.expert)),
-            signals=(Verify(), GroupAdvantage()),
-            terms=(imitate, explore),
-        )
+        return _beside(self, imitate, clipped(self, weight=1 - self.mu))
+
+
+def _beside(method: Chord | ChordPhi, *terms: TermSpec) -> Composition:
+    """Demonstrations beside live rollouts, with a group advantage on these; both losses."""
+    return Composition(
+        source=Mix(
+            parts=(method.data, rollouts(method)), shares=(method.expert, 1 - method.expert)
+        ),
+        signals=(Verify(), GroupAdvantage()),
+        terms=terms,
+    )
 
 
 HybridMethod = Chord | ChordPhi

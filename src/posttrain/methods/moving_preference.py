@@ -11,7 +11,7 @@ from posttrain.composition import (
     Composition,
     Dataset,
     ExplorationBonus,
-    Guided,
+    Judge,
     MatchQuantiles,
     MovingReference,
     PairwiseLogistic,
@@ -21,12 +21,12 @@ from posttrain.composition import (
     RankPairs,
     ReferenceLogprobs,
     Rival,
-    Rollouts,
     SamplingSpec,
     TransportedReward,
     Verify,
 )
 from posttrain.config import Config
+from posttrain.methods.on_rollouts import demonstrated, rollouts
 from posttrain.provenance import Kind
 
 
@@ -44,7 +44,7 @@ class TrDpo(Config, frozen=True, kw_only=True, tag="tr_dpo", tag_field="name"):
     provenance: ClassVar[str] = "off-policy"
     interface: ClassVar[str] = "preference pairs"
     tendency: ClassVar[str] = "reshaping"
-    formula: ClassVar[str] = "DPO; ref <- (1-rate) ref + rate pi, after every `every` steps"
+    formula: ClassVar[str] = "DPO; ref <- (1-rate) ref + rate pi, after each `every` steps"
     paper: ClassVar[str] = "2404.09656"
 
     def compose(self) -> Composition:
@@ -63,6 +63,8 @@ class Spin(Config, frozen=True, kw_only=True, tag="spin", tag_field="name"):
     One stage is one iteration: the opponent, who is the reference too, is the policy that the
     stage started from, and a pipeline of such stages is the method. With ``every`` the opponent is
     a copy of the learner taken every so many steps: several iterations in one stage.
+
+    Unconfirmed: the formula was read at second hand.
     """
 
     tasks: tuple[str, ...]
@@ -73,6 +75,7 @@ class Spin(Config, frozen=True, kw_only=True, tag="spin", tag_field="name"):
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
 
+    group_size: ClassVar[int] = 2  # a demonstration and an answer
     provenance: ClassVar[str] = "off-policy: demonstrations, and an earlier self's answers"
     interface: ClassVar[str] = "demonstrations"
     tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
@@ -82,19 +85,8 @@ class Spin(Config, frozen=True, kw_only=True, tag="spin", tag_field="name"):
     def compose(self) -> Composition:
         """Demonstrations and an opponent's rollouts; chosen by author; pairwise logistic loss."""
         opponent = "input" if self.every is None else MOVING
-        company = Guided(
-            column=self.demonstration, author=self.author, members=1, start=1, end=1, learn=True
-        )
-        source = Rollouts(
-            tasks=self.tasks,
-            policy=opponent,
-            group_size=2,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            company=company,
-        )
         return Composition(
-            source=source,
+            source=rollouts(self, policy=opponent, company=demonstrated(self)),
             signals=(PreferDemonstration(author=self.author), ReferenceLogprobs(policy=opponent)),
             terms=(PairwiseLogistic(beta=self.beta),),
             moving=None if self.every is None else MovingReference(every=self.every),
@@ -107,6 +99,9 @@ class Xpo(Config, frozen=True, kw_only=True, tag="xpo", tag_field="name"):
     Every group has one answer of the reference; the best of a group is chosen and the worst
     rejected. What the reference says is made less likely as such, by ``bonus``; at 0 this is
     online DPO in that company. Pairs without a winner teach nothing, the bonus included.
+
+    Unconfirmed: the bonus's sign is derived: what is minimised must make the reference's own
+    answers less likely, or it would not explore.
     """
 
     tasks: tuple[str, ...]
@@ -116,6 +111,7 @@ class Xpo(Config, frozen=True, kw_only=True, tag="xpo", tag_field="name"):
     group_size: int = 2
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
+    rewards: tuple[Judge, ...] = (Verify(),)
 
     provenance: ClassVar[str] = "mixed"
     interface: ClassVar[str] = "verifier reward"
@@ -125,17 +121,10 @@ class Xpo(Config, frozen=True, kw_only=True, tag="xpo", tag_field="name"):
 
     def compose(self) -> Composition:
         """Rollouts of learner and reference; verifier and ranking; DPO and the bonus."""
-        source = Rollouts(
-            tasks=self.tasks,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            company=Rival(policy=self.reference),
-        )
         bonus = (ExplorationBonus(weight=self.bonus),) if self.bonus else ()
         return Composition(
-            source=source,
-            signals=(Verify(), RankPairs(), ReferenceLogprobs(policy=self.reference)),
+            source=rollouts(self, company=Rival(policy=self.reference)),
+            signals=(*self.rewards, RankPairs(), ReferenceLogprobs(policy=self.reference)),
             terms=(PairwiseLogistic(beta=self.beta), *bonus),
         )
 

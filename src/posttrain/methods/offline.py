@@ -35,7 +35,10 @@ def logged_advantage(baseline: float | None) -> GroupAdvantage:
 
 
 class Awr(Config, frozen=True, kw_only=True, tag="awr", tag_field="name"):
-    """Advantage-weighted regression on logged answers."""
+    """Advantage-weighted regression on logged answers.
+
+    Unconfirmed: the formula and its defaults are from general knowledge.
+    """
 
     data: Dataset
     beta: float = 1.0

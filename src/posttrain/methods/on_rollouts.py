@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from msgspec.structs import replace
 
 from posttrain.composition import (
+    Aggregate,
+    ClippedPolicyGradient,
     Composition,
+    Guided,
     Judge,
     KLPenalty,
     Mismatch,
@@ -21,9 +24,43 @@ from posttrain.composition import (
     TermSpec,
     TrainerLogprobs,
     Verify,
+    WeightSchedule,
 )
+from posttrain.composition.company import Company
 from posttrain.composition.sources import Sieve
 from posttrain.config import Config
+from posttrain.provenance import Kind
+
+
+class Answering(Protocol):
+    """Whose prompts are answered, and how."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def sampling(self) -> SamplingSpec: ...
+
+
+class Clipping(Protocol):
+    """How far a ratio may go from 1."""
+
+    @property
+    def clip_low(self) -> float: ...
+    @property
+    def clip_high(self) -> float: ...
+
+
+class Demonstrating(Protocol):
+    """Which column of a task holds a demonstration, and who wrote it."""
+
+    @property
+    def demonstration(self) -> str: ...
+    @property
+    def author(self) -> Kind: ...
 
 
 class OnRollouts(Config, frozen=True, kw_only=True):
@@ -38,6 +75,46 @@ class OnRollouts(Config, frozen=True, kw_only=True):
     provenance: ClassVar[str] = "on-policy"
     interface: ClassVar[str] = "verifier reward"
     tendency: ClassVar[str] = "reshaping"
+
+
+def rollouts(
+    method: Answering, *, policy: PolicyRef = "learner", company: Company | None = None
+) -> Rollouts:
+    """The method's prompts, answered by a policy."""
+    return Rollouts(
+        tasks=method.tasks,
+        policy=policy,
+        group_size=method.group_size,
+        max_new_tokens=method.max_new_tokens,
+        sampling=method.sampling,
+        company=company,
+    )
+
+
+def demonstrated(method: Demonstrating) -> Guided:
+    """One member of every group is a whole demonstration, and is trained on."""
+    return Guided(
+        column=method.demonstration, author=method.author, members=1, start=1, end=1, learn=True
+    )
+
+
+def clipped(
+    method: Clipping,
+    *,
+    aggregate: Aggregate = "token_mean",
+    weight: float = 1.0,
+    weight_schedule: WeightSchedule | None = None,
+    mismatch: Mismatch | None = None,
+) -> ClippedPolicyGradient:
+    """The clipped policy gradient with the method's bounds."""
+    return ClippedPolicyGradient(
+        clip_low=method.clip_low,
+        clip_high=method.clip_high,
+        aggregate=aggregate,
+        weight=weight,
+        weight_schedule=weight_schedule,
+        mismatch=mismatch,
+    )
 
 
 def on_rollouts(
@@ -55,12 +132,7 @@ def on_rollouts(
     """
     trainer: tuple[SignalSpec, ...] = (TrainerLogprobs(),) if mismatch else ()
     return Composition(
-        source=Rollouts(
-            tasks=method.tasks,
-            group_size=method.group_size,
-            max_new_tokens=method.max_new_tokens,
-            sampling=method.sampling,
-        ),
+        source=rollouts(method),
         signals=(*method.rewards, *signals, *trainer),
         terms=terms,
         scalar_head=scalar_head,

@@ -29,11 +29,10 @@ from posttrain.composition import (
     SignalSpec,
     SoftGatedPolicyGradient,
     SoftLengthPenalty,
-    TermSpec,
     Verify,
 )
 from posttrain.errors import ConfigError
-from posttrain.methods.on_rollouts import OnRollouts, on_rollouts, redrawn
+from posttrain.methods.on_rollouts import OnRollouts, clipped, on_rollouts, redrawn
 from posttrain.methods.policy_estimators import EstimatorMethod
 
 
@@ -62,19 +61,12 @@ class Grpo(OnRollouts, frozen=True, kw_only=True, tag="grpo", tag_field="name"):
 
     def compose(self) -> Composition:
         """Live rollouts; verifier and group advantage; clipped policy gradient, optional KL."""
-        signals: list[SignalSpec] = [GroupAdvantage()]
-        terms: list[TermSpec] = [
-            ClippedPolicyGradient(
-                clip_low=self.clip_low,
-                clip_high=self.clip_high,
-                aggregate=self.aggregate,
-                mismatch=self.mismatch,
-            )
-        ]
-        if self.kl_weight:
-            signals.append(ReferenceLogprobs(policy=self.reference))
-            terms.append(ReferenceKL(weight=self.kl_weight, aggregate=self.aggregate))
-        return on_rollouts(self, tuple(signals), tuple(terms), mismatch=self.mismatch)
+        term = clipped(self, aggregate=self.aggregate, mismatch=self.mismatch)
+        if not self.kl_weight:
+            return on_rollouts(self, (GroupAdvantage(),), (term,), mismatch=self.mismatch)
+        signals = (GroupAdvantage(), ReferenceLogprobs(policy=self.reference))
+        kl = ReferenceKL(weight=self.kl_weight, aggregate=self.aggregate)
+        return on_rollouts(self, signals, (term, kl), mismatch=self.mismatch)
 
 
 class DrGrpo(OnRollouts, frozen=True, kw_only=True, tag="dr_grpo", tag_field="name"):
@@ -88,12 +80,7 @@ class DrGrpo(OnRollouts, frozen=True, kw_only=True, tag="dr_grpo", tag_field="na
 
     def compose(self) -> Composition:
         """Group mean; clipped policy gradient over the longest possible answer."""
-        term = ClippedPolicyGradient(
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            aggregate="sequence_sum",
-            weight=1 / self.max_new_tokens,
-        )
+        term = clipped(self, aggregate="sequence_sum", weight=1 / self.max_new_tokens)
         return on_rollouts(self, (GroupAdvantage(scale="none"),), (term,))
 
 
@@ -116,20 +103,20 @@ class Dapo(OnRollouts, frozen=True, kw_only=True, tag="dapo", tag_field="name"):
     formula: ClassVar[str] = "-min(r A, clip(r) A) per token, over groups of unequal rewards"
     paper: ClassVar[str] = "2503.14476"
 
+    def __post_init__(self) -> None:
+        if self.max_draws > 1 and self.rewards != (Verify(),):
+            raise ConfigError(
+                f"dapo with max_draws={self.max_draws} and rewards of others than the verifier",
+                expected="max_draws: 1: drawing again asks the verifier, and no model",
+            )
+
     def compose(self) -> Composition:
         """Length penalty; group advantage; informative groups; clipped policy gradient."""
         limit = self.max_new_tokens
         penalty = SoftLengthPenalty(max_tokens=limit, cache_tokens=max(limit // 5, 1))
         long: dict[str, tuple[SignalSpec, ...]] = {"penalty": (penalty,), "filter": (DropCutOff(),)}
         signals = (*long.get(self.overlong, ()), GroupAdvantage(), KeepInformative())
-        term = ClippedPolicyGradient(
-            clip_low=self.clip_low, clip_high=self.clip_high, mismatch=self.mismatch
-        )
-        if self.max_draws > 1 and self.rewards != (Verify(),):
-            raise ConfigError(
-                f"dapo with max_draws={self.max_draws} and rewards of others than the verifier",
-                expected="max_draws: 1: drawing again asks the verifier, and no model",
-            )
+        term = clipped(self, mismatch=self.mismatch)
         once = on_rollouts(self, signals, (term,), mismatch=self.mismatch)
         return redrawn(once, keep=(Verify(), KeepInformative()), max_draws=self.max_draws)
 
@@ -296,8 +283,10 @@ class AdaptiveEntropy(
 ):
     """GRPO with an entropy bonus that is as strong as it must be to keep a target entropy.
 
-    The loss of Skywork-OR1: a token mean, no KL, and no length normalisation. Its target of 0.2
-    nats is from memory; what is right depends on the policy.
+    The loss of Skywork-OR1: a token mean, no KL, and no length normalisation. What target is
+    right depends on the policy.
+
+    Unconfirmed: the target of 0.2 nats is from memory.
     """
 
     target: float = 0.2
@@ -311,7 +300,7 @@ class AdaptiveEntropy(
 
     def compose(self) -> Composition:
         """Group advantage; clipped policy gradient and adaptive entropy bonus."""
-        term = ClippedPolicyGradient(clip_low=self.clip_low, clip_high=self.clip_high)
+        term = clipped(self)
         bonus = AdaptiveEntropyBonus(target=self.target, initial=self.initial, step=self.step)
         return on_rollouts(self, (GroupAdvantage(),), (term, bonus))
 

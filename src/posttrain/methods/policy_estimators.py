@@ -63,7 +63,7 @@ class ReinforcePlusPlus(
 ):
     """PPO without a value function: returns to go, whitened over the draw's tokens.
 
-    The paper's KL weight depends on the task; the default here is ours.
+    Unconfirmed: the paper's KL weight depends on the task; the default here is ours.
     """
 
     group_size: int = 1
@@ -93,7 +93,9 @@ class ReinforcePlusPlusBaseline(
     """REINFORCE++ over groups: minus the group's mean, then whitened over the draw's tokens.
 
     Whitening subtracts a mean of its own, so a group of equal rewards is not exactly without
-    gradient. The KL is k2 in the loss; that it is so in the paper was not confirmed.
+    gradient.
+
+    Unconfirmed: that the paper's KL is k2 in the loss.
     """
 
     kl_weight: float = 0.0
@@ -145,8 +147,8 @@ class Opo(OnRollouts, frozen=True, kw_only=True, tag="opo", tag_field="name"):
 class Gpg(OnRollouts, frozen=True, kw_only=True, tag="gpg", tag_field="name"):
     """Group policy gradient: groups of equal rewards do not dilute the step.
 
-    The factor is all members over those in unequal groups. One library divides by the number of
-    non-zero rewards instead.
+    Unconfirmed: the factor is all members over those in unequal groups; one library divides by the
+    number of non-zero rewards instead.
     """
 
     formula: ClassVar[str] = "-alpha (R - mean) log pi, alpha = members / members of unequal groups"
@@ -172,7 +174,12 @@ class LitePpo(OnRollouts, frozen=True, kw_only=True, tag="lite_ppo", tag_field="
 
 
 class Gdpo(OnRollouts, frozen=True, kw_only=True, tag="gdpo", tag_field="name"):
-    """Two rewards, right and short, each normalised in its group before they are added."""
+    """Two rewards, right and short, each normalised in its group before they are added.
+
+    More than two rewards share these two places: judges in ``rewards`` add up to the first.
+
+    Unconfirmed: the formula was read at second hand.
+    """
 
     length_cache: int  # the last tokens of max_new_tokens, over which the penalty falls to -1
     weights: tuple[float, float] = (1.0, 1.0)  # of being right, of being short
@@ -191,7 +198,10 @@ class Gdpo(OnRollouts, frozen=True, kw_only=True, tag="gdpo", tag_field="name"):
 
 
 class PassAtK(OnRollouts, frozen=True, kw_only=True, tag="pass_at_k", tag_field="name"):
-    """Trains the best of k answers instead of the average one."""
+    """Trains the best of k answers instead of the average one.
+
+    Unconfirmed: k below the group's size is derived, and proven to be unbiased by enumeration.
+    """
 
     k: int | None = None  # null: the whole group
 

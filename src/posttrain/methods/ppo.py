@@ -12,11 +12,10 @@ from posttrain.composition import (
     Limit,
     PolicyRef,
     ScalarHead,
-    TermSpec,
     ValueLoss,
 )
 from posttrain.errors import ConfigError
-from posttrain.methods.on_rollouts import OnRollouts, kl_in_reward, on_rollouts
+from posttrain.methods.on_rollouts import OnRollouts, clipped, kl_in_reward, on_rollouts
 from posttrain.provenance import Kind
 
 
@@ -65,7 +64,9 @@ class Vapo(OnRollouts, frozen=True, kw_only=True, tag="vapo", tag_field="name"):
 
     λ is 1 for the critic and 1 − 1/(α l) for an answer of l tokens. Precede it with a stage of
     ``value_pretraining``, whose critic it then starts from: the paper's ablation loses most
-    without. Formulas and defaults were read at second hand.
+    without.
+
+    Unconfirmed: formulas and defaults were read at second hand.
     """
 
     group_size: int = 16
@@ -87,17 +88,12 @@ class Vapo(OnRollouts, frozen=True, kw_only=True, tag="vapo", tag_field="name"):
     def compose(self) -> Composition:
         """Live rollouts; verifier; decoupled GAE; clipped gradient, value loss, imitation."""
         gae = Gae(value_lam=1.0, length_alpha=self.length_alpha, whiten=self.whiten)
-        terms: list[TermSpec] = [
-            ClippedPolicyGradient(clip_low=self.clip_low, clip_high=self.clip_high),
-            ValueLoss(clip=self.value_clip, weight=self.value_weight),
-        ]
-        if self.imitation_weight:
-            right = Limit(rewards="positive")
-            terms.append(
-                CrossEntropy(weight=self.imitation_weight, where=(Kind.LEARNER,), limit=right)
-            )
+        both = (clipped(self), ValueLoss(clip=self.value_clip, weight=self.value_weight))
+        right = Limit(rewards="positive")
+        imitate = CrossEntropy(weight=self.imitation_weight, where=(Kind.LEARNER,), limit=right)
+        terms = (*both, imitate) if self.imitation_weight else both
         head = ScalarHead(start=self.critic_start, lr=self.critic_lr)
-        return on_rollouts(self, (gae,), tuple(terms), scalar_head=head)
+        return on_rollouts(self, (gae,), terms, scalar_head=head)
 
 
 class ValuePretraining(
@@ -107,6 +103,8 @@ class ValuePretraining(
 
     The stage ends with the policy it began with, and a critic beside it that ``ppo`` and ``vapo``
     start from. Watch ``critic/explained_variance``: the paper trains until it settles.
+
+    Unconfirmed: read at second hand, like ``vapo``.
     """
 
     group_size: int = 1

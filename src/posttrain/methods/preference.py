@@ -17,7 +17,6 @@ from posttrain.composition import (
     PolicyRef,
     RankPairs,
     ReferenceLogprobs,
-    Rollouts,
     SamplingSpec,
     SignalSpec,
     TermSpec,
@@ -43,6 +42,7 @@ from posttrain.composition.preference import (
 from posttrain.config import Config
 from posttrain.errors import ConfigError
 from posttrain.methods.moving_preference import MovingPreferenceMethod
+from posttrain.methods.on_rollouts import rollouts
 from posttrain.methods.unpaired import UnpairedMethod
 
 
@@ -83,7 +83,10 @@ def _chosen(*, weight: float, aggregate: Aggregate) -> tuple[TermSpec, ...]:
 
 
 class Dpo(OnPairsWithReference, frozen=True, kw_only=True, tag="dpo", tag_field="name"):
-    """Direct preference optimisation on fixed pairs. With label smoothing it is cDPO."""
+    """Direct preference optimisation on fixed pairs. With label smoothing it is cDPO.
+
+    Unconfirmed: cDPO's smoothing is from general knowledge of a note; DPO itself is confirmed.
+    """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -114,7 +117,10 @@ class RobustDpo(
 
 
 class Ipo(OnPairsWithReference, frozen=True, kw_only=True, tag="ipo", tag_field="name"):
-    """A bounded gap: the log-ratio gap per token is pulled to 1/(2 tau), and no further."""
+    """A bounded gap: the log-ratio gap per token is pulled to 1/(2 tau), and no further.
+
+    Its tau belongs to means over tokens and is not comparable with a beta on sums, such as DPO's.
+    """
 
     tau: float = 0.1
 
@@ -323,7 +329,10 @@ class Cpo(OnPairs, frozen=True, kw_only=True, tag="cpo", tag_field="name"):
 
 
 class SimPo(OnPairs, frozen=True, kw_only=True, tag="simpo", tag_field="name"):
-    """Mean log-probs as reward, with a margin to reach, and no reference."""
+    """Mean log-probs as reward, with a margin to reach, and no reference.
+
+    Its beta multiplies means over tokens and is not comparable with one on sums, such as DPO's.
+    """
 
     beta: float = 2.5
     gamma: float = 1.375
@@ -337,7 +346,10 @@ class SimPo(OnPairs, frozen=True, kw_only=True, tag="simpo", tag_field="name"):
 
 
 class AlphaPo(OnPairs, frozen=True, kw_only=True, tag="alphapo", tag_field="name"):
-    """SimPO with another shape of reward than the logarithm."""
+    """SimPO with another shape of reward than the logarithm.
+
+    Unconfirmed: the shape is derived from a description and from TRL's option of that name.
+    """
 
     alpha: float = 0.25
     beta: float = 2.5
@@ -381,13 +393,7 @@ def _on_ranked(method: OnRankedRollouts, policy: PolicyRef, *terms: TermSpec) ->
             expected="at least 2: one answer makes no pair",
         )
     return Composition(
-        source=Rollouts(
-            tasks=method.tasks,
-            policy=policy,
-            group_size=method.group_size,
-            max_new_tokens=method.max_new_tokens,
-            sampling=method.sampling,
-        ),
+        source=rollouts(method, policy=policy),
         signals=(*method.rewards, RankPairs(), ReferenceLogprobs(policy=method.reference)),
         terms=(PairwiseLogistic(beta=method.beta), *terms),
     )

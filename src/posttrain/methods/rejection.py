@@ -21,6 +21,7 @@ from posttrain.composition import (
 )
 from posttrain.config import Config
 from posttrain.errors import ConfigError
+from posttrain.methods.on_rollouts import rollouts
 
 OWN = "cross-entropy on the sampler's answers that pass the filter"
 
@@ -32,7 +33,10 @@ def imitate(source: Rollouts, *, keep: KeepRewards | None, aggregate: Aggregate)
 
 
 class Rft(Config, frozen=True, kw_only=True, tag="rft", tag_field="name"):
-    """Rejection-sampling fine-tuning: distinct right answers of a frozen policy."""
+    """Rejection-sampling fine-tuning: distinct right answers of a frozen policy.
+
+    Unconfirmed: from general knowledge, the paper was not opened.
+    """
 
     tasks: tuple[str, ...]
     sampler: PolicyRef = "input"
@@ -51,13 +55,7 @@ class Rft(Config, frozen=True, kw_only=True, tag="rft", tag_field="name"):
 
     def compose(self) -> Composition:
         """Frozen rollouts; verifier and threshold; cross-entropy."""
-        source = Rollouts(
-            tasks=self.tasks,
-            policy=self.sampler,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
+        source = rollouts(self, policy=self.sampler)
         keep = KeepRewards(at_least=self.at_least, distinct=self.distinct)
         return imitate(source, keep=keep, aggregate=self.aggregate)
 
@@ -93,13 +91,7 @@ class Raft(Config, frozen=True, kw_only=True, tag="raft", tag_field="name"):
 
     def compose(self) -> Composition:
         """Rollouts; verifier and rank; cross-entropy."""
-        source = Rollouts(
-            tasks=self.tasks,
-            policy=self.sampler,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
+        source = rollouts(self, policy=self.sampler)
         keep = KeepRewards(at_least=self.at_least, best=self.best)
         return imitate(source, keep=keep, aggregate=self.aggregate)
 
@@ -147,8 +139,9 @@ class RestEm(Config, frozen=True, kw_only=True, tag="rest_em", tag_field="name")
     """ReST-EM: up to ``best`` right answers per prompt of a frozen policy, learnt from the base.
 
     One stage is one round of expectation (sampling) and maximisation (learning): ``init: base``
-    and ``sampler: <the stage before>``. The defaults of sampling and of the cut are from memory,
-    not confirmed against the paper.
+    and ``sampler: <the stage before>``.
+
+    Unconfirmed: the defaults of sampling and of the cut are from memory.
     """
 
     tasks: tuple[str, ...]
@@ -175,13 +168,7 @@ class RestEm(Config, frozen=True, kw_only=True, tag="rest_em", tag_field="name")
 
     def compose(self) -> Composition:
         """Frozen rollouts; verifier, threshold and cut; cross-entropy."""
-        source = Rollouts(
-            tasks=self.tasks,
-            policy=self.sampler,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
+        source = rollouts(self, policy=self.sampler)
         keep = KeepRewards(at_least=self.at_least, best=self.best)
         return imitate(source, keep=keep, aggregate=self.aggregate)
 
@@ -205,13 +192,7 @@ class Ssd(Config, frozen=True, kw_only=True, tag="ssd", tag_field="name"):
 
     def compose(self) -> Composition:
         """Frozen, truncated rollouts; no signals; cross-entropy."""
-        source = Rollouts(
-            tasks=self.tasks,
-            policy=self.sampler,
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
+        source = rollouts(self, policy=self.sampler)
         return imitate(source, keep=None, aggregate=self.aggregate)
 
 

@@ -12,15 +12,17 @@ from posttrain.composition import (
     Dataset,
     OutcomeClassifier,
     PolicyRef,
-    Rollouts,
     SamplingSpec,
     ScalarHead,
+    SignalSpec,
     StepClassifier,
     StepLabels,
     Steps,
+    TermSpec,
     Verify,
 )
 from posttrain.config import Config
+from posttrain.methods.on_rollouts import rollouts
 
 JUDGE = ScalarHead(trunk="shared")
 """The model that is trained is the judge: its own hidden states are read."""
@@ -98,12 +100,7 @@ class OrmOnRollouts(Config, frozen=True, kw_only=True, tag="orm_on_rollouts", ta
 
     def compose(self) -> Composition:
         """Frozen rollouts; verifier; cross-entropy of the verdict."""
-        return Composition(
-            source=_frozen(self),
-            signals=(Verify(),),
-            terms=(OutcomeClassifier(at=self.at, target="reward"),),
-            scalar_head=JUDGE,
-        )
+        return _judge(self, Verify(), OutcomeClassifier(at=self.at, target="reward"))
 
 
 class Prm(Config, frozen=True, kw_only=True, tag="prm", tag_field="name"):
@@ -111,6 +108,8 @@ class Prm(Config, frozen=True, kw_only=True, tag="prm", tag_field="name"):
 
     Rows are a prompt, a list of ``completions`` (the steps) and a list of ``labels``: true, false,
     or numbers from 0 to 1. ``steps`` must be the same where the model is used.
+
+    Unconfirmed: the loss per step was read at second hand.
     """
 
     data: Dataset
@@ -140,6 +139,8 @@ class MathShepherd(Config, frozen=True, kw_only=True, tag="math_shepherd", tag_f
     Soft labels are chances, and the first step's chance is below 1 whatever it is worth: their
     ``min`` or ``product`` over an answer's steps prefers answers with few steps. Ask for ``last``,
     or use hard labels.
+
+    Unconfirmed: the formula was read at second hand; how many samples, is ours.
     """
 
     tasks: tuple[str, ...]
@@ -167,22 +168,16 @@ class MathShepherd(Config, frozen=True, kw_only=True, tag="math_shepherd", tag_f
             steps=self.steps,
             max_new_tokens=self.max_new_tokens,
         )
-        return Composition(
-            source=_frozen(self),
-            signals=(labels,),
-            terms=(StepClassifier(),),
-            scalar_head=JUDGE,
-        )
+        return _judge(self, labels, StepClassifier())
 
 
-def _frozen(method: OrmOnRollouts | MathShepherd) -> Rollouts:
-    """Answers of a policy that does not change while the judge is trained."""
-    return Rollouts(
-        tasks=method.tasks,
-        policy=method.generator,
-        group_size=method.group_size,
-        max_new_tokens=method.max_new_tokens,
-        sampling=method.sampling,
+def _judge(method: OrmOnRollouts | MathShepherd, signal: SignalSpec, term: TermSpec) -> Composition:
+    """A judge trained on the answers of a policy that does not change meanwhile."""
+    return Composition(
+        source=rollouts(method, policy=method.generator),
+        signals=(signal,),
+        terms=(term,),
+        scalar_head=JUDGE,
     )
 
 

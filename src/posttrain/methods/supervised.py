@@ -86,6 +86,8 @@ class Asft(Config, frozen=True, kw_only=True, tag="asft", tag_field="name"):
     """Anchored supervised fine-tuning: DFT, held near the policy that it started from.
 
     The penalty is the KL over the full vocabulary, the anchor first; ``kl_weight: 0`` is DFT.
+
+    Unconfirmed: the KL's direction was read at second hand; its weight is ours.
     """
 
     data: Dataset
@@ -115,7 +117,10 @@ class Asft(Config, frozen=True, kw_only=True, tag="asft", tag_field="name"):
 
 class ProbabilitySft(Config, frozen=True, kw_only=True, tag="probability_sft", tag_field="name"):
     """A function of the probability in place of its logarithm: small ``alpha`` for a model that
-    knows little about the task, 1 and more for one that knows much."""
+    knows little about the task, 1 and more for one that knows much.
+
+    Unconfirmed: the family was derived from a description at second hand.
+    """
 
     data: Dataset
     alpha: float = 1.0

@@ -49,18 +49,16 @@ class Kto(OnLabels, frozen=True, kw_only=True, tag="kto", tag_field="name"):
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
         )
-        return Composition(
-            source=replace(self.data, unpaired=True),
-            signals=(
-                ReferenceLogprobs(policy=self.reference),
-                MismatchedKL(policy=self.reference),
-            ),
-            terms=(term,),
-        )
+        signals = (ReferenceLogprobs(policy=self.reference), MismatchedKL(policy=self.reference))
+        source = replace(self.data, unpaired=True)
+        return Composition(source=source, signals=signals, terms=(term,))
 
 
 class Bco(OnLabels, frozen=True, kw_only=True, tag="bco", tag_field="name"):
-    """Binary classifier optimisation: the log-ratio is the classifier's logit."""
+    """Binary classifier optimisation: the log-ratio is the classifier's logit.
+
+    Unconfirmed: a library's document and its code disagree on the formula; this is the code's.
+    """
 
     beta: float = 0.01
 

@@ -17,7 +17,7 @@ from posttrain.composition.external import (
 )
 from posttrain.config import Config
 from posttrain.head import Stat
-from posttrain.objectives.values import Stats, TermCode, Values
+from posttrain.objectives.values import Stats, TermCode, Values, capped_exp
 from posttrain.trajectory import Column
 
 
@@ -33,7 +33,7 @@ def assumed_certain_gradient(
 def assumed_own_gradient(term: AssumedOwnGradient, stats: Stats, batch: PackedBatch) -> Values:
     """[N] −min(r A, clip(r) A)."""
     advantage_N = batch.columns[Column.ADVANTAGE]
-    ratio_N = (stats[Stat.LOGPROB] - batch.columns[Column.TRAINER_LOGPROB]).exp()
+    ratio_N = capped_exp(stats[Stat.LOGPROB] - batch.columns[Column.TRAINER_LOGPROB])
     gain_N = ratio_N * advantage_N
     kept_N = torch.minimum(
         gain_N, ratio_N.clamp(1 - term.clip_low, 1 + term.clip_high) * advantage_N

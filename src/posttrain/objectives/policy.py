@@ -32,14 +32,14 @@ from posttrain.objectives.policy_ratio import (
     sequence_means,
     weighed,
 )
-from posttrain.objectives.values import Stats, TermCode, Values, sequence_sums
+from posttrain.objectives.values import Stats, TermCode, Values, capped_exp, sequence_sums
 from posttrain.trajectory import Column
 
 
 def policy_gradient(term: PolicyGradient, stats: Stats, batch: PackedBatch) -> Values:
     """[N] −r A."""
     log_ratio_N = log_ratio(term.mismatch, stats, batch)
-    loss_N = -log_ratio_N.exp() * batch.columns[Column.ADVANTAGE]
+    loss_N = -capped_exp(log_ratio_N) * batch.columns[Column.ADVANTAGE]
     return weighed(term.mismatch, loss_N, _shown(log_ratio_N), batch)
 
 
@@ -49,7 +49,7 @@ def clipped_policy_gradient(
     """[N] −min(r A, clip(r) A), with the second bound and the sequence mask if asked for."""
     advantage_N = batch.columns[Column.ADVANTAGE]
     log_ratio_N = log_ratio(term.mismatch, stats, batch)
-    ratio_N = log_ratio_N.exp()
+    ratio_N = capped_exp(log_ratio_N)
     gain_N = ratio_N * advantage_N
     kept_N = torch.minimum(
         gain_N, ratio_N.clamp(1 - term.clip_low, 1 + term.clip_high) * advantage_N
@@ -74,7 +74,7 @@ def sequence_policy_gradient(
     """[N] −min(s A, clip(s) A) of the token's sequence."""
     advantage_S = sequence_advantages(batch)
     log_ratio_N = log_ratio(term.mismatch, stats, batch)
-    ratio_S = sequence_means(log_ratio_N, batch).exp()
+    ratio_S = capped_exp(sequence_means(log_ratio_N, batch))
     gain_S = ratio_S * advantage_S
     kept_S = torch.minimum(
         gain_S, ratio_S.clamp(1 - term.clip_low, 1 + term.clip_high) * advantage_S
@@ -95,7 +95,7 @@ def geometric_policy_gradient(
         log_ratio_N.clamp(max=term.clip_high),
         log_ratio_N.clamp(min=-term.clip_low),
     )
-    loss_S = -advantage_S * sequence_means(clipped_N, batch).exp()
+    loss_S = -advantage_S * capped_exp(sequence_means(clipped_N, batch))
     shown = {**_shown(log_ratio_N), "clipped": (clipped_N != log_ratio_N).float()}
     return weighed(term.mismatch, loss_S[batch.sequence_N], shown, batch)
 
@@ -119,7 +119,7 @@ def soft_gated_policy_gradient(
     advantage_N = batch.columns[Column.ADVANTAGE]
     log_ratio_N = log_ratio(term.mismatch, stats, batch)
     tau_N = torch.where(advantage_N > 0, term.temperature_up, term.temperature_down)
-    gate_N = 4 / tau_N * torch.sigmoid(tau_N * (log_ratio_N.exp() - 1))
+    gate_N = 4 / tau_N * torch.sigmoid(tau_N * (capped_exp(log_ratio_N) - 1))
     return weighed(term.mismatch, -gate_N * advantage_N, _shown(log_ratio_N), batch)
 
 
@@ -142,7 +142,7 @@ def shaped_weight_policy_gradient(
 
 def _shown(log_ratio_N: Tensor) -> dict[str, Tensor]:
     log_ratio_N = log_ratio_N.detach()
-    return {"ratio": log_ratio_N.exp(), "policy_shift": -log_ratio_N}
+    return {"ratio": capped_exp(log_ratio_N), "policy_shift": -log_ratio_N}
 
 
 _READS = frozenset({Stat.SAMPLED_LOGPROB, Stat.ENTROPY})

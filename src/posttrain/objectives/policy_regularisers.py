@@ -14,7 +14,7 @@ from posttrain.composition.policy_regularisers import (
 from posttrain.config import Config
 from posttrain.head import Stat
 from posttrain.objectives.policy_ratio import log_ratio
-from posttrain.objectives.values import Stats, TermCode, Values
+from posttrain.objectives.values import Stats, TermCode, Values, capped_exp
 from posttrain.trajectory import Column
 
 
@@ -23,7 +23,7 @@ def reference_kl(term: ReferenceKL, stats: Stats, batch: PackedBatch) -> Values:
     u_N = stats[Stat.LOGPROB] - batch.columns[Column.REFERENCE_LOGPROB]
     # exp(-u) overflows when the reference is much surer than the policy; 20 nats is e^20.
     k3_N = (-u_N).clamp(max=20).exp() + u_N - 1
-    ratio_N = log_ratio(None, stats, batch).exp()
+    ratio_N = capped_exp(log_ratio(None, stats, batch))
     if term.estimator == "k3_without_ratio":
         loss_N = k3_N
     elif term.estimator == "k2":

@@ -40,11 +40,8 @@ from posttrain.composition.preference import (
 )
 from posttrain.config import Config
 from posttrain.head import Stat
-from posttrain.objectives.values import Stats, TermCode, Values, sequence_sums
+from posttrain.objectives.values import Stats, TermCode, Values, capped_exp, sequence_sums
 from posttrain.trajectory import Column
-
-LARGEST_EXPONENT = 20.0
-"""Exponentials go on as straight lines above it: e^20 is 5e8, and gradients stay alive."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,17 +98,6 @@ def shared_sums(values_N: Tensor, batch: PackedBatch, *, tail: float) -> Sides:
         return value_E.new_zeros(len(length_P)).index_add(0, pair_E, counted_E)
 
     return Sides(side(batch.pairs_P2[:, 0]), side(batch.pairs_P2[:, 1]))
-
-
-def capped_exp(x: Tensor) -> Tensor:
-    """e^x, continued above ``LARGEST_EXPONENT`` by its tangent.
-
-    Example:
-        >>> x = torch.tensor([19.0, 20.0, 21.0])
-        >>> [round(y, 3) for y in (capped_exp(x) / math.exp(20)).tolist()]
-        [0.368, 1.0, 2.0]
-    """
-    return x.clamp(max=LARGEST_EXPONENT).exp() * (1 + (x - LARGEST_EXPONENT).clamp(min=0))
 
 
 def _paired(loss_P: Tensor, margin_P: Tensor, sides: Sides) -> Values:

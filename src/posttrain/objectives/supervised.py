@@ -17,7 +17,7 @@ from posttrain.composition.supervised import (
 )
 from posttrain.config import Config
 from posttrain.head import Stat
-from posttrain.objectives.values import Stats, TermCode, Values
+from posttrain.objectives.values import Stats, TermCode, Values, capped_exp
 from posttrain.trajectory import Column
 
 
@@ -61,7 +61,7 @@ def probability_loss(term: ProbabilityLoss, stats: Stats, batch: PackedBatch) ->
 def proximal_cross_entropy(term: ProximalCrossEntropy, stats: Stats, batch: PackedBatch) -> Values:
     """[N] −min(r, 1 + ε)."""
     log_ratio_N = stats[Stat.LOGPROB] - batch.columns[Column.TRAINER_LOGPROB]
-    ratio_N = log_ratio_N.exp()
+    ratio_N = capped_exp(log_ratio_N)
     bound = 1 + term.clip_high
     shown = {"ratio": ratio_N.detach(), "clipped": (ratio_N > bound).float()}
     return Values(-ratio_N.clamp(max=bound), shown)

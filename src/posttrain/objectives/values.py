@@ -19,6 +19,9 @@ from posttrain.head import Stat, Wanted
 
 Stats = Mapping[Wanted, Tensor]
 
+LARGEST_EXPONENT = 20.0
+"""Exponentials go on as straight lines above it: e^20 is 5e8, and gradients stay alive."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Values:
@@ -45,3 +48,16 @@ def sequence_sums(values_N: Tensor, batch: PackedBatch) -> Tensor:
     """[S] sums over each sequence's trained tokens."""
     sums_S = torch.zeros(batch.num_sequences, dtype=values_N.dtype, device=values_N.device)
     return sums_S.index_add(0, batch.sequence_N, values_N)
+
+
+def capped_exp(x: Tensor) -> Tensor:
+    """e^x, continued above ``LARGEST_EXPONENT`` by its tangent.
+
+    An overflow would also spoil what a clip holds back: its gradient is 0 times infinity, NaN.
+
+    Example:
+        >>> x = torch.tensor([19.0, 20.0, 21.0])
+        >>> [round(y, 3) for y in (capped_exp(x) / capped_exp(x[1])).tolist()]
+        [0.368, 1.0, 2.0]
+    """
+    return x.clamp(max=LARGEST_EXPONENT).exp() * (1 + (x - LARGEST_EXPONENT).clamp(min=0))

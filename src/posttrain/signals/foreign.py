@@ -13,13 +13,13 @@ from typing import final
 import numpy as np
 
 from posttrain import clock
-from posttrain.composition import ForeignTeacher
+from posttrain.composition import ForeignTeacher, SpanAdvantage
 from posttrain.errors import TaskError
 from posttrain.protocols import Policy, Renderer
 from posttrain.provenance import IntArray, Role, Span
 from posttrain.signals.scoring import attach
 from posttrain.task import Task
-from posttrain.trajectory import Array, Column, Group, Trajectory
+from posttrain.trajectory import Array, Column, End, Group, Scored, Trajectory
 
 
 @final
@@ -51,31 +51,10 @@ class ForeignTeacherSignal:
 
     def _retokenised(self, trajectory: Trajectory) -> Trajectory:
         """The same text in the teacher's tokens, with one more token to be predicted at its end."""
-        task = self.tasks.get(trajectory.task)
-        if task is None:
-            raise TaskError(
-                f"a trajectory of task {trajectory.task}, which no task set holds",
-                expected="a task: the teacher reads the question in its own tokens",
-            )
-        prompt = self.teacher.renderer.prompt(task)
         text = self.renderer.text(trajectory.tokens[trajectory.prompt_length :])
         body = encoded(self.teacher.renderer, text)
         # The last token is never read: its distribution, not its id, is asked for.
-        tokens = np.concatenate([prompt.tokens, body, prompt.tokens[-1:]]).astype(np.int32)
-        if len(tokens) > self.teacher.context:
-            raise TaskError(
-                f"the teacher would read {len(tokens)} tokens of {task.key}",
-                expected=f"at most its context of {self.teacher.context}",
-            )
-        author = self.teacher.producer
-        span = Span(length=len(body) + 1, role=Role.ASSISTANT, producer=author)
-        return Trajectory(
-            task=trajectory.task,
-            tokens=tokens,
-            prompt_length=len(prompt.tokens),
-            spans=(*prompt.spans, span),
-            parent=trajectory.id,
-        )
+        return read_by(self.teacher, trajectory, _task(trajectory, self.tasks), [*body, 0])
 
     def _columns(
         self, trajectory: Trajectory, read: Trajectory, values: Array
@@ -97,6 +76,114 @@ class ForeignTeacherSignal:
                 rows[cut + index] = values[read.prompt_length + theirs[length]]
                 aligned[cut + index] = 1.0
         return {Column.TEACHER_SORTED: rows, Column.TEACHER_ALIGNED: aligned}
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class SpanAdvantageSignal:
+    """Adds ``ADVANTAGE`` [T]: the log-ratio of teacher and policy of the span a token stands in."""
+
+    spec: SpanAdvantage
+    teacher: Policy
+    renderer: Renderer  # the learner's
+    tasks: Mapping[str, Task]  # those that may be drawn, by key
+
+    def score(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """The same groups with the column on every member, NaN where nothing is trained."""
+        members = [m for g in groups for m in g.members]
+        read = [self._retokenised(m.trajectory) for m in members]
+        with clock.measure("teacher"):
+            said = self.teacher.logprobs(read)
+        rows = zip(members, read, said, strict=True)
+        return attach(groups, [{Column.ADVANTAGE: self._advantages(*row)} for row in rows])
+
+    def _retokenised(self, trajectory: Trajectory) -> Trajectory:
+        """The same answer in the teacher's tokens, with the end of its turn."""
+        task = _task(trajectory, self.tasks)
+        text = self.renderer.text(trajectory.tokens[trajectory.prompt_length :])
+        answer = self.teacher.renderer.answer(task, text)
+        return read_by(self.teacher, trajectory, task, answer)
+
+    def _advantages(self, member: Scored, read: Trajectory, said: Array) -> Array:
+        trajectory = member.trajectory
+        cut, ended = trajectory.prompt_length, trajectory.end is End.COMPLETED
+        own_L = member.columns[Column.BEHAVIOUR_LOGPROB][cut:].astype(np.float64)
+        their_L = said[read.prompt_length :].astype(np.float64)
+        spans = common_spans(
+            boundaries(self.renderer, trajectory.tokens[cut:]),
+            boundaries(self.teacher.renderer, read.tokens[read.prompt_length :]),
+            ended=ended,
+        )
+        out = np.full(len(trajectory), np.nan, np.float32)
+        out[cut:] = 0.0
+        for own, theirs in spans:
+            out[cut + own.start : cut + own.stop] = their_L[theirs].sum() - own_L[own].sum()
+        return out
+
+
+def common_spans(
+    own: Sequence[int | None], theirs: Sequence[int | None], *, ended: bool
+) -> list[tuple[slice, slice]]:
+    """Tokens of the one and of the other tokenizer between boundaries that both have.
+
+    Args:
+        own: characters before each token and after the last, as ``boundaries`` gives them.
+        theirs: those of the other tokenizer, whose last token ends the turn.
+        ended: whether the last token of ``own`` ends the turn too.
+
+    Example:
+        >>> spans = common_spans([0, 1, 2, 3, 3], [0, 2, 3, 3], ended=True)
+        >>> [(a.start, a.stop, b.start, b.stop) for a, b in spans]
+        [(0, 2, 0, 1), (2, 3, 1, 2), (3, 4, 2, 3)]
+    """
+    first: dict[int, int] = {}
+    for index, length in enumerate(theirs[:-1]):
+        if length is not None:
+            first.setdefault(length, index)
+    inside = own[:-1] if ended else own
+    shared = [(i, first[n]) for i, n in enumerate(inside) if n is not None and n in first]
+    if ended:
+        shared.append((len(own) - 1, len(theirs) - 1))
+    found, (i, j) = [], (0, 0)
+    for next_i, next_j in shared:
+        if next_i > i and next_j > j:  # a token without text belongs to what follows
+            found.append((slice(i, next_i), slice(j, next_j)))
+            i, j = next_i, next_j
+    return found
+
+
+def read_by(
+    teacher: Policy, trajectory: Trajectory, task: Task, written: Sequence[int] | IntArray
+) -> Trajectory:
+    """A task in the teacher's own tokens, and what was written after it.
+
+    Raises:
+        TaskError: more tokens than the teacher can read.
+    """
+    prompt = teacher.renderer.prompt(task)
+    tokens = np.concatenate([prompt.tokens, np.asarray(written)]).astype(np.int32)
+    if len(tokens) > teacher.context:
+        raise TaskError(
+            f"the teacher would read {len(tokens)} tokens of {task.key}",
+            expected=f"at most its context of {teacher.context}",
+        )
+    span = Span(length=len(written), role=Role.ASSISTANT, producer=teacher.producer)
+    return Trajectory(
+        task=trajectory.task,
+        tokens=tokens,
+        prompt_length=len(prompt.tokens),
+        spans=(*prompt.spans, span),
+        parent=trajectory.id,
+    )
+
+
+def _task(trajectory: Trajectory, tasks: Mapping[str, Task]) -> Task:
+    if trajectory.task not in tasks:
+        raise TaskError(
+            f"a trajectory of task {trajectory.task}, which no task set holds",
+            expected="a task: the teacher reads the question in its own tokens",
+        )
+    return tasks[trajectory.task]
 
 
 def encoded(renderer: Renderer, text: str) -> IntArray:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from posttrain.composition.teaching import (
     DeltaAdvantage,
     ForeignTeacher,
+    SpanAdvantage,
     TeacherAdvantage,
     TeachingSpec,
     teachers_of,
 )
 from posttrain.protocols import Policy, Signal
-from posttrain.signals.foreign import ForeignTeacherSignal
+from posttrain.signals.foreign import ForeignTeacherSignal, SpanAdvantageSignal
 from posttrain.signals.memory import Memory
 from posttrain.signals.scoring import TeacherSignal
 from posttrain.signals.teacher_credit import DeltaAdvantageSignal, TeacherAdvantageSignal
@@ -47,5 +48,7 @@ def teaching_signal(
             return DeltaAdvantageSignal(spec, live, judge(spec.teacher), judge(spec.base))
         case ForeignTeacher():
             return ForeignTeacherSignal(spec, stranger(spec.teacher), live.renderer, tasks)
+        case SpanAdvantage():
+            return SpanAdvantageSignal(spec, stranger(spec.teacher), live.renderer, tasks)
     teachers = {ref: judge(ref) for ref in teachers_of(spec)}
     return TeacherSignal(spec, teachers, tasks, memory, heads or {})

@@ -1,0 +1,88 @@
+"""No ratio without the probability that a token was really drawn with: every term that has one."""
+
+from typing import get_args
+
+import pytest
+
+from posttrain.composition import (
+    AdaptiveEntropyBonus,
+    AdvantageWeighted,
+    Composition,
+    Dataset,
+    GroupAdvantage,
+    KLPenalty,
+    MarkEntropy,
+    ReferenceLogprobs,
+    Rollouts,
+    SamplingSpec,
+    TermSpec,
+    TrainerLogprobs,
+    Verify,
+    WeightedCrossEntropy,
+)
+from posttrain.errors import LegalityError
+from posttrain.legality import check_composition
+from posttrain.provenance import Kind
+from posttrain.trajectory import Column
+
+GIVEN = {AdaptiveEntropyBonus: {"target": 0.5}, WeightedCrossEntropy: {"by": "weight"}}
+
+
+def every_term():
+    return [kind(**GIVEN.get(kind, {})) for kind in get_args(TermSpec)]
+
+
+RATIOS = [t for t in every_term() if Column.BEHAVIOUR_LOGPROB in t.needs]
+SIGNALS = (Verify(), GroupAdvantage(), ReferenceLogprobs(), MarkEntropy())
+TRUNCATED = [{"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}, {"temperature": 0.0}]
+
+
+def named(term):
+    return term.__struct_config__.tag
+
+
+def test_terms_with_a_ratio_are_known():
+    tags = {named(t) for t in RATIOS}
+    assert {"clipped_policy_gradient", "reference_kl", "log_ratio_penalty"} <= tags
+    assert len(RATIOS) == 9
+
+
+@pytest.mark.parametrize("term", RATIOS, ids=named)
+def test_on_rollouts_of_the_learner_it_is_legal(term):
+    check_composition(
+        Composition(source=Rollouts(tasks=("sums",)), signals=SIGNALS, terms=(term,)), stage="s"
+    )
+
+
+@pytest.mark.parametrize("author", [Kind.EXTERNAL, Kind.HUMAN, Kind.TEACHER])
+@pytest.mark.parametrize("term", RATIOS, ids=named)
+def test_on_text_of_others_it_is_refused(term, author):
+    data = Dataset(path="logged.jsonl", reward="reward", author=author)
+    constant = GroupAdvantage(baseline="constant", value=0.0, scale="none")
+    signals = (constant, ReferenceLogprobs(), MarkEntropy())
+    with pytest.raises(LegalityError, match=r"behaviour_logprob|the source writes"):
+        check_composition(Composition(source=data, signals=signals, terms=(term,)), stage="s")
+
+
+@pytest.mark.parametrize("how", TRUNCATED, ids=str)
+@pytest.mark.parametrize("term", RATIOS, ids=named)
+def test_on_truncated_samples_it_is_refused(term, how):
+    source = Rollouts(tasks=("sums",), sampling=SamplingSpec(**how))
+    with pytest.raises(LegalityError, match="importance ratio on truncated sampling"):
+        check_composition(Composition(source=source, signals=SIGNALS, terms=(term,)), stage="s")
+
+
+@pytest.mark.parametrize("how", TRUNCATED, ids=str)
+@pytest.mark.parametrize("signal", [KLPenalty(), TrainerLogprobs()], ids=named)
+def test_a_signal_that_compares_log_probs_is_refused_there_too(signal, how):
+    """Also where no term has a ratio: a penalty would count the truncation as a change of π."""
+    signals = (Verify(), ReferenceLogprobs(), signal, GroupAdvantage())
+    plain = Rollouts(tasks=("sums",))
+    check_composition(
+        Composition(source=plain, signals=signals, terms=(AdvantageWeighted(),)), stage="s"
+    )
+    source = Rollouts(tasks=("sums",), sampling=SamplingSpec(**how))
+    with pytest.raises(LegalityError, match=f"{named(signal)} on samples at"):
+        check_composition(
+            Composition(source=source, signals=signals, terms=(AdvantageWeighted(),)), stage="s"
+        )
