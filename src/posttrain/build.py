@@ -10,7 +10,6 @@ from pathlib import Path
 from posttrain.chat import ChatRenderer
 from posttrain.composition import (
     MOVING,
-    Composition,
     Dataset,
     Gae,
     Judge,
@@ -22,19 +21,17 @@ from posttrain.composition import (
     SignalSpec,
     SourceSpec,
     StepLabels,
-    TeacherDistribution,
     TeacherLogprobs,
     parts_of,
 )
 from posttrain.composition.company import Rival
 from posttrain.composition.credit import CreditSpec
-from posttrain.composition.distillation import Softened
 from posttrain.composition.offline import OfflineSignal
 from posttrain.composition.preference_signals import PreferenceSignal
 from posttrain.composition.reward_models import RewardModelSignal
-from posttrain.composition.teaching import TeachingSpec, teachers_of
+from posttrain.composition.teaching import TeachingSpec
 from posttrain.extensions import SignalTools, signal_extension
-from posttrain.legality import scopes
+from posttrain.legality import compared_in_the_loss, scopes
 from posttrain.logits import Head
 from posttrain.objectives.objective import Objective
 from posttrain.plan import PlannedStage
@@ -56,7 +53,6 @@ from posttrain.sources.redraw import RedrawSource
 from posttrain.sources.rollout import RolloutSource
 from posttrain.stage import Parts
 from posttrain.task import Task, TaskSet
-from posttrain.trajectory import Column
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -195,8 +191,8 @@ class Workshop:
     def _teacher_heads(self, planned: PlannedStage) -> Mapping[str, Head]:
         """Heads of the teachers of whom hidden states are enough, by reference and in order."""
         heads = dict[str, Head]()
-        for ref in _compared_by_the_head(planned.composition):
-            hidden = self.policy(_resolve(ref, planned)).hidden if ref != "learner" else None
+        for ref in compared_in_the_loss(planned.composition):
+            hidden = self.policy(_resolve(ref, planned)).hidden
             if hidden is not None:
                 heads[ref] = hidden.head
         return heads
@@ -219,21 +215,6 @@ def _comes_again(planned: PlannedStage) -> bool:
     composition = planned.composition
     reads = any(isinstance(s, ReferenceLogprobs | TeacherLogprobs) for s in composition.signals)
     return reads and any(isinstance(p, Dataset) for p in parts_of(composition.source))
-
-
-def _compared_by_the_head(composition: Composition) -> tuple[str, ...]:
-    """Teachers whose distributions are only read as divergences of whole vocabularies.
-
-    Whatever else reads log-probs of a teacher, such as a term of another package, gets them.
-    """
-    column = Column.TEACHER_LOGPROBS
-    given = [s for s in composition.signals if isinstance(s, TeacherDistribution)]
-    others = [t for t in composition.terms if column in t.needs and not isinstance(t, Softened)]
-    if len(given) != 1 or given[0].top_k is not None or others:
-        return ()
-    if any(column in s.needs for s in composition.signals):
-        return ()
-    return teachers_of(given[0])
 
 
 def _resolve(ref: str, planned: PlannedStage) -> str:

@@ -14,12 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from posttrain.composition import (
+    MOVING,
     Composition,
     Dataset,
     ForeignTeacher,
     Gae,
     MismatchedKL,
     Mix,
+    PolicyRef,
     Redraw,
     ReferenceKL,
     ReferenceLogprobs,
@@ -37,6 +39,7 @@ from posttrain.composition import (
 from posttrain.composition.credit import Grouped, KLPenalty, TrainerLogprobs
 from posttrain.composition.distillation import Softened
 from posttrain.composition.scalar_heads import readouts
+from posttrain.composition.teaching import teachers_of
 from posttrain.errors import LegalityError
 from posttrain.provenance import Kind
 from posttrain.trajectory import Column, Discard, Group
@@ -199,6 +202,22 @@ def column_readers(terms: Sequence[TermSpec]) -> Mapping[Column, frozenset[Kind]
 def readable(term: TermSpec) -> frozenset[Kind]:
     """Kinds of author whose tokens the term reads: what it accepts, limited by ``where``."""
     return term.accepts & frozenset(term.where) if term.where else term.accepts
+
+
+def compared_in_the_loss(composition: Composition) -> tuple[PolicyRef, ...]:
+    """Frozen teachers whose distributions are read as divergences of whole vocabularies only.
+
+    Of these the loss needs hidden states and the head. Whatever else reads log-probs of a teacher,
+    such as a term of another package, gets them.
+    """
+    column = Column.TEACHER_LOGPROBS
+    given = [s for s in composition.signals if isinstance(s, TeacherDistribution)]
+    others = [t for t in composition.terms if column in t.needs and not isinstance(t, Softened)]
+    if len(given) != 1 or given[0].top_k is not None or others:
+        return ()
+    if any(column in s.needs for s in composition.signals):
+        return ()
+    return tuple(r for r in dict.fromkeys(teachers_of(given[0])) if r not in ("learner", MOVING))
 
 
 def _check_columns(

@@ -22,6 +22,7 @@ from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.composition import Dataset, Mix, Rollouts, TeacherDistribution, parts_of
 from posttrain.errors import ModelError
 from posttrain.files import hash_folder
+from posttrain.legality import compared_in_the_loss
 from posttrain.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
 from posttrain.recipe import Recipe
 
@@ -38,6 +39,7 @@ class Shape:
     num_weights: int
     context: int
     vocab_size: int
+    hidden_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,19 +156,26 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
         extra += f" + {_size(4 * weights)} critic"
     tokens = planned.spec.micro_batch_tokens or 2**25
     logits = min(tokens * shape.vocab_size, 2**25) * 4
-    teacher = 0
-    for signal in planned.composition.signals:
-        if isinstance(signal, TeacherDistribution):
-            sources = parts_of(planned.composition.source)
-            # A row of a data set has no limit of its own but the context.
-            longest = max(
-                p.group_size * p.max_new_tokens if isinstance(p, Rollouts) else shape.context
-                for p in sources
-            )
-            rows = planned.spec.groups_per_step * longest
-            teacher = rows * (signal.top_k or shape.vocab_size) * 4
-    held = f"; teacher distributions up to {_size(teacher)} per step" if teacher else ""
+    held = "".join(
+        f"; teacher {_heard(signal, planned, shape)} per step"
+        for signal in planned.composition.signals
+        if isinstance(signal, TeacherDistribution)
+    )
     return f"{parts}{extra}; logits up to {_size(logits)}{held}"
+
+
+def _heard(signal: TeacherDistribution, planned: PlannedStage, shape: Shape) -> str:
+    """What teachers say of a draw: distributions, or the hidden states behind them."""
+    # A row of a data set has no limit of its own but the context.
+    longest = max(
+        p.group_size * p.max_new_tokens if isinstance(p, Rollouts) else shape.context
+        for p in parts_of(planned.composition.source)
+    )
+    rows = planned.spec.groups_per_step * longest
+    if set(signal.routes.values()) <= set(compared_in_the_loss(planned.composition)):
+        # Teachers are taken to be as wide as the learner.
+        return f"hidden states up to {_size(rows * shape.hidden_size * 4)}"
+    return f"distributions up to {_size(rows * (signal.top_k or shape.vocab_size) * 4)}"
 
 
 def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
@@ -270,7 +279,9 @@ def read_shape(folder: Path) -> Shape:
                 header = json.loads(stream.read(length))
             total += sum(math.prod(t["shape"]) for n, t in header.items() if n != "__metadata__")
         settings = AutoConfig.from_pretrained(folder).get_text_config()
-        return Shape(total, settings.max_position_embeddings, settings.vocab_size)
+        return Shape(
+            total, settings.max_position_embeddings, settings.vocab_size, settings.hidden_size
+        )
     except (OSError, ValueError, KeyError, AttributeError, struct.error, OverflowError) as error:
         raise _unreadable(folder, error) from error
 

@@ -13,7 +13,6 @@ from test_distillation_terms import DENSE, name
 from posttrain import fused, logits
 from posttrain import stage as stages
 from posttrain.batch import pack
-from posttrain.build import _compared_by_the_head
 from posttrain.composition import (
     Composition,
     EntropyAwareKL,
@@ -27,6 +26,7 @@ from posttrain.divergence import Divergence, Shape, Sides, divergence, sloped
 from posttrain.engines.policy import LocalPolicy
 from posttrain.errors import LegalityError
 from posttrain.head import Stat, token_stats
+from posttrain.legality import compared_in_the_loss
 from posttrain.logits import LinearHead
 from posttrain.methods.distillation import Opd
 from posttrain.objectives.distillation import divergence_of
@@ -373,7 +373,7 @@ def test_whatever_else_reads_the_log_probs_gets_them():
     source = Rollouts(tasks=("letters",))
 
     def compared(*terms, signals=(SPEC,)):
-        return _compared_by_the_head(Composition(source=source, signals=signals, terms=terms))
+        return compared_in_the_loss(Composition(source=source, signals=signals, terms=terms))
 
     assert compared(TeacherReverseKL(), TeacherForwardKL()) == ("t",)
     assert compared(TeacherReverseKL(), EntropyAwareKL()) == ()
