@@ -86,8 +86,6 @@ def diagnose(
     from posttrain.diagnosis.diagnose import write_diagnosis
     from posttrain.diagnosis.rules import load_rules
     from posttrain.diagnosis.show import card
-    from posttrain.files import write_atomic
-    from posttrain.report.card import render_card
 
     book = load_rules(rules)
     with console:
@@ -99,8 +97,7 @@ def diagnose(
             budget=budget,
             observe=console.observe,
         )
-    written = [*write_diagnosis(found, out), out / "diagnosis.html"]
-    write_atomic(written[-1], render_card(found))
+    written = write_diagnosis(found, out)
     Terminal(highlight=False).print(card(found, written=tuple(written)))
 
 

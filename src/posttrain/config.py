@@ -55,6 +55,35 @@ def plain(config: Config) -> dict[str, Any]:
     return built
 
 
+def brief(value: object) -> Any:
+    """The configuration as plain data without options that have their default.
+
+    Reads back to an equal configuration.
+
+    Example:
+        >>> class Pen(Config, frozen=True, kw_only=True):
+        ...     colour: str
+        ...     width: float = 0.5
+        >>> brief(Pen(colour="red", width=0.5)), brief(Pen(colour="red", width=2.0))
+        ({'colour': 'red'}, {'colour': 'red', 'width': 2.0})
+    """
+    if isinstance(value, msgspec.Struct):
+        shape = value.__struct_config__
+        built: dict[str, Any] = {} if shape.tag is None else {str(shape.tag_field): shape.tag}
+        for option in msgspec.structs.fields(value):
+            usual = option.default
+            if option.default_factory is not msgspec.NODEFAULT:
+                usual = option.default_factory()
+            if (found := getattr(value, option.name)) != usual:
+                built[option.encode_name] = brief(found)
+        return built
+    if isinstance(value, Mapping):
+        return {key: brief(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [brief(entry) for entry in value]
+    return msgspec.to_builtins(value)
+
+
 C = TypeVar("C", bound=Config)
 
 

@@ -144,6 +144,8 @@ def test_what_is_open_names_what_would_decide():
         )
     )
     assert "likeliest: choice" in page
+    assert f"not decided. Likeliest: {Bottleneck.CHOICE.meaning}" in page
+    assert "choice?</span>" in page, "the picture does not claim it either"
     assert "pass@64 on 40 more prompts" in page
 
 
@@ -184,6 +186,20 @@ def test_the_order_of_remedies():
     assert "Needed first: demos" in page
     assert "Next: practise on its own answers" in page
     assert "Later: diagnose again before: later" in page
+
+
+def test_the_picture_comes_first_and_has_a_bar_for_every_task_set():
+    page = render_card(diagnosis(task(), task(task="chains")))
+    top, _, _ = page.partition('class="lede"')
+    widths = re.findall(r'width="([\d.]+)" height="1"', top)
+    assert [float(w) for w in widths] == [100, 90, 10] * 2
+    assert "sums: 10% right at the first try, 90% within 64 tries" in top
+
+
+def test_reasons_are_told_without_names_of_readings():
+    finding = replace(task().findings[0], because=("efficiency_gap is 0.80, at least 0.15",))
+    page = render_card(diagnosis(task(findings=(finding,))))
+    assert "success within all tries minus pass@1 is 0.80, at least 0.15" in page
 
 
 def test_numbers_that_are_not_finite():
