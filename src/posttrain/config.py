@@ -162,7 +162,9 @@ def _hint(message: str, to: object) -> str | None:
     place = r"(?: - at `\$(.*)`)?"
     if unknown := re.search(rf"unknown field `(\w+)`{place}", message):
         structs = _structs(_type_at(to, unknown.group(2) or ""))
-        return nearest(unknown.group(1), {f.encode_name for s in structs for f in s.fields})
+        names = {f.encode_name for s in structs for f in s.fields}
+        # Another member of the union may have an option of that very name.
+        return nearest(unknown.group(1), names - {unknown.group(1)})
     if tag := re.search(rf"Invalid value '(.+?)'{place}", message):
         where = (tag.group(2) or "").rpartition(".")[0]
         options = {str(s.tag) for s in _structs(_type_at(to, where)) if s.tag is not None}
