@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from posttrain.clinic import _pages
 from posttrain.diagnosis.card import (
     Bottleneck,
     Choice,
@@ -204,3 +205,11 @@ def test_reasons_are_told_without_names_of_readings():
 
 def test_numbers_that_are_not_finite():
     assert [number(x) for x in (float("inf"), float("-inf"), -0.5)] == ["∞", "−∞", "-0.500"]
+
+
+def test_a_treatment_has_a_page_for_every_diagnosis(tmp_path):
+    for seed in (0, 2, 10):
+        (tmp_path / f"{seed}.json").write_text(diagnosis(seed=seed).to_json())
+    written = _pages(tmp_path)
+    assert [p.name for p in written] == ["0.html", "2.html", "10.html"]
+    assert written[2].read_text() == render_card(diagnosis(seed=10))
