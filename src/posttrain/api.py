@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from posttrain import pipeline
+from posttrain.diagnosis.between import Between
+from posttrain.diagnosis.between import between as compare_models
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.diagnosis.diagnose import BUDGET, Practice
 from posttrain.diagnosis.diagnose import diagnose as find_bottleneck
@@ -55,6 +57,15 @@ def run(
 def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Measurement:
     """Measure the recipe's model on its task sets; its stages are ignored."""
     return pipeline.measure_model(recipe, root=root, engine=engine_for(recipe), observe=observe)
+
+
+def compare(
+    recipe: Recipe, before: str, after: str, *, root: Path = Path(), observe: Observer = ignore
+) -> Between:
+    """Measure two models alike on the recipe's task sets; its model and stages are ignored."""
+    return compare_models(
+        recipe, before, after, root=root, engine=engine_for(recipe), observe=observe
+    )
 
 
 def diagnose(

@@ -140,31 +140,100 @@ cli.add_command(clinic.treat)
 @cli.command()
 @click.argument("before")
 @click.argument("after", required=False)
-@click.option("--tasks", "names", help="Task sets to compare, with commas between.  [default: all]")
-def compare(before: str, after: str | None, names: str | None) -> None:
+@click.option(
+    "--tasks",
+    "tasks",
+    help="Task sets to compare, with commas between; for two models a recipe.  [default: all]",
+)
+@click.option("--samples", type=click.IntRange(min=2), help="Samples per prompt, of two models.")
+def compare(before: str, after: str | None, tasks: str | None, samples: int | None) -> None:
     """What changed between two policies: expanded, sharpened, kept, weakened, lost.
 
     BEFORE and AFTER are measurement files, or RUN:POLICY such as out/tour:base. A run folder
-    alone compares its base with its last policy.
+    alone compares its base with its last policy. With `--tasks recipe.yaml` they are models, which
+    are measured first: then KL, and how probable new successes were before, are told as well.
     """
-    from posttrain.probes.attribution import compare as attribute
     from posttrain.probes.measurement import require_comparable
     from posttrain.probes.readings import require_prompts
-    from posttrain.tables import change_table, comparison_table
 
+    if tasks is not None and Path(tasks).is_file():
+        click.echo(_between(before, after, Path(tasks), samples))
+        return
+    if samples is not None:
+        raise ConfigError("--samples without models to measure", fix="add --tasks recipe.yaml")
     if after is None:
         policies = _policies(Path(before))
         before, after = f"{before}:{policies[0]}", f"{before}:{policies[-1]}"
     (first, spec), (second, _) = _measurement(before), _measurement(after)
-    if names is not None:
-        chosen = [name.strip() for name in names.split(",")]
+    if tasks is not None:
+        chosen = [name.strip() for name in tasks.split(",")]
         first, second = first.only(chosen), second.only(chosen)
     require_comparable(first, second)
     require_prompts(first)
-    comparison = attribute(first, second, epsilon=spec.threshold, confidence=spec.confidence)
-    click.echo(comparison_table(comparison))
-    click.echo()
-    click.echo(change_table(first, second, confidence=spec.confidence))
+    click.echo(_comparison(first, second, spec))
+
+
+def _comparison(first: Measurement, second: Measurement, spec: Measure) -> str:
+    """All that samples of two policies tell."""
+    from posttrain.probes.attribution import compare as attribute
+    from posttrain.tables import change_table, comparison_table, support_table
+
+    change = attribute(first, second, epsilon=spec.threshold, confidence=spec.confidence)
+    support = support_table(first, second, spec)
+    rest = change_table(first, second, confidence=spec.confidence)
+    return f"{comparison_table(change)}\n\n{support}\n\n{rest}"
+
+
+def _between(before: str, after: str | None, tasks: Path, samples: int | None) -> str:
+    """Two models, measured now."""
+    from posttrain.api import compare as compare_models
+    from posttrain.console import Console
+    from posttrain.recipe import measuring_recipe
+    from posttrain.tables import reach_words, readings_words
+
+    if after is None:
+        raise ConfigError(
+            f"one model to compare: {before}", expected="two, BEFORE and AFTER, with --tasks FILE"
+        )
+    sides = [_model_of(name) for name in (before, after)]
+    recipe = measuring_recipe(tasks, model=sides[0], samples=samples)
+    with Console() as console:
+        found = compare_models(recipe, *sides, root=tasks.parent, observe=console.observe)
+    blocks = [_comparison(found.before, found.after, recipe.measure)]
+    for task in recipe.measured_tasks:
+        told = [r for r in found.readings if r.task == task]
+        blocks += [readings_words(f"{task}: distance", told)] if told else []
+    blocks += [reach_words(found.reach)] if found.reach else []
+    blocks += [f"missing: {words}" for words in found.missing]
+    return "\n\n".join(blocks)
+
+
+def _model_of(name: str) -> str:
+    """The folder of a model or of RUN:POLICY; otherwise a hub id.
+
+    Raises:
+        ConfigError: neither of them.
+    """
+    from posttrain.plan import is_hub_id, model_path
+
+    folder, colon, policy = name.rpartition(":")
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    if colon and (Path(folder) / "recipe.json").is_file():
+        if policy == "base":
+            return model_path(_recipe_of(Path(folder)).model, Path(folder))
+        made = sorted((Path(folder) / "stages").glob(f"{policy}-*/model"))
+        if made:
+            return str(made[-1].resolve())
+        known = ["base", *(s.name for s in _recipe_of(Path(folder)).stages)]
+        raise ConfigError(f"{folder} has no model of {policy!r}", fix=nearest(policy, known))
+    if not is_hub_id(name):
+        raise ConfigError(
+            f"no model {name}",
+            expected="a model folder, RUN:POLICY or a hub id, when --tasks names a recipe",
+            fix="check the path",
+        )
+    return name
 
 
 def _recipe_of(out: Path) -> Recipe:
@@ -209,7 +278,7 @@ def _measurement(text: str) -> tuple[Measurement, Measure]:
                 f"no measurement {text}",
                 expected="a file that `posttrain probe --out` wrote, or RUN:POLICY, such as "
                 "out/tour:base",
-                fix=f"name a policy: {text}:base" if path.is_dir() else "check the path",
+                fix=_how_to_name(path),
             )
         recipe = _recipe_of(Path(folder))
         path, spec = Path(folder) / "measurements" / f"{policy}.json", recipe.measure
@@ -228,6 +297,13 @@ def _measurement(text: str) -> tuple[Measurement, Measure]:
     if spec is None:
         spec = Measure(samples=found.tasks[0].num_samples) if found.tasks else Measure()
     return found, spec
+
+
+def _how_to_name(path: Path) -> str:
+    """What to write in place of a path that is no measurement."""
+    if (path / "config.json").is_file():
+        return "models are measured first: add --tasks recipe.yaml, which holds the task sets"
+    return f"name a policy: {path}:base" if path.is_dir() else "check the path"
 
 
 @cli.command()

@@ -86,8 +86,6 @@ def diagnose(
     from posttrain.diagnosis.diagnose import write_diagnosis
     from posttrain.diagnosis.rules import load_rules
     from posttrain.diagnosis.show import card
-    from posttrain.files import write_atomic
-    from posttrain.report.card import render_card
 
     book = load_rules(rules)
     with console:
@@ -99,8 +97,7 @@ def diagnose(
             budget=budget,
             observe=console.observe,
         )
-    written = [*write_diagnosis(found, out), out / "diagnosis.html"]
-    write_atomic(written[-1], render_card(found))
+    written = write_diagnosis(found, out)
     Terminal(highlight=False).print(card(found, written=tuple(written)))
 
 
@@ -161,7 +158,22 @@ def treat(
         click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
         sys.exit(INTERRUPTED)
     Terminal(highlight=False).print(course(done))
-    click.echo(f"\nreport: {write_report(out).resolve()}")
+    for page in _pages(out / "diagnoses"):
+        click.echo(f"diagnosis: {page.resolve()}")
+    click.echo(f"report: {write_report(out).resolve()}")
+
+
+def _pages(folder: Path) -> list[Path]:
+    """Write the page of every diagnosis of a treatment, beside its numbers."""
+    from posttrain.diagnosis.card import Diagnosis
+    from posttrain.files import write_atomic
+    from posttrain.report.card import render_card
+
+    pages = []
+    for found in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
+        pages.append(found.with_suffix(".html"))
+        write_atomic(pages[-1], render_card(Diagnosis.from_json(found.read_text(encoding="utf-8"))))
+    return pages
 
 
 def _supplies(

@@ -55,6 +55,35 @@ def plain(config: Config) -> dict[str, Any]:
     return built
 
 
+def brief(value: object) -> Any:
+    """The configuration as plain data without options that have their default.
+
+    Reads back to an equal configuration.
+
+    Example:
+        >>> class Pen(Config, frozen=True, kw_only=True):
+        ...     colour: str
+        ...     width: float = 0.5
+        >>> brief(Pen(colour="red", width=0.5)), brief(Pen(colour="red", width=2.0))
+        ({'colour': 'red'}, {'colour': 'red', 'width': 2.0})
+    """
+    if isinstance(value, msgspec.Struct):
+        shape = value.__struct_config__
+        built: dict[str, Any] = {} if shape.tag is None else {str(shape.tag_field): shape.tag}
+        for option in msgspec.structs.fields(value):
+            usual = option.default
+            if option.default_factory is not msgspec.NODEFAULT:
+                usual = option.default_factory()
+            if (found := getattr(value, option.name)) != usual:
+                built[option.encode_name] = brief(found)
+        return built
+    if isinstance(value, Mapping):
+        return {key: brief(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [brief(entry) for entry in value]
+    return msgspec.to_builtins(value)
+
+
 C = TypeVar("C", bound=Config)
 
 
@@ -133,7 +162,9 @@ def _hint(message: str, to: object) -> str | None:
     place = r"(?: - at `\$(.*)`)?"
     if unknown := re.search(rf"unknown field `(\w+)`{place}", message):
         structs = _structs(_type_at(to, unknown.group(2) or ""))
-        return nearest(unknown.group(1), {f.encode_name for s in structs for f in s.fields})
+        names = {f.encode_name for s in structs for f in s.fields}
+        # Another member of the union may have an option of that very name.
+        return nearest(unknown.group(1), names - {unknown.group(1)})
     if tag := re.search(rf"Invalid value '(.+?)'{place}", message):
         where = (tag.group(2) or "").rpartition(".")[0]
         options = {str(s.tag) for s in _structs(_type_at(to, where)) if s.tag is not None}

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from posttrain.probes.asked import asked_interval
 from posttrain.probes.bootstrap import Interval
 from posttrain.probes.measurement import TaskMeasurement
-from posttrain.probes.per_prompt import metric_interval
 from posttrain.recipe import Gate
 
 
@@ -52,7 +52,12 @@ class Detour:
 
 
 def decide(
-    gate: Gate, *, now: TaskMeasurement, since: TaskMeasurement, confidence: float
+    gate: Gate,
+    *,
+    now: TaskMeasurement,
+    since: TaskMeasurement,
+    confidence: float,
+    epsilon: float = 0.05,
 ) -> Decision:
     """Decide a gate.
 
@@ -61,14 +66,20 @@ def decide(
         now: the policy after the stage, on the gate's task.
         since: the policy that a change is counted from, on the same prompts.
         confidence: of the two-sided interval.
+        epsilon: success rate from which a prompt is in reach, for gates on support.
 
     Raises:
         ConfigError: k is more than the number of samples, or the metric was not measured.
         RunError: the two policies were not measured in the same way.
     """
     ((name, bound),) = gate.asked.items()
-    interval = metric_interval(
-        gate.metric, now, since=since if gate.compares else None, confidence=confidence
+    interval = asked_interval(
+        gate.metric,
+        now,
+        since=since,
+        change=gate.compares,
+        epsilon=epsilon,
+        confidence=confidence,
     )
     # A loss is a negative change: at most x lost is a change of at least -x.
     floor = name in ("at_least", "at_least_gained", "at_most_lost")

@@ -479,6 +479,7 @@ class _Run:
                     gate.task
                 ),
                 confidence=self.plan.recipe.measure.confidence,
+                epsilon=self.plan.recipe.measure.threshold,
             )
             for gate in planned.spec.gates
         ]

@@ -41,7 +41,7 @@ from posttrain.files import hash_file, hash_folder
 from posttrain.gates import Detour
 from posttrain.judges import check_judges
 from posttrain.legality import check_composition, scopes
-from posttrain.probes.per_prompt import METRICS, parse
+from posttrain.probes.asked import check_asked
 from posttrain.recipe import JsonlTasks, Recipe, Stage
 from posttrain.task import TaskSet
 
@@ -311,15 +311,15 @@ def _check_gates(recipe: Recipe) -> None:
     """A gate that could not be decided would be found out after its stage was trained."""
     for stage in recipe.stages:
         for gate in stage.gates:
-            key, k = parse(gate.metric)
-            if METRICS[key].takes_k and k > recipe.measure.samples:
+            try:
+                check_asked(gate.metric, samples=recipe.measure.samples, change=gate.compares)
+            except ConfigError as error:
                 raise ConfigError(
-                    f"stage {stage.name}: gate on {gate.metric}, and every prompt is measured "
-                    f"with {recipe.measure.samples} samples",
-                    expected=f"k of {key}@k <= measure.samples",
-                    fix="raise measure.samples, or lower k",
-                )
-            if key == "kl_base" and recipe.measure.sampling != SamplingSpec():
+                    f"stage {stage.name}: gate on {error.found}",
+                    expected=error.expected,
+                    fix=error.fix,
+                ) from None
+            if gate.metric == "kl_base" and recipe.measure.sampling != SamplingSpec():
                 raise ConfigError(
                     f"stage {stage.name}: gate on kl_base with tempered or truncated sampling",
                     expected="measure.sampling at temperature 1, without truncation",
@@ -329,7 +329,7 @@ def _check_gates(recipe: Recipe) -> None:
 def _check_since(spec: Stage, known: Mapping[str, str]) -> None:
     """What a gate compares with was measured: the base or a stage of this path."""
     for gate in spec.gates:
-        if gate.compares and (gate.since not in known or known[gate.since].startswith("path:")):
+        if gate.looks_back and (gate.since not in known or known[gate.since].startswith("path:")):
             raise ConfigError(
                 f"stage {spec.name}: gate since {gate.since!r}, which is not measured before it",
                 expected="base, or a stage that is sure to run before",

@@ -107,6 +107,10 @@ class Budget(Config, frozen=True, kw_only=True):
             )
 
 
+SINCE_READINGS = ("retention", "expanded_share", "shrunk_share", "crossover", "sharpening_tax")
+"""Metrics of a gate that are changes themselves: ``since`` says since which policy."""
+
+
 class Gate(Config, frozen=True, kw_only=True):
     """A decision after a stage, taken on the bound of an interval, not on its middle.
 
@@ -146,10 +150,11 @@ class Gate(Config, frozen=True, kw_only=True):
                 f"gate on {self.task} with otherwise: {self.otherwise} and to: {self.to}",
                 expected="`to`, a later stage, exactly when it branches",
             )
-        if self.since != "base" and not self.compares:
+        if self.since != "base" and not self.looks_back:
             raise ConfigError(
                 f"gate on {self.task} with since: {self.since}",
-                expected="a bound on a change: at_most_lost, at_least_gained or at_most_gained",
+                expected="a bound on a change: at_most_lost, at_least_gained or at_most_gained; "
+                f"or one of {', '.join(SINCE_READINGS)}",
             )
 
     @property
@@ -170,10 +175,15 @@ class Gate(Config, frozen=True, kw_only=True):
         return not self.asked.keys() & {"at_least", "at_most"}
 
     @property
+    def looks_back(self) -> bool:
+        """True when it needs another policy, to count a change from."""
+        return self.compares or self.metric in SINCE_READINGS
+
+    @property
     def words(self) -> str:
         """What is asked, in words."""
         ((name, bound),) = self.asked.items()
-        since = f" since {self.since}" if self.compares else ""
+        since = f" since {self.since}" if self.looks_back else ""
         head, _, tail = name.removeprefix("at_").partition("_")
         return f"at {head} {bound:g}{' ' + tail if tail else ''}{since}"
 

@@ -5,6 +5,7 @@ A sitting that adds nothing leaves no row: the ``run`` row is written before the
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from collections.abc import Mapping
@@ -113,8 +114,8 @@ class Records:
             {
                 "stage": stage,
                 "gate": msgspec.to_builtins(decision.gate),
-                "value": seen.value,
-                "ci": [seen.low, seen.high],
+                "value": _finite(seen.value),
+                "ci": [_finite(seen.low), _finite(seen.high)],
                 "confidence": seen.confidence,
                 "verdict": decision.verdict,
                 "passed": decision.passed,
@@ -127,3 +128,8 @@ class Records:
         if not any(r.kind is kind and r.body == same for r in read(self._ledger.path)):
             self.began()
             self._ledger.append(kind, body)
+
+
+def _finite(value: float) -> float | None:
+    """The number; None for one without an end, such as the group size that nothing reaches."""
+    return value if math.isfinite(value) else None

@@ -28,9 +28,10 @@ from posttrain.probes.curves import crossover
 from posttrain.probes.diversity import answer_entropies
 from posttrain.probes.measure import verifier_words
 from posttrain.probes.measurement import Measurement, TaskMeasurement
+from posttrain.probes.reachability import TaskReach
 from posttrain.probes.reading import FEWEST, Reading, number_words
 from posttrain.probes.readings import not_taken, paired_change, take
-from posttrain.probes.support import Label, labels
+from posttrain.probes.support import Label, labels, support_change
 from posttrain.probes.voting import answers_of
 from posttrain.recipe import Measure, load_recipe
 
@@ -187,6 +188,35 @@ def comparison_table(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
+def support_table(before: Measurement, after: Measurement, spec: Measure) -> str:
+    """Prompts in and out of reach before and after, and the rates that are made of them."""
+    table = _table(
+        f"support at a success rate of {spec.threshold:.3g}: prompts",
+        ("task", "preserved", "expanded", "shrunk", "out", "?", "SRR", "NDR", "NSCR",
+         "both, before,\nafter, none"),
+    )  # fmt: skip
+    for old in before.tasks:
+        s = support_change(
+            old, after.task(old.taskset), epsilon=spec.threshold, confidence=spec.confidence
+        )
+        seen = s.solvable
+        rates = ("–" if r is None else f"{r:.2f}" for r in (s.srr, s.ndr, s.nscr))
+        counts = (s.preserved, s.expanded, s.shrunk, s.out, s.undetermined)
+        four = (seen.both, seen.before_only, seen.after_only, seen.neither)
+        table.add_row(
+            old.taskset, *(str(c) for c in counts), *rates, ", ".join(str(c) for c in four)
+        )
+    return "\n".join(
+        [
+            _text(table),
+            "preserved: in reach before and after; expanded: out, then in; shrunk: in, then out;",
+            "?: too few samples to say. SRR: kept share of what was in reach. NDR: new share of",
+            "what is. NSCR: expanded less shrunk, of all three. Last: solved at least once by",
+            "both, only BEFORE, only AFTER, neither; with these samples, luck included.",
+        ]
+    )
+
+
 def change_table(before: Measurement, after: Measurement, *, confidence: float = 0.95) -> str:
     """What else changed, per task set: variety, cost, and where more tries stop helping.
 
@@ -214,6 +244,19 @@ def change_table(before: Measurement, after: Measurement, *, confidence: float =
             "first number of tries at which AFTER succeeds less often than BEFORE; none: not seen.",
         ]
     )
+
+
+def reach_words(reached: Sequence[TaskReach], *, most: int = 4) -> str:
+    """How probable the newly solved prompts were before."""
+    lines = ["how probable success was before, on prompts that only AFTER was seen to solve:"]
+    for reach in reached:
+        many = len(reach.prompts)
+        lines.append(f"  {reach.task}: {many} prompt{'s' if many > 1 else ''}, the rarest first")
+        rare = sorted(reach.prompts, key=lambda p: p.log10)
+        lines += [f"    {p.key}: {p.words}" for p in rare[:most]]
+        if len(rare) > most:
+            lines.append(f"    and {len(rare) - most} that were likelier")
+    return "\n".join(lines)
 
 
 def _ends(name: str, *sides: TaskMeasurement) -> list[float]:
@@ -361,11 +404,12 @@ def terms_words(terms: Sequence[TermSpec]) -> str:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
     for column in columns:
-        table.add_column(column, justify="left", no_wrap=column in ("task", "name"))
+        table.add_column(column, justify="left", no_wrap=column in ("task", "name", "role"))
     return table
 
 
 def _text(table: Table) -> str:
     target = io.StringIO()
-    Terminal(file=target, width=WIDTH, highlight=False).print(table)
+    # Without markup: "[none, none]" is an interval, not a tag.
+    Terminal(file=target, width=WIDTH, highlight=False, markup=False).print(table)
     return target.getvalue().rstrip()

@@ -55,6 +55,23 @@ def test_a_gate_that_warns(world, posttrain):
     assert list((world / "out" / "stages").glob("after-*/done.json"))
 
 
+def test_gates_on_readings_are_decided_recorded_and_replayed(world, posttrain):
+    asked = [
+        gate(metric="in_share", at_least=0.0, otherwise="warn"),
+        gate(metric="retention", at_least=0.0, since="input", otherwise="warn"),
+        gate(metric="needed_group", at_most=1.0, otherwise="warn"),
+    ]
+    path = write_recipe(world, with_gates(*asked))
+    code, _, errors = posttrain("run", path, "--out", world / "out")
+    assert code == 0, errors
+    decided = [b for kind, b in rows(world / "out") if kind == "gate"]
+    assert [b["gate"]["metric"] for b in decided] == ["in_share", "retention", "needed_group"]
+    assert [b["passed"] for b in decided] == [True, True, False]
+    before = listing(world / "out")
+    assert posttrain("run", path, "--out", world / "out")[0] == 0
+    assert listing(world / "out")["ledger.jsonl"] == before["ledger.jsonl"]
+
+
 @pytest.mark.parametrize(("above", "code"), [(-0.001, 0), (0.001, 3)])
 def test_the_lower_bound_decides_and_not_the_middle(shared, tmp_path, posttrain, above, code):
     """The same weights, asked for a little less and a little more than their lower bound."""

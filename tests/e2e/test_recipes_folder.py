@@ -16,8 +16,9 @@ import yaml
 from msgspec import structs
 
 from posttrain import config
+from posttrain.probes.asked import OF_ONE
 from posttrain.probes.per_prompt import METRICS
-from posttrain.recipe import Budget, Gate, Measure, Recipe, load_recipe
+from posttrain.recipe import SINCE_READINGS, Budget, Gate, Measure, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"
@@ -208,8 +209,9 @@ def test_every_snippet_of_the_page_is_of_a_kind_that_is_executed():
 def test_gates_on_the_page_are_gates():
     (snippet,) = (text for info, text in FENCE.findall(PAGE.read_text()) if info == "yaml gates")
     gates = msgspec.convert(yaml.safe_load(snippet)["gates"], tuple[Gate, ...])
-    assert [g.otherwise for g in gates] == ["stop", "branch", "roll_back"]
+    assert [g.otherwise for g in gates] == ["stop", "branch", "roll_back", "warn"]
     text = PAGE.read_text(encoding="utf-8")
+    assert not [name for name in (*OF_ONE, *SINCE_READINGS) if f"`{name}`" not in text]
     unnamed = [m for m, spec in METRICS.items() if f"`{m}{'@k' * spec.takes_k}`" not in text]
     assert not unnamed
 

@@ -59,6 +59,23 @@ def made(prescription) -> Recipe:
     return config.convert(yaml.safe_load(prescription.recipe), Recipe, origin="prescription")
 
 
+def test_the_recipe_says_why_and_only_what_is_not_the_default(world):
+    ground, everything = world
+    (prescription,) = prescribe(
+        [found("habit")], book=BOOK, ground=ground, supplies=everything, num_weights=640_000
+    )
+    notes, _, body = prescription.recipe.partition("\n\n")
+    assert all(row.startswith("#") for row in notes.splitlines())
+    told = " ".join(notes.replace("#", " ").split())
+    for choice in prescription.choices:
+        assert " ".join(f"{choice.what}: {choice.why}".split()) in told
+    assert f"it worked if: {prescription.gate}" in told
+    assert "null" not in body
+    assert "betas" not in body
+    recipe = made(prescription)
+    assert config.convert(config.brief(recipe), Recipe, origin="brief") == recipe
+
+
 def only(tasks, world, **changes):
     ground, supplies = world
     (prescription,) = prescribe(

@@ -9,8 +9,11 @@ import pytest
 
 from posttrain.errors import ConfigError, RunError
 from posttrain.gates import Detour, Verdict, decide, detour
+from posttrain.probes.asked import OF_ONE, check_asked
+from posttrain.probes.diversity import answer_entropies
 from posttrain.probes.measurement import TaskMeasurement
 from posttrain.probes.per_prompt import METRICS, metric_interval, parse, per_prompt
+from posttrain.probes.readings import take
 from posttrain.recipe import Gate
 
 SAMPLES = 8
@@ -30,6 +33,9 @@ def measured(counts, *, scores=None, lengths=4, **changes):
         "truncated": np.zeros(shape),
         "nll": np.full(shape, 0.5),
         "distinct": np.full(len(counts), 2),
+        "answers": np.where(right, 0, 1),
+        "self_bleu": np.full(len(counts), 0.25),
+        "repetition": np.full(shape, 0.125),
     }
     return TaskMeasurement(**{**options, **changes})
 
@@ -52,6 +58,9 @@ def over_groups(task, k, of):
         ("all_wrong", lambda r: r.max() == 0),
         ("all_right", lambda r: r.min() == 1),
         ("zero_variance", lambda r: r.max() == r.min()),
+        ("informative", lambda r: r.max() != r.min()),
+        # Two answers, one of them right; a tie is won half the time.
+        ("maj", lambda r: (r.mean() > 0.5) + (r.mean() == 0.5) / 2),
     ],
 )
 def test_metrics_of_groups(name, of, k):
@@ -70,6 +79,17 @@ def test_metrics_of_samples():
     assert per_prompt("tokens", task).tolist() == [4, 4]
     assert per_prompt("distinct", task).tolist() == [0.25, 0.25]
     np.testing.assert_allclose(per_prompt("score", task), task.scores.mean(1), rtol=1e-6)
+
+
+def test_metrics_of_texts():
+    task = measured([0, SAMPLES // 2])
+    np.testing.assert_allclose(per_prompt("self_bleu", task), 0.25)
+    np.testing.assert_allclose(per_prompt("repetition", task), 0.125)
+    np.testing.assert_allclose(
+        per_prompt("answer_entropy", task), answer_entropies(task.answers), atol=1e-12
+    )
+    with pytest.raises(ConfigError, match="texts were not looked at"):
+        per_prompt("self_bleu", replace(task, self_bleu=None))
 
 
 def test_every_metric_has_an_interval_that_holds_its_value():
@@ -171,6 +191,60 @@ def test_a_policy_compared_with_itself_is_almost_never_found_worse():
 def test_gates_that_ask_nothing_sensible(options, word):
     with pytest.raises(ConfigError, match=word):
         Gate(task="sums", **options)
+
+
+# --- readings of a whole task set, and of what changed ------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*OF_ONE, "cover@0.5"])
+def test_a_gate_on_a_reading_decides_on_its_interval(name):
+    task = measured([0, 1, 4, 7, 8, 8], recheck=np.zeros((6, 4), bool))
+    gate = Gate(task="sums", metric=name, at_least=-1.0)
+    seen = decide(gate, now=task, since=task, confidence=0.95).interval
+    if name == "cover@0.5":
+        assert seen.value == 4 / 6
+    else:
+        (reading,) = [r for r in take(task, epsilon=0.05) if r.name == name]
+        assert (seen.value, seen.low, seen.high) == (reading.value, reading.low, reading.high)
+    assert decide(gate, now=task, since=task, confidence=0.95).verdict is Verdict.SHOWN
+
+
+def test_gates_on_what_changed():
+    many = {"now": measured([0] * 30, prompts=tuple(f"sums/{i}" for i in range(30))),
+            "since": measured([8] * 30, prompts=tuple(f"sums/{i}" for i in range(30)))}  # fmt: skip
+
+    def verdict(metric, **bound):
+        gate = Gate(task="sums", metric=metric, since="input", **bound)
+        decision = decide(gate, **many, confidence=0.95, epsilon=0.4)
+        assert "since input" in decision.words
+        return decision.verdict
+
+    assert verdict("retention", at_least=0.8) is Verdict.REFUTED
+    assert verdict("shrunk_share", at_most=0.2) is Verdict.REFUTED
+    assert verdict("expanded_share", at_most=0.2) is Verdict.SHOWN
+    assert verdict("crossover", at_least=2) is Verdict.REFUTED
+
+
+def test_retention_of_nothing_is_not_known():
+    task = measured([0] * 12)
+    gate = Gate(task="sums", metric="retention", at_least=0.5)
+    assert decide(gate, now=task, since=task, confidence=0.95).verdict is Verdict.OPEN
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("in_shere", False, "did you mean 'in_share'"),
+        ("pass@9", False, "8 samples"),
+        ("in_share", True, "no number per prompt"),
+        ("retention", True, "no number per prompt"),
+        ("cover@2", False, "0 to 1"),
+        ("continue@0.5", False, "no metric"),
+    ],
+)
+def test_what_a_gate_cannot_ask_is_refused_before_training(name, change, says):
+    with pytest.raises(ConfigError, match=says):
+        check_asked(name, samples=SAMPLES, change=change)
 
 
 # --- where the run goes on ---------------------------------------------------------------------

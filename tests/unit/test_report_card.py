@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from posttrain.clinic import _pages
 from posttrain.diagnosis.card import (
     Bottleneck,
     Choice,
@@ -144,6 +145,8 @@ def test_what_is_open_names_what_would_decide():
         )
     )
     assert "likeliest: choice" in page
+    assert f"not decided. Likeliest: {Bottleneck.CHOICE.meaning}" in page
+    assert "choice?</span>" in page, "the picture does not claim it either"
     assert "pass@64 on 40 more prompts" in page
 
 
@@ -186,5 +189,27 @@ def test_the_order_of_remedies():
     assert "Later: diagnose again before: later" in page
 
 
+def test_the_picture_comes_first_and_has_a_bar_for_every_task_set():
+    page = render_card(diagnosis(task(), task(task="chains")))
+    top, _, _ = page.partition('class="lede"')
+    widths = re.findall(r'width="([\d.]+)" height="1"', top)
+    assert [float(w) for w in widths] == [100, 90, 10] * 2
+    assert "sums: 10% right at the first try, 90% within 64 tries" in top
+
+
+def test_reasons_are_told_without_names_of_readings():
+    finding = replace(task().findings[0], because=("efficiency_gap is 0.80, at least 0.15",))
+    page = render_card(diagnosis(task(findings=(finding,))))
+    assert "success within all tries minus pass@1 is 0.80, at least 0.15" in page
+
+
 def test_numbers_that_are_not_finite():
     assert [number(x) for x in (float("inf"), float("-inf"), -0.5)] == ["∞", "−∞", "-0.500"]
+
+
+def test_a_treatment_has_a_page_for_every_diagnosis(tmp_path):
+    for seed in (0, 2, 10):
+        (tmp_path / f"{seed}.json").write_text(diagnosis(seed=seed).to_json())
+    written = _pages(tmp_path)
+    assert [p.name for p in written] == ["0.html", "2.html", "10.html"]
+    assert written[2].read_text() == render_card(diagnosis(seed=10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,8 @@ from test_probes_readings import drawn
 
 from posttrain.probes.attribution import compare
 from posttrain.probes.measurement import Measurement
+from posttrain.probes.reading import Reading
+from posttrain.probes.support import support_change
 from posttrain.recipe import Measure
 from posttrain.tables import (
     WIDTH,
@@ -18,6 +21,8 @@ from posttrain.tables import (
     comparison_table,
     measurement_table,
     readings_table,
+    readings_words,
+    support_table,
 )
 
 SPEC = Measure(samples=64)
@@ -99,3 +104,19 @@ def test_a_star_marks_a_change_that_is_certain(rates: tuple[float, float]) -> No
     assert len(stars) == 1
     same = change_table(before, replace(before, policy="again"))
     assert not [line for line in same.splitlines() if "*" in line and "[" in line]
+
+
+def test_the_support_table_counts_every_prompt_once() -> None:
+    text = support_table(named(0.9), named(0.5), SPEC)
+    assert fits(text)
+    preserved, expanded, shrunk, out, unclear = map(int, row(text, "task-0")[1:6])
+    assert preserved + expanded + shrunk + out + unclear == 24
+    old, new = (support_change(side.tasks[0], side.tasks[0], epsilon=SPEC.threshold)
+                for side in (named(0.9), named(0.5)))  # fmt: skip
+    assert preserved <= min(old.preserved, new.preserved)
+    assert expanded == 0
+
+
+def test_bounds_without_an_end_are_shown_and_not_read_as_markup() -> None:
+    never = Reading("crossover", "sums", math.inf, math.inf, math.inf, 24, 64, "never behind")
+    assert "[none, none]" in readings_words("sums", [never])

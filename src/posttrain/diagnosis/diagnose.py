@@ -177,12 +177,12 @@ def write_diagnosis(found: Diagnosis, out: Path) -> list[Path]:
     """
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "diagnosis.html", out / "diagnosis.json"]
-    write_atomic(written[0], render_card(found))
-    write_atomic(written[1], found.to_json())
+    write_atomic(written[1], found.to_json())  # first: a page can be drawn again, samples cost
     recipe = out / "next.yaml"
     if found.next is not None and found.next.recipe is not None:
         write_atomic(recipe, found.next.recipe)
         written.append(recipe)
     else:
         recipe.unlink(missing_ok=True)  # of an earlier diagnosis
+    write_atomic(written[0], render_card(found))
     return written

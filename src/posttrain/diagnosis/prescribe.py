@@ -6,17 +6,22 @@ TaskDiagnosis ──focus──▶ tasks with one bottleneck ──treatment─�
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import msgspec
 import yaml
 
 from posttrain import config
+from posttrain.composition import Dataset
+from posttrain.composition.sources import parts_of
 from posttrain.diagnosis.card import Bottleneck, Choice, Prescription, TaskDiagnosis
 from posttrain.diagnosis.rules import Need, Rule, RuleBook, Treatment
 from posttrain.errors import ConfigError, nearest
+from posttrain.methods import Method
+from posttrain.methods.compose import Compose
 from posttrain.recipe import Recipe, Stage
 
 ROLLOUTS = 512
@@ -242,21 +247,32 @@ def _written(
     measure = msgspec.structs.replace(ground.measure, samples=max(ground.measure.samples, 64))
     recipe = msgspec.structs.replace(ground, name=tools.name, measure=measure, stages=(checked,))
     first = together[0]
-    return Prescription(
+    made = Prescription(
         tasks=tuple(tasks),
         bottleneck=first.acted_on,
         treatment=name,
         title=treatment.title,
         choices=_choices(treatment, checked, together, group=group),
-        recipe=as_yaml(recipe),
         gate="; ".join(f"{g.metric} on {g.task}: {g.words}" for g in checked.gates),
         provisional=first.leaning is not None,
     )
+    return replace(made, recipe=_as_yaml(recipe, made))
 
 
-def as_yaml(recipe: Recipe) -> str:
-    """A recipe as YAML, every default spelt out."""
-    return str(yaml.safe_dump(config.plain(recipe), sort_keys=False, allow_unicode=True))
+def _as_yaml(recipe: Recipe, made: Prescription) -> str:
+    """The recipe as a file for people: the reasons, then every option that is not the default."""
+    shown = "likely, not shown" if made.provisional else "shown"
+    held = made.bottleneck.replace("_", " ")
+    lines = [f"{', '.join(made.tasks)}: held back by {held} ({shown})", f"next: {made.title}", ""]
+    lines += [f"{c.what}: {c.why}" for c in made.choices]
+    lines += ["", f"it worked if: {made.gate}"]
+    notes = [
+        row
+        for text in lines
+        for row in (textwrap.wrap(text, 94, subsequent_indent="  ") if text else [""])
+    ]
+    body = yaml.safe_dump(config.brief(recipe), sort_keys=False, allow_unicode=True, width=96)
+    return "".join(f"# {row}".rstrip() + "\n" for row in notes) + f"\n{body}"
 
 
 def fill(template: Mapping[str, object], words: Mapping[str, object]) -> dict[str, object]:
@@ -354,17 +370,14 @@ def _choices(
     treatment: Treatment, stage: Stage, together: Sequence[TaskDiagnosis], *, group: int
 ) -> tuple[Choice, ...]:
     method = stage.method
-    informative = [
-        f"{r.value:.0%} of groups of {r.name.partition('@')[2]} on {t.task} differ"
-        for t in together
-        for r in t.evidence.readings
-        if r.name.startswith("informative@")
-    ]
+    composed = isinstance(method, Compose)
+    terms = " + ".join(str(t.__struct_config__.tag) for t in method.compose().terms)
+    by_comparison = "group size" in treatment.because
     settings = {
-        "provenance": str(method.provenance),
-        "interface": str(method.interface),
-        "objective": str(method.formula),
-        "prompts": "; ".join(informative[:3]) or ", ".join(t.task for t in together),
+        "provenance": _authors(method) if composed else str(method.provenance),
+        "interface": "tokens" if composed else str(method.interface),
+        "objective": terms if composed else str(method.formula),
+        "prompts": "; ".join(_informative(t) if by_comparison else t.task for t in together),
         "group size": str(group),
         "kl budget": "see the gates",
     }
@@ -372,3 +385,24 @@ def _choices(
         Choice(what=what, setting=settings[what], why=why)
         for what, why in treatment.because.items()
     )
+
+
+def _authors(method: Method) -> str:
+    """Who wrote what a composed method learns from."""
+    parts = parts_of(method.compose().source)
+    rows = ("rows of the demonstrations" if isinstance(p, Dataset) else "its own answers"
+            for p in parts)  # fmt: skip
+    return " and ".join(dict.fromkeys(rows))
+
+
+def _informative(task: TaskDiagnosis) -> str:
+    """Which groups of answers hold a success and a failure, so that comparing them teaches.
+
+    Example: ``products: groups that differ: of 4 in 27%, of 8 in 46%, of 16 in 68%``
+    """
+    seen = [
+        f"of {r.name.partition('@')[2]} in {r.value:.0%}"
+        for r in task.evidence.readings
+        if r.name.startswith("informative@")
+    ]
+    return f"{task.task}: groups that differ: {', '.join(seen)}" if seen else task.task

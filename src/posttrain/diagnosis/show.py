@@ -15,6 +15,7 @@ from posttrain.diagnosis.card import (
     Evidence,
     Prescription,
     TaskDiagnosis,
+    plainly,
 )
 from posttrain.diagnosis.treat import Treated
 from posttrain.probes.passk import pass_interval
@@ -49,7 +50,7 @@ def card(found: Diagnosis, *, written: tuple[Path, ...] = ()) -> RenderableType:
     for task in found.tasks:
         parts += [_task(task), Text()]
     parts += [_legend(), Text()]
-    for prescription in found.prescriptions:
+    for prescription in sorted(found.prescriptions, key=lambda p: p is not found.next):
         parts += [_prescription(prescription, now=prescription is found.next), Text()]
     if not found.prescriptions:
         parts += [Text("Nothing to treat on these task sets.", style="green"), Text()]
@@ -107,24 +108,22 @@ def _task(task: TaskDiagnosis) -> RenderableType:
         _bar(task.evidence),
         "  ",
         (task.bottleneck.upper().replace("_", " "), f"bold {colour}"),
-        (f"  (likeliest: {task.leaning})" if task.leaning else "", "dim"),
+        (f", likely {task.leaning.replace('_', ' ')}" if task.leaning else "", "dim"),
     )
-    lines: list[RenderableType] = [title, Text(task.headline)]
+    lines: list[RenderableType] = [title, Text(plainly(task.headline))]
     if task.findings and task.bottleneck is not Bottleneck.UNDETERMINED:
         first = task.findings[0]
-        lines += [Text(f"because {_sentence(b)}", style="dim") for b in first.because]
+        lines += [Text(f"because {plainly(b)}", style="dim") for b in first.because]
         lines.append(Text(f"overturned by {first.overturned_by}", style="dim italic"))
         others = [f for f in task.findings[1:] if f.bottleneck is not first.bottleneck]
         lines += [Text(f"also: {f.words}", style="dim") for f in others]
     else:
-        lines += [Text(b, style="dim") for o in task.open[:2] for b in o.because]
+        lines += [
+            Text(f"{o.bottleneck.replace('_', ' ')}: {plainly('; '.join(o.because))}", style="dim")
+            for o in task.open[:2]
+        ]
+        lines += [Text(f"shown already: {f.words}", style="dim") for f in task.findings[:1]]
     return Group(lines[0], *(_indented(line) for line in lines[1:]))
-
-
-def _sentence(text: str) -> str:
-    return text.replace("efficiency_gap", "pass@64 minus pass@1").replace(
-        "continue@0.5", "success from half a right answer"
-    )
 
 
 def _bar(evidence: Evidence) -> Text:

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
+import numpy.typing as npt
 
 from posttrain.errors import ConfigError, nearest
 from posttrain.probes.bootstrap import Floats, Interval, mean_interval
+from posttrain.probes.diversity import answer_entropies
+from posttrain.probes.learnability import informative_at
 from posttrain.probes.measurement import TaskMeasurement, require_same_task
 from posttrain.probes.passk import best_at_k, pass_at_k, pass_hat_k
+from posttrain.probes.voting import answers_of, majority_at_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,14 @@ def _kl(task: TaskMeasurement, k: int) -> Floats:
     return _mean(task.kl_base)
 
 
+def _texts(values: npt.NDArray[np.float32] | None, task: TaskMeasurement) -> Floats:
+    if values is None:
+        raise ConfigError(
+            f"{task.taskset}: texts were not looked at", fix="measure the policy again"
+        )
+    return values.astype(np.float64) if values.ndim == 1 else _mean(values)
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         "pass": Metric(
@@ -71,6 +83,32 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             of=lambda t, k: _all_wrong(t, k) + _all_right(t, k),
             takes_k=True,
             meaning="a group of k is all right or all wrong, and teaches nothing by comparison",
+        ),
+        "informative": Metric(
+            of=lambda t, k: informative_at(t.counts, t.num_samples, k),
+            takes_k=True,
+            meaning="a group of k holds a success and a failure",
+        ),
+        "maj": Metric(
+            of=lambda t, k: np.clip(majority_at_k(answers_of(t), t.successes, k), 0.0, 1.0),
+            takes_k=True,
+            meaning="the commonest of k answers is right",
+        ),
+        "answer_entropy": Metric(
+            of=lambda t, k: answer_entropies(answers_of(t)),
+            takes_k=False,
+            meaning="entropy of the final answer, nats",
+            share=False,
+        ),
+        "self_bleu": Metric(
+            of=lambda t, k: _texts(t.self_bleu, t),
+            takes_k=False,
+            meaning="likeness of a prompt's samples to each other",
+        ),
+        "repetition": Metric(
+            of=lambda t, k: _texts(t.repetition, t),
+            takes_k=False,
+            meaning="4-grams of a sample that it repeats",
         ),
         "score": Metric(
             of=lambda t, k: _mean(t.scores), takes_k=False, meaning="the mean score", share=False

@@ -18,10 +18,11 @@ from posttrain.diagnosis.card import (
     Evidence,
     Prescription,
     TaskDiagnosis,
+    plainly,
 )
 from posttrain.probes.reading import Reading
 from posttrain.report.pages import fill
-from posttrain.report.svg import duration, figure, label, line, path, polyline, rect
+from posttrain.report.svg import duration, figure, label, line, path, polyline, rect, tag
 
 STARTS = (("pass@1", 0.0), ("continue@0.25", 0.25), ("continue@0.5", 0.5), ("continue@0.75", 0.75))
 """Success from the question alone, and from a part of a right answer."""
@@ -37,6 +38,16 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Glance:
+    """One task set in the picture at the top: its bar, and what holds it back."""
+
+    task: str
+    strip: Markup | None
+    bottleneck: Bottleneck
+    shown: bool  # False: the likeliest only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
     """One prescription, and when its turn comes."""
 
@@ -46,15 +57,29 @@ class Remedy:
 
 def render_card(found: Diagnosis) -> str:
     """The page as HTML text. Equal diagnoses give equal pages; every string is escaped."""
-    groups: dict[Bottleneck, list[str]] = {}
+    groups: dict[tuple[Bottleneck, bool], list[str]] = {}
     for task in found.tasks:
-        groups.setdefault(task.acted_on, []).append(task.task)
+        groups.setdefault((task.acted_on, task.leaning is None), []).append(task.task)
     return fill(
         "card.html.j2",
-        filters={"duration": duration, "count": lambda n: f"{n:,}", "number": number},
+        filters={
+            "duration": duration,
+            "count": lambda n: f"{n:,}",
+            "number": number,
+            "plainly": plainly,
+        },
         found=found,
         name=Path(found.model).name or found.model,
-        groups=tuple(groups.items()),
+        groups=tuple((kind, shown, names) for (kind, shown), names in groups.items()),
+        glances=tuple(
+            Glance(
+                task=t.task,
+                strip=strip(t.evidence),
+                bottleneck=t.acted_on,
+                shown=t.leaning is None,
+            )
+            for t in found.tasks
+        ),
         panels=tuple(
             Panel(
                 task=task,
@@ -73,7 +98,7 @@ def _remedies(found: Diagnosis) -> list[Remedy]:
         later = "Later: diagnose again before"
         when = "Next" if prescription is found.next else later if prescription.recipe else "Not yet"
         order.append(Remedy(when=when, prescription=prescription))
-    return order
+    return sorted(order, key=lambda r: r.when != "Next")
 
 
 def number(value: float) -> str:
@@ -87,6 +112,27 @@ def number(value: float) -> str:
         return "∞" if value > 0 else "−∞"
     size = abs(value)
     return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
+
+
+def strip(evidence: Evidence) -> Markup | None:
+    """The bar of :func:`reach_bar` without words, as wide as there is room."""
+    first = evidence.get("pass@1")
+    if first is None:
+        return None
+    many = _widest(evidence) or first
+    reach = max(many.value, first.value)
+    words = f"{first.value:.0%} right at the first try, {reach:.0%} within {_tries(many)} tries"
+    return tag(
+        "svg",
+        tag("title", f"{evidence.task}: {words}"),
+        rect(0, 0, 100, 1, "track"),
+        rect(0, 0, reach * 100, 1, "sharp"),
+        rect(0, 0, first.value * 100, 1, "new"),
+        viewBox="0 0 100 1",
+        preserveAspectRatio="none",
+        class_="bar",
+        role="img",
+    )
 
 
 def reach_bar(evidence: Evidence, *, ident: str) -> Markup | None:

@@ -1,0 +1,151 @@
+"""Two models asked the same things: what changed, how far it moved, and what was rare before.
+
+both models ──measure──▶ two Measurements ──attribution──▶ where the change came from
+            ──draw, score──▶ KL both ways, the base's view of the successes
+newly solved prompts ──importance weights──▶ how probable the successes were before
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.errors import ConfigError, ModelError
+from posttrain.events import Note, Observer, ignore
+from posttrain.plan import protocol_of, protocol_parts
+from posttrain.probes.drift import drift
+from posttrain.probes.measure import measure
+from posttrain.probes.measurement import Measurement, require_comparable
+from posttrain.probes.reachability import TaskReach, reachability
+from posttrain.probes.reading import Reading
+from posttrain.probes.readings import require_prompts
+from posttrain.protocols import Engine, Policy
+from posttrain.recipe import Measure, Recipe
+from posttrain.task import TaskSet
+from posttrain.tasks import build_taskset
+
+DRIFT_SAMPLES = 16
+"""Answers per prompt and model from which distances are estimated."""
+
+FEWEST_DRAWS = 64
+"""Answers of the later model per newly solved prompt, at least."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Between:
+    """What two models did on the same prompts, and what each thinks of the other's answers."""
+
+    before: Measurement
+    after: Measurement
+    readings: tuple[Reading, ...] = ()  # distances and reach
+    reach: tuple[TaskReach, ...] = ()  # of the prompts that only the later model solves
+    missing: tuple[str, ...] = ()  # sentences
+
+
+def between(
+    ground: Recipe,
+    before: str,
+    after: str,
+    *,
+    root: Path,
+    engine: Engine,
+    observe: Observer = ignore,
+) -> Between:
+    """Measure both models alike, and compare what needs the log-probs of both.
+
+    Args:
+        ground: task sets and how to measure; its model and stages are ignored.
+        before: a folder or hub id.
+        after: a folder or hub id.
+        root: folder that the recipe's paths are relative to.
+        engine: makes the policies.
+        observe: told about progress.
+
+    Raises:
+        RunError: the templates of the two differ, so that they answer different prompts.
+        ConfigError: too few prompts.
+    """
+    models = [engine.policy(name) for name in (before, after)]
+    sides = [_measured(ground, model, root=root, observe=observe) for model in models]
+    require_comparable(*sides)
+    require_prompts(sides[0])
+    found: list[Reading] = []
+    reached: list[TaskReach] = []
+    missing: list[str] = []
+    for taskset in _tasksets(ground, models[0], root):
+        observe(Note(text=f"what each thinks of the other's answers to {taskset.name}"))
+        try:
+            found += drift(
+                models[1],
+                models[0],
+                taskset,
+                samples=DRIFT_SAMPLES,
+                max_new_tokens=ground.measure.max_new_tokens,
+                seed=ground.measure.seed,
+                sampling=ground.measure.sampling,
+                confidence=ground.measure.confidence,
+            ).readings
+            reach = _reach(models, taskset, sides, ground.measure)
+        except (ModelError, ConfigError) as error:  # sampled figures stand without these
+            missing.append(f"{taskset.name}: KL and reach: {error}")
+            continue
+        if reach is not None:
+            reached.append(reach)
+            found += [reach.reading] if reach.reading else []
+    return Between(
+        before=sides[0],
+        after=sides[1],
+        readings=tuple(found),
+        reach=tuple(reached),
+        missing=tuple(missing),
+    )
+
+
+def _tasksets(ground: Recipe, model: Policy, root: Path) -> list[TaskSet]:
+    chat = model.renderer.has_template
+    return [build_taskset(n, ground.tasks[n], root=root, chat=chat) for n in ground.measured_tasks]
+
+
+def _measured(ground: Recipe, model: Policy, *, root: Path, observe: Observer) -> Measurement:
+    tasksets = _tasksets(ground, model, root)
+    return measure(
+        model.producer.name,
+        model,
+        tasksets,
+        spec=ground.measure,
+        protocol=protocol_of(ground, tasksets, root=root),
+        parts=protocol_parts(ground, tasksets, root=root),
+        observe=observe,
+    )
+
+
+def _reach(
+    models: Sequence[Policy], taskset: TaskSet, sides: Sequence[Measurement], spec: Measure
+) -> TaskReach | None:
+    """The earlier model's chances on prompts that only the later one was seen to solve.
+
+    The prompts are chosen on the measured samples, and judged by samples of their own.
+    """
+    old, new = (m.task(taskset.name) for m in sides)
+    n = old.num_samples
+    solved = {
+        key
+        for key, was, now in zip(old.prompts, old.counts, new.counts, strict=True)
+        if was == 0 and now > 0
+    }
+    tasks = [t for t in taskset.held_out if t.key in solved]
+    if not tasks:
+        return None
+    return reachability(
+        models[0],
+        models[1],
+        taskset,
+        samples=max(n, FEWEST_DRAWS),
+        max_new_tokens=spec.max_new_tokens,
+        seed=spec.seed,
+        tasks=tasks,
+        sampling=spec.sampling,
+        base_counts={t.key: (0, n) for t in tasks},
+        confidence=spec.confidence,
+    )
