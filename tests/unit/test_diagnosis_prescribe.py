@@ -92,11 +92,11 @@ def only(tasks, world, **changes):
     ("case", "method", "terms"),
     [
         ("never", "sft", {"cross_entropy"}),
-        ("entry", "prefix_rft", {"clipped_policy_gradient", "assumed_own_gradient"}),
+        ("entry", "sft", {"cross_entropy"}),
         ("forgotten", "opd", {"teacher_reverse_kl"}),
         ("scaffold", "context_distillation", {"teacher_reverse_kl"}),
         ("own states", "opd", {"teacher_reverse_kl"}),
-        ("habit", "grpo", {"clipped_policy_gradient"}),
+        ("habit", "raft", {"cross_entropy"}),
         ("rare", "grpo", {"clipped_policy_gradient"}),
     ],
 )
@@ -112,6 +112,22 @@ def test_the_stage_fits_the_bottleneck_and_is_legal(world, case, method, terms):
     reasons = {c.what: c for c in prescription.choices}
     assert {"provenance", "interface", "objective", "prompts", "kl budget"} <= set(reasons)
     assert all(c.why and c.setting for c in prescription.choices)
+
+
+def test_without_demonstrations_what_is_not_begun_is_practised_from_its_beginnings(world):
+    assert only([found("entry")], world, demos={}).treatment == "begin"
+
+
+def test_what_imitating_itself_did_not_mend_is_practised(world):
+    ground, supplies = world
+    (prescription,) = prescribe(
+        [found("habit")],
+        book=BOOK,
+        ground=ground,
+        supplies=supplies,
+        tried=frozenset({("t", "reinforce")}),
+    )
+    assert prescription.treatment == "practise"
 
 
 def test_every_treatment_makes_a_legal_stage(world):

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.composition import Dataset, Rollouts
+from posttrain.composition import Dataset, KeepRewards, Rollouts, SignalSpec
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.plan import make_plan
 from posttrain.preview import part_tokens, volume
@@ -83,8 +83,15 @@ def expected(recipe: Recipe, *, root: Path, lengths: Mapping[str, float]) -> flo
     total = 0.0
     for part, (prompts, completions) in part_tokens(planned, plan, folder, groups=groups):
         total += prompts
-        if isinstance(part, Rollouts):  # sampled once, and trained on once
+        if isinstance(part, Rollouts):
             length = sum(lengths[t] for t in part.tasks) / len(part.tasks)
-            completions *= 2 * min(length / part.max_new_tokens, 1.0)
+            completions *= min(length / part.max_new_tokens, 1.0)
+            completions *= 1 + _trained_share(planned.composition.signals, part)
         total += completions
     return total
+
+
+def _trained_share(signals: Sequence[SignalSpec], part: Rollouts) -> float:
+    """How much of what is sampled goes through a training step: all, or the best of a group."""
+    best = [s.best for s in signals if isinstance(s, KeepRewards) and s.best is not None]
+    return min([1.0, *(b / part.group_size for b in best)])
