@@ -5,7 +5,8 @@ import json
 import pytest
 
 from posttrain.diagnosis.spending import expected
-from posttrain.methods import Grpo, Raft
+from posttrain.methods import Grpo
+from posttrain.methods.rejection import Raft
 from posttrain.recipe import Budget, JsonlTasks, Recipe, Stage
 from posttrain.testing import tiny_model
 
