@@ -13,7 +13,7 @@ from posttrain.testing import tiny_model
 
 def test_only_what_is_kept_of_a_group_goes_through_a_training_step(tmp_path):
     """Of a group of 8 all are trained on, or the best one; no answer is longer than allowed."""
-    rows = [json.dumps({"prompt": "1+1=", "answer": "2"}) for _ in range(4)]
+    rows = [json.dumps({"prompt": f"1+{i}=", "answer": str(1 + i)}) for i in range(4)]
     (tmp_path / "tasks.jsonl").write_text("\n".join(rows), encoding="utf-8")
     folder = tiny_model(tmp_path / "m", seed=1)
 
@@ -21,7 +21,7 @@ def test_only_what_is_kept_of_a_group_goes_through_a_training_step(tmp_path):
         recipe = Recipe(
             name="r",
             model=str(folder),
-            tasks={"t": JsonlTasks(path="tasks.jsonl", reward="exact_match", held_out=1)},
+            tasks={"t": JsonlTasks(path="tasks.jsonl", reward="exact", held_out=1)},
             stages=(Stage(name="s", method=method, budget=Budget(steps=2), groups_per_step=3),),
         )
         return expected(recipe, root=tmp_path, lengths={"t": length})
