@@ -1,7 +1,4 @@
-"""How many tokens go through a model at once, and what the C library keeps."""
-
-import subprocess
-import sys
+"""How many tokens go through a model at once."""
 
 import pytest
 import torch
@@ -48,30 +45,3 @@ def test_between_the_bounds_the_activations_fill_the_budget():
     decoder = nn.Linear(15_000, 1_000)
     tokens = comfortable_tokens(decoder, CPU)
     assert tokens * activation_bytes(decoder) == pytest.approx(CPU_BUDGET, rel=1e-3)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted as Linux does")
-def test_what_is_freed_is_taken_again_without_the_kernel():
-    """Taking and freeing 64 MiB again costs no page faults; by default it costs thousands."""
-    program = """
-import resource, sys, torch
-from posttrain.engines.footprint import keep_freed_memory
-if sys.argv[1] == "keep" and not keep_freed_memory():
-    print(-1)
-    raise SystemExit
-def touch():
-    for size in (2**20, 2**22, 2**24): torch.empty(size).fill_(1.0)
-for _ in range(8): touch()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5): touch()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-    def faults(mode: str) -> int:
-        command = [sys.executable, "-c", program, mode]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    kept = faults("keep")
-    if kept < 0:
-        pytest.skip("the C library is not glibc")
-    assert kept < 0.02 * faults("plain")

@@ -1,13 +1,10 @@
-"""What training takes of a machine's memory: how many tokens at once, and who keeps freed pages.
+"""How many tokens go through a model at once, so that their activations fit.
 
 activations of a token ≈ OVERHEAD · Σ over linear layers (inputs + outputs)
 tokens of a micro-batch = budget / activations of a token, within bounds
 """
 
 from __future__ import annotations
-
-import ctypes
-import platform
 
 import torch
 from torch import nn
@@ -47,17 +44,3 @@ def comfortable_tokens(decoder: nn.Module, device: torch.device) -> int:
         budget = CUDA_SHARE * torch.cuda.get_device_properties(device).total_memory
     least, most = BOUNDS["cuda" if device.type == "cuda" else "cpu"]
     return int(min(max(budget / max(activation_bytes(decoder), 1.0), least), most))
-
-
-def keep_freed_memory() -> bool:
-    """Tell the C library to keep what is freed, instead of handing it back to the kernel.
-
-    Every step frees and takes the same activations. By default, blocks beyond 128 KiB to 32 MiB
-    are mapped anew each time, and the kernel clears every page before it is used. Returns False
-    where the C library is not glibc; nothing else depends on it.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_max = -1, -4  # the names of malloc.h, without their M_
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))

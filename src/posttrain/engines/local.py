@@ -21,7 +21,7 @@ from posttrain import clock
 from posttrain.batch import PackedBatch
 from posttrain.composition.moving import MOVING, MovingReference
 from posttrain.engines.adapters import WithoutAdapters, attach, export, trained_weights
-from posttrain.engines.footprint import comfortable_tokens, keep_freed_memory
+from posttrain.engines.footprint import comfortable_tokens
 from posttrain.engines.masters import MasterWeights
 from posttrain.engines.model import Dtype, Model, load_model, resolve_folder
 from posttrain.engines.policy import LocalPolicy, Version, frozen
@@ -263,10 +263,6 @@ class LocalEngine:
     device: torch.device
     dtype: Dtype = "float32"
     remote_code: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.device.type == "cpu":
-            keep_freed_memory()
 
     def policy(self, model: str) -> LocalPolicy:
         """A frozen policy from a folder or a hub id."""
