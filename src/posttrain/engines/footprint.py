@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 CPU_BUDGET = 192 * 2**20
-"""Bytes of activations on a CPU. More tokens at once are no faster there, and miss its caches."""
+"""Bytes of activations on a CPU. More tokens at once were no faster there (lab log)."""
 
 CUDA_SHARE = 0.25
 """Share of a GPU's memory for activations: the rest holds weights, optimiser state and rollouts."""
