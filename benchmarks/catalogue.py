@@ -8,7 +8,7 @@ A situation is an entry of SITUATIONS in a module ``posttrain.lab.catalogue_<fam
 of an inputs folder and a seed that writes its data there and returns a recipe. The last stage is
 the method; *before* is the policy that this stage starts from. A seed varies data, rollouts and
 data order; the base and the measured prompts are the same for all. The page shows every finished
-run of the output folder, also of earlier commands.
+run of the results file, also of earlier commands.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from kept import RESULTS, Kept
 
 import posttrain.lab
 from posttrain.config import digest, plain
@@ -100,8 +101,20 @@ def run_here(recipe: Recipe, out: Path, root: Path) -> object:
     return run(recipe, out=out, root=root)
 
 
+def results_in(path: Path) -> Kept[Result]:
+    """What every run so far has said, by situation and seed."""
+    return Kept(path, Result, lambda r: (r.name, r.seed))
+
+
 def run_one(
-    name: str, family: str, situation: Situation, *, seed: int, folder: Path, runner: Runner
+    name: str,
+    family: str,
+    situation: Situation,
+    *,
+    seed: int,
+    folder: Path,
+    kept: Kept[Result],
+    runner: Runner,
 ) -> Result:
     """Run one situation with one seed, unless this very run has finished before.
 
@@ -109,13 +122,13 @@ def run_one(
     another folder. A run that fails with an error of posttrain is a result, and is tried again
     next time.
     """
-    inputs, file = folder / "inputs", folder / "result.json"
+    inputs = folder / "inputs"
     inputs.mkdir(parents=True, exist_ok=True)
     recipe = situation(inputs, seed)
     files = {str(p.relative_to(inputs)): hash_file(p) for p in inputs.rglob("*") if p.is_file()}
     base = Path(recipe.model)
     key = digest([plain(recipe), files, hash_folder(base) if base.is_dir() else None])
-    known = msgspec.json.decode(file.read_bytes(), type=Result) if file.is_file() else None
+    known = kept.rows().get((name, seed))
     if known is not None and known.key == key and known.failure is None:
         return known
     last = recipe.stages[-1]
@@ -138,7 +151,7 @@ def run_one(
         result = msgspec.structs.replace(about, tasks=tasks, seconds=round(took, 1))
     except PosttrainError as error:
         result = msgspec.structs.replace(about, failure=str(error).splitlines()[0])
-    write_atomic(file, msgspec.json.encode(result))
+    kept.add(result)
     return result
 
 
@@ -154,14 +167,11 @@ def pass_at_1(out: Path, before: str, after: str) -> dict[str, tuple[float, floa
     }
 
 
-def finished(out: Path, known: Mapping[str, object]) -> list[Result]:
-    """Every result under ``out`` whose situation still exists."""
-    found = [
-        msgspec.json.decode(p.read_bytes(), type=Result) for p in out.glob("*/*/*/result.json")
-    ]
+def finished(kept: Kept[Result], known: Mapping[str, object]) -> list[Result]:
+    """Every result whose situation still exists."""
     order = list(known)
-    kept = [r for r in found if r.name in known]
-    return sorted(kept, key=lambda r: (order.index(r.name), r.seed))
+    found = [r for r in kept.rows().values() if r.name in known]
+    return sorted(found, key=lambda r: (order.index(r.name), r.seed))
 
 
 # --- the page --------------------------------------------------------------------------------
@@ -252,24 +262,27 @@ def main(arguments: Sequence[str] | None = None, *, runner: Runner = run_here) -
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", metavar="NAME", help="situations to run")
     parser.add_argument("--out", type=Path, default=Path("out/lab-catalogue"))
+    parser.add_argument("--results", type=Path, default=RESULTS / "catalogue.jsonl")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
-    known = situations()
+    known, kept = situations(), results_in(options.results)
     for name in chosen(known, options.only):
         family, situation = known[name]
         for seed in options.seeds:
             folder = options.out / family / name / str(seed)
-            result = run_one(name, family, situation, seed=seed, folder=folder, runner=runner)
+            result = run_one(
+                name, family, situation, seed=seed, folder=folder, kept=kept, runner=runner
+            )
             told = result.failure or ", ".join(
                 f"{t} {a:.2f} → {b:.2f}" for t, (a, b) in result.tasks.items()
             )
             print(f"{name} seed {seed}: {told} ({result.seconds:.0f} s)", file=sys.stderr)
             # After every run: a long table should be readable before it is complete.
-            write_atomic(options.page, page(finished(options.out, known), known))
-    text = page(finished(options.out, known), known)
+            write_atomic(options.page, page(finished(kept, known), known))
+    text = page(finished(kept, known), known)
     write_atomic(options.page, text)
     print(text, end="")
-    if missing := uncovered(finished(options.out, known)):
+    if missing := uncovered(finished(kept, known)):
         print(f"methods that no finished run shows: {', '.join(missing)}", file=sys.stderr)
 
 

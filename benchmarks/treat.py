@@ -10,14 +10,13 @@ through a training step (`posttrain.diagnosis.spending`). What `treat` spends on
 All are judged alike at the end, with samples that no arm has seen; this is not counted. An arm
 that lacks what its method needs does what a user would do instead (see ARMS).
 
-Finished runs are not run again, and an interrupted one goes on: the command can be repeated until
-the table is complete.
+Results are kept in benchmarks/results/treat.jsonl, and what has one is not run again: the command
+can be repeated, and stopped, until the table is complete. An interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from kept import RESULTS, Kept
 from lab_log import write
 from tour_seeds import over_seeds
 
@@ -33,7 +33,6 @@ from posttrain import api
 from posttrain.composition import Dataset
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.spending import spent
-from posttrain.files import write_atomic
 from posttrain.lab.corpus import demonstrations, preference_pairs, taskset, write_rows
 from posttrain.lab.settings import SETTINGS
 from posttrain.lab.tour import ANSWER, BASE
@@ -48,6 +47,27 @@ JUDGE = Measure(samples=64, max_new_tokens=ANSWER, seed=1_000_003)
 NOT_COUNTED = Measure(samples=2, max_new_tokens=ANSWER, seed=7)
 CLEAN = Dataset(path="demos.jsonl", name="lab-demos", licence="CC0-1.0")
 PAIRS = Dataset(path="pairs.jsonl", name="lab-pairs", licence="CC0-1.0")
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What one run ended with. ``rounds`` is what `treat` did."""
+
+    situation: str
+    arm: str
+    seed: int
+    rates: dict[str, float]  # pass@1 by task set
+    tokens: int = 0
+    seconds: float = 0.0
+    rounds: list[str] = []
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.situation, self.arm, self.seed
+
+    @property
+    def mean(self) -> float:
+        """pass@1 over the task sets."""
+        return float(np.mean(list(self.rates.values())))
 
 
 @dataclass(frozen=True)
@@ -222,7 +242,7 @@ ARMS: Mapping[str, tuple[Callable[[Situation], Method], ...]] = {
     "OPD": (opd,),
     "SFT then GRPO": (sft, grpo),
 }
-TREAT = "treat"
+TREAT, UNTOUCHED = "treat", "untouched"
 
 
 TRIAL = 4  # steps from which an arm's cost per step is read
@@ -251,12 +271,12 @@ def fixed(situation: Situation, arm: str, prepared: Path, *, folder: Path, seed:
     return msgspec.structs.replace(ground, stages=tuple(stages))
 
 
-def run_one(situation: Situation, arm: str, seed: int, out: Path) -> dict[str, object]:
-    """One run to its end, or what it ended with before."""
+def run_one(situation: Situation, arm: str, seed: int, out: Path) -> Result:
+    """One run to its end."""
     folder = out / situation.name / arm.replace(" ", "-") / str(seed)
-    path = folder / "result.json"
-    if path.is_file():
-        return json.loads(path.read_text("utf-8"))
+    if arm == UNTOUCHED:
+        rates = judged(situation, situation.model(out / "prepared"))
+        return Result(situation=situation.name, arm=arm, seed=seed, rates=rates)
     prepared, inputs = out / "prepared", folder / "inputs"
     inputs.mkdir(parents=True, exist_ok=True)
     if situation.demos:
@@ -281,17 +301,15 @@ def run_one(situation: Situation, arm: str, seed: int, out: Path) -> dict[str, o
         ended = api.run(recipe, out=folder / "run", root=inputs)
         (model,) = (folder / "run/stages").glob(f"{ended.final}-*/model")
         total = spent(folder / "run").total
-    result = {
-        "situation": situation.name,
-        "arm": arm,
-        "seed": seed,
-        "rates": judged(situation, model),
-        "tokens": total,
-        "seconds": round(time.process_time() - began, 1),
-        "rounds": rounds,
-    }
-    write_atomic(path, json.dumps(result, indent=1))
-    return result
+    return Result(
+        situation=situation.name,
+        arm=arm,
+        seed=seed,
+        rates=judged(situation, model),
+        tokens=total,
+        seconds=round(time.process_time() - began, 1),
+        rounds=rounds,
+    )
 
 
 def judged(situation: Situation, model: Path) -> dict[str, float]:
@@ -310,14 +328,13 @@ def judged(situation: Situation, model: Path) -> dict[str, float]:
 # --- the table -------------------------------------------------------------------------------
 
 
-def page(results: Sequence[Mapping], seeds: Sequence[int]) -> str:
+def page(results: Sequence[Result], seeds: Sequence[int]) -> str:
     """A section for the lab log: mean pass@1 over a situation's task sets, and over situations."""
 
     def scores(name: str, arm: str) -> list[float]:
-        mine = [r for r in results if r["situation"] == name and r["arm"] == arm]
-        return [float(np.mean(list(r["rates"].values()))) for r in mine]
+        return [r.mean for r in results if (r.situation, r.arm) == (name, arm)]
 
-    names = [n for n in SITUATIONS if any(r["situation"] == n for r in results)]
+    names = [n for n in SITUATIONS if any(r.situation == n for r in results)]
     lines = [
         "## Does diagnosing pay?",
         "",
@@ -327,16 +344,8 @@ def page(results: Sequence[Mapping], seeds: Sequence[int]) -> str:
         f"| arm | {' | '.join(names)} | all |",
         f"|---|{'---|' * (len(names) + 1)}",
     ]
-    before = {
-        n: [
-            float(np.mean(list(r["rates"].values())))
-            for r in results
-            if r["situation"] == n and r["arm"] == "untouched"
-        ]
-        for n in names
-    }
-    for arm in ["untouched", *ARMS, TREAT]:
-        by_name = {n: before[n] if arm == "untouched" else scores(n, arm) for n in names}
+    for arm in [UNTOUCHED, *ARMS, TREAT]:
+        by_name = {n: scores(n, arm) for n in names}
         cells = [over_seeds(v) if v else "–" for v in by_name.values()]
         whole = min((len(v) for v in by_name.values()), default=0)
         means = [float(np.mean([v[i] for v in by_name.values()])) for i in range(whole)]
@@ -347,7 +356,7 @@ def page(results: Sequence[Mapping], seeds: Sequence[int]) -> str:
     for arm in [*ARMS, TREAT]:
         cells = []
         for n in names:
-            used = [r["tokens"] for r in results if r["situation"] == n and r["arm"] == arm]
+            used = [r.tokens for r in results if (r.situation, r.arm) == (n, arm)]
             cells.append(
                 f"{np.mean(used) / 1e3:.0f} ({SITUATIONS[n].budget // 1000})" if used else "–"
             )
@@ -355,8 +364,8 @@ def page(results: Sequence[Mapping], seeds: Sequence[int]) -> str:
     lines += ["", *(f"* **{n}**: {SITUATIONS[n].words}." for n in names)]
     lines += ["", f"What `treat` did with seed {seeds[0]}:", ""]
     for r in results:
-        if r["arm"] == TREAT and r["seed"] == seeds[0]:
-            lines.append(f"* **{r['situation']}**: {'; '.join(r['rounds'])}.")
+        if r.arm == TREAT and r.seed == seeds[0]:
+            lines.append(f"* **{r.situation}**: {'; '.join(r.rounds)}.")
     given = " ".join(map(str, seeds))
     lines += ["", f"`python benchmarks/treat.py --seeds {given} --only {' '.join(names)} --write`"]
     return "\n".join(lines) + "\n"
@@ -378,17 +387,6 @@ def _margins(names: Sequence[str], scores: Callable[[str, str], list[float]]) ->
     return lines
 
 
-def untouched(situation: Situation, out: Path) -> dict[str, object]:
-    """What a situation begins with, judged like the arms."""
-    path = out / situation.name / "untouched.json"
-    if not path.is_file():
-        model = situation.model(out / "prepared")
-        body = {"situation": situation.name, "arm": "untouched", "rates": judged(situation, model)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(body, indent=1))
-    return json.loads(path.read_text("utf-8"))
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -398,22 +396,25 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(SITUATIONS), help="situations")
     parser.add_argument("--arms", nargs="*", choices=[*ARMS, TREAT])
     parser.add_argument("--out", type=Path, default=Path("out/treat"))
+    parser.add_argument("--results", type=Path, default=RESULTS / "treat.jsonl")
+    parser.add_argument("--again", action="store_true", help="also what has a result already")
     parser.add_argument("--write", action="store_true", help="put the section into the lab log")
     options = parser.parse_args()
-    results = []
-    chosen = [SITUATIONS[n] for n in options.only or SITUATIONS]
+    kept = Kept(options.results, Result, lambda r: r.key)
+    names, arms = options.only or list(SITUATIONS), options.arms or [*ARMS, TREAT]
     for seed in options.seeds:  # a whole table early, then more seeds
-        for situation in chosen:
-            if seed == options.seeds[0]:
-                results.append(untouched(situation, options.out))
-            for arm in options.arms or [*ARMS, TREAT]:
-                result = run_one(situation, arm, seed, options.out)
-                results.append(result)
-                rates = ", ".join(f"{t} {r:.2f}" for t, r in dict(result["rates"]).items())
-                said = f"{situation.name}, {arm}, seed {seed}: {rates}; {result['tokens']} tokens"
-                print(f"{said}, {result['seconds']} s", file=sys.stderr, flush=True)
-                write_atomic(options.out / "page.md", page(results, options.seeds))
-    text = page(results, options.seeds)
+        for name in names:
+            before = [UNTOUCHED] if seed == options.seeds[0] else []
+            for arm in [*before, *arms]:
+                if (name, arm, seed) in kept.rows() and not options.again:
+                    continue
+                result = run_one(SITUATIONS[name], arm, seed, options.out)
+                kept.add(result)
+                rates = ", ".join(f"{t} {r:.2f}" for t, r in result.rates.items())
+                said = f"{name}, {arm}, seed {seed}: {rates}; {result.tokens} tokens"
+                print(f"{said}, {result.seconds} s", file=sys.stderr, flush=True)
+    found = [r for r in kept.rows().values() if r.situation in names and r.seed in options.seeds]
+    text = page(sorted(found, key=lambda r: (names.index(r.situation), r.seed)), options.seeds)
     print(text)
     if options.write:
         write(text)

@@ -82,7 +82,9 @@ class FakeRunner:
 
 def go(bench, tmp_path, runner, *arguments):
     page = tmp_path / "page.md"
-    bench.main(["--out", str(tmp_path / "out"), "--page", str(page), *arguments], runner=runner)
+    places = ["--out", str(tmp_path / "out"), "--page", str(page)]
+    places += ["--results", str(tmp_path / "results.jsonl")]
+    bench.main([*places, *arguments], runner=runner)
     return page.read_text()
 
 
