@@ -243,6 +243,7 @@ ARMS: Mapping[str, tuple[Callable[[Situation], Method], ...]] = {
     "SFT then GRPO": (sft, grpo),
 }
 TREAT, UNTOUCHED = "treat", "untouched"
+Scores = Mapping[int, float]  # by seed
 
 
 TRIAL = 4  # steps from which an arm's cost per step is read
@@ -331,26 +332,24 @@ def judged(situation: Situation, model: Path) -> dict[str, float]:
 def page(results: Sequence[Result], seeds: Sequence[int]) -> str:
     """A section for the lab log: mean pass@1 over a situation's task sets, and over situations."""
 
-    def scores(name: str, arm: str) -> list[float]:
-        return [r.mean for r in results if (r.situation, r.arm) == (name, arm)]
+    def scores(name: str, arm: str) -> Scores:
+        return {r.seed: r.mean for r in results if (r.situation, r.arm) == (name, arm)}
 
     names = [n for n in SITUATIONS if any(r.situation == n for r in results)]
     lines = [
         "## Does diagnosing pay?",
         "",
         f"Mean pass@1 over a situation's task sets, mean ± 95 % Student interval over "
-        f"{len(seeds)} seeds; every arm of a situation has the same supplies and tokens.",
+        f"{len(seeds)} seeds (in brackets how many, where some are still to come); every arm of a "
+        "situation has the same supplies and tokens.",
         "",
         f"| arm | {' | '.join(names)} | all |",
         f"|---|{'---|' * (len(names) + 1)}",
     ]
     for arm in [UNTOUCHED, *ARMS, TREAT]:
-        by_name = {n: scores(n, arm) for n in names}
-        cells = [over_seeds(v) if v else "–" for v in by_name.values()]
-        whole = min((len(v) for v in by_name.values()), default=0)
-        means = [float(np.mean([v[i] for v in by_name.values()])) for i in range(whole)]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {over_seeds(means) if means else '–'} |")
-    lines += ["", *_margins(names, scores)]
+        wanted = seeds[:1] if arm == UNTOUCHED else seeds
+        lines.append(_row(arm, [scores(n, arm) for n in names], wanted))
+    lines += ["", *_margins(names, scores, seeds)]
     lines += ["", "Tokens spent, in thousands (budget in brackets):", ""]
     lines += [f"| arm | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for arm in [*ARMS, TREAT]:
@@ -371,20 +370,30 @@ def page(results: Sequence[Result], seeds: Sequence[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _margins(names: Sequence[str], scores: Callable[[str, str], list[float]]) -> list[str]:
+def _margins(
+    names: Sequence[str], scores: Callable[[str, str], Scores], seeds: Sequence[int]
+) -> list[str]:
     """What treating gains over each fixed arm, seed by seed."""
     lines = ["`treat` minus the arm, paired by seed:", ""]
     lines += [f"| arm | {' | '.join(names)} | all |", f"|---|{'---|' * (len(names) + 1)}"]
     for arm in ARMS:
-        gains = []
+        gains: list[Scores] = []
         for name in names:
             ours, theirs = scores(name, TREAT), scores(name, arm)
-            gains.append([a - b for a, b in zip(ours, theirs, strict=False)])
-        whole = min(len(g) for g in gains)
-        means = [float(np.mean([g[i] for g in gains])) for i in range(whole)]
-        cells = [over_seeds(g) if g else "–" for g in (*gains, means)]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+            gains.append({s: ours[s] - theirs[s] for s in ours if s in theirs})
+        lines.append(_row(arm, gains, seeds))
     return lines
+
+
+def _row(arm: str, columns: Sequence[Scores], seeds: Sequence[int]) -> str:
+    """A cell per situation, and one of the mean over situations of seeds that all of them have."""
+    whole = set(seeds).intersection(*(set(c) for c in columns))
+    means = {s: float(np.mean([c[s] for c in columns])) for s in sorted(whole)}
+    cells = []
+    for values in (*columns, means):
+        few = f" ({len(values)})" if len(values) < len(seeds) else ""
+        cells.append(over_seeds(list(values.values())) + few if values else "–")
+    return f"| {arm} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -392,7 +401,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="none: only the table")
     parser.add_argument("--only", nargs="*", choices=list(SITUATIONS), help="situations")
     parser.add_argument("--arms", nargs="*", choices=[*ARMS, TREAT])
     parser.add_argument("--out", type=Path, default=Path("out/treat"))
@@ -413,8 +422,10 @@ def main() -> None:
                 rates = ", ".join(f"{t} {r:.2f}" for t, r in result.rates.items())
                 said = f"{name}, {arm}, seed {seed}: {rates}; {result.tokens} tokens"
                 print(f"{said}, {result.seconds} s", file=sys.stderr, flush=True)
-    found = [r for r in kept.rows().values() if r.situation in names and r.seed in options.seeds]
-    text = page(sorted(found, key=lambda r: (names.index(r.situation), r.seed)), options.seeds)
+    found = [r for r in kept.rows().values() if r.situation in names]
+    seeds = options.seeds or sorted({r.seed for r in found})
+    found = [r for r in found if r.seed in seeds]
+    text = page(sorted(found, key=lambda r: (names.index(r.situation), r.seed)), seeds)
     print(text)
     if options.write:
         write(text)
