@@ -299,7 +299,8 @@ def test_no_aggregate_depends_on_how_a_step_is_split(learner, aggregate):
     assert len(parts) > 3
     loss, grads = gradients(learner, whole, objective)
     loss_parts, grads_parts = gradients(learner, parts, objective)
-    assert loss_parts == pytest.approx(loss, rel=1e-5, abs=1e-7)
+    # On-policy the loss is 0, a sum of terms of size 1 that cancel: the ratios' rounding is left.
+    assert loss_parts == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert largest_gap(grads, grads_parts) < 1e-5
 
 
