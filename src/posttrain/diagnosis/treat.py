@@ -45,6 +45,9 @@ ROUNDS = 12
 SMALLEST_DOSE = 0.15
 """A stage shorter than this share of its prescription is not worth beginning."""
 
+LONGEST_DOSE = 1.5
+"""A stage is made longer, up to this share, where the rest would be too little for another."""
+
 WORTH_A_LOOK = 0.15
 """With less than this share of the budget left, looking again would leave too little to act on."""
 
@@ -319,8 +322,8 @@ class _Course:
         )
         # The stage is measured afterwards, like the base was.
         left = self.chart.budget - self._spent.total - spent(self.out, looks=("base",)).looking
-        share = min(left / whole, 1.0)
-        if share < SMALLEST_DOSE or stage.budget.steps is None:
+        share = dose(left, whole)
+        if share is None or stage.budget.steps is None:
             return None
         steps = max(1, int(stage.budget.steps * share))
         return msgspec.structs.replace(stage, budget=Budget(steps=steps))
@@ -422,6 +425,26 @@ class _Course:
 
     def _say(self, text: str) -> None:
         self.observe(Note(text=text))
+
+
+def dose(left: float, whole: float) -> float | None:
+    """How much of a prescribed stage to run with so many tokens left; None for nothing.
+
+    As much as there are tokens for. Where a whole stage would leave less than half of another, it
+    takes that too: a short second stage would have to be looked at, and begins with a high rate.
+
+    Args:
+        left: tokens, without those of the look that follows.
+        whole: tokens that the stage as prescribed would cost.
+
+    Example:
+        >>> [dose(left, 100.0) for left in (10, 40, 100, 140, 150, 400)]
+        [None, 0.4, 1.0, 1.4, 1.0, 1.0]
+    """
+    share = left / whole
+    if share < SMALLEST_DOSE:
+        return None
+    return share if share < LONGEST_DOSE else 1.0
 
 
 def _only_new(observe: Observer) -> Observer:
