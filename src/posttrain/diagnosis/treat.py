@@ -303,7 +303,7 @@ class _Course:
     # --- the next stage ----------------------------------------------------------------------
 
     def _fitted(self, prescription: Prescription, found: Diagnosis) -> Stage | None:
-        """The prescribed stage from the current policy, shortened to what the budget allows."""
+        """The prescribed stage from the current policy, as long as the budget allows."""
         assert prescription.recipe is not None
         recipe = config.convert(
             msgspec.yaml.decode(prescription.recipe), Recipe, origin="prescription"
