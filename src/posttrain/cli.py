@@ -161,6 +161,7 @@ def compare(before: str, after: str | None, tasks: str | None, samples: int | No
         return
     if samples is not None:
         raise ConfigError("--samples without models to measure", fix="add --tasks recipe.yaml")
+    run = Path(before) if after is None and tasks is None else None
     if after is None:
         policies = _policies(Path(before))
         before, after = f"{before}:{policies[0]}", f"{before}:{policies[-1]}"
@@ -171,6 +172,12 @@ def compare(before: str, after: str | None, tasks: str | None, samples: int | No
     require_comparable(first, second)
     require_prompts(first)
     click.echo(_comparison(first, second, spec))
+    if run is not None:
+        from posttrain.report.load import load_retention
+        from posttrain.tables import retention_table
+
+        if kept := load_retention(run):
+            click.echo(f"\n{retention_table(kept)}")
 
 
 def _comparison(first: Measurement, second: Measurement, spec: Measure) -> str:

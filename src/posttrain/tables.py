@@ -34,6 +34,7 @@ from posttrain.probes.readings import not_taken, paired_change, take
 from posttrain.probes.support import Label, labels, support_change
 from posttrain.probes.voting import answers_of
 from posttrain.recipe import Measure, load_recipe
+from posttrain.report.view import RetentionView
 
 WIDTH = 100
 CHANGES = ("answer_entropy", "distinct_answers", "tokens_per_answer")
@@ -244,6 +245,22 @@ def change_table(before: Measurement, after: Measurement, *, confidence: float =
             "first number of tries at which AFTER succeeds less often than BEFORE; none: not seen.",
         ]
     )
+
+
+def retention_table(kept: Sequence[RetentionView]) -> str:
+    """What later stages left of what each task set had; a dash where there was no later stage."""
+    columns = ("task set", "first gained in", "before that", "since then", "forgotten", "handed on")
+    table = _table("retention over the stages", columns)
+    for row in kept:
+        numbers = (row.forward, row.backward, row.forgetting, row.handoff)
+        cells = ("–" if e.value is None else e.words for e in numbers)
+        table.add_row(row.task, row.learned, *cells)
+    told = (
+        "before that: gain over the base by earlier stages (forward transfer). since then: change "
+        "of pass@1 by later stages (backward transfer). forgotten: best pass@1 so far less the "
+        "last. handed on: of the prompts its stage brought into reach, the share still there."
+    )
+    return f"{_text(table)}\n{told}"
 
 
 def reach_words(reached: Sequence[TaskReach], *, most: int = 4) -> str:

@@ -39,6 +39,11 @@ def sampling(first: float, many: float, **more: float) -> dict[str, float]:
 TRUTHS = {
     "scorer": ({**sampling(0.5, 0.9), "verifier_disagreement": 0.1}, "measurement"),
     "cut off": ({**sampling(0.1, 0.3), "truncated": 0.6}, "measurement"),
+    "hardly fits": (
+        {**sampling(0.1, 0.3), "truncated": 0.6, "answer_room": 0.2},
+        "measurement",
+    ),
+    "rambles": ({**sampling(0.0, 0.0), "truncated": 0.6, "answer_room": 1.0}, "support"),
     "loops": ({**sampling(0.1, 0.3), "truncated": 0.6, "repetition": 0.5}, "support"),
     "forgotten": ({**sampling(0.5, 0.9), "retention": 0.5}, "retention"),
     "kept": ({**sampling(0.5, 0.9), "retention": 0.99, "shrunk_share": 0.0}, "choice"),

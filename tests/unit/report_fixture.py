@@ -22,6 +22,7 @@ from posttrain.report.view import (
     PolicyView,
     PromptSupport,
     Regime,
+    RetentionView,
     RunView,
     Sample,
     Seal,
@@ -126,6 +127,8 @@ def change(task: str, before: list[float], after: list[float]) -> Change:
         lost=parts["lost"],
         undetermined=parts["open"],
         retention=wilson(still, len(was_in)) if was_in else Estimate(value=None),
+        before=measured(task, before).pass_at_1,
+        after=measured(task, after).pass_at_1,
     )
 
 
@@ -358,6 +361,16 @@ def run_view() -> RunView:
         support=maps,
         accounts=accounts,
         samples=samples(),
+        retention=(
+            RetentionView(
+                task="reverse",
+                learned="expand",
+                forward=Estimate(value=0.11, low=0.01, high=0.21),
+                backward=Estimate(value=-0.12, low=-0.22, high=-0.02),
+                forgetting=Estimate(value=0.13, low=0.03, high=0.23),
+                handoff=Estimate(value=0.77, low=0.66, high=0.88),
+            ),
+        ),
         warnings=(
             "reshape: 44 % of the groups had equal rewards at the end and taught nothing.",
             "reverse: 5 of 32 prompts stay undetermined; draw more samples to decide them.",

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from posttrain.diagnosis.examine import FROM_A_BEGINNING, SHARES, WITH_HELP, Examination
+from posttrain.diagnosis.judge import diagnose_task
 from posttrain.diagnosis.prescribe import Supplies
+from posttrain.diagnosis.rules import load_rules
 from posttrain.errors import ConfigError
 from posttrain.recipe import Measure
 
@@ -144,3 +146,16 @@ def test_few_prompts_are_refused(bench):
 
 def replace_tasks(seen: Examination, tasks) -> Examination:
     return replace(seen, tasksets=[tasks])
+
+
+def test_a_model_that_rambles_is_not_blamed_on_the_token_budget(bench):
+    """Never right and never at an end: measurement only where right answers would not fit."""
+    for longest, room, named in [(2 * bench.LENGTH + 2, 1, "support"), (bench.LENGTH, 0, None)]:
+        seen = look(bench, bench.at_once([0.0] * P), budget=10_000, labels=False)
+        seen.policy = bench.table(bench.at_once([0.0] * P), wrong=7, lost=1.0)
+        seen.spec = Measure(samples=SAMPLES, max_new_tokens=longest, seed=3)
+        (evidence,) = seen.evidence()
+        assert evidence.get("truncated").value > 0.9
+        assert evidence.get("answer_room").value == room
+        found = diagnose_task(evidence, load_rules())
+        assert found.bottleneck == (named or "measurement")

@@ -11,6 +11,7 @@ from posttrain.probes.measurement import TaskMeasurement
 from posttrain.probes.passk import pass_interval
 from posttrain.probes.reading import FEWEST, Reading
 from posttrain.probes.readings import (
+    answer_room,
     not_taken,
     paired_change,
     require_prompts,
@@ -71,6 +72,21 @@ def test_old_files_give_fewer_readings_and_say_why() -> None:
     assert "informative@16" not in found
     few = drawn(0.5, n=8)
     assert not_taken(few) == ("8 samples per prompt: no majority vote of 16",)
+
+
+def test_room_is_asked_of_known_answers_and_of_the_way_the_policy_takes() -> None:
+    right = np.zeros((6, 4), bool)
+    right[1, :3] = right[2, :3] = True
+    lengths = np.full((6, 4), 8)
+    lengths[1], lengths[2] = (2, 3, 8, 8), (5, 6, 3, 8)  # the median of the right ones: 3 and 5
+    task = measured(right, lengths=lengths)
+    keys = task.prompts
+    room = answer_room(task, {keys[i]: 2 for i in (0, 1, 2)} | {keys[3]: 5}, budget=8)
+    assert room is not None
+    assert (room.value, room.units) == (0.5, 4)  # prompts 0 and 1 of 4; of the others none is known
+    assert 0.06 < room.low < 0.07  # Clopper and Pearson: 2 of 4, [0.068, 0.932]
+    assert answer_room(task, {keys[0]: 4}, budget=8).value == 1  # half of the budget still fits
+    assert answer_room(task, {}, budget=8) is None
 
 
 def test_changes() -> None:

@@ -31,10 +31,12 @@ from posttrain.report.view import (
     Comparison,
     CurvePoint,
     Estimate,
+    FoundView,
     Piece,
     PolicyTask,
     PolicyView,
     PromptSupport,
+    RoundView,
     RunView,
     Seal,
     Series,
@@ -42,7 +44,9 @@ from posttrain.report.view import (
     SupportMap,
     TimePart,
     Totals,
+    TreatmentView,
 )
+from posttrain.report.waterfall import waterfall
 
 SVG = re.compile(r"<svg\b.*?</svg>", re.DOTALL)
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</title></svg><a b='")
@@ -238,7 +242,7 @@ def test_the_policy_admits_exactly_the_script_of_the_page(page: str) -> None:
 
 def test_all_numbers_of_a_run_are_on_its_page(view: RunView, page: str) -> None:
     text = Reader(page).text
-    for e in walk((view.policies, view.comparisons), Estimate):
+    for e in walk((view.policies, view.comparisons, view.retention), Estimate):
         if e.value is not None:
             assert f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" in text
     counts = [view.totals.tokens_generated, view.totals.tokens_trained]
@@ -346,6 +350,89 @@ def test_change_bars_diverge_from_zero_in_one_scale(narrow: bool) -> None:
     assert new == pytest.approx((zero + 0.2 * unit, 0.4 * unit), abs=0.02)
     assert weak == pytest.approx((zero - 0.1 * unit, 0.1 * unit), abs=0.02)
     assert lost == pytest.approx((zero - 0.15 * unit, 0.05 * unit), abs=0.02)
+
+
+def test_the_waterfall_starts_at_before_ends_at_after_and_leaves_no_gap() -> None:
+    parts = change(
+        before=estimate(0.3),
+        reachable=estimate(0.4),
+        sharpened=estimate(0.1),
+        weakened=estimate(0.05),
+        lost=estimate(0.2),
+        undetermined=Estimate(value=-0.05, low=-0.1, high=0.02),
+        after=estimate(0.5),
+    )
+    svg = waterfall(parts, before="a", after="b", ident="w")
+    assert svg is not None
+    rects = list(ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect"))
+    unit = float(rects[0].get("height")) / 0.3
+    foot = float(rects[0].get("y")) + float(rects[0].get("height"))
+    spans = [
+        ((foot - float(r.get("y")) - float(r.get("height"))) / unit,
+         (foot - float(r.get("y"))) / unit)
+        for r in rects
+    ]  # fmt: skip
+    levels = [(0, 0.3), (0.3, 0.7), (0.7, 0.8), (0.75, 0.8), (0.55, 0.75), (0.5, 0.55), (0, 0.5)]
+    assert [x for pair in spans for x in pair] == pytest.approx(
+        [x for pair in levels for x in pair], abs=2e-3
+    )
+    text = [t.text for t in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert [t for t in text if re.match("[+−]|0\\.[35]0", t)] == [
+        "0.30", "+0.40", "+0.10", "−0.05", "−0.20", "−0.05", "0.50",
+    ]  # fmt: skip
+    assert waterfall(change(), before="a", after="b", ident="w") is None  # nothing to start from
+
+
+def test_a_treatment_is_told_round_by_round(view: RunView) -> None:
+    found = FoundView(
+        task="sums",
+        bottleneck="choice",
+        shown=False,
+        words="It prefers others.",
+        because=("pass@64 is 0.9",),
+        first=estimate(0.25),
+        reach=estimate(0.75),
+        tries=64,
+    )
+    done = RoundView(
+        number=1,
+        page="diagnoses/0.html",
+        found=(found,),
+        stage="1-reinforce",
+        start="base",
+        steps=41,
+        tasks=("sums",),
+        title="imitate the best",
+        why="success is in reach",
+        decision="sums rose by 0.3",
+        helped=True,
+        kept=True,
+        looking=1111,
+        sampled=2222,
+        trained=3333,
+    )
+    last = replace(done, number=2, stage="", title="", decision="", helped=None, kept=None)
+    told = TreatmentView(rounds=(done, last), budget=9999, spent=7777, ended="nothing is left")
+    shown = render(replace(view, treatment=told))
+    check_drawings(shown)
+    text = Reader(shown).text
+    for words in ("Round 1 imitate the best ✓ kept helped", "choice?", "Because pass@64 is 0.9",
+                  "41 steps from base , for sums", "sums rose by 0.3", "7,777 of 9,999 tokens",
+                  "1,111 looking, 2,222 sampled for training, 3,333 trained",
+                  "Round 2 Nothing was done", "It ended: nothing is left."):  # fmt: skip
+        assert words.replace(" ", "") in text.replace(" ", ""), words
+    assert boxes_of_strip(shown, "sums") == [100, 75, 25]
+    assert 'id="treatment"' not in render(view)
+
+
+def boxes_of_strip(page: str, task: str) -> list[float]:
+    """Widths of the bar of a round's finding, in percent."""
+    (svg,) = [s for s in SVG.findall(page) if f">{task}: 25% right at the first try" in s][:1]
+    return [float(w) for w in re.findall(r'<rect[^>]* width="([^"]*)"', svg)]
+
+
+def test_nothing_has_no_sign() -> None:
+    assert Estimate(value=-0.001, low=-0.004, high=0.1).words == "0.00 [0.00, 0.10]"
 
 
 def test_pass_at_k_is_drawn_on_a_log2_axis_with_equal_steps_per_doubling() -> None:

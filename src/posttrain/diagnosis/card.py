@@ -73,6 +73,7 @@ _PLAIN = {
     "efficiency_gap": "success within all tries minus pass@1",  # a task may have more than 64
     "continue@0.5": "success from half a right answer",
     "informative@8": "the share of groups of 8 with a success and a failure",
+    "answer_room": "the share of known right answers that take at most half of the budget",
     "truncated": "the share of answers cut off by the token budget",
     "amortisation_gap": "the gain from the scaffold",
     "exposure_excess": "the excess error on its own paths",

@@ -36,7 +36,7 @@ from posttrain.probes.exposure import exposure_to_teacher
 from posttrain.probes.measure import measure
 from posttrain.probes.measurement import Measurement, TaskMeasurement
 from posttrain.probes.reading import FEWEST, Reading
-from posttrain.probes.readings import not_taken, take, take_change
+from posttrain.probes.readings import answer_room, not_taken, take, take_change
 from posttrain.probes.scaffold import amortisation_gap
 from posttrain.protocols import Policy
 from posttrain.provenance import Kind, Producer, Role
@@ -238,7 +238,9 @@ class Examination:
             found += self._drifted(taskset, was, missing)
         else:
             missing.append("retention: no earlier policy was given (--before)")
-        found += self._continued(taskset, now, missing)
+        known = self.references(self.policy, taskset)
+        found += self._room(now, known)
+        found += self._continued(taskset, now, known, missing)
         found += self._exposed(taskset, now, missing)
         if self.supplies.scaffold:
             found += self._scaffolded(taskset, now, self.supplies.scaffold, missing)
@@ -283,13 +285,26 @@ class Examination:
         )
         return (moved.reading("kl_prior"),)
 
+    def _room(self, now: TaskMeasurement, known: Sequence[Demonstration]) -> tuple[Reading, ...]:
+        """Whether right answers would fit into the token budget; tells rambling from cutting."""
+        lengths: dict[str, int] = {}
+        for d in known:
+            lengths[d.task.key] = max(lengths.get(d.task.key, 0), len(d.tokens))
+        budget, confidence = self.spec.max_new_tokens, self.spec.confidence
+        found = answer_room(now, lengths, budget=budget, confidence=confidence)
+        return () if found is None else (found,)
+
     def _continued(
-        self, taskset: TaskSet, now: TaskMeasurement, missing: list[str]
+        self,
+        taskset: TaskSet,
+        now: TaskMeasurement,
+        known: Sequence[Demonstration],
+        missing: list[str],
     ) -> tuple[Reading, ...]:
         unsolved = {key for key, c in zip(now.prompts, now.counts, strict=True) if c == 0}
         if len(unsolved) < UNSOLVED:
             return ()
-        begun = [d for d in self.references(self.policy, taskset) if d.task.key in unsolved]
+        begun = [d for d in known if d.task.key in unsolved]
         cost = len(begun) * len(SHARES) * FROM_A_BEGINNING
         if not begun or self.rollouts + cost > self.budget:
             why = "the task set knows no right answers" if not begun else "the budget is spent"

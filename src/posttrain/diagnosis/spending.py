@@ -37,7 +37,9 @@ class Spent:
         return self.looking + self.sampled + self.trained
 
 
-def spent(out: Path, *, looks: Sequence[str] = (), diagnoses: Sequence[Path] = ()) -> Spent:
+def spent(
+    out: Path, *, looks: Sequence[str] = (), diagnoses: Sequence[Path] = (), stages: str = "*"
+) -> Spent:
     """What a run folder has cost so far, read off what it wrote.
 
     Args:
@@ -45,15 +47,18 @@ def spent(out: Path, *, looks: Sequence[str] = (), diagnoses: Sequence[Path] = (
         looks: the policies whose measurements count; a final judgement that every method gets
             alike may be left out.
         diagnoses: cards of this run.
+        stages: pattern of the stage folders that count; an empty one counts none.
     """
+    folders = sorted((out / "stages").glob(stages)) if stages else []
     looking = sum(_sampled(out / "measurements" / f"{name}.json") for name in looks)
     for card in diagnoses:
         looking += Diagnosis.from_json(card.read_text(encoding="utf-8")).cost.sampled_tokens
-    uses = tokens_by_producer(sorted((out / "stages").glob("*/shards/*.uses.parquet")))
+    uses = tokens_by_producer([p for f in folders for p in sorted(f.glob("shards/*.uses.parquet"))])
     rolled = sum(u.completion_tokens for u in uses if u.kind in (Kind.LEARNER, Kind.TEACHER))
     trained = sum(
         int(json.loads(line)["tokens"])
-        for file in (out / "stages").glob("*/metrics.jsonl")
+        for folder in folders
+        for file in folder.glob("metrics.jsonl")
         for line in file.read_text(encoding="utf-8").splitlines()
     )
     return Spent(looking=looking, sampled=rolled, trained=trained)

@@ -18,9 +18,11 @@ the tracer's fuser would change the numbers and graphs of whole steps do more (`
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +124,7 @@ class Recording:
         probes = [_probe(self._causal, length) for length in (5, 12)]
         before = _CURRENT.set(probes[0][2])
         try:
-            with warnings.catch_warnings(record=True) as seen:
+            with _a_loss_named(decoder), warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
                 body = torch.jit.trace(_Body(decoder), probes[0][:2], check_trace=False)
         except RuntimeError as error:
@@ -138,6 +140,18 @@ class Recording:
             gap = (self.hidden(*probe) - stock_hidden(decoder, *probe)).abs().max()
             if not gap <= 1e-5:
                 self._refusal = f"a probe differs by {float(gap):.2g}"
+
+
+@contextmanager
+def _a_loss_named(decoder: Any) -> Iterator[None]:
+    """The tracer reads every property of a module, its loss among them; of a decoder without a
+    head the model library does not know the loss, and warns about the config."""
+    before = getattr(decoder, "loss_type", None)
+    decoder.loss_type = "ForCausalLM"
+    try:
+        yield
+    finally:
+        decoder.loss_type = before
 
 
 def _probe(causal: PreTrainedModel, length: int) -> tuple[Tensor, Tensor, PackedPlan]:

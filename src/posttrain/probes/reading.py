@@ -169,6 +169,12 @@ NAMES: Mapping[str, Meaning] = MappingProxyType(
         ),
         "repetition": Meaning("4-grams of a sample that it repeats", "share", _DOWN, "1908.04319"),
         "truncated": Meaning("samples that the budget cut off", "share", _DOWN, "2604.08527"),
+        "answer_room": Meaning(
+            "prompts whose known right answer takes at most half of the token budget",
+            "share",
+            _UP,
+            "count",
+        ),
         "tokens_per_answer": Meaning("tokens of a sample", "tokens", _DOWN, "count"),
         "calibration_error": Meaning(
             "confidence (share of equal answers) against success",

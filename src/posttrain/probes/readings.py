@@ -6,7 +6,7 @@ two of them ──take_change──▶ Readings of what changed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +107,40 @@ def _pass_reading(task: TaskMeasurement, k: int, *, confidence: float, seed: int
     tries = "one try succeeds" if k == 1 else f"at least one of {k} tries succeeds"
     words = f"{tries} with probability {interval.value:.2f}"
     return reading(f"pass@{k}", task.taskset, interval, samples=task.num_samples, words=words)
+
+
+ROOM = 0.5
+"""An answer that takes at most this share of the token budget fits with room to spare."""
+
+
+def answer_room(
+    task: TaskMeasurement, known: Mapping[str, int], *, budget: int, confidence: float = 0.95
+) -> Reading | None:
+    """Of the prompts with a known right answer, the share whose answer fits comfortably.
+
+    Where answers are cut off, it tells a budget that is too small from a policy that rambles. A
+    policy's own right answers count as well, where it takes more room than the known one: a bare
+    result says little about the way that this policy takes to get there. The interval is exact.
+
+    Args:
+        task: what the policy itself said.
+        known: tokens of a right answer by prompt, its end included.
+        budget: ``max_new_tokens``.
+        confidence: of the two-sided interval.
+
+    Returns:
+        None when no right answer is known.
+    """
+    needed: dict[str, float] = dict(known)
+    for key, right, lengths in zip(task.prompts, task.successes, task.lengths, strict=True):
+        if key in needed and right.any():
+            needed[key] = max(needed[key], float(np.median(lengths[right])))
+    if not needed:
+        return None
+    fits = sum(length <= ROOM * budget for length in needed.values())
+    interval = proportion_interval(fits, len(needed), confidence=confidence)
+    words = f"{fits} of {len(needed)} known right answers take at most half of {budget} tokens"
+    return reading("answer_room", task.taskset, interval, samples=task.num_samples, words=words)
 
 
 def not_taken(task: TaskMeasurement) -> tuple[str, ...]:

@@ -21,8 +21,9 @@ from posttrain.diagnosis.card import (
     plainly,
 )
 from posttrain.probes.reading import Reading
+from posttrain.report.charts import reach_strip
 from posttrain.report.pages import fill
-from posttrain.report.svg import duration, figure, label, line, path, polyline, rect, tag
+from posttrain.report.svg import duration, figure, label, line, path, polyline, rect
 
 STARTS = (("pass@1", 0.0), ("continue@0.25", 0.25), ("continue@0.5", 0.5), ("continue@0.75", 0.75))
 """Success from the question alone, and from a part of a right answer."""
@@ -74,11 +75,11 @@ def render_card(found: Diagnosis) -> str:
         glances=tuple(
             Glance(
                 task=t.task,
-                strip=strip(t.evidence),
+                strip=strip(t.evidence, ident=f"strip-{i}"),
                 bottleneck=t.acted_on,
                 shown=t.leaning is None,
             )
-            for t in found.tasks
+            for i, t in enumerate(found.tasks)
         ),
         panels=tuple(
             Panel(
@@ -114,25 +115,13 @@ def number(value: float) -> str:
     return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
 
 
-def strip(evidence: Evidence) -> Markup | None:
+def strip(evidence: Evidence, *, ident: str) -> Markup | None:
     """The bar of :func:`reach_bar` without words, as wide as there is room."""
     first = evidence.get("pass@1")
     if first is None:
         return None
     many = _widest(evidence) or first
-    reach = max(many.value, first.value)
-    words = f"{first.value:.0%} right at the first try, {reach:.0%} within {_tries(many)} tries"
-    return tag(
-        "svg",
-        tag("title", f"{evidence.task}: {words}"),
-        rect(0, 0, 100, 1, "track"),
-        rect(0, 0, reach * 100, 1, "sharp"),
-        rect(0, 0, first.value * 100, 1, "new"),
-        viewBox="0 0 100 1",
-        preserveAspectRatio="none",
-        class_="bar",
-        role="img",
-    )
+    return reach_strip(evidence.task, first.value, many.value, tries=_tries(many), ident=ident)
 
 
 def reach_bar(evidence: Evidence, *, ident: str) -> Markup | None:

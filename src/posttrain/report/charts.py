@@ -120,6 +120,23 @@ def _band_and_line(
     return parts
 
 
+def reach_strip(task: str, first: float, many: float, *, tries: int, ident: str) -> Markup:
+    """Right at the first try, right within ``tries``, and the rest, as wide as there is room."""
+    reach = max(many, first)
+    return figure(
+        rect(0, 0, 100, 1, "track"),
+        rect(0, 0, reach * 100, 1, "sharp"),
+        rect(0, 0, first * 100, 1, "new"),
+        ident=ident,
+        width=100,
+        height=1,
+        title=f"{task}: {first:.0%} right at the first try, {reach:.0%} within {tries} tries",
+        desc="Dark: right at the first try. Light: right within more tries. Rest: never seen.",
+        class_="bar",
+        stretch=True,
+    )
+
+
 # --- the support map -------------------------------------------------------------------------
 
 

@@ -32,6 +32,8 @@ from posttrain.probes.support import labels
 from posttrain.provenance import Kind
 from posttrain.recipe import Recipe, load_recipe
 from posttrain.report.render import render
+from posttrain.report.retained import retained
+from posttrain.report.rounds import treatment
 from posttrain.report.view import (
     UNMEASURED,
     Account,
@@ -47,6 +49,7 @@ from posttrain.report.view import (
     PolicyView,
     PromptSupport,
     Regime,
+    RetentionView,
     RunView,
     Sample,
     Seal,
@@ -106,12 +109,7 @@ def load_view(out: Path) -> RunView:
     """Everything the report of a run folder shows, finished or not."""
     run = _open(out)
     spec = run.recipe.measure
-    measured = {m.policy: m for m in run.measurements}
-    changes = [
-        _compare(run, measured[s.init], measured[s.spec.name])
-        for s in run.stages
-        if s.init in measured and s.spec.name in measured
-    ]
+    measured, changes = {m.policy: m for m in run.measurements}, _changes(run)
     last = measured[_final(run)] if measured else None
     whole = _compare(run, measured["base"], last) if changes and last else None
     accounts = [a for s in run.stages for a in _accounts(run, s)]
@@ -142,7 +140,34 @@ def load_view(out: Path) -> RunView:
         accounts=tuple(accounts),
         samples=tuple(sample for s in run.stages for sample in _samples(run, s)),
         warnings=tuple(_warnings(run, whole)),
+        retention=_retained(run, changes),
+        treatment=treatment(out),
     )
+
+
+def load_retention(out: Path) -> tuple[RetentionView, ...]:
+    """What later stages of a run left of what each task set had; nothing for a single stage."""
+    run = _open(out)
+    return _retained(run, _changes(run)) if len(run.measurements) > 2 else ()
+
+
+def _retained(run: _Run, changes: Sequence[Attributions]) -> tuple[RetentionView, ...]:
+    """Over the policies up to the final one; a stage that was rolled back left nothing behind."""
+    undone = {s.spec.name for s in run.stages
+              if any(g.outcome is Outcome.ROLLED_BACK for g in _gates(run, s))}  # fmt: skip
+    chain = [m for m in run.measurements if m.policy not in undone]
+    kept = [c for c in changes if c.after not in undone]
+    return retained(chain, kept, spec=run.recipe.measure)
+
+
+def _changes(run: _Run) -> list[Attributions]:
+    """What each measured stage changed, from the policy it started from."""
+    measured = {m.policy: m for m in run.measurements}
+    return [
+        _compare(run, measured[s.init], measured[s.spec.name])
+        for s in run.stages
+        if s.init in measured and s.spec.name in measured
+    ]
 
 
 def _open(out: Path) -> _Run:
@@ -342,6 +367,8 @@ def _change(task: Attribution) -> Change:
         lost=parts[Part.LOST],
         undetermined=parts[Part.UNDETERMINED],
         retention=_estimate(task.retention),
+        before=_estimate(task.before),
+        after=_estimate(task.after),
     )
 
 

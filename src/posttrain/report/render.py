@@ -16,24 +16,35 @@ from markupsafe import Markup
 
 from posttrain.provenance import Kind
 from posttrain.report.change import change_chart
-from posttrain.report.charts import curve, pass_at_k, support_map, time_bar, token_bar
+from posttrain.report.charts import (
+    curve,
+    pass_at_k,
+    reach_strip,
+    support_map,
+    time_bar,
+    token_bar,
+)
 from posttrain.report.headline import Headline, headline
 from posttrain.report.pages import Filter, fill
 from posttrain.report.picture import effect_glyph, pipeline
 from posttrain.report.svg import compact, duration
 from posttrain.report.view import (
     Account,
+    Change,
     Comparison,
     Effect,
     Estimate,
+    FoundView,
     PolicyTask,
     PolicyView,
+    RoundView,
     RunView,
     StageView,
     TimePart,
     Token,
     task_of,
 )
+from posttrain.report.waterfall import waterfall
 
 SURE, UNSURE = 0.5, 0.1
 """A sampled token at or above SURE is unmarked; below UNSURE it is marked as a surprise."""
@@ -57,6 +68,22 @@ class PassPanel:
     drawing: Markup
     ks: tuple[int, ...]
     rows: tuple[PassRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPanel:
+    """One round of a treatment: what was found, each task set with its bar."""
+
+    round: RoundView
+    found: tuple[tuple[FoundView, Markup | str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fall:
+    """One task set of the whole run: the waterfall and the numbers behind it."""
+
+    change: Change
+    drawing: Markup | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +126,9 @@ class Page:
     pipeline_wide: Markup
     pipeline_narrow: Markup
     pipeline_width: int
-    change_wide: Markup | None
-    change_narrow: Markup | None
+    rounds: tuple[RoundPanel, ...]
+    falls: tuple[Fall, ...]
+    versus: str
     passes: tuple[PassPanel, ...]
     drift: tuple[tuple[str, tuple[tuple[str, PolicyTask], ...]], ...]
     support: tuple[tuple[str, int, Markup], ...]
@@ -141,8 +169,17 @@ def _page(view: RunView) -> Page:
         pipeline_wide=pipeline(view, ident="pipe-w"),
         pipeline_narrow=pipeline(view, ident="pipe-n", vertical=True),
         pipeline_width=wide if wide > 1040 else 0,
-        change_wide=_change(view, whole, ident="ch-w", narrow=False),
-        change_narrow=_change(view, whole, ident="ch-n", narrow=True),
+        rounds=tuple(
+            RoundPanel(
+                round=r,
+                found=tuple(
+                    (f, _reach(f, ident=f"round-{r.number}-{i}")) for i, f in enumerate(r.found)
+                ),
+            )
+            for r in (view.treatment.rounds if view.treatment else ())
+        ),
+        falls=_falls(whole),
+        versus=f"{whole.before} to {whole.after}" if whole else "",
         passes=tuple(_passes(view.policies, task, i) for i, task in enumerate(view.tasks)),
         drift=tuple(
             (t, tuple((p.name, m) for p in view.policies if (m := task_of(p, t)) is not None))
@@ -173,6 +210,26 @@ def _passes(policies: Sequence[PolicyView], task: str, index: int) -> PassPanel:
         rows.append(PassRow(policy=name, counted=counted, pass_at_1=m.pass_at_1.words, cells=cells))
     drawing = pass_at_k(task, policies, ident=f"pass-{index}")
     return PassPanel(task=task, drawing=drawing, ks=ks, rows=tuple(rows))
+
+
+def _reach(found: FoundView, *, ident: str) -> Markup | str:
+    """The bar of what was found; nothing where pass@1 was not read."""
+    if found.first.value is None:
+        return ""
+    many = found.first.value if found.reach.value is None else found.reach.value
+    return reach_strip(found.task, found.first.value, many, tries=found.tries, ident=ident)
+
+
+def _falls(whole: Comparison | None) -> tuple[Fall, ...]:
+    if whole is None:
+        return ()
+    return tuple(
+        Fall(
+            change=c,
+            drawing=waterfall(c, before=whole.before, after=whole.after, ident=f"fall-{i}"),
+        )
+        for i, c in enumerate(whole.changes)
+    )
 
 
 def _change(

@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from posttrain.errors import DataError
 from posttrain.provenance import Kind, Role
+from posttrain.report.definitions import HOW_TO_READ, Definition
 
 
 class Regime(StrEnum):
@@ -95,8 +96,9 @@ class Estimate:
         if self.value is None:
             return "not measured"
         if self.interval is None:
-            return f"{self.value:.2f} (no interval)"
-        return f"{self.value:.2f} [{self.interval[0]:.2f}, {self.interval[1]:.2f}]"
+            return f"{self.value:z.2f} (no interval)"
+        value, low, high = (f"{x:z.2f}" for x in (self.value, *self.interval))
+        return f"{value} [{low}, {high}]"
 
     @property
     def is_positive(self) -> bool:
@@ -214,7 +216,9 @@ class PolicyView:
 class Change:
     """Where one task set's behaviour went between two policies, in parts that add up to one.
 
-    ``undetermined`` is the part for which the samples were too few to say.
+    ``undetermined`` is the part for which the samples were too few to say; it has a sign.
+    ``before`` and ``after`` are pass@1 on both sides: before + reachable + sharpened − weakened
+    − lost + undetermined = after.
     """
 
     task: str
@@ -225,6 +229,8 @@ class Change:
     lost: Estimate
     undetermined: Estimate = UNMEASURED
     retention: Estimate = UNMEASURED
+    before: Estimate = UNMEASURED
+    after: Estimate = UNMEASURED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,6 +273,75 @@ class SupportMap:
                     f"prompt {row.prompt!r} of {self.task} with {len(row.labels)} support labels",
                     expected=f"one for each of the {len(self.policies)} policies",
                 )
+
+
+# --- treatment -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundView:
+    """What held one task set back; ``shown`` is False where it is only the likeliest."""
+
+    task: str
+    bottleneck: str
+    shown: bool
+    words: str
+    because: tuple[str, ...]
+    first: Estimate  # pass@1
+    reach: Estimate  # pass@k at the largest k, which is ``tries``
+    tries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundView:
+    """One look and what followed. ``stage`` is empty where nothing was done after it.
+
+    ``helped`` and ``kept`` are None while the stage is not judged. Tokens are of this round.
+    """
+
+    number: int
+    page: str
+    found: tuple[FoundView, ...]
+    stage: str
+    start: str
+    steps: int
+    tasks: tuple[str, ...]
+    title: str
+    why: str
+    decision: str
+    helped: bool | None
+    kept: bool | None
+    looking: int
+    sampled: int
+    trained: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreatmentView:
+    """All rounds of a treatment; ``ended`` says why it ended, and is empty while it has not."""
+
+    rounds: tuple[RoundView, ...]
+    budget: int
+    spent: int
+    ended: str
+
+
+# --- retention -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionView:
+    """What later stages left of what a task set had after the stage that taught it.
+
+    ``learned`` names that stage, or the base. None of the numbers is there when it was the last.
+    """
+
+    task: str
+    learned: str
+    forward: Estimate  # pass@1 before its own stage minus that of the base
+    backward: Estimate  # pass@1 at the end minus just after its own stage
+    forgetting: Estimate  # best earlier pass@1 minus the last
+    handoff: Estimate  # of the prompts its stage brought into reach, those still there
 
 
 # --- tokens and samples ----------------------------------------------------------------------
@@ -332,76 +407,6 @@ class Seal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Definition:
-    """A term of the page and what it means."""
-
-    term: str
-    words: str
-
-
-HOW_TO_READ: tuple[Definition, ...] = (
-    Definition(
-        term="Role",
-        words="What a stage did to behaviour, measured per task set and never taken from the "
-        "method's name. A recipe may state what a stage intends; the page shows both.",
-    ),
-    Definition(
-        term="Expansion",
-        words="Correct answers that the policy before practically never gave are now given.",
-    ),
-    Definition(
-        term="Reshaping",
-        words="Answers that were already within reach are now chosen more often.",
-    ),
-    Definition(
-        term="Consolidation",
-        words="Behaviour that an earlier policy had is kept, or brought back after it was lost, "
-        "without another material change (0.05 of pass@1 or more).",
-    ),
-    Definition(
-        term="Attrition",
-        words="Behaviour within reach before is weaker or no longer within reach.",
-    ),
-    Definition(
-        term="Support: in, out, undetermined",
-        words="A prompt is in the support of a policy when the lower bound of its success rate "
-        "reaches a threshold, out when the upper bound stays below it, and undetermined "
-        "otherwise. No success in n samples does not mean never: at 95 % it means a rate below "
-        "about 3/n.",
-    ),
-    Definition(
-        term="The five parts of a change",
-        words="A change of pass@1, split so that kept + gains = after and kept + losses = before. "
-        "Newly reachable: gained on prompts that were out before and are in after. Sharpened: "
-        "gained on prompts that were in before. Weakened: went away where the prompt is still in. "
-        "Lost: went away where it is now out. What the labels cannot decide is undetermined. One "
-        "part of the samples decides where a prompt belongs and another measures the amount, so "
-        "chance alone gives every part but kept an average of zero.",
-    ),
-    Definition(
-        term="Retention",
-        words="Kept divided by pass@1 before: the share of the earlier successes that survived.",
-    ),
-    Definition(
-        term="pass@k",
-        words="The chance that at least one of k sampled answers is correct, averaged over "
-        "prompts. pass@1 is ordinary accuracy; large k shows what is within reach at all.",
-    ),
-    Definition(
-        term="Intervals",
-        words="[low, high] around a number, at 95 % unless the run says otherwise. A difference "
-        "whose interval holds zero is not a finding.",
-    ),
-    Definition(
-        term="On-policy, off-policy",
-        words="On-policy tokens were sampled by the model being trained, as it was at that "
-        "moment. Everybody else's are off-policy, an earlier version of the same model included.",
-    ),
-)
-"""The definitions every page carries."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
     """Everything a page shows. ``policies`` starts with the base and ends with the final one.
 
@@ -427,6 +432,8 @@ class RunView:
     accounts: tuple[Account, ...] = ()
     samples: tuple[Sample, ...] = ()
     warnings: tuple[str, ...] = ()
+    retention: tuple[RetentionView, ...] = ()
+    treatment: TreatmentView | None = None
     how_to_read: tuple[Definition, ...] = HOW_TO_READ
 
     def between(self, stage: str | None) -> Comparison | None:

@@ -1,0 +1,87 @@
+"""From a treatment's folder to its rounds: what was found, what was done, and whether it helped.
+
+treat.json, diagnoses/*.json, shards ──▶ TreatmentView
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from posttrain.diagnosis.card import Diagnosis, TaskDiagnosis, plainly
+from posttrain.diagnosis.spending import spent
+from posttrain.diagnosis.treat import Chart, Round
+from posttrain.probes.reading import Reading
+from posttrain.report.view import UNMEASURED, Estimate, FoundView, RoundView, TreatmentView
+
+
+def treatment(out: Path) -> TreatmentView | None:
+    """The rounds of a treatment, finished or not; None for a run of any other kind."""
+    path = out / "treat.json"
+    if not path.is_file():
+        return None
+    chart = msgspec.json.decode(path.read_bytes(), type=Chart)
+    cards = sorted((out / "diagnoses").glob("*.json"), key=lambda p: int(p.stem))
+    begun = {r.number - 1: r for r in chart.rounds}
+    looks = [p.stem for p in sorted((out / "measurements").glob("*.json"))]
+    return TreatmentView(
+        budget=chart.budget,
+        spent=spent(out, looks=looks, diagnoses=cards).total,
+        ended=chart.ended or "",
+        rounds=tuple(_round(out, card, begun.get(int(card.stem))) for card in cards),
+    )
+
+
+def _round(out: Path, card: Path, done: Round | None) -> RoundView:
+    """One look, and the stage that followed from it where one did."""
+    found = Diagnosis.from_json(card.read_text(encoding="utf-8"))
+    name = done.stage.name if done else ""
+    measured = (out / "measurements" / f"{name}.json").is_file()
+    cost = spent(
+        out, looks=[name] if measured else [], diagnoses=[card], stages=f"{name}-*" if done else ""
+    )
+    action = next((p for p in found.prescriptions if done and p.treatment == done.treatment
+                   and p.tasks == done.tasks), None)  # fmt: skip
+    return RoundView(
+        number=int(card.stem) + 1,
+        page=f"diagnoses/{card.stem}.html",
+        found=tuple(_found(t) for t in found.tasks),
+        stage=name,
+        start=done.stage.init if done else "",
+        steps=(done.stage.budget.steps or 0) if done else 0,
+        tasks=done.tasks if done else (),
+        title=(action.title if action else done.treatment) if done else "",
+        why=action.choices[0].why if action and action.choices else "",
+        decision=done.words if done else "",
+        helped=done.helped if done else None,
+        kept=done.kept if done else None,
+        looking=cost.looking,
+        sampled=cost.sampled,
+        trained=cost.trained,
+    )
+
+
+def _found(task: TaskDiagnosis) -> FoundView:
+    many = [r for r in task.evidence.readings if r.name.startswith("pass@")]
+    widest = max(many, key=_tries, default=None)
+    return FoundView(
+        task=task.task,
+        bottleneck=str(task.acted_on),
+        shown=task.leaning is None,
+        words=plainly(task.headline),
+        because=tuple(plainly(b) for f in task.findings[:1] for b in f.because),
+        first=_estimate(task.evidence.get("pass@1")),
+        reach=_estimate(widest),
+        tries=_tries(widest) if widest else 0,
+    )
+
+
+def _tries(reading: Reading) -> int:
+    return int(reading.name.partition("@")[2])
+
+
+def _estimate(reading: Reading | None) -> Estimate:
+    if reading is None:
+        return UNMEASURED
+    return Estimate(value=reading.value, low=reading.low, high=reading.high)
