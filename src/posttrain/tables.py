@@ -60,7 +60,7 @@ def interval_words(interval: Interval | None) -> str:
     """
     if interval is None:
         return "–"
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{interval.value:z.2f} [{interval.low:z.2f}, {interval.high:z.2f}]"
 
 
 def measurement_table(measurement: Measurement, spec: Measure) -> str:
@@ -256,9 +256,10 @@ def retention_table(kept: Sequence[RetentionView]) -> str:
         cells = ("–" if e.value is None else e.words for e in numbers)
         table.add_row(row.task, row.learned, *cells)
     told = (
-        "before that: gain over the base by earlier stages (forward transfer). since then: change "
-        "of pass@1 by later stages (backward transfer). forgotten: best pass@1 so far less the "
-        "last. handed on: of the prompts its stage brought into reach, the share still there."
+        "first gained in: the first stage clearly above the base. before that: gain over the base\n"
+        "by earlier stages (forward transfer). since then: change of pass@1 by later stages\n"
+        "(backward transfer). forgotten: best pass@1 so far less the last. handed on: of the\n"
+        "prompts its stage brought into reach, the share still there."
     )
     return f"{_text(table)}\n{told}"
 

@@ -139,7 +139,7 @@ def _effects(stage: StageView, x: float, y: float, inner: float) -> list[Markup]
     for i, e in enumerate(stage.effects[:MAX_EFFECTS]):
         row = y + 18 * i
         words = f"{e.effect.value} ✓" if e.effect.value == stage.intends else e.effect.value
-        task = fit(e.task, max(inner - 26 - 7.6 * len(words), 24), 11.5)
+        task = fit(e.task, max(inner - 22 - 6.6 * len(words), 24), 11.5)
         rows.append(
             tag(
                 "g",

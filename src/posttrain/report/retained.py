@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from posttrain.probes.attribution import Comparison, MeasuredRole
 from posttrain.probes.measurement import Measurement
+from posttrain.probes.passk import pass_interval
 from posttrain.probes.reading import Reading
 from posttrain.probes.retention import handoff, transfer
 from posttrain.recipe import Measure
@@ -21,8 +22,9 @@ TAUGHT = (MeasuredRole.EXPANSION, MeasuredRole.RESHAPING)
 def own_stages(chain: Sequence[Measurement], changes: Sequence[Comparison]) -> Mapping[str, int]:
     """By task set, the place in the chain of the first policy that clearly gained on it.
 
-    0, the base, for a task set on which no stage did. It is read off the measurements, since a
-    stage on demonstrations does not say which task sets they belong to.
+    0, the base, for a task set on which no stage got clearly above the base: bringing back what
+    the base could do is no gain. It is read off the measurements, since a stage on demonstrations
+    does not say which task sets they belong to.
 
     Args:
         chain: the base, then the policies of the stages, in order.
@@ -30,9 +32,11 @@ def own_stages(chain: Sequence[Measurement], changes: Sequence[Comparison]) -> M
     """
     places = {m.policy: i for i, m in enumerate(chain)}
     own = {t.taskset: 0 for t in chain[0].tasks}
+    base = {t.taskset: pass_interval(t, 1).high for t in chain[0].tasks}
     for change in sorted(changes, key=lambda c: places.get(c.after, 0)):
         for task in change.tasks:
-            if task.dominant in TAUGHT and not own[task.task]:
+            gained = task.dominant in TAUGHT and task.after.low > base[task.task]
+            if gained and not own[task.task]:
                 own[task.task] = places.get(change.after, 0)
     return own
 
