@@ -281,9 +281,11 @@ def _series(lines: Sequence[Mapping[str, float]]) -> Iterable[Series]:
     """Curves worth showing; a term's own metrics carry its name before a slash."""
     found = list(dict.fromkeys(name for line in lines for name in line))
     for name in found:
-        if name.rpartition("/")[2] in CURVES:
+        short = name.rpartition("/")[2]
+        by_author = name.startswith("authors/") and short in found  # the same once more
+        if short in CURVES and not by_author:
             points = tuple((int(x["step"]), x[name]) for x in lines if name in x)
-            yield Series(name=name.rpartition("/")[2].replace("_", " "), points=points)
+            yield Series(name=short.replace("_", " "), points=points)
 
 
 def _gates(run: _Run, planned: PlannedStage) -> Iterable[GateView]:
