@@ -39,7 +39,7 @@ def done(tmp_path_factory):
 
 def test_it_finds_the_choice_and_improves_it(done):
     first = done.rounds[0]
-    assert (first.bottleneck, first.treatment) == ("choice", "practise")
+    assert (first.bottleneck, first.treatment) == ("choice", "reinforce")
     assert first.helped
     assert first.kept
     rate = [float(m.task("products").successes.mean()) for m in (done.before, done.after)]

@@ -151,8 +151,8 @@ def replace_tasks(seen: Examination, tasks) -> Examination:
 def test_a_model_that_rambles_is_not_blamed_on_the_token_budget(bench):
     """Never right and never at an end: measurement only where right answers would not fit."""
     for longest, room, named in [(2 * bench.LENGTH + 2, 1, "support"), (bench.LENGTH, 0, None)]:
-        seen = look(bench, bench.at_once([0.0] * P), budget=10_000, labels=False)
-        seen.policy = bench.table(bench.at_once([0.0] * P), wrong=7, lost=1.0)
+        seen = look(bench, bench.spread_over([0.0] * P), budget=10_000, labels=False)
+        seen.policy = bench.table(bench.spread_over([0.0] * P), wrong=7, lost=1.0)
         seen.spec = Measure(samples=SAMPLES, max_new_tokens=longest, seed=3)
         (evidence,) = seen.evidence()
         assert evidence.get("truncated").value > 0.9

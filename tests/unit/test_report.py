@@ -21,10 +21,10 @@ from report_fixture import run_view
 import posttrain.report
 from posttrain.errors import DataError
 from posttrain.provenance import Kind
-from posttrain.report import render
 from posttrain.report.change import change_chart
 from posttrain.report.charts import curve, pass_at_k, support_map, thinned, time_bar, token_bar
 from posttrain.report.headline import headline
+from posttrain.report.render import render
 from posttrain.report.svg import tag
 from posttrain.report.view import (
     Change,

@@ -1,11 +1,6 @@
 """A run as one self-contained HTML page: what every stage did to behaviour, and how sure it is.
 
-    run folder ──load.py──▶ RunView ──render──▶ report.html
+    run folder ──load.py──▶ RunView ──render.py──▶ report.html
 
-``posttrain.report.load`` reads run folders and needs pyarrow; rendering needs nothing heavy.
+``load`` reads run folders and needs pyarrow, ``render`` needs jinja2; ``view`` needs nothing.
 """
-
-from posttrain.report.render import render
-from posttrain.report.view import RunView
-
-__all__ = ["RunView", "render"]
