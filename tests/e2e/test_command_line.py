@@ -245,7 +245,8 @@ def test_probe_writes_what_compare_reads(shared, finished, posttrain, tmp_path):
     rest = "\n".join(tables[2][len(tables[0]) :])  # a run has stages, so more can be told
     assert "retention over the stages" in rest
     assert "say" in rest
-    assert sum("say" in line for line in tables[0]) == 3  # two tables and a note
+    told = [line for line in tables[0] if line.startswith("  say")]
+    assert len(told) == 4  # three tables and a note
     code, table, errors = posttrain("compare", out, "--tasks", "say")
     assert code == 0, errors
     assert posttrain("compare", out, "--tasks", "sai")[0] == 2
