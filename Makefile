@@ -11,8 +11,8 @@ BENCH ?=
 tour: $(VENV)/ready
 	$(BIN)/posttrain tour --out $(OUT)
 
-test: $(VENV)/ready
-	$(BIN)/python -m pytest tests src --doctest-modules
+test: $(VENV)/ready  ## two processes of one thread each: tiny models gain nothing from more
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests src --doctest-modules -n 2
 
 unit: $(VENV)/ready
 	$(BIN)/python -m pytest tests/unit -n 2

@@ -244,6 +244,13 @@ ARMS: Mapping[str, tuple[Callable[[Situation], Method], ...]] = {
 }
 TREAT, UNTOUCHED = "treat", "untouched"
 Scores = Mapping[int, float]  # by seed
+CARE = (
+    "Read with care. The treatments of `choice` and `entry` were chosen after a look at seed 0, so "
+    "the other seeds are the fair ones. Where a policy's answers grow while it trains, an arm "
+    "overspends, since its length is set by a short trial. OPD has a teacher in `retention` only; "
+    "elsewhere the policy itself teaches, shown the right answer, which this base cannot read: it "
+    "learns to ramble."
+)
 
 
 TRIAL = 4  # steps from which an arm's cost per step is read
@@ -361,7 +368,7 @@ def page(results: Sequence[Result], seeds: Sequence[int]) -> str:
             )
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     lines += ["", *(f"* **{n}**: {SITUATIONS[n].words}." for n in names)]
-    lines += ["", f"What `treat` did with seed {seeds[0]}:", ""]
+    lines += ["", CARE, "", f"What `treat` did with seed {seeds[0]}:", ""]
     for r in results:
         if r.arm == TREAT and r.seed == seeds[0]:
             lines.append(f"* **{r.situation}**: {'; '.join(r.rounds)}.")
