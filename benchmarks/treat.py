@@ -245,11 +245,11 @@ ARMS: Mapping[str, tuple[Callable[[Situation], Method], ...]] = {
 TREAT, UNTOUCHED = "treat", "untouched"
 Scores = Mapping[int, float]  # by seed
 CARE = (
-    "Read with care. The treatments of `choice` and `entry` were chosen after a look at seed 0, so "
-    "the other seeds are the fair ones. Where a policy's answers grow while it trains, an arm "
-    "overspends, since its length is set by a short trial. OPD has a teacher in `retention` only; "
-    "elsewhere the policy itself teaches, shown the right answer, which this base cannot read: it "
-    "learns to ramble."
+    "Read with care. The treatments of `choice` and `entry` were chosen after a look at seed 0, "
+    "that of `choice` also at seed 1, so only the later seeds are fair to them. Where a policy's "
+    "answers grow while it trains, an arm overspends, since its length is set by a short trial. "
+    "OPD has a teacher in `retention` only; elsewhere the policy itself teaches, shown the right "
+    "answer, which this base cannot read: it learns to ramble."
 )
 
 

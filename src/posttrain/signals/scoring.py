@@ -64,7 +64,7 @@ class TeacherSignal:
     teachers: Mapping[str, Policy]  # by policy reference
     tasks: Mapping[str, Task] = field(default_factory=dict)
     memory: Memory | None = None  # of log-probs, for trajectories that come again
-    heads: Mapping[str, int] = field(default_factory=dict)  # see below
+    heads: Mapping[str, int] = field(default_factory=dict)  # see above
 
     def __post_init__(self) -> None:
         if self.spec.context is None or "{answer}" not in self.spec.context:
