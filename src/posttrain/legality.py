@@ -425,6 +425,7 @@ class Admission:
     stale: tuple[Group, ...]  # a live span was older than allowed
     discarded: Mapping[Discard, tuple[Group, ...]] = field(default_factory=dict)  # by a signal
     fresh: tuple[Group, ...] = ()  # whole groups, the discarded members included
+    age: float = 0.0  # versions of a group's oldest live span, mean over all drawn
 
 
 def admit(
@@ -444,6 +445,7 @@ def admit(
     allowed = frozenset().union(*(readable(t) for t in terms))
     fresh: list[Group] = []
     stale: list[Group] = []
+    oldest: list[int] = []
     for group in groups:
         for member in group.members:
             trajectory = member.trajectory
@@ -455,10 +457,17 @@ def admit(
                     fix="check the author that the source declares",
                 )
         ages = [m.trajectory.age(version) for m in group.members] if version is not None else [0]
-        (stale if max(ages) > max_age else fresh).append(group)
+        oldest.append(max(ages))
+        (stale if oldest[-1] > max_age else fresh).append(group)
     by_reason = {reason: _members_with(fresh, reason) for reason in Discard}
     kept = by_reason.pop(Discard.KEPT)
-    return Admission(kept, tuple(stale), {r: gs for r, gs in by_reason.items() if gs}, tuple(fresh))
+    return Admission(
+        kept,
+        tuple(stale),
+        {r: gs for r, gs in by_reason.items() if gs},
+        tuple(fresh),
+        sum(oldest) / len(oldest) if oldest else 0.0,
+    )
 
 
 def _members_with(groups: Sequence[Group], reason: Discard) -> tuple[Group, ...]:

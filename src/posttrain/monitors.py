@@ -160,7 +160,8 @@ class Watch:
                 Alarm(
                     name="stale",
                     step=step,
-                    words=f"{share:.0%} of the groups were older than max_age and not trained on",
+                    words=f"{share:.0%} of the groups were older than max_age and not trained on "
+                    f"(groups were {self._mean('age') or 0.0:.1f} updates old on average)",
                     advice="fewer updates per draw, or a larger max_age with a corrected ratio",
                 ),
             )

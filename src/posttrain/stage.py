@@ -161,10 +161,11 @@ def group_metrics(admission: Admission) -> Mapping[str, float]:
     """Rewards and signal share of a draw: what the groups could teach, whatever the loss is.
 
     ``zero_variance`` is the share of groups whose rewards are all equal, split into
-    ``all_wrong`` (no reward above the lowest possible seen, 0) and ``all_right``.
+    ``all_wrong`` (no reward above the lowest possible seen, 0) and ``all_right``. ``age`` is how
+    many updates ago a group was drawn, on average.
     """
     drawn = len(admission.fresh) + len(admission.stale)
-    metrics = {"groups": float(drawn)}
+    metrics = {"groups": float(drawn), "age": admission.age}
     if admission.stale:
         metrics["stale_groups"] = float(len(admission.stale))
         metrics["stale_share"] = len(admission.stale) / drawn

@@ -314,7 +314,7 @@ def test_records_are_checked_again_when_consumed():
     with pytest.raises(LegalityError, match="tokens by external"):
         admit([external], terms, version=0, max_age=0)
     old = admit([live, live], terms, version=3, max_age=2)
-    assert (len(old.kept), len(old.stale)) == (0, 2)
+    assert (len(old.kept), len(old.stale), old.age) == (0, 2, 3)
     assert admit([live], terms, version=2, max_age=2).kept == (live,)
 
 
