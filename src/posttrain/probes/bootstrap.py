@@ -25,7 +25,8 @@ RESAMPLES = 2000
 RARE = 5
 """Fewer prompts than this away from an end or the middle of a range tell too little of a spread."""
 FEW = 8
-"""Below this many prompts, resamples are too alike, and Student's interval is the lower limit."""
+"""Below this many prompts, resamples are too alike, and Student's interval is the lower limit. So
+it is where fewer than RARE resamples lie beyond a bound: they know nothing of such a tail."""
 SKEWED = (0.8, 1.8)
 """Sample skewness from which the bound that holds for any distribution begins to count, and from
 which it is all that counts. Chosen by simulation, see benchmarks/coverage.py."""
@@ -314,7 +315,7 @@ def _interval(
         t = student_quantile((1 + confidence) / 2, degrees=max(carried - 1, 1))
         bca = _accelerated(replicates, value, influence, z=t * math.sqrt(m / (m - 1)))
         low, high = min(low, bca[0]), max(high, bca[1])
-        if m < FEW:
+        if m < FEW or len(replicates) * (1 - confidence) / 2 < RARE:
             reach = t * spread / math.sqrt(m)
             low, high = min(low, value - reach), max(high, value + reach)
     if caution is not None:

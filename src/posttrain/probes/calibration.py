@@ -39,7 +39,7 @@ def calibration_error(task: TaskMeasurement, *, confidence: float = 0.95, seed: 
     For the bounds, Σ_b |G_b| is the largest of all signed sums Σ_b ±G_b, each a mean over prompts
     with an interval of its own. The upper bound is the largest of their upper ones; the lower
     bound is the largest of their lower ones, with the error shared out among all 2^BINS of them,
-    and at least zero. Both are conservative.
+    and at least zero. Both are conservative, unless a few rare prompts differ from all others.
 
     Raises:
         ConfigError: fewer than 4 samples per prompt, or a measurement without answers.
