@@ -248,7 +248,12 @@ def _stage(run: _Run, planned: PlannedStage) -> StageView:
         effects=tuple(_effects(run, planned)),
         teachers=tuple(teachers),
         tokens=tuple(
-            TokenCount(kind=t.kind, name=t.producer, tokens=t.completion_tokens)
+            TokenCount(
+                kind=t.kind,
+                name=t.producer,
+                tokens=t.completion_tokens,
+                discarded=t.role is UseRole.DISCARDED,
+            )
             for t in tokens_by_producer(run.shards(planned, "uses"))
         ),
         series=tuple(_series(lines)),

@@ -243,7 +243,7 @@ def _change(
 
 def _stage(view: RunView, stage: StageView, index: int) -> StagePanel:
     comparison = view.between(stage.name)
-    parts = [(t.kind, f"{t.kind.value}:{t.name}", t.tokens, False) for t in stage.tokens]
+    parts = [(t.kind, f"{t.kind.value}:{t.name}", t.tokens, t.discarded) for t in stage.tokens]
     return StagePanel(
         stage=stage,
         number=index + 1,

@@ -139,11 +139,12 @@ class TaskEffect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCount:
-    """Tokens that one producer wrote in one stage, prompts and templates included."""
+    """Tokens that one producer wrote in one stage, read by a loss term or discarded."""
 
     kind: Kind
     name: str
     tokens: int
+    discarded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
