@@ -26,6 +26,7 @@ from posttrain.diagnosis.treat import treat as close_the_loop
 from posttrain.engines.local import LocalEngine
 from posttrain.engines.model import pick_device
 from posttrain.events import Observer, ignore
+from posttrain.measuring import measure_model
 from posttrain.pipeline import Outcome
 from posttrain.probes.measurement import Measurement
 from posttrain.protocols import Engine
@@ -56,7 +57,7 @@ def run(
 
 def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Measurement:
     """Measure the recipe's model on its task sets; its stages are ignored."""
-    return pipeline.measure_model(recipe, root=root, engine=engine_for(recipe), observe=observe)
+    return measure_model(recipe, root=root, engine=engine_for(recipe), observe=observe)
 
 
 def compare(

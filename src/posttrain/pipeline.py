@@ -109,33 +109,6 @@ def run(
         return _Run.open(recipe, out, root, engine, observe, stop).go()
 
 
-def measure_model(
-    recipe: Recipe, *, root: Path, engine: Engine, observe: Observer = ignore
-) -> Measurement:
-    """Measure the recipe's model on its task sets, without a run folder.
-
-    Args:
-        recipe: its stages are ignored.
-        root: folder that the recipe's paths are relative to.
-        engine: makes the policy.
-        observe: told about progress.
-    """
-    policy = engine.policy(model_path(recipe.model, root))
-    tasksets = [
-        build_taskset(n, recipe.tasks[n], root=root, chat=policy.renderer.has_template)
-        for n in recipe.measured_tasks
-    ]
-    return measure(
-        policy.producer.name,
-        policy,
-        tasksets,
-        spec=recipe.measure,
-        protocol=protocol_of(recipe, tasksets, root=root),
-        parts=protocol_parts(recipe, tasksets, root=root),
-        observe=observe,
-    )
-
-
 @final
 @dataclass(slots=True, eq=False)
 class _Run:
@@ -489,7 +462,6 @@ __all__ = [
     "Done",
     "Interrupted",
     "Outcome",
-    "measure_model",
     "model_path",
     "protocol_of",
     "read_done",

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from posttrain.errors import ConfigError, ModelError
 from posttrain.events import Note, Observer, ignore
-from posttrain.plan import protocol_of, protocol_parts
+from posttrain.measuring import measure_policy, measured_tasksets
 from posttrain.probes.drift import drift
-from posttrain.probes.measure import measure
 from posttrain.probes.measurement import Measurement, require_comparable
 from posttrain.probes.reachability import TaskReach, reachability
 from posttrain.probes.reading import Reading
@@ -23,7 +22,6 @@ from posttrain.probes.readings import require_prompts
 from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Measure, Recipe
 from posttrain.task import TaskSet
-from posttrain.tasks import build_taskset
 
 DRIFT_SAMPLES = 16
 """Answers per prompt and model from which distances are estimated."""
@@ -67,13 +65,13 @@ def between(
         ConfigError: too few prompts.
     """
     models = [engine.policy(name) for name in (before, after)]
-    sides = [_measured(ground, model, root=root, observe=observe) for model in models]
+    sides = [measure_policy(ground, model, root=root, observe=observe) for model in models]
     require_comparable(*sides)
     require_prompts(sides[0])
     found: list[Reading] = []
     reached: list[TaskReach] = []
     missing: list[str] = []
-    for taskset in _tasksets(ground, models[0], root):
+    for taskset in measured_tasksets(ground, models[0], root=root):
         observe(Note(text=f"what each thinks of the other's answers to {taskset.name}"))
         try:
             found += drift(
@@ -99,24 +97,6 @@ def between(
         readings=tuple(found),
         reach=tuple(reached),
         missing=tuple(missing),
-    )
-
-
-def _tasksets(ground: Recipe, model: Policy, root: Path) -> list[TaskSet]:
-    chat = model.renderer.has_template
-    return [build_taskset(n, ground.tasks[n], root=root, chat=chat) for n in ground.measured_tasks]
-
-
-def _measured(ground: Recipe, model: Policy, *, root: Path, observe: Observer) -> Measurement:
-    tasksets = _tasksets(ground, model, root)
-    return measure(
-        model.producer.name,
-        model,
-        tasksets,
-        spec=ground.measure,
-        protocol=protocol_of(ground, tasksets, root=root),
-        parts=protocol_parts(ground, tasksets, root=root),
-        observe=observe,
     )
 
 

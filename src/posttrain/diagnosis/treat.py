@@ -31,7 +31,8 @@ from posttrain.errors import DataError, ResumeRefused
 from posttrain.events import Event, Measured, Note, Observer, StageStarted, ignore
 from posttrain.files import write_atomic
 from posttrain.ledger import Ledger, RecordKind, read
-from posttrain.pipeline import measure_model, run
+from posttrain.measuring import measure_model
+from posttrain.pipeline import run
 from posttrain.probes.measurement import Measurement
 from posttrain.protocols import Engine
 from posttrain.recipe import Budget, Gate, Recipe, Stage
