@@ -35,6 +35,7 @@ LAYERS = [
     {
         "build",
         "records",
+        "measuring",
         "pipeline",
         "diagnosis",
         "preview",
