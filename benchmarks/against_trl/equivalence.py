@@ -21,17 +21,12 @@ from torch import Tensor
 
 from against_trl import ours, theirs
 from against_trl.plan import Job
-from posttrain.batch import pack
-from posttrain.legality import admit, column_readers
 from posttrain.trajectory import Column, Group
-
-STALE = 0.3
-"""Standard deviation of the noise on the old log-probs of the case that clips."""
 
 
 def compare(job: Job, *, stale: bool = False) -> dict[str, object]:
     """Loss and gradients of both sides on one draw."""
-    groups, loss, mine = _ours(job, stale=stale)
+    groups, loss, mine = ours.one_step(job, stale=stale)
     their_loss, yours = _theirs(job, groups, stale=stale)
     if mine.keys() != yours.keys():
         raise ValueError(f"gradients of {sorted(mine.keys() ^ yours.keys())} on one side only")
@@ -45,35 +40,6 @@ def compare(job: Job, *, stale: bool = False) -> dict[str, object]:
         "loss_gap": abs(loss - their_loss) / (abs(their_loss) if abs(their_loss) > 1e-3 else 1.0),
         "gradient_gap": difference / norm,
     }
-
-
-def _ours(job: Job, *, stale: bool) -> tuple[Sequence[Group], float, Mapping[str, Tensor]]:
-    planned, workshop, learner = ours.build(job)
-    parts = workshop.parts(planned, learner)
-    groups = parts.source.draw(job.load.groups, step=0)
-    for signal in parts.signals:
-        groups = signal.score(groups)
-    if stale:
-        groups = _aged(groups)
-    admission = admit(groups, parts.terms, version=learner.policy.version, max_age=0)
-    needs = column_readers(parts.terms)
-    batches = pack(admission.kept, needs=needs, max_tokens=planned.spec.micro_batch_tokens)
-    report = learner.step(batches, parts.objective.at(step=0, steps=1), lr_scale=0.0)
-    return groups, report.loss, _gradients(learner.policy.model.causal)
-
-
-def _aged(groups: Sequence[Group]) -> list[Group]:
-    """The same groups as if an older policy had written them."""
-    rng = np.random.default_rng(0)
-    aged = []
-    for group in groups:
-        members = []
-        for member in group.members:
-            old = member.columns[Column.BEHAVIOUR_LOGPROB]
-            noise = rng.normal(0, STALE, old.shape).astype(np.float32)
-            members.append(member.with_columns({Column.BEHAVIOUR_LOGPROB: old + noise}))
-        aged.append(Group(task=group.task, members=tuple(members)))
-    return aged
 
 
 def _theirs(
@@ -90,7 +56,7 @@ def _theirs(
     items = (inputs["labels"] != -100).sum() if job.work == "sft" else None
     loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=items)
     loss.backward()
-    return float(loss.detach()), _gradients(trainer.model)
+    return float(loss.detach()), ours.gradients(trainer.model)
 
 
 def _rollouts(trainer: object, groups: Sequence[Group], *, stale: bool) -> dict[str, Tensor]:
@@ -122,13 +88,6 @@ def _rollouts(trainer: object, groups: Sequence[Group], *, stale: bool) -> dict[
         kept = [o[c:] for o, c in zip(old, cuts, strict=True)]
         inputs["old_per_token_logps"] = torch.from_numpy(np.stack(kept))
     return inputs
-
-
-def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    found = {n: p.grad.detach().double() for n, p in model.named_parameters() if p.grad is not None}
-    if not found:
-        raise ValueError("no weight kept its gradient after the step")
-    return found
 
 
 def main() -> None:

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from against_trl import reward
 from against_trl.plan import Job
 from against_trl.worker import Steps
 from posttrain import clock
+from posttrain.batch import pack
 from posttrain.build import Workshop
 from posttrain.composition import Dataset
 from posttrain.engines.local import LocalEngine
 from posttrain.events import Event, StepDone
 from posttrain.journal import Journal
 from posttrain.ledger import Ledger
+from posttrain.legality import admit, column_readers
 from posttrain.methods import Dpo, Grpo, Opd, Sft
 from posttrain.plan import PlannedStage, make_plan
 from posttrain.protocols import Learner, Policy
 from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
 from posttrain.stage import run_stage
 from posttrain.tasks import build_taskset
+from posttrain.trajectory import Column, Group
+
+STALE = 0.3
+"""Standard deviation of the noise on the old log-probs of the case that clips."""
+
+CLIP = (0.8, 1.2)
+"""Where both libraries clip a ratio."""
 
 STEPS = 10**6  # more than anybody waits for: the gate ends the run
 
@@ -86,6 +98,51 @@ def build(job: Job) -> tuple[PlannedStage, Workshop, Learner]:
     )
     workshop = Workshop(root=root, seed=wanted.seed, tasksets=tasksets, policy=policy)
     return planned, workshop, learner
+
+
+def one_step(job: Job, *, stale: bool) -> tuple[Sequence[Group], float, Mapping[str, Tensor]]:
+    """A draw, the loss of one step on it, and the gradients; no weight moves."""
+    planned, workshop, learner = build(job)
+    parts = workshop.parts(planned, learner)
+    groups = parts.source.draw(job.load.groups, step=0)
+    for signal in parts.signals:
+        groups = signal.score(groups)
+    if stale:
+        groups = _aged(groups)
+    admission = admit(groups, parts.terms, version=learner.policy.version, max_age=0)
+    needs = column_readers(parts.terms)
+    most = planned.spec.micro_batch_tokens or learner.micro_batch_tokens
+    batches = pack(admission.kept, needs=needs, max_tokens=most)
+    report = learner.step(batches, parts.objective.at(step=0, steps=1), lr_scale=0.0)
+    return groups, report.loss, gradients(learner.policy.model.causal)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """By name of the weight, in double precision."""
+    found = {n: p.grad.detach().double() for n, p in model.named_parameters() if p.grad is not None}
+    if not found:
+        raise ValueError("no weight kept its gradient after the step")
+    return found
+
+
+def _aged(groups: Sequence[Group]) -> list[Group]:
+    """The same groups as if an older policy had written them.
+
+    No ratio lies within rounding of a clip bound, where one library clips and the other does not:
+    that would be a difference of one token's whole gradient.
+    """
+    rng = np.random.default_rng(0)
+    aged = []
+    for group in groups:
+        members = []
+        for member in group.members:
+            old = member.columns[Column.BEHAVIOUR_LOGPROB]
+            noise = rng.normal(0, STALE, old.shape).astype(np.float32)
+            for bound in CLIP:
+                noise[np.abs(np.exp(-noise) - bound) < 1e-3] = 0.0
+            members.append(member.with_columns({Column.BEHAVIOUR_LOGPROB: old + noise}))
+        aged.append(Group(task=group.task, members=tuple(members)))
+    return aged
 
 
 def train(job: Job, gate: Steps) -> None:

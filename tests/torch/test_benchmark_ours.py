@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from against_trl import ours
 from against_trl.flops import Tree
 from against_trl.material import make, words
 from against_trl.plan import Dims, Job, Load, Theirs
 from against_trl.worker import Stopped
+
+from posttrain.trajectory import Column
 
 TINY = Dims(name="t", layers=1, hidden=16, inner=16, heads=2, kv_heads=1, head_size=8, vocab=64)
 STEPS = 2
@@ -73,3 +76,27 @@ def test_a_text_is_its_words_and_an_end_that_only_one_tokenizer_has():
         assert tokenizer.decode([5, 63, 7]) == "w5 w63 w7"
     assert ending("w5<end>")["input_ids"] == [5, 1]
     assert ending.eos_token_id == 1 < 64 <= endless.eos_token_id
+
+
+def test_one_step_for_comparison_clips_and_moves_nothing(tmp_path):
+    load = Load(groups=2, group_size=4, prompt_tokens=8, completion_tokens=16)
+    make(tmp_path, TINY, load, steps=1)
+    job = Job(
+        side="ours", work="grpo", folder=str(tmp_path), load=load, threads=1, theirs=Theirs(rows=1)
+    )
+    fresh, loss, found = ours.one_step(job, stale=False)
+    aged, stale_loss, other = ours.one_step(job, stale=True)
+    assert abs(loss) < 1e-6 < abs(stale_loss)
+    assert found.keys() == other.keys()
+    assert any((found[n] != other[n]).any() for n in found)
+    ratios = [
+        np.exp(a.columns[Column.BEHAVIOUR_LOGPROB] - b.columns[Column.BEHAVIOUR_LOGPROB])
+        for x, y in zip(fresh, aged, strict=True)
+        for a, b in zip(x.members, y.members, strict=True)
+    ]
+    drawn = np.concatenate(ratios)
+    drawn = drawn[~np.isnan(drawn)]
+    for bound in ours.CLIP:
+        assert (drawn < bound).any()
+        assert (drawn > bound).any()
+        assert (np.abs(drawn - bound) > 5e-4).all()
