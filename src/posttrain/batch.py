@@ -122,13 +122,18 @@ Needs = frozenset[Column] | Mapping[Column, frozenset[Kind]]
 
 
 def pack(
-    groups: Sequence[Group], *, needs: Needs, max_tokens: int, whole: bool = False
+    groups: Sequence[Group],
+    *,
+    needs: Needs,
+    max_tokens: int,
+    group_tokens: int | None = None,
+    whole: bool = False,
 ) -> list[PackedBatch]:
     """Lay groups out as micro-batches of at most ``max_tokens`` computed tokens.
 
-    A pair is never split, and a group only where it does not fit into one micro-batch: the prompt
-    of a split group is computed again. A single sequence longer than ``max_tokens`` gets a batch
-    of its own.
+    A pair is never split, and a group only where it is longer than ``group_tokens``: the prompt
+    of a split group is computed again. A group or a single sequence longer than ``max_tokens``
+    gets a batch of its own.
 
     Args:
         groups: scored trajectories. Every member must carry the columns that its authors' tokens
@@ -136,6 +141,7 @@ def pack(
         needs: columns to bring along, aligned with the trained tokens. What is missing is NaN in
             the batch (-1 for ids), never a number that arithmetic would take for a value.
         max_tokens: budget of a micro-batch.
+        group_tokens: longest group that stays together; None for ``max_tokens``.
         whole: compute last tokens too, for terms that read what stands after a token.
 
     Raises:
@@ -145,7 +151,8 @@ def pack(
         needs = dict.fromkeys(needs, frozenset(KINDS))
     batches: list[PackedBatch] = []
     builder = _Builder(needs, whole)
-    for unit in _units(groups, lambda g: _Builder({}, whole).cost(g.members) <= max_tokens):
+    longest = group_tokens or max_tokens
+    for unit in _units(groups, lambda g: _Builder({}, whole).cost(g.members) <= longest):
         if builder.num_tokens and builder.num_tokens + builder.cost(unit) > max_tokens:
             batches.append(builder.build())
             builder = _Builder(needs, whole)

@@ -34,6 +34,10 @@ from posttrain.signals.gae import value_metrics
 from posttrain.signals.mismatch import mismatch_metrics
 from posttrain.trajectory import Column, End, Group
 
+STRETCH = 2
+"""A group stays together up to so many times the learner's own micro-batch: memory has that much
+room, and a split prompt is computed twice. A number that the stage names is kept to."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Parts:
@@ -123,6 +127,7 @@ class _Run:
                 admission.kept,
                 needs=column_readers(self.parts.terms),
                 max_tokens=stage.micro_batch_tokens or learner.micro_batch_tokens,
+                group_tokens=stage.micro_batch_tokens or STRETCH * learner.micro_batch_tokens,
                 whole="score" in readouts(self.parts.terms),
             )
         scale = lr_scale(stage.optimizer, step=step, steps=self.steps)

@@ -89,6 +89,12 @@ def test_a_group_that_fits_is_not_split_to_fill_a_batch():
         8,
         4,
     ]
+    # A group may be longer than a micro-batch: then it is one of its own, or its prompt is
+    # computed in each of several.
+    kept = pack(groups, needs=frozenset(), max_tokens=alone - 1, group_tokens=alone)
+    assert [b.num_tokens for b in kept] == [alone] * 3
+    split = pack(groups, needs=frozenset(), max_tokens=alone - 1)
+    assert sum(b.num_tokens for b in split) > 3 * alone
 
 
 @pytest.mark.parametrize(
