@@ -227,8 +227,9 @@ def page(results: Sequence[Result], known: Mapping[str, tuple[str, object]]) -> 
         "",
         "<!-- Written by benchmarks/catalogue.py: run it instead of editing. -->",
         "",
-        "Small situations, one per method, chosen to learn in at most 40 steps on a tiny model. "
-        "They show that a method works as built. They do not rank methods: tasks, data and "
+        "Small situations, one per method, chosen to learn in some 40 steps on a tiny model; "
+        "judges take up to 200. They show that a method works as built. They do not rank methods: "
+        "tasks, data and "
         "learning rates differ, and none was tuned.",
         "",
         "pass@1 on 32 held-out prompts, from the policy that the stage started from to the one it "

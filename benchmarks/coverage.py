@@ -464,8 +464,8 @@ def section(found: Mapping[tuple[str, str, int], Tally], labels_: list[str], *, 
         *(by_population(name, found) for name in CLAIMS if any(k[0] == name for k in found)),
         "",
         "Well above 97 % are populations in which nearly every prompt has the same value (pass@64 "
-        "of easy prompts is 1): there the interval is the exact binomial bound, which covers "
-        f"nearly always. Below 93 %: {weak(found) or 'none'}.",
+        "of easy prompts is 1), or values are skewed: there the exact binomial bound takes part, "
+        f"and covers more than it claims. Below 93 %: {weak(found) or 'none'}.",
         "",
         "A policy compared with itself, fresh samples on both sides, 32 prompts:",
         "",

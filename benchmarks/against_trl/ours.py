@@ -14,19 +14,18 @@ from against_trl import reward
 from against_trl.plan import Job
 from against_trl.worker import Steps
 from posttrain import clock
-from posttrain.batch import pack
 from posttrain.build import Workshop
 from posttrain.composition import Dataset
 from posttrain.engines.local import LocalEngine
 from posttrain.events import Event, StepDone
 from posttrain.journal import Journal
 from posttrain.ledger import Ledger
-from posttrain.legality import admit, column_readers
+from posttrain.legality import admit
 from posttrain.methods import Dpo, Grpo, Opd, Sft
 from posttrain.plan import PlannedStage, make_plan
 from posttrain.protocols import Learner, Policy
 from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
-from posttrain.stage import run_stage
+from posttrain.stage import micro_batches, run_stage
 from posttrain.tasks import build_taskset
 from posttrain.trajectory import Column, Group
 
@@ -110,9 +109,7 @@ def one_step(job: Job, *, stale: bool) -> tuple[Sequence[Group], float, Mapping[
     if stale:
         groups = _aged(groups)
     admission = admit(groups, parts.terms, version=learner.policy.version, max_age=0)
-    needs = column_readers(parts.terms)
-    most = planned.spec.micro_batch_tokens or learner.micro_batch_tokens
-    batches = pack(admission.kept, needs=needs, max_tokens=most)
+    batches = micro_batches(planned.spec, parts, admission.kept)
     report = learner.step(batches, parts.objective.at(step=0, steps=1), lr_scale=0.0)
     return groups, report.loss, gradients(learner.policy.model.causal)
 

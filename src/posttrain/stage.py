@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from posttrain import clock
-from posttrain.batch import pack
+from posttrain.batch import PackedBatch, pack
 from posttrain.composition import TermSpec
 from posttrain.composition.scalar_heads import readouts
 from posttrain.events import AlarmRang, Observer, StepDone
@@ -123,13 +123,7 @@ class _Run:
                 version=learner.policy.version,
                 max_age=stage.max_age + stage.updates_per_draw - 1,
             )
-            batches = pack(
-                admission.kept,
-                needs=column_readers(self.parts.terms),
-                max_tokens=stage.micro_batch_tokens or learner.micro_batch_tokens,
-                group_tokens=stage.micro_batch_tokens or STRETCH * learner.micro_batch_tokens,
-                whole="score" in readouts(self.parts.terms),
-            )
+            batches = micro_batches(stage, self.parts, admission.kept)
         scale = lr_scale(stage.optimizer, step=step, steps=self.steps)
         report = learner.step(batches, objective, lr_scale=scale)
         seconds = clock.drain()
@@ -160,6 +154,18 @@ class _Run:
                 metrics=metrics,
             )
         )
+
+
+def micro_batches(stage: Stage, parts: Parts, groups: Sequence[Group]) -> list[PackedBatch]:
+    """Groups laid out for the learner, with what the terms read."""
+    named, own = stage.micro_batch_tokens, parts.learner.micro_batch_tokens
+    return pack(
+        groups,
+        needs=column_readers(parts.terms),
+        max_tokens=named or own,
+        group_tokens=named or STRETCH * own,
+        whole="score" in readouts(parts.terms),
+    )
 
 
 def group_metrics(admission: Admission) -> Mapping[str, float]:

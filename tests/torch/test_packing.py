@@ -1,5 +1,7 @@
 """Packed, prefix-shared computation equals the model library's own, one sequence at a time."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from posttrain.engines.attention import PackedPlan
 from posttrain.engines.model import load_model, prove_packing
 from posttrain.errors import LegalityError, ModelError
 from posttrain.objectives.objective import Objective
+from posttrain.stage import micro_batches
 from posttrain.testing import tiny_model
 from posttrain.trajectory import Column, Group, Scored
 
@@ -95,6 +98,11 @@ def test_a_group_that_fits_is_not_split_to_fill_a_batch():
     assert [b.num_tokens for b in kept] == [alone] * 3
     split = pack(groups, needs=frozenset(), max_tokens=alone - 1)
     assert sum(b.num_tokens for b in split) > 3 * alone
+    # A stage stretches the learner's own number so, and keeps to one that it names.
+    parts = SimpleNamespace(terms=(), learner=SimpleNamespace(micro_batch_tokens=alone - 1))
+    for named, wanted in ((None, kept), (alone - 1, split)):
+        laid = micro_batches(SimpleNamespace(micro_batch_tokens=named), parts, groups)
+        assert [b.num_tokens for b in laid] == [b.num_tokens for b in wanted]
 
 
 @pytest.mark.parametrize(

@@ -266,3 +266,12 @@ def test_ratio_counts_only_prompts_that_have_one() -> None:
 def test_what_has_no_interval_is_refused(call) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError):
         call()
+
+
+def test_a_bound_beyond_all_resamples_is_students() -> None:
+    values = np.linspace(0.3, 0.7, 24)
+    confidence = 1 - 1e-5
+    found = mean_interval(values, confidence=confidence)
+    reach = stats.t.ppf((1 + confidence) / 2, df=23) * values.std(ddof=1) / np.sqrt(24)
+    assert found.low <= found.value - reach * (1 - 1e-9)
+    assert found.high >= found.value + reach * (1 - 1e-9)
