@@ -11,16 +11,20 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from against_trl.plan import SIZES, Dims
 from against_trl.results import Conditions, Machine
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "numpy")
@@ -110,25 +114,40 @@ def shapes(dims: Dims) -> list[tuple[int, int, int]]:
     ]
 
 
+def multipliers() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Ways to x wᵀ in float32 that this torch has, whichever of them it would take."""
+    import torch
+
+    def onednn(x: Tensor, w: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        return product
+
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": torch.nn.functional.linear}
+    if getattr(torch.ops.mkldnn, "_linear_pointwise", None) is not None:
+        ways["oneDNN"] = onednn
+    return ways
+
+
 def measure_rate(dims: Dims, threads: int) -> tuple[float, float]:
     """Operations per second: over all of a model's shapes, and for the best of them.
 
-    Each product is timed several times, and its fastest time counts: a limit is what the machine
-    can do, not what it did while something else ran.
+    Each product is timed several times by every library in torch that has it, and the fastest time
+    counts: a limit is what the machine can do, not what it did while something else ran.
     """
     import torch
 
     torch.set_num_threads(threads)
+    libraries = multipliers()
     operations = seconds = best = 0.0
     for inputs, outputs, often in shapes(dims):
         x, w = torch.randn(ROWS, inputs), torch.randn(outputs, inputs)
         once = 2 * ROWS * inputs * outputs
         calls = max(int(2e9 // once), 1)
         fastest = float("inf")
-        for _ in range(REPEATS):
+        for multiply in [*libraries.values()] * REPEATS:
             started = time.perf_counter()
             for _ in range(calls):
-                torch.nn.functional.linear(x, w)
+                multiply(x, w)
             fastest = min(fastest, (time.perf_counter() - started) / calls)
         operations += often * once
         seconds += often * fastest

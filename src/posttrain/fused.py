@@ -23,6 +23,7 @@ from torch import Tensor
 
 from posttrain.divergence import Divergence, Sides, sloped
 from posttrain.logits import LinearHead, Teachers, chunk_rows, chunks
+from posttrain.products import by_onednn, product, weight_gradient
 
 KEEP_ELEMENTS = 2**25
 """Up to this many numbers (128 MiB in float32) are kept for the backward pass. Beyond, as with
@@ -102,7 +103,7 @@ class LinearStats(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         hidden_grad_NX = torch.empty_like(hidden_NX) if wants_hidden else None
         # Float32, or what many chunks add up to would be rounded as often.
-        weight_grad_VX = torch.zeros_like(weight_VX, dtype=torch.float32) if wants_weight else None
+        weight_grad_VX: Tensor | None = None
         bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias else None
         # What was kept is overwritten: a second backward pass computes it again.
         kept_MNV, ctx.kept = ctx.kept, None
@@ -123,15 +124,23 @@ class LinearStats(torch.autograd.Function):
             d_nV = _logits_grad(held_MnV, views, part, target_N, entropy_N, grads)
             d_nV = d_nV.to(hidden_NX.dtype)
             if hidden_grad_NX is not None:
-                torch.mm(d_nV, weight_VX, out=hidden_grad_NX[part])
-            if weight_grad_VX is not None and d_nV.dtype == torch.float32:
-                weight_grad_VX.addmm_(d_nV.t(), hidden_nX)
-            elif weight_grad_VX is not None:
-                weight_grad_VX.add_(d_nV.t() @ hidden_nX)
+                hidden_grad_NX[part] = product(d_nV, weight_VX.t())
+            if wants_weight:
+                weight_grad_VX = _more(weight_grad_VX, d_nV, hidden_nX)
             if bias_grad_V is not None:
                 bias_grad_V.add_(d_nV.sum(0))
+        if wants_weight and weight_grad_VX is None:
+            weight_grad_VX = torch.zeros_like(weight_VX)
         found = (hidden_grad_NX, weight_grad_VX, bias_grad_V)
         return *(None if g is None else g.to(hidden_NX.dtype) for g in found), None, None
+
+
+def _more(total_VX: Tensor | None, d_nV: Tensor, hidden_nX: Tensor) -> Tensor:
+    """The weights' gradient in float32, with a chunk's share added."""
+    if total_VX is not None and d_nV.dtype == torch.float32 and not by_onednn():
+        return total_VX.addmm_(d_nV.t(), hidden_nX)
+    share_VX = weight_gradient(d_nV, hidden_nX).float()
+    return share_VX if total_VX is None else total_VX.add_(share_VX)
 
 
 class _Work:
@@ -140,7 +149,7 @@ class _Work:
     def __init__(self, views: Views, head: LinearHead, hidden_NX: Tensor) -> None:
         self._views, self._head, self._hidden_NX = views, head, hidden_NX
         self.rows = chunk_rows(len(head.weight_VX), hidden_NX.device)
-        (self._room_nV,) = self.empty(1)
+        self._room_nV = None if by_onednn() else self.empty(1)[0]
         self._rooms_RnV = self.empty(ROOMS) if views.divergences else None
 
     def empty(self, num: int) -> Tensor:

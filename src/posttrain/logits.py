@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.batch import PackedBatch
+from posttrain.products import linear_layers, product
 from posttrain.trajectory import Column
 
 CHUNK_ELEMENTS = 2**24
@@ -43,17 +44,18 @@ class LinearHead:
 
     def __call__(self, hidden_NX: Tensor) -> Tensor:
         """Logits [N, V]."""
-        logits_NV = F.linear(hidden_NX, self.weight_VX, self.bias_V).float()
+        with linear_layers():
+            logits_NV = F.linear(hidden_NX, self.weight_VX, self.bias_V).float()
         return logits_NV if self.scale == 1 else logits_NV * self.scale
 
-    def into(self, room_nV: Tensor, hidden_nX: Tensor) -> Tensor:
+    def into(self, room_nV: Tensor | None, hidden_nX: Tensor) -> Tensor:
         """Logits [n, V] without a gradient; in ``room_nV`` where the weights are float32."""
-        if hidden_nX.dtype == torch.float32:
+        if room_nV is not None and hidden_nX.dtype == torch.float32:
             logits_nV = torch.mm(hidden_nX, self.weight_VX.t(), out=room_nV[: len(hidden_nX)])
             if self.bias_V is not None:
                 logits_nV.add_(self.bias_V)
         else:
-            logits_nV = F.linear(hidden_nX, self.weight_VX, self.bias_V).float()
+            logits_nV = product(hidden_nX, self.weight_VX, self.bias_V).float()
         return logits_nV if self.scale == 1 else logits_nV.mul_(self.scale)
 
 

@@ -121,8 +121,9 @@ def test_splitting_a_step_into_micro_batches_changes_nothing(learner, terms):
     groups = with_column(
         groups, Column.ADVANTAGE, lambda t: rng.normal(size=len(t)).astype(np.float32)
     )
+    # About where the policy is: e^(reference - policy) in the thousands would show rounding alone.
     groups = with_column(
-        groups, Column.REFERENCE_LOGPROB, lambda t: rng.normal(-2, 0.3, len(t)).astype(np.float32)
+        groups, Column.REFERENCE_LOGPROB, lambda t: rng.normal(-6, 0.3, len(t)).astype(np.float32)
     )
     whole = pack(groups, needs=objective.needs, max_tokens=10_000)
     parts = pack(groups, needs=objective.needs, max_tokens=12)

@@ -27,6 +27,7 @@ LAYERS = [
         "head",
         "fused",
         "logits",
+        "products",
         "divergence",
         "extensions",
     },
@@ -55,6 +56,7 @@ TORCH_FREE_UNITS = {unit for layer in LAYERS[:4] for unit in layer} - {
     "head",
     "fused",
     "logits",
+    "products",
     "divergence",
 }
 MAX_FUNCTION, MAX_MODULE = 80, 500

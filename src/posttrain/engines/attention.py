@@ -20,6 +20,7 @@ from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # exported at run time
 from transformers import AttentionInterface
 
 from posttrain.batch import Segment
@@ -55,7 +56,9 @@ def attend(
     """The function registered with the model library. [1, H, T, D] in, [1, T, H, D] out."""
     plan = kwargs.get(PLAN)
     unsupported = [n for n in ("softcap", "s_aux", "alibi") if kwargs.get(n) is not None]
-    if plan is None or unsupported or query.shape[0] != 1 or dropout:
+    # A recorded size is no number that can be looked at; the model ran before it was recorded.
+    batched = not is_tracing() and query.shape[0] != 1
+    if plan is None or unsupported or batched or dropout:
         why = (
             "the model does not hand keyword arguments down to its attention layers"
             if plan is None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import final
 
 from torch import nn
@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.engines.model import Model
 from posttrain.errors import ConfigError, ModelError
+from posttrain.products import linear_layers
 
 # The hook's new name is not known to the older releases that we support.
 warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable`", category=FutureWarning)
@@ -66,6 +67,9 @@ def _enabled(model: Model) -> list[GradientCheckpointingLayer]:
                 fix="set dropout to 0 in the model's config.json",
             )
     model.causal.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False}
+        gradient_checkpointing_kwargs={
+            "use_reentrant": False,
+            "context_fn": lambda: (nullcontext(), linear_layers()),  # going forward, it is in place
+        }
     )
     return layers

@@ -30,8 +30,8 @@ from torch.jit import TracerWarning  # type: ignore[attr-defined]  # exported at
 from transformers import PreTrainedModel
 
 from posttrain.batch import Segment
-from posttrain.engines import attention
 from posttrain.engines.attention import PLAN, PackedPlan, Plan
+from posttrain.products import linear_layers
 
 _OWN = ("torch.nn.", "transformers.")
 _NO_WINDOW = -1
@@ -75,12 +75,13 @@ class _Body(nn.Module):
 
 def stock_hidden(decoder: nn.Module, tokens_T: Tensor, positions_T: Tensor, plan: Plan) -> Tensor:
     """Final hidden states [T, X] of packed tokens, by the model library's own forward."""
-    out = decoder(
-        input_ids=tokens_T[None],
-        position_ids=positions_T[None],
-        use_cache=False,
-        **{PLAN: plan},
-    )
+    with linear_layers():
+        out = decoder(
+            input_ids=tokens_T[None],
+            position_ids=positions_T[None],
+            use_cache=False,
+            **{PLAN: plan},
+        )
     states: Tensor = out.last_hidden_state[0]
     return states
 
@@ -172,9 +173,4 @@ def _foreign(causal: nn.Module) -> str | None:
 
 def _branches(seen: list[warnings.WarningMessage]) -> list[str]:
     """Where Python looked at a tensor's values while the tracer watched."""
-    ours = attention.__file__  # it looks at sizes only
-    return [
-        f"{w.filename}:{w.lineno}"
-        for w in seen
-        if issubclass(w.category, TracerWarning) and w.filename != ours
-    ]
+    return [f"{w.filename}:{w.lineno}" for w in seen if issubclass(w.category, TracerWarning)]
