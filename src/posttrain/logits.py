@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.batch import PackedBatch
-from posttrain.products import linear_layers, product
+from posttrain.products import by_onednn, linear_layers, product
 from posttrain.trajectory import Column
 
 CHUNK_ELEMENTS = 2**24
@@ -49,8 +49,8 @@ class LinearHead:
         return logits_NV if self.scale == 1 else logits_NV * self.scale
 
     def into(self, room_nV: Tensor | None, hidden_nX: Tensor) -> Tensor:
-        """Logits [n, V] without a gradient; in ``room_nV`` where the weights are float32."""
-        if room_nV is not None and hidden_nX.dtype == torch.float32:
+        """Logits [n, V] without a gradient; in ``room_nV`` where there is a product that can."""
+        if room_nV is not None and hidden_nX.dtype == torch.float32 and not by_onednn():
             logits_nV = torch.mm(hidden_nX, self.weight_VX.t(), out=room_nV[: len(hidden_nX)])
             if self.bias_V is not None:
                 logits_nV.add_(self.bias_V)
