@@ -193,8 +193,9 @@ def _limit(results: Results) -> Iterator[str]:
         "Operations that the step's tokens need (`against_trl/flops.py`: matrix products, every "
         "shared prompt once, the head where something is predicted, backward twice forward) over "
         "the rate of matrix products with the model's shapes on the same threads, by the faster "
-        "library in torch, divided by the median time. TRL's share is of the same necessary operations. Per step; SFT per 1,000 "
-        "tokens, DPO per pair. *At most* is how often faster than TRL a program at the limit is.\n"
+        "library in torch, divided by the median time. TRL's share is of the same necessary "
+        "operations. Per step; SFT per 1,000 tokens, DPO per pair. *At most* is how often faster "
+        "than TRL a program at the limit is.\n"
     )
     yield "| work | model | GFLOP | GFLOP/s | limit, s | ours | TRL | at most × | bar | |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
