@@ -1,4 +1,9 @@
-"""``python -m against_trl``: measure, and write the page. ``make bench`` runs it."""
+"""``python -m against_trl``: measure, and write the page. ``make bench`` runs it.
+
+On a GPU, which nobody has tried yet, with shapes of real models and random weights:
+
+    make bench BENCH="--device cuda --dtype bfloat16 --sizes qwen3-0.6b qwen3-1.7b --sections pairs"
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ from against_trl.page import page, summary
 from against_trl.pairs import environment, run_in_turn, run_pairs
 from against_trl.plan import (
     LOADS,
+    ON_CPU,
     QUICK,
     SIZES,
     THEIRS,
@@ -59,10 +65,12 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="against_trl", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(ON_CPU))
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--scaling-size", choices=SIZES, default="7m")
     parser.add_argument("--scaling-prompts", type=int, default=2)
     parser.add_argument("--micro", type=int, help="our micro_batch_tokens; default: the stage's")
@@ -73,6 +81,9 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, default=Path("benchmarks/results.md"))
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     chosen = parser.parse_args(arguments)
+    if (chosen.device, chosen.dtype) != ("cpu", "float32"):  # a page and results of their own
+        chosen.out = chosen.out / f"{chosen.device}-{chosen.dtype}"
+        chosen.page = chosen.out / "results.md"
     if chosen.quick:
         chosen.sizes, chosen.pairs, chosen.scaling_size = ["1m"], 2, "1m"
         chosen.out = chosen.out / "quick"
@@ -88,7 +99,7 @@ class Bench:
         self._chosen, self._file = chosen, chosen.out / "results.json"
         if chosen.fresh:
             self._file.unlink(missing_ok=True)
-        self._results = load_results(self._file, machine=describe(chosen.threads))
+        self._results = load_results(self._file, machine=describe(chosen.threads, chosen.device))
 
     @property
     def results(self) -> Results:
@@ -118,6 +129,7 @@ class Bench:
     def _rate(self, size: str, conditions: Conditions) -> None:
         """The highest rate seen in this sitting: what it is divided by should not flatter us."""
         command = [sys.executable, "-m", "against_trl.machine", size, str(self._chosen.threads)]
+        command += [self._chosen.device, self._chosen.dtype]
         rate, best = json.loads(_last(_output(command, threads=self._chosen.threads)))
         known = self._results.rates.get(size)
         if known is None or rate > known.per_second:
@@ -234,6 +246,8 @@ class Bench:
             folder=str(folder),
             load=load,
             threads=self._chosen.threads,
+            device=self._chosen.device,
+            dtype=self._chosen.dtype,
             theirs=fitting,
             ours=Ours(micro_batch_tokens=self._chosen.micro),
         )

@@ -1,6 +1,7 @@
 """The machine: what it is, how busy others keep it, and how fast it multiplies matrices.
 
-``python -m against_trl.machine SIZE THREADS`` prints the rate for a model's shapes as JSON.
+``python -m against_trl.machine SIZE THREADS [DEVICE DTYPE]`` prints the rate for a model's shapes
+as JSON.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from against_trl.plan import SIZES, Dims
+from against_trl.plan import SIZES, Device, Dims, Dtype
 from against_trl.results import Conditions, Machine
+from against_trl.worker import finished
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,16 +35,22 @@ ROWS = 2048
 REPEATS = 7
 
 
-def describe(threads: int) -> Machine:
+def describe(threads: int, device: Device = "cpu") -> Machine:
     """This machine and these libraries."""
     return Machine(
-        processor=_processor(),
+        processor=_processor() if device == "cpu" else f"{_gpu()}; {_processor()}",
         cores=psutil.cpu_count() or 1,
         memory=psutil.virtual_memory().total,
         threads=threads,
         system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         versions={name: version(name) for name in LIBRARIES},
     )
+
+
+def _gpu() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name())
 
 
 def _processor() -> str:
@@ -128,7 +136,9 @@ def multipliers() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return ways
 
 
-def measure_rate(dims: Dims, threads: int) -> tuple[float, float]:
+def measure_rate(
+    dims: Dims, threads: int, device: Device = "cpu", dtype: Dtype = "float32"
+) -> tuple[float, float]:
     """Operations per second: over all of a model's shapes, and for the best of them.
 
     Each product is timed several times by every library in torch that has it, and the fastest time
@@ -137,17 +147,21 @@ def measure_rate(dims: Dims, threads: int) -> tuple[float, float]:
     import torch
 
     torch.set_num_threads(threads)
-    libraries = multipliers()
+    kind = {"device": device, "dtype": getattr(torch, dtype)}
+    exact = device == "cpu" and dtype == "float32"
+    libraries = multipliers() if exact else {"torch": torch.nn.functional.linear}
     operations = seconds = best = 0.0
     for inputs, outputs, often in shapes(dims):
-        x, w = torch.randn(ROWS, inputs), torch.randn(outputs, inputs)
+        x, w = torch.randn(ROWS, inputs, **kind), torch.randn(outputs, inputs, **kind)
         once = 2 * ROWS * inputs * outputs
         calls = max(int(2e9 // once), 1)
         fastest = float("inf")
         for multiply in [*libraries.values()] * REPEATS:
+            finished(device)
             started = time.perf_counter()
             for _ in range(calls):
                 multiply(x, w)
+            finished(device)
             fastest = min(fastest, (time.perf_counter() - started) / calls)
         operations += often * once
         seconds += often * fastest
@@ -156,4 +170,5 @@ def measure_rate(dims: Dims, threads: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_rate(SIZES[sys.argv[1]], int(sys.argv[2]))))
+    size, threads, *kind = sys.argv[1:]
+    print(json.dumps(measure_rate(SIZES[size], int(threads), *kind)))  # type: ignore[arg-type]

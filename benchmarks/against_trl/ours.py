@@ -80,7 +80,7 @@ def recipe(job: Job) -> Recipe:
 def build(job: Job) -> tuple[PlannedStage, Workshop, Learner]:
     """The planned stage, what builds its parts, and its learner."""
     wanted, root = recipe(job), Path(job.folder)
-    engine = LocalEngine(device=torch.device("cpu"))
+    engine = LocalEngine(device=torch.device(job.device), dtype=job.dtype)
     plan = make_plan(wanted, root=root, base="bench")
     (planned,) = plan.stages
     student = str(root / wanted.model)

@@ -42,13 +42,14 @@ BUSY = 0.05
 """Share of the processor that others may take before the figures are called disturbed."""
 
 HOW = """\
-Both sides train the same stock Qwen3 (random weights, float32, tied embeddings) on the same text,
-with AdamW at the same settings, in two processes that take their steps in turn. Only one works at a
-time, and the first step of each is warm-up. A ratio divides two steps that stood side by side in
-time; tables show the median and, in brackets, the lowest and highest. Posttrain runs its real stage
-loop through a plan, with a journal; TRL runs its own trainers without logging, evaluation or
-gradient checkpointing, in float32 with SDPA, with the micro-batch (and block length) that was
-fastest among those tried (`--tune` repeats that search). Neither comes to a checkpoint.
+Both sides train the same stock Qwen3 (random weights, tied embeddings; float32, or what `--dtype`
+says) on the same text, with AdamW at the same settings, in two processes that take their steps in
+turn. Only one works at a time, and the first step of each is warm-up. A ratio divides two steps
+that stood side by side in time; tables show the median and, in brackets, the lowest and highest.
+Posttrain runs its real stage loop through a plan, with a journal; TRL runs its own trainers without
+logging, evaluation or gradient checkpointing, in the same number type with SDPA, with the
+micro-batch (and block length) that was fastest among those tried on a CPU (`--tune` repeats that
+search). Neither comes to a checkpoint.
 
 * **SFT**: documents of 32 to 500 tokens, about 4,000 per step. TRL packs best-fit into blocks
   without padding (`packing_strategy="bfd"`). Each side's tokens are counted as they are trained.

@@ -7,6 +7,8 @@ from typing import Literal
 import msgspec
 
 Side = Literal["ours", "trl"]
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
 Work = Literal["sft", "dpo", "grpo", "opd", "opd_distinct"]
 WORKS: tuple[Work, ...] = ("sft", "dpo", "grpo", "opd", "opd_distinct")
 
@@ -68,8 +70,30 @@ SIZES = {
             head_size=64,
             vocab=16384,
         ),
+        Dims(
+            name="qwen3-0.6b",
+            layers=28,
+            hidden=1024,
+            inner=3072,
+            heads=16,
+            kv_heads=8,
+            head_size=128,
+            vocab=151936,
+        ),
+        Dims(
+            name="qwen3-1.7b",
+            layers=28,
+            hidden=2048,
+            inner=6144,
+            heads=16,
+            kv_heads=8,
+            head_size=128,
+            vocab=151936,
+        ),
     )
 }
+ON_CPU = ("1m", "7m", "40m")
+"""Measured by default. The others have the shapes of real models, for a GPU."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +163,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     folder: str  # of the material
     load: Load
     threads: int
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
     theirs: Theirs
     ours: Ours = Ours()
     learning_rate: float = 1e-6

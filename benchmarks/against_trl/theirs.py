@@ -24,8 +24,6 @@ from against_trl.plan import Job
 from against_trl.reward import even_words
 from against_trl.worker import Steps
 
-FLOAT32 = {"dtype": "float32", "attn_implementation": "sdpa"}
-
 
 def train(job: Job, gate: Steps) -> None:
     """Train until the gate stops it."""
@@ -50,8 +48,8 @@ def arguments(job: Job, rows: int) -> dict[str, object]:
         "weight_decay": 0.0,
         "max_grad_norm": job.max_grad_norm,
         "max_steps": 10**6,
-        "bf16": False,
-        "use_cpu": True,
+        "bf16": job.dtype == "bfloat16",
+        "use_cpu": job.device == "cpu",
         "report_to": "none",
         "logging_strategy": "no",
         "save_strategy": "no",
@@ -60,6 +58,11 @@ def arguments(job: Job, rows: int) -> dict[str, object]:
         "dataloader_pin_memory": False,
         "seed": 0,
     }
+
+
+def weights(job: Job) -> dict[str, object]:
+    """How models are loaded."""
+    return {"dtype": job.dtype, "attn_implementation": "sdpa"}
 
 
 def sft(job: Job) -> SFTTrainer:
@@ -73,7 +76,7 @@ def sft(job: Job) -> SFTTrainer:
         model=name,
         args=SFTConfig(
             **arguments(job, blocks),
-            model_init_kwargs=FLOAT32,
+            model_init_kwargs=weights(job),
             packing=True,
             packing_strategy="bfd",
             max_length=job.theirs.block,
@@ -88,7 +91,7 @@ def dpo(job: Job) -> DPOTrainer:
     tokenizer, name = _student(job)
     return DPOTrainer(
         model=name,
-        args=DPOConfig(**arguments(job, job.load.groups), model_init_kwargs=FLOAT32, beta=0.1),
+        args=DPOConfig(**arguments(job, job.load.groups), model_init_kwargs=weights(job), beta=0.1),
         train_dataset=Dataset.from_list(_read(job, "pairs")),
         processing_class=tokenizer,
     )
@@ -104,7 +107,7 @@ def grpo(job: Job) -> GRPOTrainer:
         args=GRPOConfig(
             **arguments(job, job.load.groups * job.load.group_size),
             **options,
-            model_init_kwargs=FLOAT32,
+            model_init_kwargs=weights(job),
             num_generations=job.load.group_size,
             max_completion_length=job.load.completion_tokens,
             use_transformers_continuous_batching=job.theirs.continuous,
@@ -126,8 +129,8 @@ def distillation(job: Job) -> DistillationTrainer:
         teacher_model=str(Path(job.folder) / "teacher"),
         args=DistillationConfig(
             **arguments(job, len(rows)),
-            model_init_kwargs=FLOAT32,
-            teacher_model_init_kwargs=FLOAT32,
+            model_init_kwargs=weights(job),
+            teacher_model_init_kwargs=weights(job),
             cache_implementation=job.theirs.cache,
             max_completion_length=job.load.completion_tokens,
             beta=1.0,

@@ -21,7 +21,7 @@ from typing import Protocol, TextIO
 
 import msgspec
 
-from against_trl.plan import Job
+from against_trl.plan import Device, Job
 
 
 class Stopped(Exception):
@@ -46,6 +46,7 @@ class Gate:
 
     replies: TextIO
     commands: TextIO
+    device: Device = "cpu"
     started: float = 0.0
     started_cpu: float = 0.0
 
@@ -63,6 +64,7 @@ class Gate:
         Raises:
             Stopped: the parent has seen enough.
         """
+        finished(self.device)
         seconds = time.perf_counter() - self.started
         cpu = time.process_time() - self.started_cpu
         self._reply(seconds=seconds, cpu=cpu, parts=dict(parts))
@@ -89,12 +91,29 @@ def resident() -> tuple[int, int]:
     return now, peak
 
 
+def finished(device: Device) -> None:
+    """Wait until the device has done all that it was told."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def peak(device: Device) -> int:
+    """Most bytes in use: of the GPU's memory where there is one, else of the resident set."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    return resident()[1]
+
+
 def main() -> None:
     """``python -m against_trl.worker JOB.json``: replies on stdout, everything else on stderr."""
     job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Job)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not stand between the replies
-    gate = Gate(replies, sys.stdin)
+    gate = Gate(replies, sys.stdin, job.device)
     import torch
 
     torch.set_num_threads(job.threads)
@@ -106,7 +125,7 @@ def main() -> None:
     replies.write(json.dumps({"imported": resident()[0]}) + "\n")
     with contextlib.suppress(Stopped):
         train(job, gate)
-    replies.write(json.dumps({"peak": resident()[1]}) + "\n")
+    replies.write(json.dumps({"peak": peak(job.device)}) + "\n")
     replies.flush()
     os._exit(0)  # nothing here is worth saving, and some libraries tidy up slowly
 
