@@ -78,16 +78,16 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="time TRL's settings; no page")
     parser.add_argument("--hotspots", action="store_true", help="profile our side; no page")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    parser.add_argument("--page", type=Path, default=Path("benchmarks/results.md"))
+    parser.add_argument("--page", type=Path, help="default: benchmarks/results.md, or beside --out")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     chosen = parser.parse_args(arguments)
-    if (chosen.device, chosen.dtype) != ("cpu", "float32"):  # a page and results of their own
+    usual = (chosen.device, chosen.dtype) == ("cpu", "float32") and not chosen.quick
+    if (chosen.device, chosen.dtype) != ("cpu", "float32"):
         chosen.out = chosen.out / f"{chosen.device}-{chosen.dtype}"
-        chosen.page = chosen.out / "results.md"
     if chosen.quick:
         chosen.sizes, chosen.pairs, chosen.scaling_size = ["1m"], 2, "1m"
         chosen.out = chosen.out / "quick"
-        chosen.page = chosen.out / "results.md"
+    chosen.page = chosen.page or (Path("benchmarks") if usual else chosen.out) / "results.md"
     chosen.loads = QUICK if chosen.quick else LOADS
     return chosen
 

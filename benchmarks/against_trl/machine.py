@@ -126,14 +126,10 @@ def multipliers() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Ways to x wᵀ in float32 that this torch has, whichever of them it would take."""
     import torch
 
-    def onednn(x: Tensor, w: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-        return product
+    from posttrain.products import has_both, onednn
 
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": torch.nn.functional.linear}
-    if getattr(torch.ops.mkldnn, "_linear_pointwise", None) is not None:
-        ways["oneDNN"] = onednn
-    return ways
+    return ways | {"oneDNN": onednn} if has_both() else ways
 
 
 def measure_rate(

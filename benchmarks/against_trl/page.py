@@ -168,8 +168,9 @@ def _memory(results: Results) -> Iterator[str]:
     if not entries:
         return
     yield (
-        "High-water mark of the resident set in MiB, nothing subtracted; *growth* is what came on "
-        "top of the imported libraries. The bar is on GRPO.\n"
+        "High-water mark of the resident set in MiB (of tensors on the GPU with `--device cuda`), "
+        "nothing subtracted; *growth* is what came on top of the imported libraries. The bar is on "
+        "GRPO.\n"
     )
     yield "| work | model | ours | TRL | ratio | growth, ours | growth, TRL | ratio | bar | |"
     yield "|---|---|---|---|---|---|---|---|---|---|"

@@ -52,7 +52,7 @@ class Gate:
 
     def open(self) -> None:
         """Before the first step: say that everything is built, and wait."""
-        self._reply(ready=resident()[0])
+        self._reply(ready=in_use(self.device)[0])
         self._wait()
 
     def step_done(self, parts: Mapping[str, float]) -> None:
@@ -99,13 +99,13 @@ def finished(device: Device) -> None:
         torch.cuda.synchronize()
 
 
-def peak(device: Device) -> int:
-    """Most bytes in use: of the GPU's memory where there is one, else of the resident set."""
+def in_use(device: Device) -> tuple[int, int]:
+    """Bytes now and at most: of tensors on the GPU where that is the device, else resident."""
     if device == "cuda":
         import torch
 
-        return int(torch.cuda.max_memory_allocated())
-    return resident()[1]
+        return int(torch.cuda.memory_allocated()), int(torch.cuda.max_memory_allocated())
+    return resident()
 
 
 def main() -> None:
@@ -122,10 +122,10 @@ def main() -> None:
         from against_trl.ours import train
     else:
         from against_trl.theirs import train
-    replies.write(json.dumps({"imported": resident()[0]}) + "\n")
+    replies.write(json.dumps({"imported": in_use(job.device)[0]}) + "\n")
     with contextlib.suppress(Stopped):
         train(job, gate)
-    replies.write(json.dumps({"peak": peak(job.device)}) + "\n")
+    replies.write(json.dumps({"peak": in_use(job.device)[1]}) + "\n")
     replies.flush()
     os._exit(0)  # nothing here is worth saving, and some libraries tidy up slowly
 

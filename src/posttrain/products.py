@@ -2,13 +2,13 @@
 
     x [..., K], w [N, K] ──▶ x wᵀ [..., N]      MKL on Intel's processors, oneDNN on others
 
-torch gives float32 products to MKL, which leaves the 512-bit units of other makers' processors
-alone. oneDNN, which torch ships for smaller number types and for convolutions, uses them: 2.2 times
-the rate on a Zen 5, and 1.1 times with those units off (lab log). Which of the two computes follows
-from the processor and not from a measurement, so that a run repeats bit for bit.
+torch gives float32 products to MKL. On an AMD Zen 5 it reaches half of the rate of oneDNN, which
+torch ships for smaller number types and for convolutions; with 512-bit units off, oneDNN is still a
+tenth faster (lab log; no other processor but Intel's was at hand). Which of the two computes
+follows from the processor and not from a measurement, so that a run repeats bit for bit.
 
 A stock model gets there unchanged: inside of :func:`linear_layers`, what its modules ask of
-``torch.nn.functional.linear`` is answered here.
+``torch.nn.functional.linear`` by position, as ``nn.Linear`` does, is answered here.
 """
 
 from __future__ import annotations
@@ -32,24 +32,26 @@ CPU_FACTS = Path("/proc/cpuinfo")
 """Where Linux says who made the processor."""
 
 SHAPES = 32
-"""Compiled shapes that oneDNN keeps, each nearly 1 MiB. A micro-batch has some fifteen, and no
-micro-batch is as long as the last one; of the 1,024 that it keeps otherwise hardly one comes again.
-"""
+"""Compiled shapes that oneDNN keeps; memory grows by nearly 1 MiB with each. A micro-batch has some
+fifteen, and lengths seldom repeat: of the 1,024 that it keeps otherwise few come again."""
 
 WIDE = 4
 """Outputs over inputs from which on a layer's gradient is computed the other way round."""
 
 
-@cache
-def by_onednn() -> bool:
-    """Whether oneDNN computes float32 products on this processor."""
+def has_both() -> bool:
+    """Whether this torch has both libraries."""
     mkl, mkldnn = torch.backends.mkl, torch.backends.mkldnn
     if not (mkl.is_available() and mkldnn.is_available()):  # type: ignore[no-untyped-call]
         return False
     # What torch's own compiler calls for linear layers. It is not documented, and may go.
-    if getattr(torch.ops.mkldnn, "_linear_pointwise", None) is None:
-        return False
-    if maker() in ("GenuineIntel", ""):
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) is not None
+
+
+@cache
+def by_onednn() -> bool:
+    """Whether oneDNN computes float32 products on this processor."""
+    if not has_both() or maker() in ("GenuineIntel", ""):
         return False
     # Read at the first product: once by oneDNN, once by what stands between torch and it.
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -78,7 +80,7 @@ def product(x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """
     if not _fits(x, w_NK):
         return F.linear(x, w_NK, bias_N)
-    compute = _scripted() if is_tracing() else _onednn  # type: ignore[no-untyped-call]
+    compute = _scripted() if is_tracing() else onednn  # type: ignore[no-untyped-call]
     return compute(x, w_NK, bias_N)
 
 
@@ -93,14 +95,15 @@ def _fits(x: Tensor, w_NK: Tensor) -> bool:
     )
 
 
-def _onednn(x: Tensor, w_NK: Tensor, bias_N: Optional[Tensor]) -> Tensor:  # noqa: UP045  # script
+def onednn(x: Tensor, w_NK: Tensor, bias_N: Optional[Tensor] = None) -> Tensor:  # noqa: UP045  # script
+    """x wᵀ + bias by oneDNN, on whatever processor."""
     return torch.ops.mkldnn._linear_pointwise(x, w_NK, bias_N, "none", [], "")  # type: ignore[no-any-return]
 
 
 @cache
 def _scripted() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """The tracer takes the operator in this form only: its list of options confuses it."""
-    return torch.jit.script(_onednn)
+    return torch.jit.script(onednn)
 
 
 class _LinearLayers(TorchFunctionMode):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.jit import TracerWarning  # type: ignore[attr-defined]  # exported at run time
 from transformers import PreTrainedModel
 
@@ -43,7 +43,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layer: int, scaling: float, window:
     return _CURRENT.get().attend(layer, q, k, v, scaling=scaling, window=limit)
 
 
-_LIBRARY = torch.library.Library("posttrain", "DEF")
+_LIBRARY = library.Library("posttrain", "DEF")
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, int layer, float scaling, int window) -> Tensor"
 )
