@@ -12,8 +12,8 @@ import math
 import numpy as np
 from lab_log import write
 
-from posttrain.probes.adaptive import AdaptiveDesign, Tally, boundaries, next_draws
-from posttrain.probes.support import Label, cutoffs
+from posttrain.diagnosis.adaptive import AdaptiveDesign, Tally, boundaries, next_draws
+from posttrain.measure.support import Label, cutoffs
 
 EPSILON, LONGEST, PATHS = 0.05, 3000, 4000
 RATES = (0.0, 0.01, 0.03, 0.05, 0.08, 0.2, 0.5)

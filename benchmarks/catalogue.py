@@ -26,12 +26,12 @@ import numpy as np
 from kept import RESULTS, Kept
 
 import posttrain.lab
-from posttrain.config import digest, plain
-from posttrain.errors import ConfigError, PosttrainError, nearest
-from posttrain.files import hash_file, hash_folder, write_atomic
+from posttrain.core.config import digest, plain
+from posttrain.core.errors import ConfigError, PosttrainError, nearest
+from posttrain.core.files import hash_file, hash_folder, write_atomic
+from posttrain.measure.bootstrap import student_quantile
+from posttrain.measure.measurement import Measurement
 from posttrain.methods import METHODS
-from posttrain.probes.bootstrap import student_quantile
-from posttrain.probes.measurement import Measurement
 from posttrain.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

@@ -19,38 +19,38 @@ import numpy as np
 import numpy.typing as npt
 from lab_log import write
 
-from posttrain.probes.attribution import MeasuredRole, Part, attribute, contributions
-from posttrain.probes.bootstrap import Interval, combined_interval
-from posttrain.probes.calibration import _gaps, calibration_error
-from posttrain.probes.curves import (
+from posttrain.diagnosis.scaffold import Help, Scaffold, amortisation_gap, amortised_share
+from posttrain.measure.attribution import MeasuredRole, Part, attribute, contributions
+from posttrain.measure.bootstrap import Interval, combined_interval
+from posttrain.measure.calibration import _gaps, calibration_error
+from posttrain.measure.curves import (
     cover,
     crossover,
     efficiency_gap,
     failed_tries,
     sharpening_tax,
 )
-from posttrain.probes.diversity import (
+from posttrain.measure.diversity import (
     answer_entropies,
     answer_variety,
     form,
     token_entropy,
     verifier_disagreement,
 )
-from posttrain.probes.learnability import (
+from posttrain.measure.learnability import (
     NEEDED,
     informative,
     needed_group,
     support_shares,
     zero_variance,
 )
-from posttrain.probes.measurement import TaskMeasurement
-from posttrain.probes.passk import pass_at_k, pass_interval
-from posttrain.probes.reading import Reading
-from posttrain.probes.readings import paired_change
-from posttrain.probes.retention import backward_transfer, forgetting, handoff
-from posttrain.probes.scaffold import Help, Scaffold, amortisation_gap, amortised_share
-from posttrain.probes.support import labels, support_change
-from posttrain.probes.voting import majority, majority_at_k
+from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.passk import pass_at_k, pass_interval
+from posttrain.measure.reading import Reading
+from posttrain.measure.readings import paired_change
+from posttrain.measure.retention import backward_transfer, forgetting, handoff
+from posttrain.measure.support import labels, support_change
+from posttrain.measure.voting import majority, majority_at_k
 
 Floats = npt.NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int], Floats]

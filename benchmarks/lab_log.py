@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.files import write_atomic
+from posttrain.core.files import write_atomic
 
 LOG = Path(__file__).parents[1] / "docs/lab-log.md"
 

@@ -19,7 +19,7 @@ from against_trl.machine import multipliers, shapes
 from against_trl.plan import SIZES, Dims
 from torch import Tensor
 
-from posttrain.products import by_onednn, maker
+from posttrain.numerics.matmul import by_onednn, maker
 
 REPEATS = 15
 Multiply = Callable[[Tensor, Tensor], Tensor]

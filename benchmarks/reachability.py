@@ -21,17 +21,17 @@ import torch
 from lab_log import write
 
 from posttrain.api import run
-from posttrain.engines.local import LocalEngine, LocalPolicy
+from posttrain.core.task import Task, TaskSet
+from posttrain.diagnosis.drawing import draw_answers
+from posttrain.diagnosis.importance import Evidence, odds_words
+from posttrain.diagnosis.reachability import TaskReach, reachability
+from posttrain.engines.local.engine import LocalEngine, LocalPolicy
 from posttrain.lab.corpus import taskset
 from posttrain.lab.settings import CHAINS, PRODUCTS, REVERSE
 from posttrain.lab.tour import ANSWER, BASE, write_tour
+from posttrain.measure.support import clopper_pearson
 from posttrain.methods.policy import Grpo
-from posttrain.probes.drawing import draw_answers
-from posttrain.probes.importance import Evidence, odds_words
-from posttrain.probes.reachability import TaskReach, reachability
-from posttrain.probes.support import clopper_pearson
 from posttrain.recipe import Budget, Optimizer, Recipe, Stage, load_recipe
-from posttrain.task import Task, TaskSet
 
 HEADING = "## Reachability, against the truth"
 PROMPTS, SAMPLES, OWN = 12, 256, 256

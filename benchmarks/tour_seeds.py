@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from posttrain.api import run
-from posttrain.console import Console
+from posttrain.cli.console import Console
 from posttrain.lab.tour import write_tour
-from posttrain.probes.attribution import Part, compare
-from posttrain.probes.bootstrap import student_quantile
-from posttrain.probes.measurement import Measurement
+from posttrain.measure.attribution import Part, compare
+from posttrain.measure.bootstrap import student_quantile
+from posttrain.measure.measurement import Measurement
 from posttrain.recipe import load_recipe
 
 

@@ -86,8 +86,8 @@ def make_groups(work: str, vocab: int, shape: tuple[int, int, int, int]):
     """Random groups with the columns that the work needs: (groups, size, prompt, completion)."""
     import numpy as np
 
-    from posttrain.provenance import Kind, Producer, Role, Sampling, Span
-    from posttrain.trajectory import Column, Group, Scored, Trajectory
+    from posttrain.core.provenance import Kind, Producer, Role, Sampling, Span
+    from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 
     rng = np.random.default_rng(0)
     num_groups, size, prompt_length, length = shape
@@ -143,16 +143,16 @@ def make_step(
     """A step to repeat, and the FLOPs that it needs."""
     import torch
 
-    from posttrain.batch import pack
     from posttrain.composition import (
         ClippedPolicyGradient,
         CrossEntropy,
         PairwiseLogistic,
         ReferenceKL,
     )
-    from posttrain.engines.local import LocalEngine
-    from posttrain.objectives.objective import Objective
+    from posttrain.engines.local.engine import LocalEngine
+    from posttrain.numerics.batch import pack
     from posttrain.recipe import Optimizer
+    from posttrain.training.objective import Objective
 
     engine = LocalEngine(device=torch.device(device), dtype=dtype)
     make_model(folder, size)

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.core.task import Task, TaskSet
 from posttrain.lab.settings import PRODUCTS
-from posttrain.task import Task, TaskSet
 from posttrain.tasks.reasoning_gym import ReasoningGymTaskSet
 
 BASE = Path(__file__).parents[1] / "src/posttrain/lab/base"

@@ -38,7 +38,7 @@ from against_trl.plan import (
     Work,
 )
 from against_trl.results import Conditions, Exact, Point, Rate, Results, load_results, save_results
-from posttrain.clock import GROUPS
+from posttrain.core.clock import GROUPS
 
 SECTIONS = ("pairs", "exact", "scaling")
 SERIES: dict[str, tuple[str, tuple[int, ...]]] = {

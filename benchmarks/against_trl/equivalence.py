@@ -21,7 +21,7 @@ from torch import Tensor
 
 from against_trl import ours, theirs
 from against_trl.plan import Job
-from posttrain.trajectory import Column, Group
+from posttrain.core.trajectory import Column, Group
 
 
 def compare(job: Job, *, stale: bool = False) -> dict[str, object]:

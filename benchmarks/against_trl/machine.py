@@ -126,7 +126,7 @@ def multipliers() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Ways to x wᵀ in float32 that this torch has, whichever of them it would take."""
     import torch
 
-    from posttrain.products import has_both, onednn
+    from posttrain.numerics.matmul import has_both, onednn
 
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": torch.nn.functional.linear}
     return ways | {"oneDNN": onednn} if has_both() else ways

@@ -13,21 +13,21 @@ from torch import Tensor
 from against_trl import reward
 from against_trl.plan import Job
 from against_trl.worker import Steps
-from posttrain import clock
-from posttrain.build import Workshop
 from posttrain.composition import Dataset
-from posttrain.engines.local import LocalEngine
-from posttrain.events import Event, StepDone
-from posttrain.journal import Journal
-from posttrain.ledger import Ledger
+from posttrain.core import clock
+from posttrain.core.events import Event, StepDone
+from posttrain.core.protocols import Learner, Policy
+from posttrain.core.trajectory import Column, Group
+from posttrain.engines.local.engine import LocalEngine
 from posttrain.legality import admit
 from posttrain.methods import Dpo, Grpo, Opd, Sft
-from posttrain.plan import PlannedStage, make_plan
-from posttrain.protocols import Learner, Policy
 from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
-from posttrain.stage import micro_batches, run_stage
+from posttrain.run.journal import Journal
+from posttrain.run.ledger import Ledger
+from posttrain.run.plan import PlannedStage, make_plan
 from posttrain.tasks import build_taskset
-from posttrain.trajectory import Column, Group
+from posttrain.training.build import Workshop
+from posttrain.training.stage import micro_batches, run_stage
 
 STALE = 0.3
 """Standard deviation of the noise on the old log-probs of the case that clips."""

@@ -19,7 +19,7 @@ from against_trl.plan import (
 )
 from against_trl.results import Conditions, Measured, Pairs, Point, Rate, Results
 from against_trl.spread import Spread, judge, ratios, verdict
-from posttrain.clock import GROUPS
+from posttrain.core.clock import GROUPS
 
 TITLES: dict[Work, str] = {
     "sft": "SFT, tokens/s",

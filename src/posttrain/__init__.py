@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from posttrain.composition import Composition, Dataset, Rollouts, SamplingSpec
-    from posttrain.errors import PosttrainError
+    from posttrain.core.errors import PosttrainError
+    from posttrain.core.provenance import Kind, Producer, Role, Sampling, Span
+    from posttrain.core.task import Message, Task, TaskSet
+    from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
     from posttrain.methods import Compose, Dpo, Grpo, Opd, Sft
-    from posttrain.provenance import Kind, Producer, Role, Sampling, Span
     from posttrain.recipe import (
         Budget,
         Gate,
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
         Stage,
         load_recipe,
     )
-    from posttrain.task import Message, Task, TaskSet
-    from posttrain.trajectory import Column, End, Group, Scored, Trajectory
 
 __all__ = [
     "Budget",
@@ -72,37 +72,37 @@ __all__ = [
 
 _HOMES = {
     "Budget": "recipe",
-    "Column": "trajectory",
+    "Column": "core.trajectory",
     "Compose": "methods",
     "Composition": "composition",
     "Dataset": "composition",
     "Dpo": "methods",
-    "End": "trajectory",
+    "End": "core.trajectory",
     "Gate": "recipe",
-    "Group": "trajectory",
+    "Group": "core.trajectory",
     "Grpo": "methods",
     "JsonlTasks": "recipe",
-    "Kind": "provenance",
+    "Kind": "core.provenance",
     "Lora": "recipe",
     "Measure": "recipe",
-    "Message": "task",
+    "Message": "core.task",
     "Opd": "methods",
     "Optimizer": "recipe",
-    "PosttrainError": "errors",
-    "Producer": "provenance",
+    "PosttrainError": "core.errors",
+    "Producer": "core.provenance",
     "ReasoningGym": "recipe",
     "Recipe": "recipe",
-    "Role": "provenance",
+    "Role": "core.provenance",
     "Rollouts": "composition",
-    "Sampling": "provenance",
+    "Sampling": "core.provenance",
     "SamplingSpec": "composition",
-    "Scored": "trajectory",
+    "Scored": "core.trajectory",
     "Sft": "methods",
-    "Span": "provenance",
+    "Span": "core.provenance",
     "Stage": "recipe",
-    "Task": "task",
-    "TaskSet": "task",
-    "Trajectory": "trajectory",
+    "Task": "core.task",
+    "TaskSet": "core.task",
+    "Trajectory": "core.trajectory",
     "load_recipe": "recipe",
 }
 

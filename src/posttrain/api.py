@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from posttrain import pipeline
+from posttrain.core.events import Observer, ignore
+from posttrain.core.protocols import Engine
 from posttrain.diagnosis.between import Between
 from posttrain.diagnosis.between import between as compare_models
 from posttrain.diagnosis.card import Diagnosis
@@ -23,14 +24,13 @@ from posttrain.diagnosis.prescribe import NOTHING, Supplies
 from posttrain.diagnosis.rules import RuleBook, load_rules
 from posttrain.diagnosis.treat import Treated
 from posttrain.diagnosis.treat import treat as close_the_loop
-from posttrain.engines.local import LocalEngine
-from posttrain.engines.model import pick_device
-from posttrain.events import Observer, ignore
-from posttrain.measuring import measure_model
-from posttrain.pipeline import Outcome
-from posttrain.probes.measurement import Measurement
-from posttrain.protocols import Engine
+from posttrain.engines.local.engine import LocalEngine
+from posttrain.engines.local.model import pick_device
+from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Recipe
+from posttrain.run import pipeline
+from posttrain.run.measuring import measure_model
+from posttrain.run.pipeline import Outcome
 
 
 def run(

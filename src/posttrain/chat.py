@@ -20,11 +20,11 @@ from typing import Any, Literal, Protocol, final
 import numpy as np
 from jinja2 import TemplateError
 
-from posttrain.errors import DataError, ModelError, nearest
-from posttrain.protocols import Prompt
-from posttrain.provenance import IntArray, Kind, Producer, Role, Span
-from posttrain.task import Message, Task
-from posttrain.trajectory import Trajectory
+from posttrain.core.errors import DataError, ModelError, nearest
+from posttrain.core.protocols import Prompt
+from posttrain.core.provenance import IntArray, Kind, Producer, Role, Span
+from posttrain.core.task import Message, Task
+from posttrain.core.trajectory import Trajectory
 
 AssistantMask = Literal["template", "prefix"]
 Author = tuple[Role, Producer]

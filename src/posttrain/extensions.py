@@ -21,14 +21,14 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args
 
-from posttrain.config import Config
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from posttrain.composition import Composition, SignalSpec, TermSpec
+    from posttrain.core.protocols import Policy, Renderer, Signal
+    from posttrain.core.task import TaskSet
     from posttrain.methods import Method
-    from posttrain.protocols import Policy, Renderer, Signal
-    from posttrain.task import TaskSet
 
     AnyTerm: TypeAlias = TermSpec
     AnySignal: TypeAlias = SignalSpec
@@ -46,7 +46,7 @@ class TermExtension:
     """
 
     spec: type[Config]
-    reads: frozenset[str]  # names of posttrain.head.Stat
+    reads: frozenset[str]  # names of posttrain.numerics.head.Stat
     values: Callable[..., object]
 
 
@@ -199,7 +199,7 @@ def _load(point: EntryPoint, group: str) -> Extension:
     expected = {
         "terms": "a posttrain.extensions.TermExtension",
         "signals": "a posttrain.extensions.SignalExtension",
-        "methods": "a method class, a subclass of posttrain.config.Config",
+        "methods": "a method class, a subclass of posttrain.core.config.Config",
     }[group]
     raise _broken(point, f"is a {type(loaded).__name__}", expected)
 
@@ -207,7 +207,7 @@ def _load(point: EntryPoint, group: str) -> Extension:
 def _check(spec: type[Config], point: EntryPoint, group: str) -> None:
     """Refuse a class that recipes could not name, or that the rest could not use."""
     if not issubclass(spec, Config):
-        raise _broken(point, f"holds {spec.__name__}", "a subclass of posttrain.config.Config")
+        raise _broken(point, f"holds {spec.__name__}", "a subclass of posttrain.core.config.Config")
     config = spec.__struct_config__
     tag_field = "name" if group == "methods" else "type"
     if (config.tag, config.tag_field) != (point.name, tag_field):

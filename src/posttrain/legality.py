@@ -40,9 +40,9 @@ from posttrain.composition.credit import Grouped, KLPenalty, TrainerLogprobs
 from posttrain.composition.distillation import Softened
 from posttrain.composition.scalar_heads import readouts
 from posttrain.composition.teaching import teachers_of
-from posttrain.errors import LegalityError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column, Discard, Group
+from posttrain.core.errors import LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column, Discard, Group
 
 HOW_TO_GET = {
     Column.BEHAVIOUR_LOGPROB: "use a rollouts source: a data set has no behaviour log-probs",

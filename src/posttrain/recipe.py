@@ -14,8 +14,8 @@ import msgspec
 
 from posttrain import extensions
 from posttrain.composition import PolicyRef, SamplingSpec
-from posttrain.config import Config, convert, read_yaml
-from posttrain.errors import ConfigError, nearest
+from posttrain.core.config import Config, convert, read_yaml
+from posttrain.core.errors import ConfigError, nearest
 
 Plain = str | int | float | bool | None
 RESERVED = frozenset({"base", "learner", "input", "moving", "previous", "end"})
@@ -24,7 +24,7 @@ RESERVED = frozenset({"base", "learner", "input", "moving", "previous", "end"})
 # --- task sets -------------------------------------------------------------------------------
 
 
-class ReasoningGym(Config, frozen=True, kw_only=True, tag="reasoning_gym", tag_field="type"):
+class ReasoningGym(Config, tag="reasoning_gym", tag_field="type"):
     """A generator of the reasoning-gym library, judged by the library's own scorer."""
 
     dataset: str
@@ -35,7 +35,7 @@ class ReasoningGym(Config, frozen=True, kw_only=True, tag="reasoning_gym", tag_f
     success: float = 1.0
 
 
-class JsonlTasks(Config, frozen=True, kw_only=True, tag="jsonl", tag_field="type"):
+class JsonlTasks(Config, tag="jsonl", tag_field="type"):
     """Rows of prompt (text or messages) and answer, judged by a reward function.
 
     ``reward`` is a built-in name (``exact``, ``number``) or ``file.py:function``, a function
@@ -55,7 +55,7 @@ TaskSetSpec = ReasoningGym | JsonlTasks
 # --- a stage ---------------------------------------------------------------------------------
 
 
-class Optimizer(Config, frozen=True, kw_only=True):
+class Optimizer(Config):
     """AdamW and its schedule."""
 
     lr: float = 1e-5
@@ -76,7 +76,7 @@ class Optimizer(Config, frozen=True, kw_only=True):
             )
 
 
-class Lora(Config, frozen=True, kw_only=True):
+class Lora(Config):
     """Low-rank adapters through peft, merged into the weights when the stage ends."""
 
     rank: int = 16
@@ -92,7 +92,7 @@ class Lora(Config, frozen=True, kw_only=True):
             )
 
 
-class Budget(Config, frozen=True, kw_only=True):
+class Budget(Config):
     """When a stage ends: after optimiser steps, or after passes over its data set."""
 
     steps: int | None = None
@@ -111,7 +111,7 @@ SINCE_READINGS = ("retention", "expanded_share", "shrunk_share", "crossover", "s
 """Metrics of a gate that are changes themselves: ``since`` says since which policy."""
 
 
-class Gate(Config, frozen=True, kw_only=True):
+class Gate(Config):
     """A decision after a stage, taken on the bound of an interval, not on its middle.
 
     ``at_least`` and ``at_most`` ask for the metric itself; ``at_most_lost``, ``at_least_gained``
@@ -188,7 +188,7 @@ class Gate(Config, frozen=True, kw_only=True):
         return f"at {head} {bound:g}{' ' + tail if tail else ''}{since}"
 
 
-class Monitors(Config, frozen=True, kw_only=True):
+class Monitors(Config):
     """Bounds of the alarms that a running stage gives, on means over ``window`` steps.
 
     Alarms change nothing. null switches one off.
@@ -218,7 +218,7 @@ class Monitors(Config, frozen=True, kw_only=True):
             )
 
 
-class Stage(Config, frozen=True, kw_only=True):
+class Stage(Config):
     """One intervention: a method, a budget and an optimiser.
 
     ``groups_per_step`` prompts, demonstrations or pairs are drawn at a time; the learner takes
@@ -274,7 +274,7 @@ class Stage(Config, frozen=True, kw_only=True):
 # --- measuring -------------------------------------------------------------------------------
 
 
-class Measure(Config, frozen=True, kw_only=True):
+class Measure(Config):
     """How every policy is measured: the same prompts, samples, seeds and decoding for all.
 
     ``epsilon`` is the success probability below which an answer counts as out of reach; null
@@ -317,7 +317,7 @@ class Measure(Config, frozen=True, kw_only=True):
 # --- the whole -------------------------------------------------------------------------------
 
 
-class Recipe(Config, frozen=True, kw_only=True):
+class Recipe(Config):
     """Everything that decides a run.
 
     ``remote_code`` must repeat the model's name to allow code from its repository to run.

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.composition.steps import Steps
-from posttrain.protocols import Renderer
-from posttrain.trajectory import Trajectory
+from posttrain.core.protocols import Renderer
+from posttrain.core.trajectory import Trajectory
 
 NO_STEP = -1.0
 """``STEP_LABEL`` where no labelled step ends."""

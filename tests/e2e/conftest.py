@@ -27,7 +27,7 @@ def posttrain(monkeypatch, capsys):
     """The command line, in this process: (arguments) -> exit code, stdout, stderr."""
     import sys
 
-    from posttrain import cli
+    from posttrain.cli import main as cli
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["posttrain", *map(str, arguments)])

@@ -173,7 +173,7 @@ def test_a_teacher_folder_counts_by_content(world, posttrain):
 
 def test_epochs_count_rows_not_updates(world, posttrain):
     """2 epochs of 7 rows, 2 rows a draw, 2 updates a draw: 7 draws, 14 steps, every row twice."""
-    from posttrain.store import read_uses
+    from posttrain.run.store import read_uses
 
     spec = sft(budget={"epochs": 2}, updates_per_draw=2, checkpoint_every=100)
     path = write_recipe(world, recipe(spec, tasks={}))

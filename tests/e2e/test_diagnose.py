@@ -8,8 +8,8 @@ import sys
 import pytest
 import yaml
 
-from posttrain import config
-from posttrain.cli import main
+from posttrain.cli.main import main
+from posttrain.core import config
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.lab.corpus import demonstrations, write_rows
 from posttrain.lab.settings import SETTINGS

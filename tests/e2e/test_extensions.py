@@ -14,7 +14,7 @@ import pytest
 
 from posttrain import extensions
 from posttrain.composition import SignalSpec, TermSpec
-from posttrain.errors import ConfigError
+from posttrain.core.errors import ConfigError
 from posttrain.methods import Method
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ import math, numpy as np, torch
 from posttrain_focal.signals import MedianSignal
 from posttrain_focal.terms import FocalLoss, focal_loss
 from posttrain.testing import as_group, example_trajectory
-from posttrain.trajectory import Column, Group
+from posttrain.core.trajectory import Column, Group
 
 logprob = torch.tensor([math.log(0.9), math.log(0.2)], requires_grad=True)
 loss = focal_loss(FocalLoss(gamma=2.0), {"logprob": logprob}, None)
@@ -141,8 +141,8 @@ RUN = """
 import dataclasses, json
 from pathlib import Path
 from posttrain.api import run
-from posttrain.events import StepDone
-from posttrain.preview import preview
+from posttrain.core.events import StepDone
+from posttrain.run.preview import preview
 from posttrain.recipe import load_recipe
 from posttrain.testing import tiny_model
 
@@ -179,7 +179,7 @@ def test_a_recipe_with_all_three_runs(tmp_path):
 PLAN = """
 import posttrain_focal.methods  # the package first: nobody may depend on the order
 from pathlib import Path
-from posttrain.plan import make_plan
+from posttrain.run.plan import make_plan
 from posttrain.recipe import load_recipe
 import sys
 
@@ -210,7 +210,7 @@ def test_a_misspelt_name_of_a_package_is_hinted_at(tmp_path):
     path.write_text(path.read_text().replace("name: focal_sft", "name: focal_stf"))
     code = """
 from pathlib import Path
-from posttrain.errors import ConfigError
+from posttrain.core.errors import ConfigError
 from posttrain.recipe import load_recipe
 try:
     load_recipe(Path("recipe.yaml"))
@@ -228,8 +228,8 @@ def test_a_signal_gets_the_policies_that_it_names(tmp_path):
 from dataclasses import replace
 from pathlib import Path
 from posttrain import extensions
-from posttrain.errors import ConfigError
-from posttrain.plan import make_plan
+from posttrain.core.errors import ConfigError
+from posttrain.run.plan import make_plan
 from posttrain.recipe import load_recipe
 import posttrain_focal.signals as theirs
 
@@ -255,7 +255,7 @@ except ConfigError as error:
 
 def test_importing_posttrain_looks_for_no_package():
     code = """
-import posttrain, posttrain.recipe, posttrain.legality, posttrain.plan
+import posttrain, posttrain.recipe, posttrain.legality, posttrain.run.plan
 from posttrain import extensions
 assert extensions.installed.cache_info().misses == 0
 posttrain.recipe.convert({"name": "x", "model": "y"}, posttrain.Recipe, origin="test")
@@ -280,10 +280,10 @@ def packages(monkeypatch, points: EntryPoints) -> None:
 GOOD = '''
 from typing import ClassVar
 from posttrain.composition import ANYONE, Term
-from posttrain.config import Config
+from posttrain.core.config import Config
 from posttrain.extensions import SignalExtension, TermExtension
 
-class Mine(Term, frozen=True, kw_only=True, tag="mine", tag_field="type"):
+class Mine(Term, tag="mine", tag_field="type"):
     """Something."""
     weight: float = 1.0
     where: tuple[str, ...] = ()
@@ -348,7 +348,7 @@ def test_a_broken_package_stops_a_recipe_with_its_name(tmp_path):
     points = {"posttrain.methods": {"mine": "nowhere:Mine"}}
     dist_info(tmp_path / "site", name="their-package", version="3.1", points=points)
     (tmp_path / "recipe.yaml").write_text("{name: x, model: y}")
-    code = "from posttrain.cli import main; main()"
+    code = "from posttrain.cli.main import main; main()"
     ran = subprocess.run(
         [sys.executable, "-c", code, "plan", "recipe.yaml"],
         env=with_path(tmp_path / "site"),

@@ -20,8 +20,8 @@ from world import (
     write_recipe,
 )
 
-from posttrain import files
-from posttrain.ledger import verify
+from posttrain.core import files
+from posttrain.run.ledger import verify
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

@@ -6,8 +6,8 @@ import pytest
 from safetensors.numpy import load_file
 from world import grpo, listing, metrics, recipe, rows, sft, stage_folder, write_recipe
 
-from posttrain.probes.measurement import Measurement
-from posttrain.probes.passk import pass_interval
+from posttrain.measure.measurement import Measurement
+from posttrain.measure.passk import pass_interval
 
 
 def with_gates(*gates):

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from msgspec import structs
 
-from posttrain import config
-from posttrain.probes.asked import OF_ONE
-from posttrain.probes.per_prompt import METRICS
+from posttrain.core import config
+from posttrain.measure.asked import OF_ONE
+from posttrain.measure.per_prompt import METRICS
 from posttrain.recipe import SINCE_READINGS, Budget, Gate, Measure, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def shortened(recipe: Recipe, *, steps: int) -> Recipe:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_plan_of_every_recipe(path):
-    from posttrain.preview import preview
+    from posttrain.run.preview import preview
 
     recipe = load_recipe(path)
     text = preview(recipe, root=FOLDER)
@@ -83,7 +83,7 @@ def test_yaml_and_python_are_the_same_recipe():
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "pipeline"])
 def test_runs_for_real_and_again_for_nothing(name, tmp_path):
     from posttrain.api import run
-    from posttrain.events import StageStarted, StepDone
+    from posttrain.core.events import StageStarted, StepDone
 
     recipe = shortened(load_recipe(FOLDER / f"{name}.yaml"), steps=2)
     events = []
@@ -243,16 +243,16 @@ def test_python_on_the_page_runs_and_is_the_yaml_beside_it(copy):
 
 
 def test_shell_on_the_page_runs(copy):
-    from posttrain.cli import cli
+    from posttrain.cli.main import cli
 
     for line in [line for body in snippets("sh") for line in body.splitlines()]:
         program, *words = shlex.split(line)
         assert (program, words[0] in cli.commands) == ("posttrain", True)
-        printed = execute([sys.executable, "-m", "posttrain.cli", *words], cwd=copy)
+        printed = execute([sys.executable, "-m", "posttrain.cli.main", *words], cwd=copy)
         assert printed
     assert (copy / "out/sft/report.html").is_file()
     assert "already finished" in execute(
-        [sys.executable, "-m", "posttrain.cli", "run", "recipes/sft.yaml", "--out", "out/sft"],
+        [sys.executable, "-m", "posttrain.cli.main", "run", "recipes/sft.yaml", "--out", "out/sft"],
         cwd=copy,
     )
 
@@ -293,8 +293,8 @@ def test_the_task_row_and_the_reward_on_the_page_fit_together(tmp_path):
 
 
 def test_policy_references_on_the_page_are_the_ones_that_exist():
-    from posttrain.errors import ConfigError
-    from posttrain.plan import make_plan
+    from posttrain.core.errors import ConfigError
+    from posttrain.run.plan import make_plan
 
     named = re.findall(r"^\| `([^`]+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(named) == {"base", "input", "learner", "path:../models/teacher"}
@@ -314,7 +314,7 @@ def test_policy_references_on_the_page_are_the_ones_that_exist():
 
 
 def test_identity_is_what_the_page_says(tmp_path):
-    from posttrain.plan import make_plan
+    from posttrain.run.plan import make_plan
 
     recipe = load_recipe(FOLDER / "grpo.yaml")
     (stage,) = recipe.stages

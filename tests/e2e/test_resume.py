@@ -25,8 +25,8 @@ from world import (
     write_recipe,
 )
 
-from posttrain.ledger import verify
-from posttrain.store import read_trajectories, read_uses
+from posttrain.run.ledger import verify
+from posttrain.run.store import read_trajectories, read_uses
 
 STEPS = {"sft": 5, "adapt": 4, "grpo": 4, "dpo": 3, "opd": 4, "ppo": 3}
 EVERYTHING = recipe(

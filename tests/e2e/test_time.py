@@ -5,7 +5,7 @@ import time
 
 from world import dpo, grpo, opd, recipe, sft, sit, stage_folder, write_recipe
 
-from posttrain.clock import NAMES, seconds_in
+from posttrain.core.clock import NAMES, seconds_in
 from posttrain.report.load import write_report
 
 TRAINING = {"draw", "score", "pack", "forward", "backward", "optimizer", "idle"}

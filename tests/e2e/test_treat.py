@@ -8,14 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from posttrain import api, config
+from posttrain import api
+from posttrain.core import config
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.lab.settings import PRODUCTS, REVERSE
 from posttrain.lab.tour import ANSWER, BASE
-from posttrain.probes.measurement import Measurement
+from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Measure, Recipe
-from posttrain.stage import Interrupted
+from posttrain.training.stage import Interrupted
 
 BUDGET = 60_000
 GROUND = Recipe(

@@ -24,7 +24,9 @@ def score(prompts, completions, answer, **columns):
 """
 LETTERS = "abcdefghijklmnop"
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["peft", "posttrain.api", "posttrain.cli", "posttrain.report.load"])
+SERVER.set_forkserver_preload(
+    ["peft", "posttrain.api", "posttrain.cli.main", "posttrain.report.load"]
+)
 
 
 # --- what a recipe needs ---------------------------------------------------------------------
@@ -178,9 +180,9 @@ def _sit(path: Path, out: Path, fault: Fault, report: Path) -> None:
     import torch
 
     from posttrain import api
-    from posttrain.errors import PosttrainError
-    from posttrain.ledger import Ledger
+    from posttrain.core.errors import PosttrainError
     from posttrain.recipe import load_recipe
+    from posttrain.run.ledger import Ledger
 
     torch.set_num_threads(1)
     moments = _Moments(fault, out)
@@ -222,7 +224,7 @@ def _command(arguments: list[str], log: Path) -> None:
     os.dup2(fd, 2)
     import torch
 
-    from posttrain import cli
+    from posttrain.cli import main as cli
 
     torch.set_num_threads(1)
     sys.argv = ["posttrain", *arguments]
@@ -252,7 +254,7 @@ def metrics(folder: Path) -> list[dict]:
 
 def rows(out: Path, *, sittings: bool = False) -> list[tuple[str, dict]]:
     """Ledger rows without clocks, and without the rows that say who sat down when."""
-    from posttrain.ledger import read
+    from posttrain.run.ledger import read
 
     kept = [r for r in read(out / "ledger.jsonl") if sittings or r.kind != "run"]
     return [(str(r.kind), {k: v for k, v in r.body.items() if k != "seconds"}) for r in kept]

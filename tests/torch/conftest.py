@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from posttrain.engines.local import LocalEngine
+from posttrain.engines.local.engine import LocalEngine
 
 torch.set_num_threads(1)
 

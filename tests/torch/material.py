@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from posttrain.provenance import Kind, Producer, Role, Sampling, Span
-from posttrain.trajectory import Column, Group, Scored, Trajectory
+from posttrain.core.provenance import Kind, Producer, Role, Sampling, Span
+from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 
 
 def trajectory(prompt, answer, *, kind=Kind.LEARNER, logprobs=None, temperature=1.0):

@@ -4,14 +4,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.build import Workshop
-from posttrain.events import StepDone
-from posttrain.journal import Journal
-from posttrain.ledger import Ledger
-from posttrain.plan import make_plan
+from posttrain.core.events import StepDone
 from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
-from posttrain.stage import run_stage
+from posttrain.run.journal import Journal
+from posttrain.run.ledger import Ledger
+from posttrain.run.plan import make_plan
 from posttrain.tasks.jsonl import JsonlTaskSet
+from posttrain.training.build import Workshop
+from posttrain.training.stage import run_stage
 
 REWARD = (
     "def reward(prompts, completions, **columns):\n"

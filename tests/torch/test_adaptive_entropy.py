@@ -5,12 +5,12 @@ import torch
 from material import gradients, random_groups
 from staging import check_resume, make_world
 
-from posttrain.batch import pack
 from posttrain.composition import AdaptiveEntropyBonus, EntropyBonus, WeightSchedule
-from posttrain.errors import ConfigError
+from posttrain.core.errors import ConfigError
 from posttrain.methods.policy import AdaptiveEntropy
-from posttrain.objectives.objective import Objective
+from posttrain.numerics.batch import pack
 from posttrain.testing import check_term
+from posttrain.training.objective import Objective
 
 NAME = "adaptive_entropy_bonus"
 

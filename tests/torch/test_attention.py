@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.batch import Segment
-from posttrain.engines import tiles as tiling
-from posttrain.engines.attention import PackedPlan
-from posttrain.engines.flex import FlexBlocks
-from posttrain.engines.tiles import Tiles
+from posttrain.engines.local.attention import PackedPlan
+from posttrain.engines.local.engine import tiles as tiling
+from posttrain.engines.local.flex import FlexBlocks
+from posttrain.engines.local.tiles import Tiles
+from posttrain.numerics.batch import Segment
 
 CPU = torch.device("cpu")
 H, D, SCALING = 4, 8, 0.3
@@ -158,7 +158,7 @@ def test_tiles_and_masks_give_the_same_gradients(segments):
 
 
 def tiling_masks(segments):
-    from posttrain.engines.masked import MaskedBlocks
+    from posttrain.engines.local.masked import MaskedBlocks
 
     return MaskedBlocks.of(segments, device=CPU)
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from material import random_groups, with_column
 
-from posttrain.batch import KINDS, pack
-from posttrain.head import Stat
-from posttrain.objectives.authors import author_metrics, author_sums
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import KINDS, pack
+from posttrain.training.authors import author_metrics, author_sums
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from against_trl.material import make, words
 from against_trl.plan import Dims, Job, Load, Theirs
 from against_trl.worker import Stopped
 
-from posttrain.trajectory import Column
+from posttrain.core.trajectory import Column
 
 TINY = Dims(name="t", layers=1, hidden=16, inner=16, heads=2, kv_heads=1, head_size=8, vocab=64)
 STEPS = 2

@@ -5,7 +5,6 @@ import pytest
 from material import gradients, largest_gap, with_column
 from staging import check_resume, make_world
 
-from posttrain.batch import pack
 from posttrain.composition import (
     ClippedPolicyGradient,
     Composition,
@@ -19,19 +18,20 @@ from posttrain.composition import (
     Rollouts,
     Verify,
 )
-from posttrain.errors import ConfigError, LegalityError, TaskError
+from posttrain.core.errors import ConfigError, LegalityError, TaskError
+from posttrain.core.protocols import Request
+from posttrain.core.provenance import Kind
+from posttrain.core.task import Message, Role, Task
+from posttrain.core.trajectory import Column, End
 from posttrain.legality import admit, check_composition, column_readers
 from posttrain.methods.guided import GuidedGrpo, Luffy, PrefixRft, Uft
-from posttrain.objectives.objective import Objective
-from posttrain.protocols import Request
-from posttrain.provenance import Kind
+from posttrain.numerics.batch import pack
 from posttrain.signals.credit import GroupAdvantageSignal
 from posttrain.signals.verifier import Verifier
 from posttrain.sources.company import num_given
 from posttrain.sources.rollout import RolloutSource
-from posttrain.task import Message, Role, Task
 from posttrain.testing import FakeTaskSet, check_source, tiny_model
-from posttrain.trajectory import Column, End
+from posttrain.training.objective import Objective
 
 TASKS = FakeTaskSet(answer="abcd")
 BY_KEY = {t.key: t for t in TASKS.train}

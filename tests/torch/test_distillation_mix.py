@@ -7,7 +7,6 @@ import pytest
 import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 
-from posttrain.batch import KINDS, pack
 from posttrain.chat import ChatRenderer
 from posttrain.composition import (
     ClippedPolicyGradient,
@@ -27,19 +26,20 @@ from posttrain.composition import (
     TeacherReverseKL,
     Verify,
 )
-from posttrain.errors import ConfigError, LegalityError
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.legality import check_composition, column_readers, scopes
 from posttrain.methods.distillation import DistiLlm2, Gkd, Uld
 from posttrain.methods.hybrid import Chord
-from posttrain.objectives.objective import Objective
-from posttrain.provenance import Kind
+from posttrain.numerics.batch import KINDS, pack
 from posttrain.signals.scope import ScopedSignal
 from posttrain.signals.scoring import TeacherSignal
 from posttrain.sources.dataset import DatasetSource
 from posttrain.sources.mix import MixSource
 from posttrain.sources.rollout import RolloutSource
 from posttrain.testing import FakePolicy, FakeTaskSet, check_source, tiny_tokenizer
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.training.objective import Objective
 
 DATA, OWN = Dataset(path="demos.jsonl"), Rollouts(tasks=("letters",), group_size=2)
 

@@ -8,16 +8,16 @@ import yaml
 
 from posttrain import JsonlTasks, Recipe, Stage, api
 from posttrain.composition import Dataset, Mix
-from posttrain.config import convert, plain
-from posttrain.errors import ConfigError
-from posttrain.ledger import read
+from posttrain.core.config import convert, plain
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
 from posttrain.methods.distillation import Gkd, Kd, Opsd, SeqKd
 from posttrain.methods.hybrid import Chord
-from posttrain.plan import make_plan
-from posttrain.preview import preview
-from posttrain.provenance import Kind
 from posttrain.recipe import Budget, Measure
-from posttrain.store import read_uses
+from posttrain.run.ledger import read
+from posttrain.run.plan import make_plan
+from posttrain.run.preview import preview
+from posttrain.run.store import read_uses
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import torch
 from material import gradients, trajectory
 
-from posttrain.batch import pack
 from posttrain.composition import (
     Dataset,
     DeltaAdvantage,
@@ -20,8 +19,11 @@ from posttrain.composition import (
     TeacherLogprobs,
     TeacherReverseKL,
 )
-from posttrain.errors import ConfigError, LegalityError, ModelError, TaskError
-from posttrain.head import Stat
+from posttrain.core.errors import ConfigError, LegalityError, ModelError, TaskError
+from posttrain.core.provenance import Role
+from posttrain.core.statistics import Stat
+from posttrain.core.task import Message, Task
+from posttrain.core.trajectory import Column, End, Group, Scored
 from posttrain.legality import check_composition
 from posttrain.methods.distillation import ContextDistillation, Kd, Opsd, Sdft
 from posttrain.methods.distillation_rewards import (
@@ -32,9 +34,8 @@ from posttrain.methods.distillation_rewards import (
     OpdSampled,
     SpanOpd,
 )
-from posttrain.objectives.objective import Objective
+from posttrain.numerics.batch import pack
 from posttrain.objectives.terms import TERMS
-from posttrain.provenance import Role
 from posttrain.signals.foreign import (
     ForeignTeacherSignal,
     SpanAdvantageSignal,
@@ -50,9 +51,8 @@ from posttrain.signals.teacher_credit import (
     early_weights,
 )
 from posttrain.sources.rollout import RolloutSource
-from posttrain.task import Message, Task
 from posttrain.testing import FakeTaskSet, check_signal, tiny_model
-from posttrain.trajectory import Column, End, Group, Scored
+from posttrain.training.objective import Objective
 
 TASKS = FakeTaskSet()
 BY_KEY = {t.key: t for t in TASKS.train}

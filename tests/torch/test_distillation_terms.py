@@ -7,7 +7,6 @@ import pytest
 import torch
 from material import gradients, random_groups, trajectory, with_column
 
-from posttrain.batch import pack
 from posttrain.composition import (
     EntropyAwareKL,
     TeacherDistribution,
@@ -19,16 +18,18 @@ from posttrain.composition import (
     TeacherSortedL1,
     TeacherTotalVariation,
 )
-from posttrain.divergence import Divergence, Shape, divergence
-from posttrain.errors import ConfigError, LegalityError
-from posttrain.head import token_stats
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.statistics import Divergence, DivergenceKind
+from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.legality import check_composition
 from posttrain.methods.distillation import Gkd, Kd, Opd
+from posttrain.numerics.batch import pack
+from posttrain.numerics.divergence import divergence
+from posttrain.numerics.head import token_stats
 from posttrain.objectives.distillation import divergence_of
-from posttrain.objectives.objective import Objective
 from posttrain.objectives.terms import TERMS
 from posttrain.signals.scoring import TeacherSignal
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.training.objective import Objective
 
 DENSE = [
     TeacherForwardKL(),
@@ -203,7 +204,7 @@ def test_total_variation_has_gradient_zero_at_exact_agreement():
     logits = torch.tensor([[0.3, -1.0, 0.5]], dtype=torch.float64, requires_grad=True)
     teacher = logits.detach().log_softmax(-1)
     nothing = torch.empty(1, 0, dtype=torch.long)
-    wanted = Divergence(Shape.TOTAL_VARIATION)
+    wanted = Divergence(DivergenceKind.TOTAL_VARIATION)
     divergence(wanted, logits.log_softmax(-1), nothing, teacher).sum().backward()
     assert float(logits.grad.abs().max()) == 0
 
@@ -225,7 +226,7 @@ def test_the_head_computes_several_divergences_in_chunks(learner, monkeypatch):
     (batch,) = pack(groups, needs=needs, max_tokens=10_000)
     wanted = frozenset(divergence_of(t) for t in DENSE)
     hidden = model.predicting(batch).detach()
-    monkeypatch.setattr("posttrain.logits.CHUNK_ELEMENTS", 5 * model.vocab_size)
+    monkeypatch.setattr("posttrain.numerics.logits.CHUNK_ELEMENTS", 5 * model.vocab_size)
     got = token_stats(hidden, model.head, batch, wanted=wanted, vocab_size=model.vocab_size)
     q = model.head(hidden).double().softmax(-1).detach().numpy()
     p = batch.columns[Column.TEACHER_LOGPROBS].double().exp().numpy()
@@ -274,7 +275,7 @@ def test_sorted_l1_forgets_which_token_it_is_and_pads_the_shorter():
     q = torch.tensor([[0.5, 0.3, 0.2, 0.0]], dtype=torch.float64).log()
     same = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).log()  # another vocabulary
     nothing = torch.empty(1, 0, dtype=torch.long)
-    wanted = Divergence(Shape.SORTED_L1)
+    wanted = Divergence(DivergenceKind.SORTED_L1)
     assert float(divergence(wanted, q, nothing, same)) == pytest.approx(0, abs=1e-12)
     other = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()
     # |0.5-0.9| + |0.3-0.1| + |0.2-0| + 0
@@ -287,8 +288,8 @@ def test_gradients_with_corners_by_closed_form_and_differences():
     nothing = torch.empty(1, 0, dtype=torch.long)
     ranked = np.sort(p)[::-1][np.argsort(np.argsort(-q))]  # the teacher's of the same rank
     for shape, signs in (
-        (Shape.TOTAL_VARIATION, np.sign(q - p) / 2),
-        (Shape.SORTED_L1, np.sign(q - ranked)),
+        (DivergenceKind.TOTAL_VARIATION, np.sign(q - p) / 2),
+        (DivergenceKind.SORTED_L1, np.sign(q - ranked)),
     ):
         logits = torch.tensor(np.log(q)[None], requires_grad=True)
         teacher, wanted = torch.tensor(np.log(p)[None]), Divergence(shape)

@@ -5,7 +5,6 @@ import pytest
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 from staging import check_resume, make_world
 
-from posttrain.batch import pack
 from posttrain.composition import (
     ClippedPolicyGradient,
     Composition,
@@ -20,16 +19,17 @@ from posttrain.composition import (
     TargetMargin,
     Verify,
 )
-from posttrain.errors import ConfigError, LegalityError
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column, Discard, Group, Scored
 from posttrain.legality import check_composition, column_readers
 from posttrain.methods.guided import Hpt
 from posttrain.methods.policy import HighEntropy
-from posttrain.objectives.objective import Objective
-from posttrain.provenance import Kind
+from posttrain.numerics.batch import pack
 from posttrain.signals.credit import GroupAdvantageSignal
 from posttrain.signals.selection import ImitateFailuresSignal, MarkEntropySignal
 from posttrain.testing import check_signal, check_term
-from posttrain.trajectory import Column, Discard, Group, Scored
+from posttrain.training.objective import Objective
 
 
 @pytest.fixture

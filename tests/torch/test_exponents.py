@@ -23,9 +23,9 @@ from posttrain.composition import (
     ShapedWeightPolicyGradient,
     SoftGatedPolicyGradient,
 )
-from posttrain.head import Stat
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
 from posttrain.objectives.terms import TERMS
-from posttrain.trajectory import Column
 
 NOW = [-0.1, -1.0, -0.5]
 E20 = math.exp(20)

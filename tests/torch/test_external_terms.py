@@ -8,7 +8,6 @@ import pytest
 import torch
 from material import trajectory
 
-from posttrain.batch import pack
 from posttrain.composition import (
     AssumedCertainGradient,
     AssumedOwnGradient,
@@ -19,14 +18,15 @@ from posttrain.composition import (
     GroupAdvantage,
     OwnLogprobs,
 )
-from posttrain.errors import ConfigError, LegalityError
-from posttrain.head import Stat
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.legality import check_composition
 from posttrain.methods.hybrid import ChordPhi
+from posttrain.numerics.batch import pack
 from posttrain.objectives.terms import TERMS
-from posttrain.provenance import Kind
 from posttrain.testing import check_term
-from posttrain.trajectory import Column, Group, Scored
 
 P = np.array([0.9, 0.1, 0.02, 0.5, 0.3, 0.6])
 OLD = np.array([0.7, 0.1, 0.05, 0.5, 0.2, 0.9])

@@ -4,9 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from posttrain.batch import Segment
-from posttrain.engines.attention import PackedPlan
-from posttrain.engines.footprint import BOUNDS, CPU_BUDGET, activation_bytes, comfortable_tokens
+from posttrain.engines.local.attention import PackedPlan
+from posttrain.engines.local.footprint import (
+    BOUNDS,
+    CPU_BUDGET,
+    activation_bytes,
+    comfortable_tokens,
+)
+from posttrain.numerics.batch import Segment
 from posttrain.recipe import Optimizer
 from posttrain.testing import tiny_model
 

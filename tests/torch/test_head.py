@@ -7,10 +7,11 @@ import pytest
 import torch
 from material import random_groups
 
-from posttrain import fused, logits
-from posttrain.batch import pack
-from posttrain.head import Stat, token_stats
-from posttrain.logits import LinearHead
+from posttrain.core.statistics import Stat
+from posttrain.numerics import fused, logits
+from posttrain.numerics.batch import pack
+from posttrain.numerics.head import token_stats
+from posttrain.numerics.logits import LinearHead
 
 V, X = 37, 6
 ALL = frozenset({Stat.LOGPROB, Stat.SAMPLED_LOGPROB, Stat.ENTROPY})

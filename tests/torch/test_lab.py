@@ -9,10 +9,10 @@ from posttrain.lab.corpus import demonstrations, documents, preference_pairs, ta
 from posttrain.lab.settings import SETTINGS, Support
 from posttrain.lab.tokenizer import build_tokenizer
 from posttrain.lab.tour import ANSWER, BASE, write_tour
-from posttrain.probes.bootstrap import mean_interval
-from posttrain.probes.measure import measure
-from posttrain.probes.passk import pass_at_k, pass_interval
-from posttrain.probes.support import clopper_pearson
+from posttrain.measure.bootstrap import mean_interval
+from posttrain.measure.measure import measure
+from posttrain.measure.passk import pass_at_k, pass_interval
+from posttrain.measure.support import clopper_pearson
 from posttrain.recipe import Measure, load_recipe
 
 SAMPLES = 256

@@ -2,17 +2,17 @@
 
 import numpy as np
 
-from posttrain.batch import pack
 from posttrain.composition import BradleyTerry, Dataset, StepClassifier, Steps
+from posttrain.core.protocols import ScalarStart
+from posttrain.core.trajectory import Column
 from posttrain.lab.catalogue_judges import STEPPED, write_inputs
 from posttrain.lab.corpus import preference_pairs, taskset, write_rows
 from posttrain.lab.settings import CHAINS
 from posttrain.lab.tour import BASE
-from posttrain.objectives.objective import Objective
-from posttrain.protocols import ScalarStart
+from posttrain.numerics.batch import pack
 from posttrain.recipe import Optimizer
 from posttrain.sources.dataset import DatasetSource
-from posttrain.trajectory import Column
+from posttrain.training.objective import Objective
 
 
 def turn(role, content):

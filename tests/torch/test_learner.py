@@ -6,14 +6,14 @@ import torch
 from material import random_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.batch import pack
 from posttrain.composition import CrossEntropy
-from posttrain.engines.local import LocalEngine
-from posttrain.engines.model import load_model
-from posttrain.errors import ModelError
-from posttrain.objectives.objective import Objective
+from posttrain.core.errors import ModelError
+from posttrain.engines.local.engine import LocalEngine
+from posttrain.engines.local.model import load_model
+from posttrain.numerics.batch import pack
 from posttrain.recipe import Lora, Optimizer
 from posttrain.testing import check_learner, tiny_model
+from posttrain.training.objective import Objective
 
 OBJECTIVE = Objective((CrossEntropy(),))
 
@@ -156,7 +156,7 @@ def test_bfloat16_training_keeps_small_steps(tiny_folder):
 
 
 def test_a_window_that_only_the_mask_knows_is_refused(tmp_path):
-    from posttrain.engines.model import _check_windows
+    from posttrain.engines.local.model import _check_windows
 
     windowed = load_model(str(tiny_model(tmp_path / "w", family="mistral")))
     full = load_model(str(tiny_model(tmp_path / "f")))

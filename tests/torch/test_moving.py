@@ -6,7 +6,6 @@ import torch
 from material import random_groups, trajectory, with_column
 from staging import check_resume, make_world, untimed
 
-from posttrain.batch import pack
 from posttrain.composition import (
     MOVING,
     Composition,
@@ -21,20 +20,21 @@ from posttrain.composition import (
     TeacherReverseKL,
     Verify,
 )
-from posttrain.engines.local import LocalEngine
-from posttrain.errors import ConfigError, LegalityError, ModelError
+from posttrain.core.errors import ConfigError, LegalityError, ModelError
+from posttrain.core.task import Task
+from posttrain.core.trajectory import Column, Discard
+from posttrain.engines.local.engine import LocalEngine
 from posttrain.legality import admit, check_composition
 from posttrain.methods.compose import Compose
 from posttrain.methods.distillation import SUCCESS_SHOWN, Sdft, Sdpo
 from posttrain.methods.moving_preference import TrDpo
 from posttrain.methods.preference import Dpo
-from posttrain.objectives.objective import Objective
+from posttrain.numerics.batch import pack
 from posttrain.recipe import Budget, Lora, Optimizer, Stage
 from posttrain.signals.scoring import TeacherSignal
 from posttrain.sources.rollout import RolloutSource
-from posttrain.task import Task
 from posttrain.testing import FakeTaskSet, check_signal
-from posttrain.trajectory import Column, Discard
+from posttrain.training.objective import Objective
 
 OBJECTIVE = Objective((CrossEntropy(),))
 PAIRS = Dataset(path="pairs.jsonl")

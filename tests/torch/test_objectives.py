@@ -7,7 +7,6 @@ import pytest
 import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 
-from posttrain.batch import pack
 from posttrain.composition import (
     ClippedPolicyGradient,
     CrossEntropy,
@@ -17,13 +16,15 @@ from posttrain.composition import (
     TeacherDistribution,
     TeacherReverseKL,
 )
-from posttrain.head import Stat, reverse_kl
-from posttrain.objectives.objective import Objective
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column, Group, Scored
+from posttrain.numerics.batch import pack
+from posttrain.numerics.head import reverse_kl
 from posttrain.objectives.terms import TERMS
-from posttrain.provenance import Kind
 from posttrain.signals.credit import GroupAdvantageSignal, group_advantages
 from posttrain.signals.scoring import TeacherSignal
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.training.objective import Objective
 
 
 def batch_of(groups, needs):
@@ -56,7 +57,7 @@ def test_cross_entropy_token_and_sequence_mean():
     stats = {Stat.LOGPROB: torch.tensor([-1.0, -2.0, -5.0])}
     objective = Objective((CrossEntropy(), CrossEntropy(aggregate="sequence_mean")))
     assert objective.counts([batch]) == (3, 2)
-    from posttrain.objectives.reduce import reduce_units
+    from posttrain.training.reduce import reduce_units
 
     loss = value(CrossEntropy(), stats, batch).loss
     tokens = reduce_units(CrossEntropy(), loss, batch, count=3)

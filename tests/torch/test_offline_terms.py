@@ -5,7 +5,6 @@ import pytest
 import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
-from posttrain.batch import pack
 from posttrain.composition import (
     AdvantageWeighted,
     CrossEntropy,
@@ -15,15 +14,16 @@ from posttrain.composition import (
     RewardGold,
     WeightedCrossEntropy,
 )
-from posttrain.errors import ConfigError, LegalityError
-from posttrain.head import Stat
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.legality import check_composition
 from posttrain.methods.offline import ALol, Awr, RGold
-from posttrain.objectives.objective import Objective
+from posttrain.numerics.batch import pack
 from posttrain.objectives.terms import TERMS
-from posttrain.provenance import Kind
 from posttrain.signals.credit import GroupAdvantageSignal
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.training.objective import Objective
 
 LOGP = np.log([0.5, 0.05, 0.9])  # two answers, of 2 and 1 tokens
 REFERENCE = LOGP - np.log([1.2, 0.75, 3.0])  # token ratios; the first answer's is 0.9

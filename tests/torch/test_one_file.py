@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.build import Workshop
-from posttrain.engines.local import LocalEngine
-from posttrain.events import StepDone
-from posttrain.journal import Journal
+from posttrain.core.events import StepDone
+from posttrain.engines.local.engine import LocalEngine
 from posttrain.lab.settings import PRODUCTS
-from posttrain.ledger import Ledger
 from posttrain.methods import Grpo
-from posttrain.plan import make_plan
 from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
-from posttrain.stage import run_stage
+from posttrain.run.journal import Journal
+from posttrain.run.ledger import Ledger
+from posttrain.run.plan import make_plan
 from posttrain.tasks.jsonl import JsonlTaskSet
 from posttrain.tasks.reasoning_gym import ReasoningGymTaskSet
+from posttrain.training.build import Workshop
+from posttrain.training.stage import run_stage
 
 FILE = Path(__file__).parents[2] / "recipes/one_file_grpo.py"
 UNEVEN = JsonlTasks(path="rows.jsonl", reward="reward.py:reward", held_out=2)
@@ -210,7 +210,7 @@ def test_the_one_file_reads_nothing_of_the_machinery_and_fits_a_sitting():
     ours = [line.split()[1] for line in source.splitlines() if line.startswith("from posttrain")]
     assert set(ours) <= {
         "posttrain.lab.settings",
-        "posttrain.task",
+        "posttrain.core.task",
         "posttrain.tasks.reasoning_gym",
     }
     assert source.count("\n") <= 200

@@ -8,20 +8,20 @@ import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 from transformers import AutoModelForCausalLM
 
-from posttrain.batch import Segment, pack, pack_trajectories
 from posttrain.composition import (
     ClippedPolicyGradient,
     CrossEntropy,
     PairwiseLogistic,
     ReferenceKL,
 )
-from posttrain.engines.attention import PackedPlan
-from posttrain.engines.model import load_model, prove_packing
-from posttrain.errors import LegalityError, ModelError
-from posttrain.objectives.objective import Objective
-from posttrain.stage import micro_batches
+from posttrain.core.errors import LegalityError, ModelError
+from posttrain.core.trajectory import Column, Group, Scored
+from posttrain.engines.local.attention import PackedPlan
+from posttrain.engines.local.model import load_model, prove_packing
+from posttrain.numerics.batch import Segment, pack, pack_trajectories
 from posttrain.testing import tiny_model
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.training.objective import Objective
+from posttrain.training.stage import micro_batches
 
 
 def stock_logprobs(folder, sequence):
@@ -158,7 +158,9 @@ def test_chunked_head_gives_the_same_gradient(learner, monkeypatch):
     objective = Objective((CrossEntropy(),))
     batches = pack(random_groups(), needs=frozenset(), max_tokens=10_000)
     loss, grads = gradients(learner, batches, objective)
-    monkeypatch.setattr("posttrain.logits.CHUNK_ELEMENTS", 5 * learner.policy.model.vocab_size)
+    monkeypatch.setattr(
+        "posttrain.numerics.logits.CHUNK_ELEMENTS", 5 * learner.policy.model.vocab_size
+    )
     loss_chunked, grads_chunked = gradients(learner, batches, objective)
     assert loss_chunked == pytest.approx(loss, rel=1e-6)
     assert largest_gap(grads, grads_chunked) < 1e-5

@@ -7,7 +7,6 @@ import pytest
 import torch
 from material import trajectory, with_column
 
-from posttrain.batch import pack
 from posttrain.composition import (
     EntropyBonus,
     GroupAdvantage,
@@ -16,14 +15,15 @@ from posttrain.composition import (
     PolicyGradient,
     ReferenceKL,
 )
-from posttrain.config import checked
-from posttrain.errors import ConfigError
-from posttrain.head import Stat
+from posttrain.core.config import checked
+from posttrain.core.errors import ConfigError
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column, Group, Scored
+from posttrain.numerics.batch import pack
 from posttrain.objectives.terms import TERMS
 from posttrain.signals.credit import GroupAdvantageSignal
 from posttrain.signals.shaping import KLPenaltySignal
 from posttrain.testing import check_term
-from posttrain.trajectory import Column, Group, Scored
 
 REFERENCE = torch.tensor([0.15, 0.5, 0.25, 0.1], dtype=torch.float64).log()
 REWARDS = torch.tensor([1.0, 0.0, 0.5, 2.0], dtype=torch.float64)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 
-from posttrain.batch import pack
 from posttrain.composition import (
     ClippedPolicyGradient,
     ClippedWeightPolicyGradient,
@@ -19,14 +18,15 @@ from posttrain.composition import (
     ShapedWeightPolicyGradient,
     SoftGatedPolicyGradient,
 )
-from posttrain.errors import ConfigError, LegalityError
-from posttrain.head import Stat
-from posttrain.objectives.objective import Objective
-from posttrain.objectives.reduce import count_units, reduce_units
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column, Group, Scored
+from posttrain.numerics.batch import pack
 from posttrain.objectives.terms import TERMS
 from posttrain.signals.credit import GroupAdvantageSignal
 from posttrain.testing import check_term
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.training.objective import Objective
+from posttrain.training.reduce import count_units, reduce_units
 
 LENGTHS = [3, 1, 2, 4]
 ADVANTAGES = [1.5, -0.7, -2.0, 0.4]

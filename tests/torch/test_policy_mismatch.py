@@ -10,7 +10,6 @@ import torch
 from material import gradients, largest_gap, on_policy, random_groups, with_column
 from test_policy_losses import ADVANTAGES, BEHAVIOUR, LENGTHS, RATIOS, by_sequence, material, spread
 
-from posttrain.batch import pack
 from posttrain.composition import (
     ClippedPolicyGradient,
     ClippedWeightPolicyGradient,
@@ -19,22 +18,23 @@ from posttrain.composition import (
     Rollouts,
     SequencePolicyGradient,
 )
-from posttrain.errors import ConfigError
-from posttrain.head import Stat
+from posttrain.core.errors import ConfigError
+from posttrain.core.protocols import Request
+from posttrain.core.provenance import Sampling
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column, Discard
 from posttrain.legality import admit
 from posttrain.methods import METHODS
 from posttrain.methods.policy import PolicyMethod
-from posttrain.objectives.objective import Objective
+from posttrain.numerics.batch import pack
 from posttrain.objectives.policy_ratio import mismatch_weight
 from posttrain.objectives.terms import TERMS
-from posttrain.protocols import Request
-from posttrain.provenance import Sampling
 from posttrain.signals.mismatch import GreedyBaselineSignal, TrainerLogprobsSignal
 from posttrain.signals.verifier import Verifier
 from posttrain.sources.rollout import RolloutSource
-from posttrain.stage import group_metrics
 from posttrain.testing import FakeTaskSet, check_method, check_signal, check_term
-from posttrain.trajectory import Column, Discard
+from posttrain.training.objective import Objective
+from posttrain.training.stage import group_metrics
 
 GAPS = [0.0, 0.5, -0.2, 1.2, -1.5, 0.3, 0.1, 0.0, -0.4, 0.2]  # log w
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from material import gradients, largest_gap, random_groups, with_column
 
-from posttrain.batch import pack
 from posttrain.composition import (
     Composition,
     CrossEntropy,
@@ -23,19 +22,20 @@ from posttrain.composition import (
     Verify,
 )
 from posttrain.composition.preference import PreferenceTerm
-from posttrain.errors import ConfigError, LegalityError
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column, Discard, Group
 from posttrain.legality import admit, check_composition
 from posttrain.methods import METHODS
 from posttrain.methods.preference import PreferenceMethod
-from posttrain.objectives.objective import Objective
+from posttrain.numerics.batch import pack
 from posttrain.objectives.terms import TERMS
-from posttrain.provenance import Kind
 from posttrain.signals.preference import RankPairsSignal
 from posttrain.signals.scoring import ReferenceSignal
 from posttrain.signals.verifier import Verifier
 from posttrain.sources.rollout import RolloutSource
 from posttrain.testing import FakeTaskSet, check_signal
-from posttrain.trajectory import Column, Discard, Group
+from posttrain.training.objective import Objective
 
 
 def rewarded(*rows, seed=0):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
-from posttrain.batch import pack
 from posttrain.composition import (
     ContrastiveLogistic,
     CrossEntropy,
@@ -28,13 +27,14 @@ from posttrain.composition import (
     PairwiseWeighted,
     TargetMargin,
 )
-from posttrain.errors import ConfigError
-from posttrain.head import Stat
-from posttrain.objectives.objective import Objective
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column, Group, Scored
+from posttrain.numerics.batch import pack
 from posttrain.objectives.terms import TERMS
 from posttrain.objectives.values import capped_exp
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.training.objective import Objective
 
 NEEDS = frozenset({Column.REFERENCE_LOGPROB, Column.PREFERENCE})
 
@@ -417,7 +417,7 @@ def test_wpo_never_counts_a_pair_more_than_once():
 def test_log_collision_is_the_chance_that_two_samples_agree(learner):
     groups = random_groups(num_groups=1, size=2)
     (batch,) = pack(groups, needs=frozenset(), max_tokens=10_000)
-    from posttrain.head import token_stats
+    from posttrain.numerics.head import token_stats
 
     model = learner.policy.model
     hidden = model.predicting(batch)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
-from posttrain.batch import pack
 from posttrain.chat import ChatRenderer
 from posttrain.composition import (
     BinaryClassifier,
@@ -21,17 +20,18 @@ from posttrain.composition import (
     ProspectValue,
     ReferenceLogprobs,
 )
-from posttrain.errors import ConfigError, DataError, LegalityError
-from posttrain.head import Stat
+from posttrain.core.errors import ConfigError, DataError, LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.legality import check_composition
-from posttrain.objectives.objective import Objective
+from posttrain.numerics.batch import pack
 from posttrain.objectives.terms import TERMS
-from posttrain.provenance import Kind
 from posttrain.signals.preference import LogRatioCentreSignal, MismatchedKLSignal, mismatched
 from posttrain.signals.scoring import ReferenceSignal
 from posttrain.sources.dataset import DatasetSource
 from posttrain.testing import FakePolicy, check_signal, check_source, tiny_model, tiny_tokenizer
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.training.objective import Objective
 
 TINY = ChatRenderer(tiny_tokenizer())
 
@@ -384,8 +384,8 @@ def test_compositions_that_cannot_work_are_refused(source, signals, term, messag
 
 def test_the_plan_knows_the_policy_behind_the_zero_point(tmp_path):
     from posttrain.methods import Compose
-    from posttrain.plan import make_plan
     from posttrain.recipe import Budget, Recipe, Stage
+    from posttrain.run.plan import make_plan
 
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(BAD))
     method = Compose(

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.engines.local import LocalEngine, LocalPolicy
-from posttrain.errors import ModelError, TaskError
-from posttrain.probes.adaptive import AdaptiveDesign, adaptive_support
-from posttrain.probes.continuation import continuation
-from posttrain.probes.drawing import Demonstration, draw_answers, token_logprobs
-from posttrain.probes.drift import drift
-from posttrain.probes.exposure import exposure_to_demonstrations, exposure_to_teacher
-from posttrain.probes.reachability import reachability
+from posttrain.core.errors import ModelError, TaskError
+from posttrain.diagnosis.adaptive import AdaptiveDesign, adaptive_support
+from posttrain.diagnosis.continuation import continuation
+from posttrain.diagnosis.drawing import Demonstration, draw_answers, token_logprobs
+from posttrain.diagnosis.drift import drift
+from posttrain.diagnosis.exposure import exposure_to_demonstrations, exposure_to_teacher
+from posttrain.diagnosis.reachability import reachability
+from posttrain.engines.local.engine import LocalEngine, LocalPolicy
 from posttrain.testing import RuleTaskSet, tiny_model
 
 LENGTH = 5

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from material import random_groups
 from torch import nn
 
-from posttrain import products
-from posttrain.batch import pack
-from posttrain.engines.recompute import Recomputation
-from posttrain.engines.recording import Recording
-from posttrain.products import linear_layers, product, weight_gradient
+from posttrain.engines.local.recompute import Recomputation
+from posttrain.engines.local.recording import Recording
+from posttrain.numerics import matmul as products
+from posttrain.numerics.batch import pack
+from posttrain.numerics.matmul import linear_layers, product, weight_gradient
 
 MAKERS = {"MKL": "GenuineIntel", "oneDNN": "AuthenticAMD"}
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from material import random_groups
 
-from posttrain.batch import pack
 from posttrain.composition import CrossEntropy
-from posttrain.engines.local import LocalEngine
-from posttrain.engines.model import load_model
-from posttrain.engines.recompute import Recomputation
-from posttrain.errors import ConfigError, ModelError
-from posttrain.objectives.objective import Objective
+from posttrain.core.errors import ConfigError, ModelError
+from posttrain.engines.local.engine import LocalEngine
+from posttrain.engines.local.model import load_model
+from posttrain.engines.local.recompute import Recomputation
+from posttrain.numerics.batch import pack
 from posttrain.recipe import Lora, Optimizer
 from posttrain.testing import tiny_model
+from posttrain.training.objective import Objective
 
 OBJECTIVE = Objective((CrossEntropy(),))
 

@@ -19,15 +19,15 @@ from posttrain.composition import (
     Rollouts,
     Verify,
 )
-from posttrain.errors import ConfigError, LegalityError
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.trajectory import Column, Discard
 from posttrain.legality import admit, check_composition
 from posttrain.methods.policy import Dapo
+from posttrain.run.store import read_uses
 from posttrain.signals.offline import KeepRewardsSignal
 from posttrain.signals.selection import KeepInformativeSignal
 from posttrain.sources.redraw import RedrawSource
-from posttrain.stage import group_metrics
-from posttrain.store import read_uses
-from posttrain.trajectory import Column, Discard
+from posttrain.training.stage import group_metrics
 
 INNER = Rollouts(tasks=("rows",), group_size=2, max_new_tokens=4)
 SPEC = Redraw(source=INNER, max_draws=4)

@@ -7,18 +7,18 @@ import pytest
 import torch
 from material import random_groups
 
-from posttrain.batch import pack
-from posttrain.build import Workshop
 from posttrain.composition import CrossEntropy, Dataset
+from posttrain.core.protocols import Request
+from posttrain.core.provenance import Kind, Producer, Sampling
+from posttrain.core.trajectory import Column
 from posttrain.methods import Dpo
-from posttrain.objectives.objective import Objective
-from posttrain.plan import make_plan
-from posttrain.protocols import Request
-from posttrain.provenance import Kind, Producer, Sampling
+from posttrain.numerics.batch import pack
 from posttrain.recipe import Budget, Lora, Optimizer, Recipe, Stage
+from posttrain.run.plan import make_plan
 from posttrain.signals.memory import Memory
 from posttrain.signals.scoring import ReferenceSignal
-from posttrain.trajectory import Column
+from posttrain.training.build import Workshop
+from posttrain.training.objective import Objective
 
 
 class Counting:

@@ -7,8 +7,6 @@ import pytest
 import torch
 from material import random_groups, trajectory, with_column
 
-from posttrain.batch import pack
-from posttrain.build import Workshop
 from posttrain.composition import (
     BradleyTerry,
     Dataset,
@@ -18,20 +16,22 @@ from posttrain.composition import (
     StepClassifier,
     Steps,
 )
-from posttrain.contracts import check_term
-from posttrain.errors import DataError, LegalityError, ModelError
-from posttrain.head import Stat
-from posttrain.objectives.objective import Objective
+from posttrain.core.errors import DataError, LegalityError, ModelError
+from posttrain.core.protocols import ScalarStart
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import pack
 from posttrain.objectives.reward_models import bradley_terry, last_scores, outcome_bce, step_bce
-from posttrain.protocols import ScalarStart
-from posttrain.provenance import Kind
 from posttrain.recipe import Optimizer
 from posttrain.signals.process import ProcessScores
 from posttrain.signals.reward_model import RewardModelScores
 from posttrain.signals.scoring import check_same_tokens
 from posttrain.sources.dataset import DatasetSource
 from posttrain.testing import as_group, tiny_model
-from posttrain.trajectory import Column
+from posttrain.testing.contracts import check_term
+from posttrain.training.build import Workshop
+from posttrain.training.objective import Objective
 
 
 def paired(seed=0, margins=False):

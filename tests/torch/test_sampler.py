@@ -8,18 +8,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain.batch import Segment
-from posttrain.engines import decoding, sampler
-from posttrain.engines.attention import PackedPlan
-from posttrain.engines.decoding import DecodePlan
-from posttrain.engines.sampler import generate
-from posttrain.engines.sampling import sample
-from posttrain.errors import TaskError
-from posttrain.protocols import Request
-from posttrain.provenance import Sampling
-from posttrain.task import Task
+from posttrain.core.errors import TaskError
+from posttrain.core.protocols import Request
+from posttrain.core.provenance import Sampling
+from posttrain.core.task import Task
+from posttrain.core.trajectory import End
+from posttrain.engines.local import decoding, sampler
+from posttrain.engines.local.attention import PackedPlan
+from posttrain.engines.local.decoding import DecodePlan
+from posttrain.engines.local.sampler import generate
+from posttrain.engines.local.sampling import sample
+from posttrain.numerics.batch import Segment
 from posttrain.testing import _completed, check_policy, tiny_model
-from posttrain.trajectory import End
 
 PROMPTS = ("hello world", "a", "what is 12+34", "zz top of the morning")
 

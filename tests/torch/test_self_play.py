@@ -8,7 +8,6 @@ import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 from staging import check_resume, make_world
 
-from posttrain.batch import pack
 from posttrain.composition import (
     Composition,
     CrossEntropy,
@@ -29,15 +28,16 @@ from posttrain.composition import (
     TransportedReward,
     Verify,
 )
-from posttrain.errors import ConfigError, LegalityError
-from posttrain.head import Stat
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column, Discard, Group, Scored
 from posttrain.legality import admit, check_composition, column_readers
 from posttrain.methods.moving_preference import Aot, AotUnpaired, Spin, Xpo
 from posttrain.methods.preference import Dpo
 from posttrain.methods.rejection import Star
-from posttrain.objectives.objective import Objective
+from posttrain.numerics.batch import pack
 from posttrain.objectives.terms import TERMS
-from posttrain.provenance import Kind
 from posttrain.signals.offline import KeepRewardsSignal
 from posttrain.signals.transport import (
     MatchQuantilesSignal,
@@ -45,7 +45,7 @@ from posttrain.signals.transport import (
     quantiles,
 )
 from posttrain.testing import check_signal, check_term
-from posttrain.trajectory import Column, Discard, Group, Scored
+from posttrain.training.objective import Objective
 
 PAIRS = Dataset(path="pairs.jsonl")
 

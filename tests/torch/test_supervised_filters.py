@@ -7,7 +7,6 @@ import pytest
 import torch
 from material import random_groups, trajectory, with_column
 
-from posttrain.build import Workshop
 from posttrain.composition import (
     CrossEntropy,
     Dataset,
@@ -15,22 +14,23 @@ from posttrain.composition import (
     KeepRewards,
     WeightSchedule,
 )
-from posttrain.engines.local import LocalEngine
-from posttrain.errors import ConfigError, DataError, LegalityError
-from posttrain.journal import Journal
-from posttrain.ledger import Ledger
+from posttrain.core.errors import ConfigError, DataError, LegalityError
+from posttrain.core.trajectory import Column, Discard, Group, Scored
+from posttrain.engines.local.engine import LocalEngine
 from posttrain.legality import admit, check_composition
 from posttrain.methods import METHODS, Compose
 from posttrain.methods.rejection import Raft, RestEm, Rft, Ssd, Star
-from posttrain.plan import make_plan
 from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.run.journal import Journal
+from posttrain.run.ledger import Ledger
+from posttrain.run.plan import make_plan
+from posttrain.run.store import UseRole, read_uses
 from posttrain.signals.offline import KeepRewardsSignal, offline_signal
 from posttrain.sources.numbers import row_numbers
-from posttrain.stage import Interrupted, run_stage
-from posttrain.store import UseRole, read_uses
 from posttrain.tasks.jsonl import JsonlTaskSet
 from posttrain.testing import check_signal
-from posttrain.trajectory import Column, Discard, Group, Scored
+from posttrain.training.build import Workshop
+from posttrain.training.stage import Interrupted, run_stage
 
 
 def group(rewards, answers=None):

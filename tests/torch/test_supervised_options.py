@@ -8,7 +8,6 @@ import pytest
 import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
-from posttrain.batch import pack
 from posttrain.composition import (
     Composition,
     CrossEntropy,
@@ -24,13 +23,14 @@ from posttrain.composition import (
     WeightSchedule,
 )
 from posttrain.composition.preference import ProspectValue
-from posttrain.config import convert
-from posttrain.errors import ConfigError, LegalityError
+from posttrain.core.config import convert
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.legality import check_composition, column_readers
-from posttrain.objectives.limits import kept_units, top_entropy
-from posttrain.objectives.objective import Objective
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.numerics.batch import pack
+from posttrain.training.limits import kept_units, top_entropy
+from posttrain.training.objective import Objective
 
 
 def rewarded(groups, seed=0):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
-from posttrain.batch import pack
 from posttrain.composition import (
     Composition,
     CrossEntropy,
@@ -18,15 +17,16 @@ from posttrain.composition import (
     ProximalCrossEntropy,
     WeightedCrossEntropy,
 )
-from posttrain.errors import ConfigError, LegalityError
-from posttrain.head import Stat
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.legality import check_composition
 from posttrain.methods.supervised import Asft, Dft
-from posttrain.objectives.objective import Objective
+from posttrain.numerics.batch import pack
 from posttrain.objectives.terms import TERMS
-from posttrain.provenance import Kind
 from posttrain.signals.offline import offline_signal
-from posttrain.trajectory import Column, Group, Scored
+from posttrain.training.objective import Objective
 
 P = np.array([0.5, 0.05, 0.9])  # π(y) of two answers, of 2 and 1 tokens
 

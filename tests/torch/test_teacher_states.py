@@ -10,9 +10,6 @@ from material import gradients, largest_gap, random_groups
 from staging import make_world, untimed
 from test_distillation_terms import DENSE, name
 
-from posttrain import fused, logits
-from posttrain import stage as stages
-from posttrain.batch import pack
 from posttrain.composition import (
     Composition,
     EntropyAwareKL,
@@ -22,23 +19,31 @@ from posttrain.composition import (
     TeacherReverseKL,
     TeacherTotalVariation,
 )
-from posttrain.divergence import Divergence, Shape, Sides, divergence, sloped
-from posttrain.engines.policy import LocalPolicy
-from posttrain.errors import LegalityError
-from posttrain.head import Stat, token_stats
+from posttrain.core.errors import LegalityError
+from posttrain.core.statistics import Divergence, DivergenceKind, Stat
+from posttrain.core.trajectory import Column, Group
+from posttrain.engines.local.policy import LocalPolicy
 from posttrain.legality import compared_in_the_loss
-from posttrain.logits import LinearHead
 from posttrain.methods.distillation import Opd
+from posttrain.numerics import fused, logits
+from posttrain.numerics.batch import pack
+from posttrain.numerics.divergence import LogitSides, divergence, sloped
+from posttrain.numerics.head import token_stats
+from posttrain.numerics.logits import LinearHead
 from posttrain.objectives.distillation import divergence_of
-from posttrain.objectives.objective import Objective
 from posttrain.recipe import Lora, Optimizer
 from posttrain.signals.scoring import TeacherSignal
 from posttrain.testing import check_signal, tiny_model
-from posttrain.trajectory import Column, Group
+from posttrain.training import stage as stages
+from posttrain.training.objective import Objective
 
 V, X = 37, 6
 OWN = frozenset({Stat.LOGPROB, Stat.SAMPLED_LOGPROB, Stat.ENTROPY})
-SOFT = [Divergence(s, coefficient=0.3, temperature=2.0) for s in Shape if s is not Shape.SORTED_L1]
+SOFT = [
+    Divergence(kind, coefficient=0.3, temperature=2.0)
+    for kind in DivergenceKind
+    if kind is not DivergenceKind.SORTED_L1
+]
 COMPARED = [divergence_of(t) for t in DENSE] + SOFT
 SPEC = TeacherDistribution(routes={"*": "t"})
 
@@ -65,7 +70,7 @@ def test_slope_is_the_gradient_of_the_divergence(wanted):
     expected = divergence(wanted, z.log_softmax(-1), nothing, t.log_softmax(-1))
     (slope,) = torch.autograd.grad(expected.sum(), z)
     soft, room, out, spare = z.detach() / wanted.temperature, *(torch.empty_like(t) for _ in "123")
-    sides = Sides.of(soft, t / wanted.temperature, soft.softmax(-1), room_NV=room)
+    sides = LogitSides.of(soft, t / wanted.temperature, soft.softmax(-1), room_NV=room)
     value = sloped(wanted, sides, out_NV=out, spare_NV=spare)
     torch.testing.assert_close(value, expected.detach(), atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(out, slope, atol=1e-12, rtol=1e-10)
@@ -76,7 +81,7 @@ def test_slope_is_finite_where_probabilities_vanish(wanted):
     z = torch.tensor([[0.0, -300.0, -300.0, 1.0], [0.0, -300.0, 5.0, -99.0]])
     t = torch.tensor([[1.0, -300.0, 0.0, -300.0], [0.0, -300.0, -99.0, 5.0]])
     out, room, spare = (torch.empty_like(z) for _ in range(3))
-    sides = Sides.of(z, t, z.softmax(-1), room_NV=room)
+    sides = LogitSides.of(z, t, z.softmax(-1), room_NV=room)
     assert bool(sloped(wanted, sides, out_NV=out, spare_NV=spare).isfinite().all())
     assert bool(out.isfinite().all())
 

@@ -9,13 +9,13 @@ import torch
 from posttrain.catalogue import known_methods
 from posttrain.catalogue.example import legal_example
 from posttrain.composition import ANYONE, CrossEntropy, Limit, ReferenceKL, Term, TermSpec
-from posttrain.errors import LegalityError
-from posttrain.head import Stat
+from posttrain.core.errors import LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
 from posttrain.objectives.terms import TERMS
 from posttrain.objectives.values import TermCode, Values
-from posttrain.provenance import Kind
 from posttrain.testing import check_term
-from posttrain.trajectory import Column
 
 
 def terms_in_use() -> dict[str, TermSpec]:
@@ -41,7 +41,7 @@ def test_terms_of_named_methods_keep_the_contract(name):
     check_term(TERMS_IN_USE[name])
 
 
-class Probe(Term, frozen=True, kw_only=True, tag="probe", tag_field="type"):
+class Probe(Term, tag="probe", tag_field="type"):
     """A term for this file alone: its code is put in by each test."""
 
     weight: float = 1.0
@@ -90,7 +90,7 @@ def test_a_term_sees_no_other_authors(monkeypatch):
         return Values(stats[Stat.LOGPROB] * (2.0 if foreign else 1.0))
 
     check_term(broken(monkeypatch, nosy))
-    leaky = "posttrain.objectives.objective.as_read"
+    leaky = "posttrain.training.objective.as_read"
     monkeypatch.setattr(leaky, lambda term, batch, stats: (batch, stats))
     with pytest.raises(AssertionError, match="with where="):
         check_term(broken(monkeypatch, nosy))

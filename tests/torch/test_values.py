@@ -11,18 +11,18 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from posttrain.batch import pack
 from posttrain.composition import ClippedPolicyGradient, CrossEntropy, ValueLoss
-from posttrain.contracts import check_term
-from posttrain.engines.scalar import FILE
-from posttrain.errors import LegalityError, ModelError
-from posttrain.head import Stat
-from posttrain.objectives.objective import Objective
+from posttrain.core.errors import LegalityError, ModelError
+from posttrain.core.protocols import ScalarStart
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.engines.local.scalar import FILE
+from posttrain.numerics.batch import pack
 from posttrain.objectives.value_terms import value_loss
-from posttrain.protocols import ScalarStart
 from posttrain.recipe import Lora, Optimizer
 from posttrain.testing import tiny_model
-from posttrain.trajectory import Column
+from posttrain.testing.contracts import check_term
+from posttrain.training.objective import Objective
 
 FIT = Objective((ValueLoss(clip=None),))
 BOTH = Objective((ClippedPolicyGradient(), ValueLoss(clip=0.2, weight=0.5)))

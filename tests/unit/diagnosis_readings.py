@@ -1,7 +1,7 @@
 """Readings made up for tests of rules: as exact or as wide as a test wants them."""
 
 from posttrain.diagnosis.card import Evidence
-from posttrain.probes.reading import Reading
+from posttrain.measure.reading import Reading
 
 
 def seen(

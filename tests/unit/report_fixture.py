@@ -6,8 +6,8 @@ import math
 import random
 from itertools import pairwise
 
-from posttrain.clock import GROUPS
-from posttrain.provenance import Kind, Role
+from posttrain.core.clock import GROUPS
+from posttrain.core.provenance import Kind, Role
 from posttrain.report.view import (
     Account,
     Change,

@@ -12,7 +12,7 @@ import pytest
 from test_probes_measurement import measured, policy
 
 import posttrain.lab
-from posttrain.errors import ConfigError, ModelError
+from posttrain.core.errors import ConfigError, ModelError
 
 ROOT = Path(__file__).parents[2]
 FAMILY = """

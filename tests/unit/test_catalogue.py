@@ -15,6 +15,7 @@ import yaml
 from posttrain import catalogue, methods
 from posttrain.catalogue import example, words
 from posttrain.catalogue.example import legal_example, rows_of
+from posttrain.cli.tables import method_page, methods_table
 from posttrain.composition import (
     Aggregate,
     Composition,
@@ -27,12 +28,11 @@ from posttrain.composition import (
     TeacherReverseKL,
     TermSpec,
 )
-from posttrain.config import Config, convert
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config, convert
+from posttrain.core.errors import ConfigError
 from posttrain.methods import METHODS
-from posttrain.plan import make_plan
 from posttrain.recipe import Recipe
-from posttrain.tables import method_page, methods_table
+from posttrain.run.plan import make_plan
 from posttrain.testing import check_method
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_pairs_ask_for_pairs():
     assert "method: {name: dpo, data: {path: pairs.jsonl}}" in e.recipe
 
 
-class MadeUp(Config, frozen=True, kw_only=True, tag="made_up", tag_field="name"):
+class MadeUp(Config, tag="made_up", tag_field="name"):
     """A method that nobody has heard of.
 
     With more to say.
@@ -174,7 +174,7 @@ def test_a_new_method_appears_by_itself(monkeypatch):
 
 
 def test_a_method_without_an_obvious_example_says_so(monkeypatch):
-    class Odd(MadeUp, frozen=True, kw_only=True, tag="odd", tag_field="name"):
+    class Odd(MadeUp, tag="odd", tag_field="name"):
         """Odd."""
 
         table: dict[str, int]
@@ -269,7 +269,7 @@ def test_every_group_of_options_is_explained():
 
 
 def test_what_was_not_confirmed_is_listed(monkeypatch):
-    class Guessed(MadeUp, frozen=True, kw_only=True, tag="guessed", tag_field="name"):
+    class Guessed(MadeUp, tag="guessed", tag_field="name"):
         """A guess.
 
         Unconfirmed: the sign,
@@ -287,7 +287,7 @@ def test_what_was_not_confirmed_is_listed(monkeypatch):
 @pytest.mark.parametrize("arguments", [[], ["grpo"]])
 def test_the_command_stays_light(arguments):
     code = (
-        "import sys\nfrom posttrain.cli import cli\n"
+        "import sys\nfrom posttrain.cli.main import cli\n"
         f"cli(['methods', *{arguments!r}], standalone_mode=False)\n"
         "assert not {'torch', 'transformers', 'pyarrow', 'jinja2'} & set(sys.modules)\n"
     )

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from posttrain.chat import ChatRenderer, messages_from
-from posttrain.errors import DataError, ModelError
-from posttrain.files import read_jsonl
-from posttrain.provenance import Kind, Producer, Role
-from posttrain.task import Message, Task
+from posttrain.core.errors import DataError, ModelError
+from posttrain.core.files import read_jsonl
+from posttrain.core.provenance import Kind, Producer, Role
+from posttrain.core.task import Message, Task
 
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from posttrain import clock
-from posttrain.clock import GROUPS, NAMES, Clock, seconds_in
+from posttrain.core import clock
+from posttrain.core.clock import GROUPS, NAMES, Clock, seconds_in
 
 
 class Hands:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from posttrain.composition import GroupAdvantage, Rollouts
-from posttrain.errors import LegalityError, TaskError
-from posttrain.probes.measure import measure
-from posttrain.provenance import Kind
+from posttrain.core.errors import LegalityError, TaskError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
+from posttrain.measure.measure import measure
 from posttrain.recipe import Measure
 from posttrain.signals.credit import GroupAdvantageSignal
 from posttrain.signals.scoring import ReferenceSignal
@@ -24,7 +25,6 @@ from posttrain.testing import (
     check_taskset,
     example_trajectory,
 )
-from posttrain.trajectory import Column
 
 TASKS = FakeTaskSet(size=8)
 SPEC = Rollouts(tasks=("letters",), group_size=4, max_new_tokens=3)

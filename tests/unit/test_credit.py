@@ -24,10 +24,11 @@ from posttrain.composition import (
     TrainerLogprobs,
     Verify,
 )
-from posttrain.errors import ConfigError, LegalityError
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.provenance import Kind, Producer, Role, Span
+from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
 from posttrain.legality import admit, check_composition
 from posttrain.methods import METHODS
-from posttrain.provenance import Kind, Producer, Role, Span
 from posttrain.signals.credit import (
     BestOfKSignal,
     DecoupledSignal,
@@ -43,7 +44,6 @@ from posttrain.signals.selection import (
     covariances,
 )
 from posttrain.signals.shaping import KLPenaltySignal, SoftLengthPenaltySignal
-from posttrain.trajectory import Column, End, Group, Scored, Trajectory
 
 EPS = 1e-6
 ME = Producer(kind=Kind.LEARNER, name="me")

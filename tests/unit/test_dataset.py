@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.chat import ChatRenderer
 from posttrain.composition import Dataset
-from posttrain.errors import ConfigError, DataError, ModelError
-from posttrain.files import read_jsonl
-from posttrain.provenance import Kind, Producer, Role
+from posttrain.core.errors import ConfigError, DataError, ModelError
+from posttrain.core.files import read_jsonl
+from posttrain.core.provenance import Kind, Producer, Role
+from posttrain.core.trajectory import Column
 from posttrain.sources.dataset import DatasetSource
-from posttrain.trajectory import Column
 
 MARKED = (
     "{% for m in messages %}[{{ m.role }}]"

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from posttrain.core.errors import DataError
 from posttrain.diagnosis.card import (
     Bottleneck,
     Choice,
@@ -17,8 +18,7 @@ from posttrain.diagnosis.card import (
     Prescription,
     TaskDiagnosis,
 )
-from posttrain.errors import DataError
-from posttrain.probes.reading import Reading
+from posttrain.measure.reading import Reading
 
 FIRST = Reading("pass@1", "sums", 0.1, 0.05, 0.2, 32, 64, "one try in ten succeeds")
 GROUP = Reading("needed_group", "sums", math.inf, 12, math.inf, 32, 64, "no group suffices")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from posttrain.diagnosis.card import Bottleneck
-from posttrain.probes.drawing import draw_answers
+from posttrain.diagnosis.drawing import draw_answers
 
 ROOT = Path(__file__).parents[2]
 FIXED = {

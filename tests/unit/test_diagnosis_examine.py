@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from posttrain.core.errors import ConfigError
 from posttrain.diagnosis.examine import FROM_A_BEGINNING, SHARES, WITH_HELP, Examination
 from posttrain.diagnosis.judge import diagnose_task
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.rules import load_rules
-from posttrain.errors import ConfigError
 from posttrain.recipe import Measure
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from diagnosis_readings import TRUTHS, evidence, sampling
 
-from posttrain import config
+from posttrain.core import config
+from posttrain.core.errors import ConfigError
 from posttrain.diagnosis.card import Bottleneck
 from posttrain.diagnosis.judge import diagnose_task
 from posttrain.diagnosis.prescribe import (
@@ -19,9 +20,8 @@ from posttrain.diagnosis.prescribe import (
     prescribe,
 )
 from posttrain.diagnosis.rules import load_rules
-from posttrain.errors import ConfigError
-from posttrain.plan import make_plan
 from posttrain.recipe import JsonlTasks, Measure, Recipe
+from posttrain.run.plan import make_plan
 
 BOOK = load_rules()
 ROOT = Path("/nowhere")

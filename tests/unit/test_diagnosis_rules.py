@@ -6,10 +6,10 @@ import math
 import pytest
 from diagnosis_readings import TRUTHS, evidence, sampling, seen
 
+from posttrain.core.errors import ConfigError
 from posttrain.diagnosis.card import Bottleneck, Evidence
 from posttrain.diagnosis.judge import Verdict, diagnose_task, judge
 from posttrain.diagnosis.rules import Condition, load_rules
-from posttrain.errors import ConfigError
 
 BOOK = load_rules()
 

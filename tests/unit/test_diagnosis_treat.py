@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from test_probes_measurement import measured, policy
 
+from posttrain.core.errors import DataError, ResumeRefused
 from posttrain.diagnosis.treat import Chart, _opened
 from posttrain.diagnosis.verdict import judge_stage
-from posttrain.errors import DataError, ResumeRefused
 
 
 def rates(**by_task: float):

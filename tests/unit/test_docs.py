@@ -9,8 +9,8 @@ import pytest
 import yaml
 from test_house_rules import LAYERS
 
-from posttrain.cli import cli
-from posttrain.config import convert
+from posttrain.cli.main import cli
+from posttrain.core.config import convert
 from posttrain.legality import check_composition
 from posttrain.recipe import Recipe
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from posttrain import files
-from posttrain.errors import DataError, DiskFull, RunLocked
-from posttrain.files import (
+from posttrain.core import files
+from posttrain.core.errors import DataError, DiskFull, RunLocked
+from posttrain.core.files import (
     as_disk_full,
     atomic_folder,
     folder_lock,
@@ -230,7 +230,7 @@ def test_atomic_folder_puts_the_old_one_back_when_the_second_rename_fails(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from posttrain import files
+from posttrain.core import files
 final, stop = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
 def counted(real):
@@ -344,7 +344,7 @@ def test_the_lock_is_given_back_when_the_block_raises(tmp_path: Path) -> None:
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom posttrain.files import folder_lock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom posttrain.core.files import folder_lock\n"
         "with folder_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen(

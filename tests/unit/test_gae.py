@@ -16,15 +16,15 @@ from posttrain.composition import (
     Verify,
 )
 from posttrain.composition.scalar_heads import readouts
-from posttrain.config import convert, plain
-from posttrain.errors import ConfigError, LegalityError
+from posttrain.core.config import convert, plain
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.provenance import Kind, Producer, Role, Sampling, Span
+from posttrain.core.trajectory import Column, Group, Trajectory
 from posttrain.legality import check_composition
 from posttrain.methods.compose import Compose
 from posttrain.methods.ppo import Ppo, ValuePretraining, Vapo
-from posttrain.provenance import Kind, Producer, Role, Sampling, Span
 from posttrain.signals.gae import GaeSignal, gae, value_metrics
 from posttrain.testing import FakePolicy, as_group, check_signal, example_trajectory
-from posttrain.trajectory import Column, Group, Trajectory
 
 LIVE = Rollouts(tasks=("sums",))
 

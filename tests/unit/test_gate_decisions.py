@@ -7,14 +7,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from posttrain.errors import ConfigError, RunError
-from posttrain.gates import Detour, Verdict, decide, detour
-from posttrain.probes.asked import OF_ONE, check_asked
-from posttrain.probes.diversity import answer_entropies
-from posttrain.probes.measurement import TaskMeasurement
-from posttrain.probes.per_prompt import METRICS, metric_interval, parse, per_prompt
-from posttrain.probes.readings import take
+from posttrain.core.errors import ConfigError, RunError
+from posttrain.measure.asked import OF_ONE, check_asked
+from posttrain.measure.diversity import answer_entropies
+from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.per_prompt import METRICS, metric_interval, parse, per_prompt
+from posttrain.measure.readings import take
 from posttrain.recipe import Gate
+from posttrain.run.gates import Detour, Verdict, decide, detour
 
 SAMPLES = 8
 

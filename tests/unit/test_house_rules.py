@@ -119,11 +119,11 @@ def test_module_keeps_the_rules(path):
 
 
 def test_the_checker_catches_what_it_should():
-    assert violations("errors", "from posttrain.config import Config\n")
-    assert violations("signals", "from posttrain.engines.local import LocalPolicy\n")
+    assert violations("errors", "from posttrain.core.config import Config\n")
+    assert violations("signals", "from posttrain.engines.local.engine import LocalPolicy\n")
     assert violations("stage", "def f():\n" + "    x = 1\n" * 90)
     assert violations("stage", "try:\n    x = 1\nexcept Exception:\n    pass\n")
-    assert not violations("stage", "from posttrain.errors import PosttrainError\n")
+    assert not violations("stage", "from posttrain.core.errors import PosttrainError\n")
 
 
 def code_lines(source: str, function: ast.FunctionDef) -> int:
@@ -202,7 +202,7 @@ def test_import_is_light():
 
 
 def test_the_command_line_is_light():
-    assert not loaded_after("import posttrain.cli") & (HEAVY | {"rich"})
+    assert not loaded_after("import posttrain.cli.main") & (HEAVY | {"rich"})
 
 
 @pytest.mark.parametrize("unit", sorted(TORCH_FREE_UNITS))

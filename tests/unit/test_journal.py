@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import RunError
-from posttrain.journal import About, Journal, has_started, read_about, read_done, read_progress
-from posttrain.ledger import Ledger, read, verify
+from posttrain.core.errors import RunError
 from posttrain.legality import Admission
-from posttrain.store import read_uses
+from posttrain.run.journal import About, Journal, has_started, read_about, read_done, read_progress
+from posttrain.run.ledger import Ledger, read, verify
+from posttrain.run.store import read_uses
 from posttrain.testing import as_group, example_trajectory
 
 

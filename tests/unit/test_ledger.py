@@ -15,9 +15,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from posttrain import ledger as module
-from posttrain.errors import DataError, DiskFull, LedgerBroken
-from posttrain.ledger import GENESIS, Ledger, RecordKind, read, verify
+from posttrain.core.errors import DataError, DiskFull, LedgerBroken
+from posttrain.run import ledger as module
+from posttrain.run.ledger import GENESIS, Ledger, RecordKind, read, verify
 
 
 def noon() -> datetime:

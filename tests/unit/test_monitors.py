@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from posttrain.errors import ConfigError
-from posttrain.monitors import Watch, alarms
+from posttrain.core.errors import ConfigError
+from posttrain.core.monitors import Watch, alarms
 from posttrain.recipe import Monitors
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from posttrain.errors import ConfigError, TaskError
-from posttrain.probes.adaptive import (
+from posttrain.core.errors import ConfigError, TaskError
+from posttrain.diagnosis.adaptive import (
     AdaptiveDesign,
     Tally,
     adaptive_support,
@@ -19,7 +19,7 @@ from posttrain.probes.adaptive import (
     next_draws,
     sequential_label,
 )
-from posttrain.probes.support import Label, cutoffs
+from posttrain.measure.support import Label, cutoffs
 from posttrain.testing import RuleTaskSet, TablePolicy
 
 DESIGN = AdaptiveDesign(epsilon=0.05, budget=2000)

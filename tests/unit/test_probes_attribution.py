@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from test_probes_measurement import measured, policy
 
-from posttrain.errors import ConfigError, RunError
-from posttrain.probes.attribution import (
+from posttrain.core.errors import ConfigError, RunError
+from posttrain.measure.attribution import (
     FOLDS,
     MATERIAL,
     MeasuredRole,
@@ -20,8 +20,8 @@ from posttrain.probes.attribution import (
     contributions,
     role_in_run,
 )
-from posttrain.probes.measurement import TaskMeasurement
-from posttrain.probes.support import cutoffs
+from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.support import cutoffs
 from posttrain.recipe import Measure
 
 EPSILON = Measure(samples=64).threshold

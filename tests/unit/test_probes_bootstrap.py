@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from posttrain.errors import ConfigError
-from posttrain.probes.bootstrap import (
+from posttrain.core.errors import ConfigError
+from posttrain.measure.bootstrap import (
     combined_interval,
     function_interval,
     mean_interval,
@@ -219,7 +219,7 @@ def test_columns_share_resamples_and_blocks_change_nothing(
     for column, interval in zip(x.T, together, strict=True):
         alone = mean_interval(column)
         assert (interval.low, interval.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
-    monkeypatch.setattr("posttrain.probes.bootstrap.BLOCK", 20 * 300)
+    monkeypatch.setattr("posttrain.measure.bootstrap.BLOCK", 20 * 300)
     in_blocks = mean_intervals(x, ranges=((0.0, 1.0), (0.0, 1.0)))
     for a, b in zip(together, in_blocks, strict=True):
         assert (a.low, a.high) == pytest.approx((b.low, b.high), abs=1e-12)

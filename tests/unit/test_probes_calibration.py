@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_probes_measurement import measured
 
-from posttrain.errors import ConfigError
-from posttrain.probes.calibration import _gaps, calibration_error
-from posttrain.probes.measurement import TaskMeasurement
+from posttrain.core.errors import ConfigError
+from posttrain.measure.calibration import _gaps, calibration_error
+from posttrain.measure.measurement import TaskMeasurement
 
 
 def drawn(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from posttrain.errors import ConfigError, TaskError
-from posttrain.probes.continuation import beginning, continuation
-from posttrain.probes.drawing import Demonstration
+from posttrain.core.errors import ConfigError, TaskError
+from posttrain.diagnosis.continuation import beginning, continuation
+from posttrain.diagnosis.drawing import Demonstration
 from posttrain.testing import RuleTaskSet, TablePolicy
 
 LENGTH = 8

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from test_probes_measurement import measured
 
-from posttrain.errors import ConfigError, RunError
-from posttrain.probes.curves import (
+from posttrain.core.errors import ConfigError, RunError
+from posttrain.measure.curves import (
     cover,
     cover_share,
     crossover,
@@ -18,9 +18,9 @@ from posttrain.probes.curves import (
     failed_tries,
     sharpening_tax,
 )
-from posttrain.probes.measurement import TaskMeasurement
-from posttrain.probes.passk import pass_at_k
-from posttrain.probes.support import clopper_pearson
+from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.passk import pass_at_k
+from posttrain.measure.support import clopper_pearson
 
 
 def counted(counts: list[int] | np.ndarray, n: int = 64, taskset: str = "sums") -> TaskMeasurement:

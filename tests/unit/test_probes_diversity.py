@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_probes_measurement import measured
 
-from posttrain.errors import ConfigError
-from posttrain.probes.diversity import (
+from posttrain.core.errors import ConfigError
+from posttrain.measure.diversity import (
     answer_entropies,
     answer_variety,
     form,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from posttrain.composition import SamplingSpec
-from posttrain.errors import ConfigError, ModelError
-from posttrain.probes.drift import drift
-from posttrain.probes.unbounded import mean_of, ratio_of
+from posttrain.core.errors import ConfigError, ModelError
+from posttrain.diagnosis.drift import drift
+from posttrain.diagnosis.unbounded import mean_of, ratio_of
 from posttrain.testing import RuleTaskSet, TablePolicy
 
 LONGEST = 4

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from posttrain.composition import SamplingSpec
-from posttrain.errors import ConfigError, ModelError
-from posttrain.probes.drawing import Demonstration
-from posttrain.probes.exposure import exposure_to_demonstrations, exposure_to_teacher
+from posttrain.core.errors import ConfigError, ModelError
+from posttrain.diagnosis.drawing import Demonstration
+from posttrain.diagnosis.exposure import exposure_to_demonstrations, exposure_to_teacher
 from posttrain.testing import RuleTaskSet, TablePolicy
 
 LENGTH = 8

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from posttrain.errors import ConfigError
-from posttrain.probes.importance import Evidence, odds_words
+from posttrain.core.errors import ConfigError
+from posttrain.diagnosis.importance import Evidence, odds_words
 
 
 def evidence(log_base, log_later, counts, n, **own) -> Evidence:  # type: ignore[no-untyped-def]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from test_probes_curves import counted, sampled
 
-from posttrain.errors import ConfigError
-from posttrain.probes.learnability import (
+from posttrain.core.errors import ConfigError
+from posttrain.measure.learnability import (
     informative,
     informative_at,
     needed_group,

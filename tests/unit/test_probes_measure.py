@@ -10,15 +10,15 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
-from posttrain.errors import DataError
-from posttrain.events import Event, Note
-from posttrain.plan import protocol_parts
-from posttrain.probes.measure import measure
-from posttrain.probes.measurement import Measurement
-from posttrain.protocols import Prompt
-from posttrain.provenance import Kind, Producer, Role, Span
+from posttrain.core.errors import DataError
+from posttrain.core.events import Event, Note
+from posttrain.core.protocols import Prompt
+from posttrain.core.provenance import Kind, Producer, Role, Span
+from posttrain.core.task import Task, TaskSet
+from posttrain.measure.measure import measure
+from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Measure, Recipe
-from posttrain.task import Task, TaskSet
+from posttrain.run.plan import protocol_parts
 from posttrain.testing import CharRenderer, FakePolicy, FakeTaskSet
 
 

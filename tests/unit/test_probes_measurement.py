@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from posttrain.errors import DataError, RunError
-from posttrain.probes.measurement import Measurement, TaskMeasurement, require_comparable
+from posttrain.core.errors import DataError, RunError
+from posttrain.measure.measurement import Measurement, TaskMeasurement, require_comparable
 
 
 def measured(successes: np.ndarray, taskset: str = "sums", **others: object) -> TaskMeasurement:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from posttrain.errors import ConfigError
-from posttrain.probes.median import median_interval
+from posttrain.core.errors import ConfigError
+from posttrain.diagnosis.median import median_interval
 
 
 @pytest.mark.parametrize("num", [6, 7, 20, 65])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_probes_measurement import measured
 
-from posttrain.errors import ConfigError
-from posttrain.probes.passk import best_at_k, curve, pass_at_k, pass_hat_k, pass_interval
+from posttrain.core.errors import ConfigError
+from posttrain.measure.passk import best_at_k, curve, pass_at_k, pass_hat_k, pass_interval
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from posttrain.composition import SamplingSpec
-from posttrain.errors import ConfigError, ModelError, TaskError
-from posttrain.probes.drawing import (
+from posttrain.core.errors import ConfigError, ModelError, TaskError
+from posttrain.diagnosis.drawing import (
     NOTHING,
     answer_seeds,
     demonstration_from,
@@ -18,7 +18,7 @@ from posttrain.probes.drawing import (
     draw_answers,
     token_logprobs,
 )
-from posttrain.probes.reachability import reach_of, reachability
+from posttrain.diagnosis.reachability import reach_of, reachability
 from posttrain.testing import (
     RuleTaskSet,
     TablePolicy,

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from posttrain.errors import ConfigError
-from posttrain.probes.reading import NAMES, Reading, meaning
+from posttrain.core.errors import ConfigError
+from posttrain.measure.reading import NAMES, Reading, meaning
 
 ASKED = [
     "pass@1",

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from test_probes_measurement import measured, policy
 
-from posttrain.errors import ConfigError, RunError
-from posttrain.probes.measurement import TaskMeasurement
-from posttrain.probes.passk import pass_interval
-from posttrain.probes.reading import FEWEST, Reading
-from posttrain.probes.readings import (
+from posttrain.core.errors import ConfigError, RunError
+from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.passk import pass_interval
+from posttrain.measure.reading import FEWEST, Reading
+from posttrain.measure.readings import (
     answer_room,
     not_taken,
     paired_change,

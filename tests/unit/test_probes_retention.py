@@ -7,9 +7,9 @@ import pytest
 from test_probes_curves import counted, sampled
 from test_probes_measurement import policy
 
-from posttrain.errors import ConfigError, RunError
-from posttrain.probes.measurement import Measurement
-from posttrain.probes.retention import (
+from posttrain.core.errors import ConfigError, RunError
+from posttrain.measure.measurement import Measurement
+from posttrain.measure.retention import (
     ALL,
     backward_transfer,
     forgetting,

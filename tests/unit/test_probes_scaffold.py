@@ -7,9 +7,9 @@ import pytest
 from test_probes_curves import counted
 from test_probes_measurement import measured
 
-from posttrain.errors import ConfigError, RunError
-from posttrain.probes.passk import pass_at_k
-from posttrain.probes.scaffold import Help, Scaffold, amortisation_gap, amortised_share
+from posttrain.core.errors import ConfigError, RunError
+from posttrain.diagnosis.scaffold import Help, Scaffold, amortisation_gap, amortised_share
+from posttrain.measure.passk import pass_at_k
 
 
 def test_the_best_of_k_by_hand() -> None:

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from test_probes_measurement import measured
 
-from posttrain.errors import ConfigError, RunError
-from posttrain.probes.support import (
+from posttrain.core.errors import ConfigError, RunError
+from posttrain.measure.support import (
     Label,
     Solvable,
     SupportChange,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from posttrain.probes.texts import BLEU_SAMPLES, answer_numbers, repeated_share, self_bleu
+from posttrain.measure.texts import BLEU_SAMPLES, answer_numbers, repeated_share, self_bleu
 
 
 def test_self_bleu_by_hand() -> None:

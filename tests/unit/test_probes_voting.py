@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_probes_measurement import measured
 
-from posttrain.errors import ConfigError
-from posttrain.probes.voting import majority, majority_at_k
+from posttrain.core.errors import ConfigError
+from posttrain.measure.voting import majority, majority_at_k
 
 
 def plurality(votes: tuple[int, ...], right: dict[int, float]) -> float:

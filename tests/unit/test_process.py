@@ -24,7 +24,10 @@ from posttrain.composition import (
     Steps,
     Verify,
 )
-from posttrain.errors import ConfigError, DataError, LegalityError, TaskError
+from posttrain.core.errors import ConfigError, DataError, LegalityError, TaskError
+from posttrain.core.provenance import Kind
+from posttrain.core.task import Task
+from posttrain.core.trajectory import Column, Group
 from posttrain.legality import check_composition
 from posttrain.methods.moving_preference import Xpo
 from posttrain.methods.policy import Dapo, Grpo
@@ -37,15 +40,13 @@ from posttrain.methods.reward_models import (
     OrmOnRollouts,
     Prm,
 )
-from posttrain.plan import make_plan
-from posttrain.provenance import Kind
 from posttrain.recipe import Budget, JsonlTasks, Recipe, Stage
+from posttrain.run.plan import make_plan
 from posttrain.signals.process import ProcessScores, StepLabelsByRollout, aggregated
 from posttrain.signals.reward_model import InTurn, RewardModelScores, sigmoid
 from posttrain.signals.verifier import Verifier
 from posttrain.sources.step_rows import joined, step_labels
 from posttrain.steps import NO_STEP, step_ends
-from posttrain.task import Task
 from posttrain.testing import (
     CharRenderer,
     FakePolicy,
@@ -55,7 +56,6 @@ from posttrain.testing import (
     example_trajectory,
     tiny_tokenizer,
 )
-from posttrain.trajectory import Column, Group
 
 RENDER = CharRenderer()
 
@@ -119,8 +119,8 @@ def test_a_special_token_that_decoding_drops():
 
 
 def test_only_trained_tokens_end_steps():
-    from posttrain.provenance import Producer, Role, Sampling, Span
-    from posttrain.trajectory import Trajectory
+    from posttrain.core.provenance import Producer, Role, Sampling, Span
+    from posttrain.core.trajectory import Trajectory
 
     live, tool = Producer(kind=Kind.LEARNER, name="l"), Producer(kind=Kind.ENVIRONMENT, name="e")
     mine = {"role": Role.ASSISTANT, "producer": live, "versions": (0, 0), "sampling": Sampling()}

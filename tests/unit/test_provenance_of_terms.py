@@ -20,10 +20,10 @@ from posttrain.composition import (
     Verify,
     WeightedCrossEntropy,
 )
-from posttrain.errors import LegalityError
+from posttrain.core.errors import LegalityError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 from posttrain.legality import check_composition
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
 
 GIVEN = {AdaptiveEntropyBonus: {"target": 0.5}, WeightedCrossEntropy: {"by": "weight"}}
 

@@ -34,12 +34,12 @@ from posttrain.composition import (
     TeacherReverseKL,
     Verify,
 )
-from posttrain.config import checked, convert, differences, digest, plain
-from posttrain.errors import ConfigError, DataError, LegalityError
+from posttrain.core.config import checked, convert, differences, digest, plain
+from posttrain.core.errors import ConfigError, DataError, LegalityError
+from posttrain.core.provenance import Kind
 from posttrain.legality import admit, check_composition
 from posttrain.methods import Compose
-from posttrain.plan import make_plan
-from posttrain.provenance import Kind
+from posttrain.run.plan import make_plan
 from posttrain.testing import as_group, example_trajectory
 
 YAML = """

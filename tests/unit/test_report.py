@@ -19,8 +19,8 @@ from markupsafe import Markup
 from report_fixture import run_view
 
 import posttrain.report
-from posttrain.errors import DataError
-from posttrain.provenance import Kind
+from posttrain.core.errors import DataError
+from posttrain.core.provenance import Kind
 from posttrain.report.change import change_chart
 from posttrain.report.charts import curve, pass_at_k, support_map, thinned, time_bar, token_bar
 from posttrain.report.headline import headline

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from posttrain.clinic import _pages
+from posttrain.cli.diagnosis import _pages
 from posttrain.diagnosis.card import (
     Bottleneck,
     Choice,
@@ -18,7 +18,7 @@ from posttrain.diagnosis.card import (
     Prescription,
     TaskDiagnosis,
 )
-from posttrain.probes.reading import Reading
+from posttrain.measure.reading import Reading
 from posttrain.report.card import number, reach_bar, render_card, start_curve
 
 EVIL = "<script>alert(1)</script>"

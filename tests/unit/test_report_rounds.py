@@ -6,7 +6,8 @@ import msgspec
 import numpy as np
 from test_probes_measurement import measured, policy
 
-from posttrain import config
+from posttrain.cli.tables import retention_table
+from posttrain.core import config
 from posttrain.diagnosis.card import (
     Bottleneck,
     Choice,
@@ -17,12 +18,11 @@ from posttrain.diagnosis.card import (
     TaskDiagnosis,
 )
 from posttrain.diagnosis.treat import Chart, Round
-from posttrain.probes.attribution import compare
-from posttrain.probes.reading import Reading
+from posttrain.measure.attribution import compare
+from posttrain.measure.reading import Reading
 from posttrain.recipe import Measure, Stage
 from posttrain.report.retained import own_stages, retained
 from posttrain.report.rounds import treatment
-from posttrain.tables import retention_table
 
 SPEC = Measure(samples=64)
 

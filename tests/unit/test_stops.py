@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.engines.stops import find_stop
+from posttrain.engines.local.stops import find_stop
 
 PIECES = ["", "a", "b", "ab", "\n", "END", "EN", "D.", "b\nE"]
 

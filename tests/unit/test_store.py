@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain import files
-from posttrain.errors import DataError, DiskFull
-from posttrain.files import hash_file
-from posttrain.provenance import Kind, Producer, Role, Sampling, Span
-from posttrain.store import (
+from posttrain.core import files
+from posttrain.core.errors import DataError, DiskFull
+from posttrain.core.files import hash_file
+from posttrain.core.provenance import Kind, Producer, Role, Sampling, Span
+from posttrain.core.trajectory import End, Trajectory
+from posttrain.run.store import (
     ProducerTokens,
     Use,
     UseRole,
@@ -32,7 +33,6 @@ from posttrain.store import (
     write_trajectories,
     write_uses,
 )
-from posttrain.trajectory import End, Trajectory
 
 floats = st.floats(0, 10, allow_nan=False)
 versions = st.integers(0, 2**63 - 1)
@@ -290,7 +290,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_store import rollout, use
-from posttrain.store import write_trajectories, write_uses
+from posttrain.run.store import write_trajectories, write_uses
 ts = [rollout(i) for i in range(300)]
 folder = Path(sys.argv[1])
 print(write_trajectories(folder / "t", ts, {ts[7].id: "seven"}))

@@ -10,12 +10,7 @@ import pytest
 from test_probes_measurement import measured, policy
 from test_probes_readings import drawn
 
-from posttrain.probes.attribution import compare
-from posttrain.probes.measurement import Measurement
-from posttrain.probes.reading import Reading
-from posttrain.probes.support import support_change
-from posttrain.recipe import Measure
-from posttrain.tables import (
+from posttrain.cli.tables import (
     WIDTH,
     change_table,
     comparison_table,
@@ -24,6 +19,11 @@ from posttrain.tables import (
     readings_words,
     support_table,
 )
+from posttrain.measure.attribution import compare
+from posttrain.measure.measurement import Measurement
+from posttrain.measure.reading import Reading
+from posttrain.measure.support import support_change
+from posttrain.recipe import Measure
 
 SPEC = Measure(samples=64)
 LONG = "/a/very/long/path/to/a/run/of/many/words/that/goes/on/stages/student-f89fc47c/model"

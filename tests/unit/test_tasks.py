@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.errors import DataError, TaskError
-from posttrain.provenance import Role
+from posttrain.core.errors import DataError, TaskError
+from posttrain.core.provenance import Role
+from posttrain.core.task import Message, ReadsAnswers, Task
 from posttrain.recipe import JsonlTasks, ReasoningGym
-from posttrain.task import Message, ReadsAnswers, Task
 from posttrain.tasks import build_taskset
 from posttrain.tasks.rewards import is_number, last_number, load_reward
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from posttrain.errors import TaskError
-from posttrain.protocols import Prompt
-from posttrain.provenance import Kind, Producer, Role, Span
+from posttrain.core.errors import TaskError
+from posttrain.core.protocols import Prompt
+from posttrain.core.provenance import Kind, Producer, Role, Span
+from posttrain.core.task import Task
+from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 from posttrain.signals.verifier import Verifier
-from posttrain.task import Task
-from posttrain.trajectory import Column, Group, Scored, Trajectory
 
 ME = Producer(kind=Kind.LEARNER, name="run")
 

@@ -11,8 +11,8 @@ from msgspec import structs
 
 from posttrain.catalogue.words import flow, written_types
 from posttrain.composition import Composition, Dataset, parts_of
-from posttrain.config import convert
-from posttrain.errors import ConfigError, LegalityError, PosttrainError
+from posttrain.core.config import convert
+from posttrain.core.errors import ConfigError, LegalityError, PosttrainError
 from posttrain.legality import check_composition
 from posttrain.methods import Method
 

@@ -24,8 +24,8 @@ from posttrain.composition import (
     Verify,
     parts_of,
 )
-from posttrain.config import Config
-from posttrain.errors import ConfigError, nearest
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError, nearest
 from posttrain.legality import readable
 from posttrain.methods import METHODS, Method
 

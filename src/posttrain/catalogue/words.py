@@ -12,7 +12,7 @@ import yaml
 from msgspec import structs
 
 from posttrain.composition import Dataset
-from posttrain.config import Config
+from posttrain.core.config import Config
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ from posttrain.composition.teaching import (
 )
 from posttrain.composition.values import Gae, ScalarHead, ValueLoss
 from posttrain.composition.verify import Verify
-from posttrain.config import Config
+from posttrain.core.config import Config
 
 __all__ = [
     "ANYONE",
@@ -279,7 +279,7 @@ TermSpec = (
 )
 
 
-class Composition(Config, frozen=True, kw_only=True):
+class Composition(Config):
     """A method spelt out: where trajectories come from, who judges them, what is minimised.
 
     ``moving`` gives the learner a reference that follows it, for parts that name policy ``moving``.

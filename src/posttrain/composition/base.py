@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from posttrain.config import Config
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 ANYONE = frozenset(Kind) - {Kind.TEMPLATE, Kind.ENVIRONMENT}
 """Every kind of producer that authors assistant turns."""
@@ -26,7 +26,7 @@ reward, and with the weight 1 / (longest answer) it is Dr.GRPO's division by a c
 changes the objective (survey section 5, trap 3)."""
 
 
-class Limit(Config, frozen=True, kw_only=True):
+class Limit(Config):
     """Which of the units that a term may read it does read; ``where`` limits by author.
 
     ``entropy_share`` keeps, *in every sequence*, the ⌈share · n⌉ of its n readable tokens at which
@@ -63,7 +63,7 @@ class Limit(Config, frozen=True, kw_only=True):
         return by_reward | by_pair | (frozenset({Column.MARK}) if self.marked else frozenset())
 
 
-class WeightSchedule(Config, frozen=True, kw_only=True):
+class WeightSchedule(Config):
     """A term's weight moves from ``weight`` at the first update to ``end`` at the last one."""
 
     end: float
@@ -87,7 +87,7 @@ class WeightSchedule(Config, frozen=True, kw_only=True):
         return (1 - progress) * weight + progress * self.end
 
 
-class Term(Config, frozen=True, kw_only=True):
+class Term(Config):
     """The options that every term has beside its own: what it reads, and how its weight moves."""
 
     limit: Limit = Limit()

@@ -14,14 +14,14 @@ import string
 from typing import Literal
 
 from posttrain.composition.base import PolicyRef
-from posttrain.config import Config
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
 
 WRITERS = frozenset({Kind.HUMAN, Kind.EXTERNAL, Kind.TEACHER})
 
 
-class Guided(Config, frozen=True, kw_only=True, tag="guided", tag_field="type"):
+class Guided(Config, tag="guided", tag_field="type"):
     """The policy goes on from the beginning of a demonstration.
 
     The demonstration is the task's ``answer``, or its ``column`` of another name. A share f of its
@@ -77,7 +77,7 @@ class Guided(Config, frozen=True, kw_only=True, tag="guided", tag_field="type"):
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class Rival(Config, frozen=True, kw_only=True, tag="rival", tag_field="type"):
+class Rival(Config, tag="rival", tag_field="type"):
     """Another, frozen policy answers the same question."""
 
     policy: PolicyRef = "input"
@@ -88,7 +88,7 @@ class Rival(Config, frozen=True, kw_only=True, tag="rival", tag_field="type"):
             raise ConfigError("the learner as its own rival", expected="a frozen policy")
 
 
-class Hinted(Config, frozen=True, kw_only=True, tag="hinted", tag_field="type"):
+class Hinted(Config, tag="hinted", tag_field="type"):
     """The policy reads a hint, and the record says that it answered without (STaR, 2203.14465).
 
     ``context`` is a template with ``{question}`` and ``{answer}``. What was sampled after one

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from posttrain.config import Config
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 Baseline = Literal[
     "group_mean", "leave_one_out", "length_weighted", "batch_mean", "greedy", "constant"
@@ -24,7 +24,7 @@ Scale = Literal["std", "none", "batch_std", "whiten", "informative"]
 Columns = frozenset[Column]
 
 
-class GroupAdvantage(Config, frozen=True, kw_only=True, tag="group_advantage", tag_field="type"):
+class GroupAdvantage(Config, tag="group_advantage", tag_field="type"):
     """The return R minus a baseline b, scaled, spread over the completion's tokens.
 
     | ``baseline`` | b_i | known from |
@@ -90,9 +90,7 @@ class GroupAdvantage(Config, frozen=True, kw_only=True, tag="group_advantage", t
         return 2 if self.of_the_group else 1
 
 
-class BestOfKAdvantage(
-    Config, frozen=True, kw_only=True, tag="best_of_k_advantage", tag_field="type"
-):
+class BestOfKAdvantage(Config, tag="best_of_k_advantage", tag_field="type"):
     """What a member adds to the best of k: mean over sets S of k members with it of
     max R_S − max R_{S without it} (arXiv 2503.19595; with rewards 0 and 1 the best of k is pass@k).
 
@@ -118,9 +116,7 @@ class BestOfKAdvantage(
         return self.k or 2
 
 
-class DecoupledAdvantage(
-    Config, frozen=True, kw_only=True, tag="decoupled_advantage", tag_field="type"
-):
+class DecoupledAdvantage(Config, tag="decoupled_advantage", tag_field="type"):
     """GDPO (arXiv 2601.05242): each reward is normalised in its group on its own,
     a_i = Σ_k w_k (r_ik − mean_k) / (std_k + 1e-6), then a is normalised over the draw.
 
@@ -138,7 +134,7 @@ class DecoupledAdvantage(
             raise ConfigError(f"weights {self.weights}", expected="two numbers above 0")
 
 
-class GreedyBaseline(Config, frozen=True, kw_only=True, tag="greedy_baseline", tag_field="type"):
+class GreedyBaseline(Config, tag="greedy_baseline", tag_field="type"):
     """The reward of the learner's likeliest answer to each prompt (ReMax, arXiv 2310.10505).
 
     One more completion per group, at temperature 0. It is judged and never trained on, so it is
@@ -149,7 +145,7 @@ class GreedyBaseline(Config, frozen=True, kw_only=True, tag="greedy_baseline", t
     provides: ClassVar[Columns] = frozenset({Column.BASELINE})
 
 
-class KLPenalty(Config, frozen=True, kw_only=True, tag="kl_penalty", tag_field="type"):
+class KLPenalty(Config, tag="kl_penalty", tag_field="type"):
     """−β (log π_behaviour − log π_ref) as a reward of every token: k1 in the reward.
 
     The gradient of E[R − β Σ k1] is that of the reward minus β times the sequence KL(π ‖ π_ref),
@@ -165,9 +161,7 @@ class KLPenalty(Config, frozen=True, kw_only=True, tag="kl_penalty", tag_field="
             raise ConfigError(f"kl_penalty with beta={self.beta}", expected="above 0")
 
 
-class SoftLengthPenalty(
-    Config, frozen=True, kw_only=True, tag="soft_length_penalty", tag_field="type"
-):
+class SoftLengthPenalty(Config, tag="soft_length_penalty", tag_field="type"):
     """DAPO's soft overlong punishment, as a reward of the last token (arXiv 2503.14476).
 
     0 up to ``max_tokens − cache_tokens`` tokens, then falling linearly to −``weight`` at
@@ -189,7 +183,7 @@ class SoftLengthPenalty(
             )
 
 
-class KeepInformative(Config, frozen=True, kw_only=True, tag="keep_informative", tag_field="type"):
+class KeepInformative(Config, tag="keep_informative", tag_field="type"):
     """Discards groups whose verifier rewards are all equal (DAPO's dynamic sampling, 2503.14476).
 
     They give no gradient, and without them a token mean is over the others only. Discarded
@@ -202,7 +196,7 @@ class KeepInformative(Config, frozen=True, kw_only=True, tag="keep_informative",
     min_group: ClassVar[int] = 2
 
 
-class DropCutOff(Config, frozen=True, kw_only=True, tag="drop_cut_off", tag_field="type"):
+class DropCutOff(Config, tag="drop_cut_off", tag_field="type"):
     """Discards answers that the token budget ended (DAPO's overlong filtering, 2503.14476).
 
     They stay in their group's mean and std, as in the paper, and out of the loss.
@@ -212,7 +206,7 @@ class DropCutOff(Config, frozen=True, kw_only=True, tag="drop_cut_off", tag_fiel
     provides: ClassVar[Columns] = frozenset({Column.DISCARD})
 
 
-class ClipCovariance(Config, frozen=True, kw_only=True, tag="clip_covariance", tag_field="type"):
+class ClipCovariance(Config, tag="clip_covariance", tag_field="type"):
     """Clip-Cov (arXiv 2505.22617): no gradient at a few tokens that would cost most entropy.
 
     A token's covariance is (A − mean A)(log π − mean log π) over the draw's trained tokens, with
@@ -234,7 +228,7 @@ class ClipCovariance(Config, frozen=True, kw_only=True, tag="clip_covariance", t
             )
 
 
-class MarkCovariance(Config, frozen=True, kw_only=True, tag="mark_covariance", tag_field="type"):
+class MarkCovariance(Config, tag="mark_covariance", tag_field="type"):
     """KL-Cov (arXiv 2505.22617): marks the ``share`` of tokens with the largest covariance
     (defined in clip_covariance; at least one) for the ``log_ratio_penalty`` term."""
 
@@ -247,7 +241,7 @@ class MarkCovariance(Config, frozen=True, kw_only=True, tag="mark_covariance", t
             raise ConfigError(f"mark_covariance with share={self.share}", expected="0 < share < 1")
 
 
-class MarkEntropy(Config, frozen=True, kw_only=True, tag="mark_entropy", tag_field="type"):
+class MarkEntropy(Config, tag="mark_entropy", tag_field="type"):
     """Marks the ⌈share · N⌉ of a draw's N trained tokens at which the learner is least sure, for
     ``limit: {marked: true}`` (arXiv 2506.01939, which takes a fifth of a batch).
 
@@ -264,7 +258,7 @@ class MarkEntropy(Config, frozen=True, kw_only=True, tag="mark_entropy", tag_fie
             raise ConfigError(f"mark_entropy with share={self.share}", expected="0 < share < 1")
 
 
-class ImitateFailures(Config, frozen=True, kw_only=True, tag="imitate_failures", tag_field="type"):
+class ImitateFailures(Config, tag="imitate_failures", tag_field="type"):
     """Groups that fail are shown the demonstration, others learn from themselves (HPT, 2509.04419).
 
     A group in which at most ``gate`` rollouts have a reward of ``success`` or more keeps its
@@ -282,7 +276,7 @@ class ImitateFailures(Config, frozen=True, kw_only=True, tag="imitate_failures",
             raise ConfigError(f"imitate_failures with gate={self.gate}", expected="0 or more")
 
 
-class TrainerLogprobs(Config, frozen=True, kw_only=True, tag="trainer_logprobs", tag_field="type"):
+class TrainerLogprobs(Config, tag="trainer_logprobs", tag_field="type"):
     """The learner's own log-probs of what its sampler wrote, before the update.
 
     Sampler and trainer compute the same policy in different ways; terms with ``mismatch`` correct

@@ -14,14 +14,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 from posttrain.composition.base import ANYONE, Aggregate, Term
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 TEACHER = frozenset({Column.TEACHER_IDS, Column.TEACHER_LOGPROBS})
 
 
-class TeacherForwardKL(Term, frozen=True, kw_only=True, tag="teacher_forward_kl", tag_field="type"):
+class TeacherForwardKL(Term, tag="teacher_forward_kl", tag_field="type"):
     """Σ_v π_T(v) log(π_T(v) / π(v)): knowledge distillation (arXiv 1503.02531).
 
     Covers whatever the teacher might say.
@@ -39,7 +39,7 @@ class TeacherForwardKL(Term, frozen=True, kw_only=True, tag="teacher_forward_kl"
         _check_temperature(self.temperature)
 
 
-class TeacherReverseKL(Term, frozen=True, kw_only=True, tag="teacher_reverse_kl", tag_field="type"):
+class TeacherReverseKL(Term, tag="teacher_reverse_kl", tag_field="type"):
     """Σ_v π(v) log(π(v) / π_T(v)) (MiniLLM, GKD; arXiv 2306.13649).
 
     Avoids whatever the teacher would not say.
@@ -57,9 +57,7 @@ class TeacherReverseKL(Term, frozen=True, kw_only=True, tag="teacher_reverse_kl"
         _check_temperature(self.temperature)
 
 
-class TeacherJensenShannon(
-    Term, frozen=True, kw_only=True, tag="teacher_jensen_shannon", tag_field="type"
-):
+class TeacherJensenShannon(Term, tag="teacher_jensen_shannon", tag_field="type"):
     """β KL(π_T ‖ M) + (1−β) KL(π ‖ M), M = β π_T + (1−β) π (GKD, arXiv 2306.13649).
 
     It goes to 0 as β → 0 (divided by β: to the forward KL) and as β → 1 (divided by 1−β: to the
@@ -82,7 +80,7 @@ class TeacherJensenShannon(
             raise ConfigError(f"beta={self.beta}", expected="from 0 (forward KL) to 1 (reverse KL)")
 
 
-class TeacherSkewKL(Term, frozen=True, kw_only=True, tag="teacher_skew_kl", tag_field="type"):
+class TeacherSkewKL(Term, tag="teacher_skew_kl", tag_field="type"):
     """KL(π_T ‖ α π_T + (1−α) π) (DistiLLM, arXiv 2402.03898): at most −log α, whatever π is."""
 
     alpha: float = 0.1
@@ -99,9 +97,7 @@ class TeacherSkewKL(Term, frozen=True, kw_only=True, tag="teacher_skew_kl", tag_
         _check_alpha(self.alpha, "teacher_forward_kl")
 
 
-class TeacherSkewReverseKL(
-    Term, frozen=True, kw_only=True, tag="teacher_skew_reverse_kl", tag_field="type"
-):
+class TeacherSkewReverseKL(Term, tag="teacher_skew_reverse_kl", tag_field="type"):
     """KL(π ‖ (1−α) π_T + α π) (DistiLLM, arXiv 2402.03898): at most −log α, whatever π is."""
 
     alpha: float = 0.1
@@ -118,9 +114,7 @@ class TeacherSkewReverseKL(
         _check_alpha(self.alpha, "teacher_reverse_kl")
 
 
-class TeacherTotalVariation(
-    Term, frozen=True, kw_only=True, tag="teacher_total_variation", tag_field="type"
-):
+class TeacherTotalVariation(Term, tag="teacher_total_variation", tag_field="type"):
     """½ Σ_v |π_T(v) − π(v)|, from 0 to 1 (f-divergence distillation, arXiv 2307.15190)."""
 
     temperature: float = 1.0
@@ -135,7 +129,7 @@ class TeacherTotalVariation(
         _check_temperature(self.temperature)
 
 
-class EntropyAwareKL(Term, frozen=True, kw_only=True, tag="entropy_aware_kl", tag_field="type"):
+class EntropyAwareKL(Term, tag="entropy_aware_kl", tag_field="type"):
     """KL(π ‖ π_T), plus KL(π_T ‖ π) where the teacher's entropy is above ``threshold`` nats.
 
     Where the teacher is unsure the reverse KL alone would settle on one of its answers (arXiv
@@ -155,7 +149,7 @@ class EntropyAwareKL(Term, frozen=True, kw_only=True, tag="entropy_aware_kl", ta
             raise ConfigError(f"threshold={self.threshold}", expected="0 nats or more")
 
 
-class TeacherSortedL1(Term, frozen=True, kw_only=True, tag="teacher_sorted_l1", tag_field="type"):
+class TeacherSortedL1(Term, tag="teacher_sorted_l1", tag_field="type"):
     """Σ_i |π_(i) − π_T(i)|, both sorted from the largest: ULD across tokenizers (2402.12030).
 
     Only the shapes of the distributions are compared, not which token is likely: use it beside

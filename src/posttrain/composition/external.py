@@ -12,17 +12,15 @@ from __future__ import annotations
 from typing import ClassVar
 
 from posttrain.composition.base import ANYONE, Aggregate, Term
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 OTHERS = ANYONE - {Kind.LEARNER}
 """Everybody but the model being trained."""
 
 
-class AssumedCertainGradient(
-    Term, frozen=True, kw_only=True, tag="assumed_certain_gradient", tag_field="type"
-):
+class AssumedCertainGradient(Term, tag="assumed_certain_gradient", tag_field="type"):
     """−f(π(y_t)) A, f(p) = p / (p + γ): assumes that the author was certain of every token.
 
     With a behaviour probability of 1 the ratio is π itself, and f is its shape: the gradient is
@@ -46,9 +44,7 @@ class AssumedCertainGradient(
             )
 
 
-class AssumedOwnGradient(
-    Term, frozen=True, kw_only=True, tag="assumed_own_gradient", tag_field="type"
-):
+class AssumedOwnGradient(Term, tag="assumed_own_gradient", tag_field="type"):
     """−min(r A, clip(r) A), r = π / π_drawn: assumes that the policy itself wrote the tokens.
 
     π_drawn is the learner when the text was drawn, so r is 1 at the first update of a draw and the
@@ -74,7 +70,7 @@ class AssumedOwnGradient(
             )
 
 
-class ExplorationBonus(Term, frozen=True, kw_only=True, tag="exploration_bonus", tag_field="type"):
+class ExplorationBonus(Term, tag="exploration_bonus", tag_field="type"):
     """+log π(y), summed over answers that the reference wrote (XPO, arXiv 2405.21046).
 
     Minimised, it lowers what the reference says anyway, which is optimism about everything else.

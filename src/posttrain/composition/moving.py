@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from posttrain.config import Config
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
 
 MOVING = "moving"
 """The policy reference under which signals and sources find it."""
 
 
-class MovingReference(Config, frozen=True, kw_only=True):
+class MovingReference(Config):
     """Weights φ that start as the stage's input and follow the learner's θ.
 
     φ ← (1 − ``rate``) φ + ``rate`` θ, after every ``every`` optimiser steps. Rate 1 is a copy.

@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from posttrain.composition.base import ANYONE, Aggregate, Term
-from posttrain.config import Config
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 # --- signals ---------------------------------------------------------------------------------
 
 
-class KeepRewards(Config, frozen=True, kw_only=True, tag="keep_rewards", tag_field="type"):
+class KeepRewards(Config, tag="keep_rewards", tag_field="type"):
     """Keeps the answers worth imitating; the others are discarded, each with its reason.
 
     An answer stays when its reward is ``at_least`` so high, when it is among the ``best`` of its
@@ -40,16 +40,14 @@ class KeepRewards(Config, frozen=True, kw_only=True, tag="keep_rewards", tag_fie
             raise ConfigError(f"keep_rewards with best={self.best}", expected="at least 1")
 
 
-class KeepPositiveAdvantages(
-    Config, frozen=True, kw_only=True, tag="keep_positive_advantages", tag_field="type"
-):
+class KeepPositiveAdvantages(Config, tag="keep_positive_advantages", tag_field="type"):
     """Discards answers whose advantage is not above zero, with that reason."""
 
     needs: ClassVar[frozenset[Column]] = frozenset({Column.ADVANTAGE})
     provides: ClassVar[frozenset[Column]] = frozenset({Column.DISCARD})
 
 
-class OwnLogprobs(Config, frozen=True, kw_only=True, tag="own_logprobs", tag_field="type"):
+class OwnLogprobs(Config, tag="own_logprobs", tag_field="type"):
     """The learner's log-probs of other people's answers, at the moment they were drawn.
 
     With ``updates_per_draw`` above 1 the later updates of a draw move away from them. For answers
@@ -63,9 +61,7 @@ class OwnLogprobs(Config, frozen=True, kw_only=True, tag="own_logprobs", tag_fie
 # --- terms -----------------------------------------------------------------------------------
 
 
-class AdvantageWeighted(
-    Term, frozen=True, kw_only=True, tag="advantage_weighted", tag_field="type"
-):
+class AdvantageWeighted(Term, tag="advantage_weighted", tag_field="type"):
     """−min(e^{A/β}, w_max) log π(y_t): advantage-weighted regression (arXiv 1910.00177).
 
     The weight is a constant. β → ∞ is cross-entropy. Weights are not normalised over the batch.
@@ -87,7 +83,7 @@ class AdvantageWeighted(
             )
 
 
-class LeftoverLunch(Term, frozen=True, kw_only=True, tag="leftover_lunch", tag_field="type"):
+class LeftoverLunch(Term, tag="leftover_lunch", tag_field="type"):
     """−sg(clip(ρ, 1−ε, 1+ε)) max(A, 0) log π(y_t): A-LoL (arXiv 2305.14718).
 
     ``ratio: sequence`` takes ρ = π(y) / π_ref(y) of the whole answer, which is one action;
@@ -124,7 +120,7 @@ class LeftoverLunch(Term, frozen=True, kw_only=True, tag="leftover_lunch", tag_f
             )
 
 
-class RewardGold(Term, frozen=True, kw_only=True, tag="reward_gold", tag_field="type"):
+class RewardGold(Term, tag="reward_gold", tag_field="type"):
     """−sg(max(π(y_t), ``floor``)) R log π(y_t): R-GOLD (GOLD, arXiv 2009.07839).
 
     The policy's own probability stands in for an importance weight; the floor keeps unlikely

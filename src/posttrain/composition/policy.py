@@ -21,10 +21,10 @@ from posttrain.composition.policy_regularisers import (
     PolicyRegulariser,
     ReferenceKL,
 )
-from posttrain.config import Config
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 __all__ = [
     "AdaptiveEntropyBonus",
@@ -45,7 +45,7 @@ __all__ = [
 SequenceAggregate = Literal["sequence_mean", "sequence_sum"]
 
 
-class Mismatch(Config, frozen=True, kw_only=True):
+class Mismatch(Config):
     """Corrects for a sampler that is not quite the trainer: a constant weight on the loss.
 
     w = π_trainer / π_sampler at the version that sampled, for a ``token``, the product over its
@@ -87,7 +87,7 @@ def check_bounds(low: float, high: float) -> None:
         )
 
 
-class PolicyGradient(Term, frozen=True, kw_only=True, tag="policy_gradient", tag_field="type"):
+class PolicyGradient(Term, tag="policy_gradient", tag_field="type"):
     """−r A, not clipped: REINFORCE on fresh rollouts, token importance sampling after that.
 
     ``sequence_sum`` makes it the gradient of the expected reward (arXiv 2402.14740).
@@ -106,9 +106,7 @@ class PolicyGradient(Term, frozen=True, kw_only=True, tag="policy_gradient", tag
         return ratio_columns(self.mismatch)
 
 
-class ClippedPolicyGradient(
-    Term, frozen=True, kw_only=True, tag="clipped_policy_gradient", tag_field="type"
-):
+class ClippedPolicyGradient(Term, tag="clipped_policy_gradient", tag_field="type"):
     """−min(r A, clip(r, 1−ε_low, 1+ε_high) A), r = π / behaviour (PPO, arXiv 1707.06347).
 
     ``dual_clip`` c bounds the loss of a bad token that became likelier: −max(·, c A) where A < 0
@@ -146,9 +144,7 @@ class ClippedPolicyGradient(
         return ratio_columns(self.mismatch)
 
 
-class SequencePolicyGradient(
-    Term, frozen=True, kw_only=True, tag="sequence_policy_gradient", tag_field="type"
-):
+class SequencePolicyGradient(Term, tag="sequence_policy_gradient", tag_field="type"):
     """GSPO (arXiv 2507.18071): −min(s A, clip(s) A), s = exp(mean_t log r), one per sequence.
 
     With ``sequence_sum`` it is LUSPO (arXiv 2602.05261): the same times the sequence's length.
@@ -174,9 +170,7 @@ class SequencePolicyGradient(
         return ratio_columns(self.mismatch)
 
 
-class GeometricPolicyGradient(
-    Term, frozen=True, kw_only=True, tag="geometric_policy_gradient", tag_field="type"
-):
+class GeometricPolicyGradient(Term, tag="geometric_policy_gradient", tag_field="type"):
     """GMPO (arXiv 2507.20673): −A exp(mean_t l), l = log r clipped before the mean is taken.
 
     Only in the direction that the advantage pushes: l ≤ ``clip_high`` where A > 0 and
@@ -206,9 +200,7 @@ class GeometricPolicyGradient(
         return ratio_columns(self.mismatch)
 
 
-class ClippedWeightPolicyGradient(
-    Term, frozen=True, kw_only=True, tag="clipped_weight_policy_gradient", tag_field="type"
-):
+class ClippedWeightPolicyGradient(Term, tag="clipped_weight_policy_gradient", tag_field="type"):
     """CISPO (arXiv 2506.13585): −sg(clamp(r, low, high)) A log π. No token loses its gradient.
 
     The bounds are *absolute* ratios, as in ScaleRL (arXiv 2510.13786: no lower one, upper 5).
@@ -239,9 +231,7 @@ class ClippedWeightPolicyGradient(
         return ratio_columns(self.mismatch)
 
 
-class SoftGatedPolicyGradient(
-    Term, frozen=True, kw_only=True, tag="soft_gated_policy_gradient", tag_field="type"
-):
+class SoftGatedPolicyGradient(Term, tag="soft_gated_policy_gradient", tag_field="type"):
     """SAPO (arXiv 2511.20347): −(4/τ) σ(τ (r − 1)) A, a smooth gate in place of the clip.
 
     τ is ``temperature_up`` where A > 0 and ``temperature_down`` elsewhere; a larger one lets go
@@ -270,9 +260,7 @@ class SoftGatedPolicyGradient(
         return ratio_columns(self.mismatch)
 
 
-class ShapedWeightPolicyGradient(
-    Term, frozen=True, kw_only=True, tag="shaped_weight_policy_gradient", tag_field="type"
-):
+class ShapedWeightPolicyGradient(Term, tag="shaped_weight_policy_gradient", tag_field="type"):
     """VESPO (arXiv 2602.10693): −sg(W^k e^{λ(1−W)}) A log π, W = Π_t r the sequence's ratio.
 
     (k, λ) is ``up`` where A > 0 and ``down`` elsewhere. The weight is 1 at W = 1 and goes to 0

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from posttrain.composition.base import Aggregate, Term
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 
-class ReferenceKL(Term, frozen=True, kw_only=True, tag="reference_kl", tag_field="type"):
+class ReferenceKL(Term, tag="reference_kl", tag_field="type"):
     """KL(π ‖ π_ref) on the learner's own tokens, with u = log π − log π_ref, r = π / behaviour.
 
     * ``k3``: r·(e^{−u} + u − 1); value and gradient are those of the KL (arXiv 2512.02556);
@@ -36,7 +36,7 @@ class ReferenceKL(Term, frozen=True, kw_only=True, tag="reference_kl", tag_field
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
 
 
-class EntropyBonus(Term, frozen=True, kw_only=True, tag="entropy_bonus", tag_field="type"):
+class EntropyBonus(Term, tag="entropy_bonus", tag_field="type"):
     """−H(π) of the next token, at the learner's own tokens (arXiv 1602.01783)."""
 
     aggregate: Aggregate = "token_mean"
@@ -47,9 +47,7 @@ class EntropyBonus(Term, frozen=True, kw_only=True, tag="entropy_bonus", tag_fie
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
 
 
-class AdaptiveEntropyBonus(
-    Term, frozen=True, kw_only=True, tag="adaptive_entropy_bonus", tag_field="type"
-):
+class AdaptiveEntropyBonus(Term, tag="adaptive_entropy_bonus", tag_field="type"):
     """−c H(π), c moving so that the entropy stays at ``target`` (Skywork-OR1, arXiv 2505.22312).
 
     c starts at ``initial``. After each update with mean entropy H, c grows by ``step`` where
@@ -95,7 +93,7 @@ class AdaptiveEntropyBonus(
         return coefficient if entropy is None or entropy <= self.target else 0.0
 
 
-class LogRatioPenalty(Term, frozen=True, kw_only=True, tag="log_ratio_penalty", tag_field="type"):
+class LogRatioPenalty(Term, tag="log_ratio_penalty", tag_field="type"):
     """|log r| at marked tokens, r = π / behaviour (KL-Cov, arXiv 2505.22617).
 
     Zero, with zero gradient, until the policy has moved: it acts from the second update on a

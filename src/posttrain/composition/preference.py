@@ -15,12 +15,12 @@ import math
 from typing import ClassVar, Literal
 
 from posttrain.composition.base import ANYONE, Term
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 
-class PairTerm(Term, frozen=True, kw_only=True):
+class PairTerm(Term):
     """What every loss on pairs has. ``where`` keeps pairs written by these kinds on both sides."""
 
     weight: float = 1.0
@@ -43,9 +43,7 @@ def _positive(name: str, value: float) -> None:
 # --- pairs, relative to a reference ----------------------------------------------------------
 
 
-class PairwiseLogistic(
-    PairTerm, frozen=True, kw_only=True, tag="pairwise_logistic", tag_field="type"
-):
+class PairwiseLogistic(PairTerm, tag="pairwise_logistic", tag_field="type"):
     """DPO on a pair (arXiv 2305.18290), with optional label smoothing ε (cDPO).
 
     −(1−ε) log σ(βΔ) − ε log σ(−βΔ), Δ the chosen minus the rejected sum over tokens of
@@ -63,7 +61,7 @@ class PairwiseLogistic(
         )
 
 
-class PairwiseRobust(PairTerm, frozen=True, kw_only=True, tag="pairwise_robust", tag_field="type"):
+class PairwiseRobust(PairTerm, tag="pairwise_robust", tag_field="type"):
     """Robust DPO (arXiv 2403.00409): DPO's loss, unbiased when a share ε of pairs is flipped.
 
     [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε). It is not bounded below: flipped pairs pull the
@@ -82,9 +80,7 @@ class PairwiseRobust(PairTerm, frozen=True, kw_only=True, tag="pairwise_robust",
         )
 
 
-class PairwiseSquared(
-    PairTerm, frozen=True, kw_only=True, tag="pairwise_squared", tag_field="type"
-):
+class PairwiseSquared(PairTerm, tag="pairwise_squared", tag_field="type"):
     """IPO (arXiv 2310.12036): (ρ̄_w − ρ̄_l − 1/(2τ))², on log-ratios *averaged* over tokens.
 
     The paper writes sums; averages are what its authors meant and what libraries do. The minimum
@@ -97,7 +93,7 @@ class PairwiseSquared(
         _positive("tau", self.tau)
 
 
-class PairwiseHinge(PairTerm, frozen=True, kw_only=True, tag="pairwise_hinge", tag_field="type"):
+class PairwiseHinge(PairTerm, tag="pairwise_hinge", tag_field="type"):
     """max(0, 1 − βΔ): SLiC's loss (arXiv 2305.10425) on log-ratios, as in RSO (2309.06657)."""
 
     beta: float = 0.05
@@ -106,7 +102,7 @@ class PairwiseHinge(PairTerm, frozen=True, kw_only=True, tag="pairwise_hinge", t
         _positive("beta", self.beta)
 
 
-class PairwiseExact(PairTerm, frozen=True, kw_only=True, tag="pairwise_exact", tag_field="type"):
+class PairwiseExact(PairTerm, tag="pairwise_exact", tag_field="type"):
     """EXO on a pair (arXiv 2402.00856): reverse KL from the policy's preference to the labels'.
 
     q log(q / (1−ε)) + (1−q) log((1−q) / ε), q = σ(βΔ). Its minimum is at q = 1−ε. Without
@@ -125,9 +121,7 @@ class PairwiseExact(PairTerm, frozen=True, kw_only=True, tag="pairwise_exact", t
         )
 
 
-class PairwiseNoiseContrastive(
-    PairTerm, frozen=True, kw_only=True, tag="pairwise_noise_contrastive", tag_field="type"
-):
+class PairwiseNoiseContrastive(PairTerm, tag="pairwise_noise_contrastive", tag_field="type"):
     """NCA on a pair (arXiv 2402.05369): −log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l), r = βρ.
 
     Unlike DPO it has an absolute target for the chosen answer (σ(r_w) = 2/3, at r_w = log 2), so
@@ -140,9 +134,7 @@ class PairwiseNoiseContrastive(
         _positive("beta", self.beta)
 
 
-class PairwiseSelfPlay(
-    PairTerm, frozen=True, kw_only=True, tag="pairwise_self_play", tag_field="type"
-):
+class PairwiseSelfPlay(PairTerm, tag="pairwise_self_play", tag_field="type"):
     """SPPO with hard labels (arXiv 2405.00675): (ρ_w − 1/(2β))² + (ρ_l + 1/(2β))².
 
     The paper's β of 0.001 asks for log-ratios of ±500 and is meant for tiny learning rates.
@@ -154,9 +146,7 @@ class PairwiseSelfPlay(
         _positive("beta", self.beta)
 
 
-class PairwiseAnchored(
-    PairTerm, frozen=True, kw_only=True, tag="pairwise_anchored", tag_field="type"
-):
+class PairwiseAnchored(PairTerm, tag="pairwise_anchored", tag_field="type"):
     """APO (arXiv 2408.06266): each side has a direction of its own.
 
     ``zero``: 1 − σ(βρ_w) + σ(βρ_l), chosen up and rejected down, for chosen answers better than
@@ -171,9 +161,7 @@ class PairwiseAnchored(
         _positive("beta", self.beta)
 
 
-class PairwiseDivergence(
-    PairTerm, frozen=True, kw_only=True, tag="pairwise_divergence", tag_field="type"
-):
+class PairwiseDivergence(PairTerm, tag="pairwise_divergence", tag_field="type"):
     """f-DPO (arXiv 2309.16240): −log σ(β f'(e^{ρ_w}) − β f'(e^{ρ_l})).
 
     ``forward_kl``: f' = −e^{−ρ}; ``js`` (Jensen-Shannon): f' = log σ(ρ); ``alpha``:
@@ -195,7 +183,7 @@ class PairwiseDivergence(
         )
 
 
-class PairwiseMean(PairTerm, frozen=True, kw_only=True, tag="pairwise_mean", tag_field="type"):
+class PairwiseMean(PairTerm, tag="pairwise_mean", tag_field="type"):
     """DPO on log-ratios averaged over tokens: −log σ(β(ρ̄_w − ρ̄_l)) (Tülu 3, arXiv 2411.15124).
 
     At equal lengths n it is DPO with β/n.
@@ -207,7 +195,7 @@ class PairwiseMean(PairTerm, frozen=True, kw_only=True, tag="pairwise_mean", tag
         _positive("beta", self.beta)
 
 
-class PairwiseShared(PairTerm, frozen=True, kw_only=True, tag="pairwise_shared", tag_field="type"):
+class PairwiseShared(PairTerm, tag="pairwise_shared", tag_field="type"):
     """LD-DPO (arXiv 2409.06411): what is longer than the other side counts α.
 
     DPO in which tokens up to the shorter side's length count 1 and the rest ``tail``, in π and
@@ -223,9 +211,7 @@ class PairwiseShared(PairTerm, frozen=True, kw_only=True, tag="pairwise_shared",
         _require(0 <= self.tail < 1, f"tail={self.tail}", "0 <= tail < 1: 1 is pairwise_logistic")
 
 
-class PairwiseWeighted(
-    PairTerm, frozen=True, kw_only=True, tag="pairwise_weighted", tag_field="type"
-):
+class PairwiseWeighted(PairTerm, tag="pairwise_weighted", tag_field="type"):
     """WPO (arXiv 2406.11827): DPO, each pair weighted by how likely the policy is to write it.
 
     min(1, w_w w_l) · −log σ(βΔ), w = exp(mean_t [log π(y_t) − log Σ_v π(v)²]), no gradient
@@ -238,9 +224,7 @@ class PairwiseWeighted(
         _positive("beta", self.beta)
 
 
-class PairwiseDiscovered(
-    PairTerm, frozen=True, kw_only=True, tag="pairwise_discovered", tag_field="type"
-):
+class PairwiseDiscovered(PairTerm, tag="pairwise_discovered", tag_field="type"):
     """DiscoPOP's log-ratio modulated loss (arXiv 2406.08414).
 
     (1−m) · −log σ(z) + m · e^{−z}, z = βΔ, m = σ(z/τ): logistic on pairs that are still wrong,
@@ -258,9 +242,7 @@ class PairwiseDiscovered(
         _positive("tau", self.tau)
 
 
-class PairwiseTransport(
-    PairTerm, frozen=True, kw_only=True, tag="pairwise_transport", tag_field="type"
-):
+class PairwiseTransport(PairTerm, tag="pairwise_transport", tag_field="type"):
     """AOT on pairs (arXiv 2406.05882): −log σ(β(m − q)), m = log π(y_w) − log π(y_l).
 
     q is the reference's margin of the same rank in the draw, from ``match_quantiles`` of margins.
@@ -279,13 +261,13 @@ class PairwiseTransport(
 # --- pairs, without a reference --------------------------------------------------------------
 
 
-class FreePairTerm(PairTerm, frozen=True, kw_only=True):
+class FreePairTerm(PairTerm):
     """A loss on pairs that reads nothing but the policy."""
 
     needs: ClassVar[frozenset[Column]] = frozenset({Column.PREFERENCE})
 
 
-class OddsRatio(FreePairTerm, frozen=True, kw_only=True, tag="odds_ratio", tag_field="type"):
+class OddsRatio(FreePairTerm, tag="odds_ratio", tag_field="type"):
     """ORPO's second term (arXiv 2403.07691): −log σ(log odds_w − log odds_l).
 
     odds = p̄ / (1 − p̄), p̄ = exp of the mean token log-prob. The method adds cross-entropy on the
@@ -295,9 +277,7 @@ class OddsRatio(FreePairTerm, frozen=True, kw_only=True, tag="odds_ratio", tag_f
     weight: float = 0.1
 
 
-class ContrastiveLogistic(
-    FreePairTerm, frozen=True, kw_only=True, tag="contrastive_logistic", tag_field="type"
-):
+class ContrastiveLogistic(FreePairTerm, tag="contrastive_logistic", tag_field="type"):
     """CPO's first term (arXiv 2401.08417): −log σ(β(log π(y_w) − log π(y_l))), sums over tokens.
 
     DPO with a uniform reference. The method adds cross-entropy on the chosen answers.
@@ -309,7 +289,7 @@ class ContrastiveLogistic(
         _positive("beta", self.beta)
 
 
-class TargetMargin(FreePairTerm, frozen=True, kw_only=True, tag="target_margin", tag_field="type"):
+class TargetMargin(FreePairTerm, tag="target_margin", tag_field="type"):
     """SimPO (arXiv 2405.14734) and AlphaPO (2501.03884): −log σ(β(r_w − r_l) − γ).
 
     r is the mean token log-prob m for α = 0 (SimPO), else (1 − e^{−αm})/α (AlphaPO), which tends
@@ -332,7 +312,7 @@ class TargetMargin(FreePairTerm, frozen=True, kw_only=True, tag="target_margin",
 # --- answers judged one by one ---------------------------------------------------------------
 
 
-class UnpairedTerm(Term, frozen=True, kw_only=True):
+class UnpairedTerm(Term):
     """A loss on answers that are good or bad by themselves. Every answer counts alike."""
 
     weight: float = 1.0
@@ -342,9 +322,7 @@ class UnpairedTerm(Term, frozen=True, kw_only=True):
     accepts: ClassVar[frozenset[Kind]] = ANYONE
 
 
-class ProspectValue(
-    UnpairedTerm, frozen=True, kw_only=True, tag="prospect_value", tag_field="type"
-):
+class ProspectValue(UnpairedTerm, tag="prospect_value", tag_field="type"):
     """KTO (arXiv 2402.01306): gains and losses against what the policy gives to any answer.
 
     Good answers λ_D (1 − σ(β(ρ − z₀))), bad ones λ_U (1 − σ(β(z₀ − ρ))). z₀ = max(0, mean ρ of
@@ -365,9 +343,7 @@ class ProspectValue(
         _positive("undesirable_weight", self.undesirable_weight)
 
 
-class BinaryClassifier(
-    UnpairedTerm, frozen=True, kw_only=True, tag="binary_classifier", tag_field="type"
-):
+class BinaryClassifier(UnpairedTerm, tag="binary_classifier", tag_field="type"):
     """BCO (arXiv 2404.04656): −log σ(r − δ) on good answers, −log σ(δ − r) on bad ones, r = βρ.
 
     δ/β comes from the ``log_ratio_centre`` signal: half the sum of the mean ρ of good and of bad
@@ -384,9 +360,7 @@ class BinaryClassifier(
         _positive("beta", self.beta)
 
 
-class TransportedReward(
-    UnpairedTerm, frozen=True, kw_only=True, tag="transported_reward", tag_field="type"
-):
+class TransportedReward(UnpairedTerm, tag="transported_reward", tag_field="type"):
     """AOT on chosen and rejected answers apart (arXiv 2406.05882): −log σ(β · sign · (ρ − q)).
 
     q is the log-ratio of the same rank on the other side, from ``match_quantiles`` of rewards, a

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from posttrain.composition.base import PolicyRef
-from posttrain.config import Config
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 
-class RankPairs(Config, frozen=True, kw_only=True, tag="rank_pairs", tag_field="type"):
+class RankPairs(Config, tag="rank_pairs", tag_field="type"):
     """The best of a group by reward is chosen, the worst rejected; the others are not trained on.
 
     A group in which nothing is strictly better than anything else makes no pair. Both kinds of
@@ -27,7 +27,7 @@ class RankPairs(Config, frozen=True, kw_only=True, tag="rank_pairs", tag_field="
     provides: ClassVar[frozenset[Column]] = frozenset({Column.PREFERENCE, Column.DISCARD})
 
 
-class MismatchedKL(Config, frozen=True, kw_only=True, tag="mismatched_kl", tag_field="type"):
+class MismatchedKL(Config, tag="mismatched_kl", tag_field="type"):
     """KTO's baseline: mean log-ratio of answers under prompts that they do not belong to.
 
     Every prompt of the draw is continued with the answer to another one, and both the live policy
@@ -40,7 +40,7 @@ class MismatchedKL(Config, frozen=True, kw_only=True, tag="mismatched_kl", tag_f
     provides: ClassVar[frozenset[Column]] = frozenset({Column.MISMATCHED_KL})
 
 
-class LogRatioCentre(Config, frozen=True, kw_only=True, tag="log_ratio_centre", tag_field="type"):
+class LogRatioCentre(Config, tag="log_ratio_centre", tag_field="type"):
     """BCO's shift: half of (mean log-ratio of good answers + mean log-ratio of bad ones).
 
     One number per draw, from the weights before the update. A draw with answers of one kind only
@@ -51,9 +51,7 @@ class LogRatioCentre(Config, frozen=True, kw_only=True, tag="log_ratio_centre", 
     provides: ClassVar[frozenset[Column]] = frozenset({Column.LOG_RATIO_CENTRE})
 
 
-class PreferDemonstration(
-    Config, frozen=True, kw_only=True, tag="prefer_demonstration", tag_field="type"
-):
+class PreferDemonstration(Config, tag="prefer_demonstration", tag_field="type"):
     """The members of a group by ``author`` are chosen, all others rejected (SPIN, 2401.01335).
 
     A sample that repeats a demonstration word for word is discarded, and so is whoever is then
@@ -65,7 +63,7 @@ class PreferDemonstration(
     provides: ClassVar[frozenset[Column]] = frozenset({Column.PREFERENCE, Column.DISCARD})
 
 
-class MatchQuantiles(Config, frozen=True, kw_only=True, tag="match_quantiles", tag_field="type"):
+class MatchQuantiles(Config, tag="match_quantiles", tag_field="type"):
     """What each answer of the draw is compared with in optimal transport: the value of its rank.
 
     ``margins``: a pair's margin of log-probs, log π(y_w) − log π(y_l), is compared with the margin

@@ -19,10 +19,10 @@ from posttrain.composition.base import ANYONE, PolicyRef, Term
 from posttrain.composition.steps import Steps
 from posttrain.composition.values import Readout
 from posttrain.composition.verify import Verify
-from posttrain.config import Config
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 Columns = frozenset[Column]
 
@@ -30,7 +30,7 @@ Columns = frozenset[Column]
 # --- terms -----------------------------------------------------------------------------------
 
 
-class BradleyTerry(Term, frozen=True, kw_only=True, tag="bradley_terry", tag_field="type"):
+class BradleyTerry(Term, tag="bradley_terry", tag_field="type"):
     """−log σ(s_w − s_l − m) + η (s_w + s_l)², s the score after the last token of an answer.
 
     The probability that w is preferred to l is σ(s_w − s_l) (Bradley and Terry; arXiv 2203.02155).
@@ -64,7 +64,7 @@ class BradleyTerry(Term, frozen=True, kw_only=True, tag="bradley_terry", tag_fie
         )
 
 
-class OutcomeClassifier(Term, frozen=True, kw_only=True, tag="outcome_bce", tag_field="type"):
+class OutcomeClassifier(Term, tag="outcome_bce", tag_field="type"):
     """−y log σ(s) − (1 − y) log σ(−s): is the answer right? (ORM, arXiv 2110.14168)
 
     ``at: last`` judges the whole answer after its last token; ``at: every`` asks for the same
@@ -95,7 +95,7 @@ class OutcomeClassifier(Term, frozen=True, kw_only=True, tag="outcome_bce", tag_
         return frozenset({Column.LABEL if self.target == "label" else Column.REWARD})
 
 
-class StepClassifier(Term, frozen=True, kw_only=True, tag="step_bce", tag_field="type"):
+class StepClassifier(Term, tag="step_bce", tag_field="type"):
     """−y_k log σ(s_k) − (1 − y_k) log σ(−s_k) after the last token of every labelled step k.
 
     A process reward model (arXiv 2211.14275, 2305.20050). y may be anything from 0 to 1: a share
@@ -118,7 +118,7 @@ RewardModelTerm = BradleyTerry | OutcomeClassifier | StepClassifier
 # --- signals ---------------------------------------------------------------------------------
 
 
-class RewardModel(Config, frozen=True, kw_only=True, tag="reward_model", tag_field="type"):
+class RewardModel(Config, tag="reward_model", tag_field="type"):
     """``REWARD``: the score of a frozen reward model after the last token of the answer.
 
     ``model`` is a stage that trained one, a folder that such a stage exported, or a stock
@@ -142,7 +142,7 @@ class RewardModel(Config, frozen=True, kw_only=True, tag="reward_model", tag_fie
         return frozenset({Column.REWARD}) if self.add else frozenset()
 
 
-class ProcessReward(Config, frozen=True, kw_only=True, tag="process_reward", tag_field="type"):
+class ProcessReward(Config, tag="process_reward", tag_field="type"):
     """``STEP_REWARD``: what a frozen process model gives every step, p_k = σ(s_k) after its end.
 
     | ``use`` | writes |
@@ -187,7 +187,7 @@ class ProcessReward(Config, frozen=True, kw_only=True, tag="process_reward", tag
         return frozenset({Column.STEP_REWARD, Column.TOKEN_REWARD if dense else Column.REWARD})
 
 
-class StepLabels(Config, frozen=True, kw_only=True, tag="step_labels", tag_field="type"):
+class StepLabels(Config, tag="step_labels", tag_field="type"):
     """``STEP_LABEL`` by roll-outs from prefixes: Math-Shepherd (arXiv 2312.08935).
 
     From the end of every step but the last, ``policy`` writes ``samples`` continuations, which the

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from posttrain import extensions
 from posttrain.composition.reward_models import RewardModelTerm
 from posttrain.composition.values import Readout, ValueTerm
-from posttrain.config import Config
+from posttrain.core.config import Config
 
 ScalarTerm = ValueTerm | RewardModelTerm
 """Terms of ours that read a scalar head."""

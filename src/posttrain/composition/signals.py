@@ -12,13 +12,11 @@ from posttrain.composition.reward_models import RewardModelSignal
 from posttrain.composition.teaching import TeachingSpec
 from posttrain.composition.values import ValueSignal
 from posttrain.composition.verify import Verify
-from posttrain.config import Config
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.trajectory import Column
 
 
-class ReferenceLogprobs(
-    Config, frozen=True, kw_only=True, tag="reference_logprobs", tag_field="type"
-):
+class ReferenceLogprobs(Config, tag="reference_logprobs", tag_field="type"):
     """Log-probs of the written tokens under a frozen policy."""
 
     policy: PolicyRef = "input"

@@ -11,13 +11,13 @@ from posttrain.composition.credit import DropCutOff, KeepInformative, SoftLength
 from posttrain.composition.offline import KeepRewards
 from posttrain.composition.steps import Steps
 from posttrain.composition.verify import Verify
-from posttrain.config import Config
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind, Sampling
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind, Sampling
+from posttrain.core.trajectory import Column
 
 
-class SamplingSpec(Config, frozen=True, kw_only=True):
+class SamplingSpec(Config):
     """How a policy is sampled. Defaults are the policy's own distribution, untouched.
 
     An answer also ends after a token that completes one of the ``stop`` strings, which stays in
@@ -54,7 +54,7 @@ Format = Literal["text", "completion", "messages", "preference", "unpaired", "st
 """What the rows of a data file are."""
 
 
-class Dataset(Config, frozen=True, kw_only=True, tag="dataset", tag_field="type"):
+class Dataset(Config, tag="dataset", tag_field="type"):
     """Trajectories from a JSONL or Parquet file (off-policy).
 
     ``format`` is detected from the columns: text (plain documents, every token is trained),
@@ -121,7 +121,7 @@ class Dataset(Config, frozen=True, kw_only=True, tag="dataset", tag_field="type"
         return frozenset({self.author})
 
 
-class Rollouts(Config, frozen=True, kw_only=True, tag="rollouts", tag_field="type"):
+class Rollouts(Config, tag="rollouts", tag_field="type"):
     """Groups of completions sampled from a policy on the training prompts of task sets.
 
     With ``policy: learner`` this is on-policy; any other policy is frozen, hence off-policy.
@@ -193,7 +193,7 @@ Part = Dataset | Rollouts
 """A source that draws by itself."""
 
 
-class Mix(Config, frozen=True, kw_only=True, tag="mix", tag_field="type"):
+class Mix(Config, tag="mix", tag_field="type"):
     """Several sources in fixed proportion: ``shares[i]`` of all groups come from ``parts[i]``.
 
     A column counts as provided for an author when every part that this author writes provides it,
@@ -263,7 +263,7 @@ Sieve = Verify | SoftLengthPenalty | DropCutOff | KeepInformative | KeepRewards
 """Signals that decide what is worth keeping, and ask no other policy."""
 
 
-class Redraw(Config, frozen=True, kw_only=True, tag="redraw", tag_field="type"):
+class Redraw(Config, tag="redraw", tag_field="type"):
     """Draws again until enough groups are worth training on (DAPO, arXiv 2503.14476).
 
     Every draw is judged by ``keep``. A group of which something is left counts; groups are drawn,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from posttrain.config import Config
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
 
 
-class Steps(Config, frozen=True, kw_only=True):
+class Steps(Config):
     """Steps end with a delimiter, and the last one with the answer.
 
     ``delimiter`` is found in the decoded text, however the tokenizer cuts it; with ``special`` it

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from posttrain.composition.base import ANYONE, Aggregate, Term
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 
-class CrossEntropy(Term, frozen=True, kw_only=True, tag="cross_entropy", tag_field="type"):
+class CrossEntropy(Term, tag="cross_entropy", tag_field="type"):
     """Negative log-likelihood of the written tokens: −log π(y_t)."""
 
     weight: float = 1.0
@@ -24,9 +24,7 @@ class CrossEntropy(Term, frozen=True, kw_only=True, tag="cross_entropy", tag_fie
     accepts: ClassVar[frozenset[Kind]] = ANYONE
 
 
-class WeightedCrossEntropy(
-    Term, frozen=True, kw_only=True, tag="weighted_cross_entropy", tag_field="type"
-):
+class WeightedCrossEntropy(Term, tag="weighted_cross_entropy", tag_field="type"):
     """−w log π(y_t), w of the whole answer: a column of the data set, or its reward.
 
     With rewards this is weighted behaviour cloning, also called reward-weighted regression. The
@@ -52,9 +50,7 @@ class WeightedCrossEntropy(
         return frozenset({self.column})
 
 
-class DynamicCrossEntropy(
-    Term, frozen=True, kw_only=True, tag="dynamic_cross_entropy", tag_field="type"
-):
+class DynamicCrossEntropy(Term, tag="dynamic_cross_entropy", tag_field="type"):
     """−sg(π(y_t)) log π(y_t): DFT (arXiv 2508.05629), sg the stop-gradient.
 
     Its gradient is −∇π(y_t): that of cross-entropy without the factor 1 / π(y_t), which makes
@@ -69,9 +65,7 @@ class DynamicCrossEntropy(
     accepts: ClassVar[frozenset[Kind]] = ANYONE
 
 
-class BalancedCrossEntropy(
-    Term, frozen=True, kw_only=True, tag="balanced_cross_entropy", tag_field="type"
-):
+class BalancedCrossEntropy(Term, tag="balanced_cross_entropy", tag_field="type"):
     """−sg(p (1 − p)) log p, p = π(y_t): CHORD-φ (arXiv 2508.11408).
 
     The weight is largest at p = ½ and 0 at both ends: neither what the policy already writes nor
@@ -86,7 +80,7 @@ class BalancedCrossEntropy(
     accepts: ClassVar[frozenset[Kind]] = ANYONE
 
 
-class ProbabilityLoss(Term, frozen=True, kw_only=True, tag="probability_loss", tag_field="type"):
+class ProbabilityLoss(Term, tag="probability_loss", tag_field="type"):
     """(1 − π(y_t)^α) / α where π(y_t) ≥ ``at_least``, else 0 (arXiv 2510.00526).
 
     α → 0 is cross-entropy, for weak models; α = 1 is 1 − π, with the gradient of DFT, and larger
@@ -117,9 +111,7 @@ class ProbabilityLoss(Term, frozen=True, kw_only=True, tag="probability_loss", t
             )
 
 
-class ProximalCrossEntropy(
-    Term, frozen=True, kw_only=True, tag="proximal_cross_entropy", tag_field="type"
-):
+class ProximalCrossEntropy(Term, tag="proximal_cross_entropy", tag_field="type"):
     """−min(r, 1 + ε), r = π(y_t) / π_old(y_t): PSFT (arXiv 2508.17784).
 
     π_old is the learner as it was when the demonstrations were drawn, so r leaves 1 only with

@@ -15,16 +15,14 @@ import string
 from typing import ClassVar, Literal
 
 from posttrain.composition.base import PolicyRef
-from posttrain.config import Config
-from posttrain.errors import ConfigError
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.trajectory import Column
 
 Columns = frozenset[Column]
 
 
-class TeacherDistribution(
-    Config, frozen=True, kw_only=True, tag="teacher_distribution", tag_field="type"
-):
+class TeacherDistribution(Config, tag="teacher_distribution", tag_field="type"):
     """A teacher's next-token distribution at every written token.
 
     ``routes`` chooses the teacher by task set; ``"*"`` is the default. ``top_k`` keeps the
@@ -73,7 +71,7 @@ class TeacherDistribution(
             raise ConfigError(f"top_k={self.top_k}", expected="at least 1, or null")
 
 
-class TeacherLogprobs(Config, frozen=True, kw_only=True, tag="teacher_logprobs", tag_field="type"):
+class TeacherLogprobs(Config, tag="teacher_logprobs", tag_field="type"):
     """A teacher's log-prob of every written token: what a sample costs, not a distribution.
 
     ``routes`` and ``context`` as in ``teacher_distribution``.
@@ -89,9 +87,7 @@ class TeacherLogprobs(Config, frozen=True, kw_only=True, tag="teacher_logprobs",
         check_context(self.context, self.routes)
 
 
-class TeacherAdvantage(
-    Config, frozen=True, kw_only=True, tag="teacher_advantage", tag_field="type"
-):
+class TeacherAdvantage(Config, tag="teacher_advantage", tag_field="type"):
     """The log-ratio of teacher and policy as credit, u_t = log π_T(y_t) − log π(y_t).
 
     | ``credit`` | A_t | its expected policy gradient |
@@ -125,7 +121,7 @@ class TeacherAdvantage(
         return frozenset({Column.TEACHER_LOGPROB, Column.BEHAVIOUR_LOGPROB} | extra)
 
 
-class DeltaAdvantage(Config, frozen=True, kw_only=True, tag="delta_advantage", tag_field="type"):
+class DeltaAdvantage(Config, tag="delta_advantage", tag_field="type"):
     """What a teacher's own tuning added, where it agrees with plain distillation (OPD², 2607.15161).
 
     Δ = log π_T(y) − log π_base(y) and U = log π_T(y) − log π(y), each less its expectation under
@@ -149,7 +145,7 @@ class DeltaAdvantage(Config, frozen=True, kw_only=True, tag="delta_advantage", t
             )
 
 
-class ForeignTeacher(Config, frozen=True, kw_only=True, tag="foreign_teacher", tag_field="type"):
+class ForeignTeacher(Config, tag="foreign_teacher", tag_field="type"):
     """The sorted distribution of a teacher with another tokenizer, where both have a boundary.
 
     The teacher reads the task in its own template and its own tokens of the completion's text.
@@ -167,7 +163,7 @@ class ForeignTeacher(Config, frozen=True, kw_only=True, tag="foreign_teacher", t
             raise ConfigError(f"top_k={self.top_k}", expected="at least 1")
 
 
-class SpanAdvantage(Config, frozen=True, kw_only=True, tag="span_advantage", tag_field="type"):
+class SpanAdvantage(Config, tag="span_advantage", tag_field="type"):
     """The log-ratio of policy and a teacher with another tokenizer, span by span, as credit.
 
     A span reaches from one boundary that both tokenizers have to the next; its log-prob is the sum

@@ -14,16 +14,16 @@ from typing import ClassVar, Literal
 
 from posttrain.composition.base import ANYONE, Aggregate, PolicyRef, Term
 from posttrain.composition.moving import MOVING
-from posttrain.config import Config
-from posttrain.errors import ConfigError
-from posttrain.provenance import Kind
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column
 
 Readout = Literal["value", "score"]
 """Where a scalar head is read: before a token (``value``) or after it (``score``)."""
 
 
-class ScalarHead(Config, frozen=True, kw_only=True):
+class ScalarHead(Config):
     """A linear map from a decoder's final hidden state to one number.
 
     ``trunk: shared`` reads the hidden states of the model being trained: a reward model, or a
@@ -52,7 +52,7 @@ class ScalarHead(Config, frozen=True, kw_only=True):
             )
 
 
-class Gae(Config, frozen=True, kw_only=True, tag="gae", tag_field="type"):
+class Gae(Config, tag="gae", tag_field="type"):
     """Generalised advantage estimation (arXiv 1506.02438) with the learner's own value head.
 
     δ_t = r_t + γ V_{t+1} − V_t and A_t = Σ_k (γλ)^k δ_{t+k} over the trained tokens of a
@@ -102,7 +102,7 @@ class Gae(Config, frozen=True, kw_only=True, tag="gae", tag_field="type"):
         return max(0.0, 1 - 1 / (self.length_alpha * max(length, 1)))
 
 
-class ValueLoss(Term, frozen=True, kw_only=True, tag="value_loss", tag_field="type"):
+class ValueLoss(Term, tag="value_loss", tag_field="type"):
     """½ max((V − R)², (clip(V, V_old ± ε) − R)²), V the value head before each token.
 
     R is ``RETURN`` and V_old ``OLD_VALUE``, both constants. The clipped branch keeps a critic from

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from posttrain.config import Config
-from posttrain.trajectory import Column
+from posttrain.core.config import Config
+from posttrain.core.trajectory import Column
 
 
-class Verify(Config, frozen=True, kw_only=True, tag="verify", tag_field="type"):
+class Verify(Config, tag="verify", tag_field="type"):
     """The task set's own scorer, or the user's reward function: one reward per trajectory."""
 
     needs: ClassVar[frozenset[Column]] = frozenset()

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.errors import ConfigError, ModelError
-from posttrain.events import Note, Observer, ignore
-from posttrain.measuring import measure_policy, measured_tasksets
-from posttrain.probes.drift import drift
-from posttrain.probes.measurement import Measurement, require_comparable
-from posttrain.probes.reachability import TaskReach, reachability
-from posttrain.probes.reading import Reading
-from posttrain.probes.readings import require_prompts
-from posttrain.protocols import Engine, Policy
+from posttrain.core.errors import ConfigError, ModelError
+from posttrain.core.events import Note, Observer, ignore
+from posttrain.core.protocols import Engine, Policy
+from posttrain.core.task import TaskSet
+from posttrain.diagnosis.drift import drift
+from posttrain.diagnosis.reachability import TaskReach, reachability
+from posttrain.measure.measurement import Measurement, require_comparable
+from posttrain.measure.reading import Reading
+from posttrain.measure.readings import require_prompts
 from posttrain.recipe import Measure, Recipe
-from posttrain.task import TaskSet
+from posttrain.run.measuring import measure_policy, measured_tasksets
 
 DRIFT_SAMPLES = 16
 """Answers per prompt and model from which distances are estimated."""

@@ -15,8 +15,8 @@ from enum import StrEnum
 
 import msgspec
 
-from posttrain.errors import DataError
-from posttrain.probes.reading import Reading
+from posttrain.core.errors import DataError
+from posttrain.measure.reading import Reading
 
 FORMAT = "posttrain.diagnosis/1"
 
@@ -206,7 +206,7 @@ class Diagnosis:
     ``prescriptions`` are in order: support, then reshaping, then consolidation.
 
     Example:
-        >>> from posttrain.probes.reading import Reading
+        >>> from posttrain.measure.reading import Reading
         >>> r = Reading("pass@1", "sums", 0.97, 0.93, 1.0, 32, 64, "nearly always right")
         >>> task = TaskDiagnosis(task="sums", bottleneck=Bottleneck.SATURATION,
         ...     headline="Nothing left to gain.", evidence=Evidence(task="sums", readings=(r,)))

@@ -11,21 +11,21 @@ from pathlib import Path
 
 import msgspec
 
-from posttrain import config
+from posttrain.core import config
+from posttrain.core.errors import ConfigError, nearest
+from posttrain.core.events import Observer, ignore
+from posttrain.core.files import write_atomic
+from posttrain.core.protocols import Engine
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.diagnosis.examine import SAMPLES, Examination
 from posttrain.diagnosis.judge import diagnose_task
 from posttrain.diagnosis.prescribe import NOTHING, Supplies, prescribe
 from posttrain.diagnosis.rules import RuleBook, load_rules
-from posttrain.errors import ConfigError, nearest
-from posttrain.events import Observer, ignore
-from posttrain.files import write_atomic
-from posttrain.plan import is_hub_id, model_path, protocol_of
-from posttrain.preview import read_shape
-from posttrain.probes.measurement import Measurement
-from posttrain.protocols import Engine
+from posttrain.measure.measurement import Measurement
 from posttrain.recipe import JsonlTasks, Recipe, TaskSetSpec
 from posttrain.report.card import render_card
+from posttrain.run.plan import is_hub_id, model_path, protocol_of
+from posttrain.run.preview import read_shape
 from posttrain.tasks import build_taskset
 
 BUDGET = 60_000

@@ -19,29 +19,29 @@ from typing import final
 import msgspec
 
 from posttrain.chat import ChatRenderer
+from posttrain.core.errors import ConfigError, ModelError
+from posttrain.core.events import Note, Observer, ignore
+from posttrain.core.protocols import Policy
+from posttrain.core.provenance import Kind, Producer, Role
+from posttrain.core.task import Message, Task, TaskSet, with_context
+from posttrain.diagnosis.adaptive import AdaptiveDesign, adaptive_support
 from posttrain.diagnosis.card import Cost, Evidence
-from posttrain.diagnosis.prescribe import Supplies
-from posttrain.errors import ConfigError, ModelError
-from posttrain.events import Note, Observer, ignore
-from posttrain.probes.adaptive import AdaptiveDesign, adaptive_support
-from posttrain.probes.continuation import continuation
-from posttrain.probes.drawing import (
+from posttrain.diagnosis.continuation import continuation
+from posttrain.diagnosis.drawing import (
     Demonstration,
     demonstration_from,
     draw_answers,
     require_same_language,
 )
-from posttrain.probes.drift import divergence
-from posttrain.probes.exposure import exposure_to_teacher
-from posttrain.probes.measure import measure
-from posttrain.probes.measurement import Measurement, TaskMeasurement
-from posttrain.probes.reading import FEWEST, Reading
-from posttrain.probes.readings import answer_room, not_taken, take, take_change
-from posttrain.probes.scaffold import amortisation_gap
-from posttrain.protocols import Policy
-from posttrain.provenance import Kind, Producer, Role
+from posttrain.diagnosis.drift import divergence
+from posttrain.diagnosis.exposure import exposure_to_teacher
+from posttrain.diagnosis.prescribe import Supplies
+from posttrain.diagnosis.scaffold import amortisation_gap
+from posttrain.measure.measure import measure
+from posttrain.measure.measurement import Measurement, TaskMeasurement
+from posttrain.measure.reading import FEWEST, Reading
+from posttrain.measure.readings import answer_room, not_taken, take, take_change
 from posttrain.recipe import Measure
-from posttrain.task import Message, Task, TaskSet, with_context
 
 SAMPLES = 64
 """Samples per prompt of the first look: the rules ask for pass@64."""

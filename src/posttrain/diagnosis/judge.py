@@ -22,7 +22,7 @@ from posttrain.diagnosis.card import (
     TaskDiagnosis,
 )
 from posttrain.diagnosis.rules import Condition, Rule, RuleBook
-from posttrain.probes.reading import Reading
+from posttrain.measure.reading import Reading
 
 
 class Verdict(StrEnum):

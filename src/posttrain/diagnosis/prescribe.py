@@ -14,12 +14,12 @@ from types import MappingProxyType
 import msgspec
 import yaml
 
-from posttrain import config
 from posttrain.composition import Dataset
 from posttrain.composition.sources import parts_of
+from posttrain.core import config
+from posttrain.core.errors import ConfigError, nearest
 from posttrain.diagnosis.card import Bottleneck, Choice, Prescription, TaskDiagnosis
 from posttrain.diagnosis.rules import Need, Rule, RuleBook, Treatment
-from posttrain.errors import ConfigError, nearest
 from posttrain.methods import Method
 from posttrain.methods.compose import Compose
 from posttrain.recipe import Recipe, Stage

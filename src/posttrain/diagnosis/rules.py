@@ -12,10 +12,10 @@ from typing import Literal
 
 import msgspec
 
-from posttrain.config import Config, convert, read_yaml
+from posttrain.core.config import Config, convert, read_yaml
+from posttrain.core.errors import ConfigError, nearest
 from posttrain.diagnosis.card import Bottleneck
-from posttrain.errors import ConfigError, nearest
-from posttrain.probes.reading import meaning
+from posttrain.measure.reading import meaning
 
 SHIPPED = Path(__file__).parent / "rules.yaml"
 
@@ -28,7 +28,7 @@ Because = Literal["provenance", "interface", "objective", "prompts", "group size
 """The choices of a prescription that carry a reason."""
 
 
-class Condition(Config, frozen=True, kw_only=True):
+class Condition(Config):
     """A reading, or the difference of two, on one side of a threshold.
 
     ``at_least`` holds when the lower bound reaches the threshold and fails when the upper one does
@@ -62,7 +62,7 @@ class Condition(Config, frozen=True, kw_only=True):
         return float(self.at_least if self.at_least is not None else self.at_most or 0.0)
 
 
-class Rule(Config, frozen=True, kw_only=True):
+class Rule(Config):
     """When all conditions hold, this is a bottleneck.
 
     Rules are tried by ``order``, lowest first, and the first one that holds names the bottleneck.
@@ -94,7 +94,7 @@ class Rule(Config, frozen=True, kw_only=True):
             )
 
 
-class Treatment(Config, frozen=True, kw_only=True):
+class Treatment(Config):
     """One stage that a prescription may consist of.
 
     ``stage`` is a stage of a recipe without its name, in which ``$words`` stand for what is known
@@ -111,7 +111,7 @@ class Treatment(Config, frozen=True, kw_only=True):
     citation: str
 
 
-class RuleBook(Config, frozen=True, kw_only=True):
+class RuleBook(Config):
     """All rules and treatments in force."""
 
     rules: tuple[Rule, ...]

@@ -18,7 +18,7 @@ from posttrain.diagnosis.card import (
     plainly,
 )
 from posttrain.diagnosis.treat import Treated
-from posttrain.probes.passk import pass_interval
+from posttrain.measure.passk import pass_interval
 
 INDENT = 14
 BAR = 30

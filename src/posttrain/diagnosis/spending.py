@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.composition import Dataset, KeepRewards, Rollouts, SignalSpec
+from posttrain.core.provenance import Kind
 from posttrain.diagnosis.card import Diagnosis
-from posttrain.plan import make_plan
-from posttrain.preview import part_tokens, volume
-from posttrain.probes.measurement import Measurement
-from posttrain.provenance import Kind
+from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Recipe
-from posttrain.store import tokens_by_producer
+from posttrain.run.plan import make_plan
+from posttrain.run.preview import part_tokens, volume
+from posttrain.run.store import tokens_by_producer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,23 +19,23 @@ from typing import final
 
 import msgspec
 
-from posttrain import config
-from posttrain.config import Config
+from posttrain.core import config
+from posttrain.core.config import Config
+from posttrain.core.errors import DataError, ResumeRefused
+from posttrain.core.events import Event, Measured, Note, Observer, StageStarted, ignore
+from posttrain.core.files import write_atomic
+from posttrain.core.protocols import Engine
 from posttrain.diagnosis.card import Bottleneck, Diagnosis, Evidence, Prescription
 from posttrain.diagnosis.diagnose import Known, Practice, diagnose, grounded
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.rules import RuleBook
 from posttrain.diagnosis.spending import Spent, expected, spent
 from posttrain.diagnosis.verdict import judge_stage
-from posttrain.errors import DataError, ResumeRefused
-from posttrain.events import Event, Measured, Note, Observer, StageStarted, ignore
-from posttrain.files import write_atomic
-from posttrain.ledger import Ledger, RecordKind, read
-from posttrain.measuring import measure_model
-from posttrain.pipeline import run
-from posttrain.probes.measurement import Measurement
-from posttrain.protocols import Engine
+from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Budget, Gate, Recipe, Stage
+from posttrain.run.ledger import Ledger, RecordKind, read
+from posttrain.run.measuring import measure_model
+from posttrain.run.pipeline import run
 
 OUTSIDE = "_earlier.json"
 """The measurement of a policy from outside the run; no stage may have this name."""
@@ -60,7 +60,7 @@ LOOKS = 2300
 success from a part of an answer needs for 32 prompts, and some more."""
 
 
-class Round(Config, frozen=True, kw_only=True):
+class Round(Config):
     """One turn of the loop. ``kept`` is null while its stage is not finished."""
 
     number: int
@@ -73,7 +73,7 @@ class Round(Config, frozen=True, kw_only=True):
     words: str = ""
 
 
-class Chart(Config, frozen=True, kw_only=True):
+class Chart(Config):
     """What was decided so far: OUT/treat.json."""
 
     ground: str  # digest of what is treated, and with what

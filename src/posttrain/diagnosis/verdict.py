@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from posttrain.probes.bootstrap import Interval, mean_interval
-from posttrain.probes.measurement import Measurement
+from posttrain.measure.bootstrap import Interval, mean_interval
+from posttrain.measure.measurement import Measurement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

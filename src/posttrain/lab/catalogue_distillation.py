@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from posttrain.composition import Dataset, SamplingSpec
+from posttrain.core.task import with_context
 from posttrain.lab.corpus import demonstrations, taskset, write_rows
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
@@ -47,7 +48,6 @@ from posttrain.methods.hybrid import Chord, ChordPhi
 from posttrain.methods.rejection import Star
 from posttrain.methods.supervised import Sft
 from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
-from posttrain.task import with_context
 
 STEPS, GROUPS = 40, 64
 TASKS, TEACHERS = (PRODUCTS.name,), {"*": "teacher"}

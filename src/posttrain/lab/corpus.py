@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from posttrain.files import write_atomic
+from posttrain.core.files import write_atomic
+from posttrain.core.task import Task
 from posttrain.lab.settings import SETTINGS, Setting
-from posttrain.task import Task
 from posttrain.tasks.reasoning_gym import ReasoningGymTaskSet
 
 Turn = Mapping[str, str]

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from posttrain.api import run
+from posttrain.cli.console import Console
 from posttrain.composition import Dataset
-from posttrain.console import Console
 from posttrain.lab.corpus import documents, write_rows
 from posttrain.lab.tokenizer import build_tokenizer
 from posttrain.methods import Sft

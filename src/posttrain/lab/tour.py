@@ -13,9 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from posttrain import config
 from posttrain.composition import Dataset
-from posttrain.files import write_atomic
+from posttrain.core import config
+from posttrain.core.files import write_atomic
 from posttrain.lab.corpus import demonstrations, preference_pairs, write_rows
 from posttrain.lab.settings import CHAINS, REVERSE, SETTINGS
 from posttrain.methods import Dpo, Grpo, Opd, Sft

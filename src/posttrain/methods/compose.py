@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from posttrain import extensions
 from posttrain.composition import Composition, MovingReference, ScalarHead, SourceSpec
-from posttrain.config import Config
+from posttrain.core.config import Config
 
 
-class Compose(Config, frozen=True, kw_only=True, tag="compose", tag_field="name"):
+class Compose(Config, tag="compose", tag_field="name"):
     """Any legal composition, spelt out."""
 
     source: SourceSpec

@@ -36,11 +36,11 @@ from posttrain.composition import (
     Verify,
     WeightSchedule,
 )
-from posttrain.config import Config
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
 from posttrain.methods.distillation_rewards import RewardedDistillation
 from posttrain.methods.on_rollouts import rollouts
-from posttrain.provenance import Kind
 
 ANSWER_SHOWN = "{question}\nThe correct answer is {answer}. Answer in your own words."
 DEMONSTRATION_SHOWN = (
@@ -53,7 +53,7 @@ SUCCESS_SHOWN = (
 )
 
 
-class OnTasks(Config, frozen=True, kw_only=True):
+class OnTasks(Config):
     """Whose prompts are answered, and how. Fields only."""
 
     tasks: tuple[str, ...]
@@ -65,7 +65,7 @@ class OnTasks(Config, frozen=True, kw_only=True):
     interface: ClassVar[str] = "teacher targets"
 
 
-class SeqKd(OnTasks, frozen=True, kw_only=True, tag="seq_kd", tag_field="name"):
+class SeqKd(OnTasks, tag="seq_kd", tag_field="name"):
     """Sequence-level distillation: the likelihood of a teacher's own answers."""
 
     teacher: PolicyRef
@@ -82,7 +82,7 @@ class SeqKd(OnTasks, frozen=True, kw_only=True, tag="seq_kd", tag_field="name"):
         return Composition(source=source, terms=(CrossEntropy(aggregate=self.aggregate),))
 
 
-class Kd(Config, frozen=True, kw_only=True, tag="kd", tag_field="name"):
+class Kd(Config, tag="kd", tag_field="name"):
     """Logit distillation: the teacher's distribution at every token of given answers.
 
     With ``temperature`` τ the loss is multiplied by τ², so that its gradient keeps its size.
@@ -109,7 +109,7 @@ class Kd(Config, frozen=True, kw_only=True, tag="kd", tag_field="name"):
         return Composition(source=self.data, signals=(signal,), terms=(term,))
 
 
-class Opd(OnTasks, frozen=True, kw_only=True, tag="opd", tag_field="name"):
+class Opd(OnTasks, tag="opd", tag_field="name"):
     """On-policy distillation: the teacher grades every token of the learner's own rollouts.
 
     Several teachers, each for its own task sets, make it MOPD (arXiv 2601.02780):
@@ -129,9 +129,7 @@ class Opd(OnTasks, frozen=True, kw_only=True, tag="opd", tag_field="name"):
         return _taught(self, TeacherReverseKL(aggregate=self.aggregate))
 
 
-class EntropyAwareOpd(
-    OnTasks, frozen=True, kw_only=True, tag="entropy_aware_opd", tag_field="name"
-):
+class EntropyAwareOpd(OnTasks, tag="entropy_aware_opd", tag_field="name"):
     """OPD that also covers the teacher's answers where the teacher is unsure.
 
     Unconfirmed: read at second hand; the threshold's unit and the second part's weight are ours.
@@ -152,7 +150,7 @@ class EntropyAwareOpd(
         return _taught(self, term)
 
 
-class TvDistillation(OnTasks, frozen=True, kw_only=True, tag="tv_distillation", tag_field="name"):
+class TvDistillation(OnTasks, tag="tv_distillation", tag_field="name"):
     """Total variation to a teacher on the learner's own rollouts: a bounded loss per token.
 
     Unconfirmed: the divergence is standard; that the paper uses it so is from general knowledge.
@@ -176,7 +174,7 @@ def _taught(method: Opd | EntropyAwareOpd | TvDistillation, term: TermSpec) -> C
     return Composition(source=rollouts(method), signals=(signal,), terms=(term,))
 
 
-class Gkd(OnTasks, frozen=True, kw_only=True, tag="gkd", tag_field="name"):
+class Gkd(OnTasks, tag="gkd", tag_field="name"):
     """Generalised distillation: a share λ of the learner's own rollouts, the rest given answers.
 
     ``own`` is λ; at 1 there is no data, at 0 there are no rollouts. ``beta`` goes from the forward
@@ -208,7 +206,7 @@ class Gkd(OnTasks, frozen=True, kw_only=True, tag="gkd", tag_field="name"):
         )
 
 
-class DistiLlm(OnTasks, frozen=True, kw_only=True, tag="distillm", tag_field="name"):
+class DistiLlm(OnTasks, tag="distillm", tag_field="name"):
     """Skewed KL on a mix of given answers and the learner's own rollouts.
 
     The paper also replays old rollouts and adapts their share; here they are fresh, and the share
@@ -240,7 +238,7 @@ class DistiLlm(OnTasks, frozen=True, kw_only=True, tag="distillm", tag_field="na
         )
 
 
-class DistiLlm2(OnTasks, frozen=True, kw_only=True, tag="distillm2", tag_field="name"):
+class DistiLlm2(OnTasks, tag="distillm2", tag_field="name"):
     """Raise what the teacher says, lower what only the learner says.
 
     Skew KL on the teacher's rollouts with weight 2 − β, skew reverse KL on the learner's with β,
@@ -299,7 +297,7 @@ def _skewed(
     )
 
 
-class Uld(OnTasks, frozen=True, kw_only=True, tag="uld", tag_field="name"):
+class Uld(OnTasks, tag="uld", tag_field="name"):
     """Distillation from a teacher with another tokenizer, by sorted probabilities.
 
     Cross-entropy on given answers, and on the learner's own rollouts the L1 distance of sorted
@@ -335,7 +333,7 @@ class Uld(OnTasks, frozen=True, kw_only=True, tag="uld", tag_field="name"):
         )
 
 
-class Told(OnTasks, frozen=True, kw_only=True):
+class Told(OnTasks):
     """A teacher with more to read than the learner. Fields only."""
 
     teacher: PolicyRef = "input"
@@ -346,9 +344,7 @@ class Told(OnTasks, frozen=True, kw_only=True):
     tendency: ClassVar[str] = "reshaping, or consolidation of what a prompt can do"
 
 
-class ContextDistillation(
-    Told, frozen=True, kw_only=True, tag="context_distillation", tag_field="name"
-):
+class ContextDistillation(Told, tag="context_distillation", tag_field="name"):
     """What a policy says with an instruction becomes what it says without.
 
     On the learner's own rollouts (OPCD, arXiv 2602.12275); the first form of it (2209.15189)
@@ -365,7 +361,7 @@ class ContextDistillation(
         return _told(self, self.context, TeacherReverseKL(aggregate=self.aggregate))
 
 
-class Opsd(Told, frozen=True, kw_only=True, tag="opsd", tag_field="name"):
+class Opsd(Told, tag="opsd", tag_field="name"):
     """On-policy self-distillation: the teacher is the policy that knows the right answer.
 
     The teacher is frozen where the stage begins; ``teacher: learner`` lets it move along.
@@ -385,7 +381,7 @@ class Opsd(Told, frozen=True, kw_only=True, tag="opsd", tag_field="name"):
         return _told(self, self.context, term)
 
 
-class Sdft(Told, frozen=True, kw_only=True, tag="sdft", tag_field="name"):
+class Sdft(Told, tag="sdft", tag_field="name"):
     """Self-distillation fine-tuning: the learner itself, shown a demonstration, is the teacher.
 
     The demonstration is the task's ``answer``. The teacher is a moving average of the learner
@@ -409,7 +405,7 @@ class Sdft(Told, frozen=True, kw_only=True, tag="sdft", tag_field="name"):
         return _told(self, self.context, term, rate=self.rate)
 
 
-class Sdpo(Told, frozen=True, kw_only=True, tag="sdpo", tag_field="name"):
+class Sdpo(Told, tag="sdpo", tag_field="name"):
     """Self-distillation policy optimisation: the teacher is shown a sibling that succeeded.
 
     The teacher, a moving average of the learner, reads the first other answer of the group with a

@@ -21,12 +21,12 @@ from posttrain.composition import (
     TeacherReverseKL,
     TermSpec,
 )
-from posttrain.config import Config
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
 from posttrain.methods.on_rollouts import rollouts
 
 
-class Sampled(Config, frozen=True, kw_only=True):
+class Sampled(Config):
     """The learner's own rollouts, and how they are averaged. Fields only."""
 
     tasks: tuple[str, ...]
@@ -46,7 +46,7 @@ def _sampled(
     return Composition(source=rollouts(method), signals=signals, terms=terms)
 
 
-class OpdSampled(Sampled, frozen=True, kw_only=True, tag="opd_sampled", tag_field="name"):
+class OpdSampled(Sampled, tag="opd_sampled", tag_field="name"):
     """OPD from one log-prob per token: the expected gradient of opd, with the noise of sampling.
 
     Needs of the teacher what every server can give. The form of Thinking Machines' write-up: no
@@ -64,7 +64,7 @@ class OpdSampled(Sampled, frozen=True, kw_only=True, tag="opd_sampled", tag_fiel
         return _sampled(self, signals, (PolicyGradient(aggregate=self.aggregate),))
 
 
-class IwOpd(Sampled, frozen=True, kw_only=True, tag="iw_opd", tag_field="name"):
+class IwOpd(Sampled, tag="iw_opd", tag_field="name"):
     """Sampled OPD with more weight on early tokens, where a wrong turn costs what follows.
 
     Unconfirmed: the formula was read at second hand.
@@ -88,7 +88,7 @@ class IwOpd(Sampled, frozen=True, kw_only=True, tag="iw_opd", tag_field="name"):
         return _sampled(self, signals, (PolicyGradient(aggregate=self.aggregate),))
 
 
-class GOpd(Sampled, frozen=True, kw_only=True, tag="g_opd", tag_field="name"):
+class GOpd(Sampled, tag="g_opd", tag_field="name"):
     """Sampled OPD that goes on where the teacher stopped: λ above 1 extrapolates.
 
     ``reference`` is where the teacher started from; by default where this stage does.
@@ -121,7 +121,7 @@ class GOpd(Sampled, frozen=True, kw_only=True, tag="g_opd", tag_field="name"):
         return _sampled(self, signals, (PolicyGradient(aggregate=self.aggregate),))
 
 
-class Opd2(Sampled, frozen=True, kw_only=True, tag="opd2", tag_field="name"):
+class Opd2(Sampled, tag="opd2", tag_field="name"):
     """Distils what a teacher's tuning added to its base, where plain OPD agrees in sign.
 
     Unconfirmed: the formula was read at second hand.
@@ -147,7 +147,7 @@ class Opd2(Sampled, frozen=True, kw_only=True, tag="opd2", tag_field="name"):
         return _sampled(self, (signal,), (term,))
 
 
-class SpanOpd(Sampled, frozen=True, kw_only=True, tag="span_opd", tag_field="name"):
+class SpanOpd(Sampled, tag="span_opd", tag_field="name"):
     """Sampled OPD from a teacher with another tokenizer, by spans of text that both can cut out.
 
     The alignment is that of GOLD. ``uld`` compares whole distributions instead, by rank.
@@ -164,7 +164,7 @@ class SpanOpd(Sampled, frozen=True, kw_only=True, tag="span_opd", tag_field="nam
         return _sampled(self, signals, (PolicyGradient(aggregate=self.aggregate),))
 
 
-class MiniLlm(Sampled, frozen=True, kw_only=True, tag="minillm", tag_field="name"):
+class MiniLlm(Sampled, tag="minillm", tag_field="name"):
     """The reverse KL between whole sequences: one step exactly, the rest by policy gradient.
 
     The exact part is the next-token reverse KL; the rest credits a token with the mean log-ratio

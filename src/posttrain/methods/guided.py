@@ -24,13 +24,13 @@ from posttrain.composition import (
     TermSpec,
     Verify,
 )
-from posttrain.config import Config
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
 from posttrain.methods.on_rollouts import clipped, demonstrated, rollouts
-from posttrain.provenance import Kind
 
 
-class OnGuided(Config, frozen=True, kw_only=True):
+class OnGuided(Config):
     """Whose prompts are answered, and where the demonstrations are. Fields only.
 
     ``demonstration`` is the column of a task that holds one: its ``answer``, or another.
@@ -84,7 +84,7 @@ def _beginning(
     )
 
 
-class GuidedGrpo(OnGuided, frozen=True, kw_only=True, tag="guided_grpo", tag_field="name"):
+class GuidedGrpo(OnGuided, tag="guided_grpo", tag_field="name"):
     """GRPO on what the learner writes after the beginning of a right answer.
 
     All of a group start from the same beginning, which is not trained on. Its share falls from
@@ -114,7 +114,7 @@ class GuidedGrpo(OnGuided, frozen=True, kw_only=True, tag="guided_grpo", tag_fie
         return _guided(self, company, (GroupAdvantage(),), clipped(self, aggregate="sequence_mean"))
 
 
-class Uft(OnGuided, frozen=True, kw_only=True, tag="uft", tag_field="name"):
+class Uft(OnGuided, tag="uft", tag_field="name"):
     """Unified fine-tuning: guided GRPO, and a little likelihood of what was given.
 
     The number of given slices is drawn per prompt. A slice is a fifth of the demonstration's
@@ -140,7 +140,7 @@ class Uft(OnGuided, frozen=True, kw_only=True, tag="uft", tag_field="name"):
         return _guided(self, company, (GroupAdvantage(),), grpo, given)
 
 
-class PrefixRft(OnGuided, frozen=True, kw_only=True, tag="prefix_rft", tag_field="name"):
+class PrefixRft(OnGuided, tag="prefix_rft", tag_field="name"):
     """One rollout of a group begins like a demonstration, and the beginning is trained as well.
 
     Its tokens are treated as if the learner had written them, at the fifth of highest entropy.
@@ -175,7 +175,7 @@ class PrefixRft(OnGuided, frozen=True, kw_only=True, tag="prefix_rft", tag_field
         return _guided(self, company, (OwnLogprobs(), GroupAdvantage()), own, given)
 
 
-class Luffy(OnGuided, frozen=True, kw_only=True, tag="luffy", tag_field="name"):
+class Luffy(OnGuided, tag="luffy", tag_field="name"):
     """One demonstration stands among the rollouts of a group, and shares their baseline.
 
     Its ratio assumes that its author was certain of every token, and is shaped so that unlikely
@@ -206,7 +206,7 @@ class Luffy(OnGuided, frozen=True, kw_only=True, tag="luffy", tag_field="name"):
         return _guided(self, demonstrated(self), (mean,), own, given, *bonus)
 
 
-class Hpt(OnGuided, frozen=True, kw_only=True, tag="hpt", tag_field="name"):
+class Hpt(OnGuided, tag="hpt", tag_field="name"):
     """Hybrid post-training: prompts that fail are imitated, all others are explored.
 
     Where at most ``gate`` of a group's rollouts are right, the demonstration is learnt and the

@@ -16,12 +16,12 @@ from posttrain.composition import (
     Verify,
     WeightSchedule,
 )
-from posttrain.config import Config
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
 from posttrain.methods.on_rollouts import clipped, rollouts
 
 
-class Chord(Config, frozen=True, kw_only=True, tag="chord", tag_field="name"):
+class Chord(Config, tag="chord", tag_field="name"):
     """SFT as an auxiliary loss of GRPO, its weight μ falling while the policy takes over.
 
     ``expert`` is the share of groups that are demonstrations; they weigh μ whatever their number,
@@ -65,7 +65,7 @@ class Chord(Config, frozen=True, kw_only=True, tag="chord", tag_field="name"):
         return _beside(self, imitate, explore)
 
 
-class ChordPhi(Config, frozen=True, kw_only=True, tag="chord_phi", tag_field="name"):
+class ChordPhi(Config, tag="chord_phi", tag_field="name"):
     """CHORD with a constant weight of the demonstrations, and their tokens weighted p (1 − p).
 
     Tokens that the policy already writes, and tokens that are far from it, count little, so the

@@ -25,12 +25,12 @@ from posttrain.composition import (
     TransportedReward,
     Verify,
 )
-from posttrain.config import Config
+from posttrain.core.config import Config
+from posttrain.core.provenance import Kind
 from posttrain.methods.on_rollouts import demonstrated, rollouts
-from posttrain.provenance import Kind
 
 
-class TrDpo(Config, frozen=True, kw_only=True, tag="tr_dpo", tag_field="name"):
+class TrDpo(Config, tag="tr_dpo", tag_field="name"):
     """DPO whose reference follows the learner: trust-region DPO.
 
     ``rate: 1`` is the paper's hard update, a copy. A stage of fewer than ``every`` steps is DPO.
@@ -57,7 +57,7 @@ class TrDpo(Config, frozen=True, kw_only=True, tag="tr_dpo", tag_field="name"):
         )
 
 
-class Spin(Config, frozen=True, kw_only=True, tag="spin", tag_field="name"):
+class Spin(Config, tag="spin", tag_field="name"):
     """Self-play fine-tuning: demonstrations against the answers of an earlier self.
 
     One stage is one iteration: the opponent, who is the reference too, is the policy that the
@@ -93,7 +93,7 @@ class Spin(Config, frozen=True, kw_only=True, tag="spin", tag_field="name"):
         )
 
 
-class Xpo(Config, frozen=True, kw_only=True, tag="xpo", tag_field="name"):
+class Xpo(Config, tag="xpo", tag_field="name"):
     """Exploratory preference optimisation: the learner against the reference, with a bonus.
 
     Every group has one answer of the reference; the best of a group is chosen and the worst
@@ -129,7 +129,7 @@ class Xpo(Config, frozen=True, kw_only=True, tag="xpo", tag_field="name"):
         )
 
 
-class Aot(Config, frozen=True, kw_only=True, tag="aot", tag_field="name"):
+class Aot(Config, tag="aot", tag_field="name"):
     """Alignment by optimal transport: the sorted margins of a draw are compared, not each pair's.
 
     The policy's margins are compared with the reference's, rank by rank. Ranks are taken over a
@@ -155,7 +155,7 @@ class Aot(Config, frozen=True, kw_only=True, tag="aot", tag_field="name"):
         )
 
 
-class AotUnpaired(Config, frozen=True, kw_only=True, tag="aot_unpaired", tag_field="name"):
+class AotUnpaired(Config, tag="aot_unpaired", tag_field="name"):
     """Alignment by optimal transport between all chosen and all rejected answers of a draw.
 
     Rewards of chosen answers are compared with those of rejected ones, rank by rank, whatever

@@ -20,7 +20,7 @@ from posttrain.composition import (
     SignalSpec,
 )
 from posttrain.composition.credit import GroupAdvantage
-from posttrain.config import Config
+from posttrain.core.config import Config
 
 
 def logged_advantage(baseline: float | None) -> GroupAdvantage:
@@ -34,7 +34,7 @@ def logged_advantage(baseline: float | None) -> GroupAdvantage:
     return GroupAdvantage(baseline="constant", value=baseline, scale="none")
 
 
-class Awr(Config, frozen=True, kw_only=True, tag="awr", tag_field="name"):
+class Awr(Config, tag="awr", tag_field="name"):
     """Advantage-weighted regression on logged answers.
 
     Unconfirmed: the formula and its defaults are from general knowledge.
@@ -62,7 +62,7 @@ class Awr(Config, frozen=True, kw_only=True, tag="awr", tag_field="name"):
         )
 
 
-class ALol(Config, frozen=True, kw_only=True, tag="a_lol", tag_field="name"):
+class ALol(Config, tag="a_lol", tag_field="name"):
     """Advantage-leftover-lunch RL: logged answers better than the baseline, each as one action.
 
     The paper subtracts a value head trained on the reference's own answers; here the baseline is
@@ -95,7 +95,7 @@ class ALol(Config, frozen=True, kw_only=True, tag="a_lol", tag_field="name"):
         return Composition(source=self.data, signals=tuple(signals), terms=(term,))
 
 
-class RGold(Config, frozen=True, kw_only=True, tag="r_gold", tag_field="name"):
+class RGold(Config, tag="r_gold", tag_field="name"):
     """GOLD with rewards: likely tokens of well-paid answers, no reference and no baseline."""
 
     data: Dataset

@@ -28,8 +28,8 @@ from posttrain.composition import (
 )
 from posttrain.composition.company import Company
 from posttrain.composition.sources import Sieve
-from posttrain.config import Config
-from posttrain.provenance import Kind
+from posttrain.core.config import Config
+from posttrain.core.provenance import Kind
 
 
 class Answering(Protocol):
@@ -63,7 +63,7 @@ class Demonstrating(Protocol):
     def author(self) -> Kind: ...
 
 
-class OnRollouts(Config, frozen=True, kw_only=True):
+class OnRollouts(Config):
     """Which prompts are drawn, how they are answered, and who judges. Methods add what they do."""
 
     tasks: tuple[str, ...]

@@ -31,12 +31,12 @@ from posttrain.composition import (
     SoftLengthPenalty,
     Verify,
 )
-from posttrain.errors import ConfigError
+from posttrain.core.errors import ConfigError
 from posttrain.methods.on_rollouts import OnRollouts, clipped, on_rollouts, redrawn
 from posttrain.methods.policy_estimators import EstimatorMethod
 
 
-class Grpo(OnRollouts, frozen=True, kw_only=True, tag="grpo", tag_field="name"):
+class Grpo(OnRollouts, tag="grpo", tag_field="name"):
     """Group-relative policy optimisation on the learner's own rollouts.
 
     With ``group_size: 2`` it is 2-GRPO (arXiv 2510.00977).
@@ -69,7 +69,7 @@ class Grpo(OnRollouts, frozen=True, kw_only=True, tag="grpo", tag_field="name"):
         return on_rollouts(self, signals, (term, kl), mismatch=self.mismatch)
 
 
-class DrGrpo(OnRollouts, frozen=True, kw_only=True, tag="dr_grpo", tag_field="name"):
+class DrGrpo(OnRollouts, tag="dr_grpo", tag_field="name"):
     """GRPO without its two biases: no std, and tokens divided by a constant length."""
 
     clip_low: float = 0.2
@@ -84,7 +84,7 @@ class DrGrpo(OnRollouts, frozen=True, kw_only=True, tag="dr_grpo", tag_field="na
         return on_rollouts(self, (GroupAdvantage(scale="none"),), (term,))
 
 
-class Dapo(OnRollouts, frozen=True, kw_only=True, tag="dapo", tag_field="name"):
+class Dapo(OnRollouts, tag="dapo", tag_field="name"):
     """GRPO with a higher upper clip, a token mean, informative groups, and care for long answers.
 
     ``overlong``: ``penalty`` lets the reward fall over the last fifth of ``max_new_tokens`` (the
@@ -121,7 +121,7 @@ class Dapo(OnRollouts, frozen=True, kw_only=True, tag="dapo", tag_field="name"):
         return redrawn(once, keep=(Verify(), KeepInformative()), max_draws=self.max_draws)
 
 
-class Gspo(OnRollouts, frozen=True, kw_only=True, tag="gspo", tag_field="name"):
+class Gspo(OnRollouts, tag="gspo", tag_field="name"):
     """GRPO with one ratio per sequence. On the first update of a draw it is GRPO."""
 
     clip_low: float = 3e-4
@@ -139,7 +139,7 @@ class Gspo(OnRollouts, frozen=True, kw_only=True, tag="gspo", tag_field="name"):
         return on_rollouts(self, (GroupAdvantage(),), (term,), mismatch=self.mismatch)
 
 
-class Luspo(OnRollouts, frozen=True, kw_only=True, tag="luspo", tag_field="name"):
+class Luspo(OnRollouts, tag="luspo", tag_field="name"):
     """GSPO times the sequence's length, so that long answers do not lose weight."""
 
     clip_low: float = 2e-3
@@ -156,7 +156,7 @@ class Luspo(OnRollouts, frozen=True, kw_only=True, tag="luspo", tag_field="name"
         return on_rollouts(self, (GroupAdvantage(),), (term,))
 
 
-class Gmpo(OnRollouts, frozen=True, kw_only=True, tag="gmpo", tag_field="name"):
+class Gmpo(OnRollouts, tag="gmpo", tag_field="name"):
     """GRPO with the geometric mean of clipped token ratios."""
 
     clip: float = 0.4  # of log r, both ways
@@ -170,7 +170,7 @@ class Gmpo(OnRollouts, frozen=True, kw_only=True, tag="gmpo", tag_field="name"):
         return on_rollouts(self, (GroupAdvantage(),), (term,))
 
 
-class Cispo(OnRollouts, frozen=True, kw_only=True, tag="cispo", tag_field="name"):
+class Cispo(OnRollouts, tag="cispo", tag_field="name"):
     """A clipped weight on REINFORCE: every token keeps a gradient."""
 
     ratio_low: float = 0.0
@@ -188,7 +188,7 @@ class Cispo(OnRollouts, frozen=True, kw_only=True, tag="cispo", tag_field="name"
         return on_rollouts(self, (GroupAdvantage(),), (term,), mismatch=self.mismatch)
 
 
-class Sapo(OnRollouts, frozen=True, kw_only=True, tag="sapo", tag_field="name"):
+class Sapo(OnRollouts, tag="sapo", tag_field="name"):
     """A smooth gate in place of the clip."""
 
     temperature_up: float = 1.0
@@ -205,7 +205,7 @@ class Sapo(OnRollouts, frozen=True, kw_only=True, tag="sapo", tag_field="name"):
         return on_rollouts(self, (GroupAdvantage(),), (term,))
 
 
-class Vespo(OnRollouts, frozen=True, kw_only=True, tag="vespo", tag_field="name"):
+class Vespo(OnRollouts, tag="vespo", tag_field="name"):
     """A smooth weight of the whole sequence's ratio."""
 
     up: tuple[float, float] = (2.0, 3.0)
@@ -220,7 +220,7 @@ class Vespo(OnRollouts, frozen=True, kw_only=True, tag="vespo", tag_field="name"
         return on_rollouts(self, (GroupAdvantage(),), (term,))
 
 
-class ClipCov(OnRollouts, frozen=True, kw_only=True, tag="clip_cov", tag_field="name"):
+class ClipCov(OnRollouts, tag="clip_cov", tag_field="name"):
     """GRPO in which a few tokens that would cost most entropy are left alone."""
 
     share: float = 2e-4
@@ -236,7 +236,7 @@ class ClipCov(OnRollouts, frozen=True, kw_only=True, tag="clip_cov", tag_field="
         return on_rollouts(self, signals, (term,))
 
 
-class KlCov(OnRollouts, frozen=True, kw_only=True, tag="kl_cov", tag_field="name"):
+class KlCov(OnRollouts, tag="kl_cov", tag_field="name"):
     """No clip; tokens that would cost most entropy are held near where they were.
 
     It differs from the unclipped gradient from the second update on a draw.
@@ -254,7 +254,7 @@ class KlCov(OnRollouts, frozen=True, kw_only=True, tag="kl_cov", tag_field="name
         return on_rollouts(self, signals, (PolicyGradient(), LogRatioPenalty(weight=self.penalty)))
 
 
-class HighEntropy(OnRollouts, frozen=True, kw_only=True, tag="high_entropy", tag_field="name"):
+class HighEntropy(OnRollouts, tag="high_entropy", tag_field="name"):
     """A gradient only where the policy hesitates: the fifth of the tokens of highest entropy.
 
     ``over: draw`` compares the tokens of a whole draw, as the paper does with a batch, in one more
@@ -278,9 +278,7 @@ class HighEntropy(OnRollouts, frozen=True, kw_only=True, tag="high_entropy", tag
         return on_rollouts(self, (GroupAdvantage(), *marks), (term,))
 
 
-class AdaptiveEntropy(
-    OnRollouts, frozen=True, kw_only=True, tag="adaptive_entropy", tag_field="name"
-):
+class AdaptiveEntropy(OnRollouts, tag="adaptive_entropy", tag_field="name"):
     """GRPO with an entropy bonus that is as strong as it must be to keep a target entropy.
 
     The loss of Skywork-OR1: a token mean, no KL, and no length normalisation. What target is

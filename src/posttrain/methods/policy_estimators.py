@@ -23,7 +23,7 @@ EXPECTED_REWARD = PolicyGradient(aggregate="sequence_sum")
 """Its gradient is that of the expected reward."""
 
 
-class Reinforce(OnRollouts, frozen=True, kw_only=True, tag="reinforce", tag_field="name"):
+class Reinforce(OnRollouts, tag="reinforce", tag_field="name"):
     """The plain policy gradient, with the mean reward of the draw or a constant as baseline."""
 
     group_size: int = 1
@@ -41,7 +41,7 @@ class Reinforce(OnRollouts, frozen=True, kw_only=True, tag="reinforce", tag_fiel
         return on_rollouts(self, (credit,), (EXPECTED_REWARD,))
 
 
-class Rloo(OnRollouts, frozen=True, kw_only=True, tag="rloo", tag_field="name"):
+class Rloo(OnRollouts, tag="rloo", tag_field="name"):
     """REINFORCE with the mean of the siblings as baseline, and the KL in the reward."""
 
     group_size: int = 4
@@ -58,9 +58,7 @@ class Rloo(OnRollouts, frozen=True, kw_only=True, tag="rloo", tag_field="name"):
         return on_rollouts(self, signals, (EXPECTED_REWARD,))
 
 
-class ReinforcePlusPlus(
-    OnRollouts, frozen=True, kw_only=True, tag="reinforce_plus_plus", tag_field="name"
-):
+class ReinforcePlusPlus(OnRollouts, tag="reinforce_plus_plus", tag_field="name"):
     """PPO without a value function: returns to go, whitened over the draw's tokens.
 
     Unconfirmed: the paper's KL weight depends on the task; the default here is ours.
@@ -87,9 +85,7 @@ class ReinforcePlusPlus(
         return on_rollouts(self, signals, (term,))
 
 
-class ReinforcePlusPlusBaseline(
-    OnRollouts, frozen=True, kw_only=True, tag="reinforce_plus_plus_baseline", tag_field="name"
-):
+class ReinforcePlusPlusBaseline(OnRollouts, tag="reinforce_plus_plus_baseline", tag_field="name"):
     """REINFORCE++ over groups: minus the group's mean, then whitened over the draw's tokens.
 
     Whitening subtracts a mean of its own, so a group of equal rewards is not exactly without
@@ -115,7 +111,7 @@ class ReinforcePlusPlusBaseline(
         return on_rollouts(self, (ReferenceLogprobs(policy=self.reference), credit), (term, kl))
 
 
-class Remax(OnRollouts, frozen=True, kw_only=True, tag="remax", tag_field="name"):
+class Remax(OnRollouts, tag="remax", tag_field="name"):
     """REINFORCE with the reward of the likeliest answer as baseline."""
 
     group_size: int = 1
@@ -132,7 +128,7 @@ class Remax(OnRollouts, frozen=True, kw_only=True, tag="remax", tag_field="name"
         return on_rollouts(self, signals, (EXPECTED_REWARD,))
 
 
-class Opo(OnRollouts, frozen=True, kw_only=True, tag="opo", tag_field="name"):
+class Opo(OnRollouts, tag="opo", tag_field="name"):
     """REINFORCE with the baseline of least variance, if gradients grow with length."""
 
     formula: ClassVar[str] = "-(R - sum l R / sum l) log pi, l = length"
@@ -144,7 +140,7 @@ class Opo(OnRollouts, frozen=True, kw_only=True, tag="opo", tag_field="name"):
         return on_rollouts(self, (credit,), (EXPECTED_REWARD,))
 
 
-class Gpg(OnRollouts, frozen=True, kw_only=True, tag="gpg", tag_field="name"):
+class Gpg(OnRollouts, tag="gpg", tag_field="name"):
     """Group policy gradient: groups of equal rewards do not dilute the step.
 
     Unconfirmed: the factor is all members over those in unequal groups; one library divides by the
@@ -159,7 +155,7 @@ class Gpg(OnRollouts, frozen=True, kw_only=True, tag="gpg", tag_field="name"):
         return on_rollouts(self, (GroupAdvantage(scale="informative"),), (PolicyGradient(),))
 
 
-class LitePpo(OnRollouts, frozen=True, kw_only=True, tag="lite_ppo", tag_field="name"):
+class LitePpo(OnRollouts, tag="lite_ppo", tag_field="name"):
     """Two of the many tricks: the group's mean with the draw's std, and a token mean."""
 
     clip: float = 0.2
@@ -173,7 +169,7 @@ class LitePpo(OnRollouts, frozen=True, kw_only=True, tag="lite_ppo", tag_field="
         return on_rollouts(self, (GroupAdvantage(scale="batch_std"),), (term,))
 
 
-class Gdpo(OnRollouts, frozen=True, kw_only=True, tag="gdpo", tag_field="name"):
+class Gdpo(OnRollouts, tag="gdpo", tag_field="name"):
     """Two rewards, right and short, each normalised in its group before they are added.
 
     More than two rewards share these two places: judges in ``rewards`` add up to the first.
@@ -197,7 +193,7 @@ class Gdpo(OnRollouts, frozen=True, kw_only=True, tag="gdpo", tag_field="name"):
         return on_rollouts(self, (short, DecoupledAdvantage(weights=self.weights)), (term,))
 
 
-class PassAtK(OnRollouts, frozen=True, kw_only=True, tag="pass_at_k", tag_field="name"):
+class PassAtK(OnRollouts, tag="pass_at_k", tag_field="name"):
     """Trains the best of k answers instead of the average one.
 
     Unconfirmed: k below the group's size is derived, and proven to be unbiased by enumeration.

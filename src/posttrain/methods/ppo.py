@@ -14,12 +14,12 @@ from posttrain.composition import (
     ScalarHead,
     ValueLoss,
 )
-from posttrain.errors import ConfigError
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
 from posttrain.methods.on_rollouts import OnRollouts, clipped, kl_in_reward, on_rollouts
-from posttrain.provenance import Kind
 
 
-class Ppo(OnRollouts, frozen=True, kw_only=True, tag="ppo", tag_field="name"):
+class Ppo(OnRollouts, tag="ppo", tag_field="name"):
     """Proximal policy optimisation: a critic says token by token what was better than expected.
 
     The critic is a second model beside the policy, or a head on the policy itself
@@ -58,7 +58,7 @@ class Ppo(OnRollouts, frozen=True, kw_only=True, tag="ppo", tag_field="name"):
         return on_rollouts(self, (*kl, gae), terms, scalar_head=head)
 
 
-class Vapo(OnRollouts, frozen=True, kw_only=True, tag="vapo", tag_field="name"):
+class Vapo(OnRollouts, tag="vapo", tag_field="name"):
     """PPO for long answers: the critic learns from whole returns, the policy looks further in
     longer answers, and right answers are imitated too.
 
@@ -96,9 +96,7 @@ class Vapo(OnRollouts, frozen=True, kw_only=True, tag="vapo", tag_field="name"):
         return on_rollouts(self, (gae,), terms, scalar_head=head)
 
 
-class ValuePretraining(
-    OnRollouts, frozen=True, kw_only=True, tag="value_pretraining", tag_field="name"
-):
+class ValuePretraining(OnRollouts, tag="value_pretraining", tag_field="name"):
     """Fits a critic to the returns of a policy that stays as it is.
 
     The stage ends with the policy it began with, and a critic beside it that ``ppo`` and ``vapo``

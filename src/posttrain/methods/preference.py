@@ -39,14 +39,14 @@ from posttrain.composition.preference import (
     PairwiseWeighted,
     TargetMargin,
 )
-from posttrain.config import Config
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
 from posttrain.methods.moving_preference import MovingPreferenceMethod
 from posttrain.methods.on_rollouts import rollouts
 from posttrain.methods.unpaired import UnpairedMethod
 
 
-class OnPairs(Config, frozen=True, kw_only=True):
+class OnPairs(Config):
     """What methods on a file of pairs share."""
 
     data: Dataset
@@ -56,7 +56,7 @@ class OnPairs(Config, frozen=True, kw_only=True):
     tendency: ClassVar[str] = "reshaping"
 
 
-class OnPairsWithReference(OnPairs, frozen=True, kw_only=True):
+class OnPairsWithReference(OnPairs):
     """What methods on pairs share that stay close to a frozen policy."""
 
     reference: PolicyRef = "input"
@@ -82,7 +82,7 @@ def _chosen(*, weight: float, aggregate: Aggregate) -> tuple[TermSpec, ...]:
 # --- pairs, relative to a reference ----------------------------------------------------------
 
 
-class Dpo(OnPairsWithReference, frozen=True, kw_only=True, tag="dpo", tag_field="name"):
+class Dpo(OnPairsWithReference, tag="dpo", tag_field="name"):
     """Direct preference optimisation on fixed pairs. With label smoothing it is cDPO.
 
     Unconfirmed: cDPO's smoothing is from general knowledge of a note; DPO itself is confirmed.
@@ -100,9 +100,7 @@ class Dpo(OnPairsWithReference, frozen=True, kw_only=True, tag="dpo", tag_field=
         return _on_pairs(self, term)
 
 
-class RobustDpo(
-    OnPairsWithReference, frozen=True, kw_only=True, tag="robust_dpo", tag_field="name"
-):
+class RobustDpo(OnPairsWithReference, tag="robust_dpo", tag_field="name"):
     """DPO that corrects for a known share of flipped labels."""
 
     beta: float = 0.1
@@ -116,7 +114,7 @@ class RobustDpo(
         return _on_pairs(self, PairwiseRobust(beta=self.beta, flip_rate=self.flip_rate))
 
 
-class Ipo(OnPairsWithReference, frozen=True, kw_only=True, tag="ipo", tag_field="name"):
+class Ipo(OnPairsWithReference, tag="ipo", tag_field="name"):
     """A bounded gap: the log-ratio gap per token is pulled to 1/(2 tau), and no further.
 
     Its tau belongs to means over tokens and is not comparable with a beta on sums, such as DPO's.
@@ -132,7 +130,7 @@ class Ipo(OnPairsWithReference, frozen=True, kw_only=True, tag="ipo", tag_field=
         return _on_pairs(self, PairwiseSquared(tau=self.tau))
 
 
-class Hinge(OnPairsWithReference, frozen=True, kw_only=True, tag="hinge", tag_field="name"):
+class Hinge(OnPairsWithReference, tag="hinge", tag_field="name"):
     """SLiC's hinge on log-ratios, as RSO uses it: pairs beyond the margin teach nothing more."""
 
     beta: float = 0.05
@@ -145,7 +143,7 @@ class Hinge(OnPairsWithReference, frozen=True, kw_only=True, tag="hinge", tag_fi
         return _on_pairs(self, PairwiseHinge(beta=self.beta))
 
 
-class Exo(OnPairsWithReference, frozen=True, kw_only=True, tag="exo", tag_field="name"):
+class Exo(OnPairsWithReference, tag="exo", tag_field="name"):
     """Efficient exact optimisation: reverse KL to the smoothed labels."""
 
     beta: float = 0.1
@@ -160,7 +158,7 @@ class Exo(OnPairsWithReference, frozen=True, kw_only=True, tag="exo", tag_field=
         return _on_pairs(self, term)
 
 
-class Nca(OnPairsWithReference, frozen=True, kw_only=True, tag="nca", tag_field="name"):
+class Nca(OnPairsWithReference, tag="nca", tag_field="name"):
     """Noise-contrastive alignment: the chosen answer has a target of its own."""
 
     beta: float = 0.01
@@ -173,7 +171,7 @@ class Nca(OnPairsWithReference, frozen=True, kw_only=True, tag="nca", tag_field=
         return _on_pairs(self, PairwiseNoiseContrastive(beta=self.beta))
 
 
-class Sppo(OnPairsWithReference, frozen=True, kw_only=True, tag="sppo", tag_field="name"):
+class Sppo(OnPairsWithReference, tag="sppo", tag_field="name"):
     """Self-play preference optimisation with hard labels, on given pairs."""
 
     beta: float = 1e-3
@@ -186,7 +184,7 @@ class Sppo(OnPairsWithReference, frozen=True, kw_only=True, tag="sppo", tag_fiel
         return _on_pairs(self, PairwiseSelfPlay(beta=self.beta))
 
 
-class Apo(OnPairsWithReference, frozen=True, kw_only=True, tag="apo", tag_field="name"):
+class Apo(OnPairsWithReference, tag="apo", tag_field="name"):
     """Anchored preferences: ``zero`` for chosen answers better than the model's, ``down`` else."""
 
     direction: Literal["zero", "down"] = "zero"
@@ -200,7 +198,7 @@ class Apo(OnPairsWithReference, frozen=True, kw_only=True, tag="apo", tag_field=
         return _on_pairs(self, PairwiseAnchored(direction=self.direction, beta=self.beta))
 
 
-class FDpo(OnPairsWithReference, frozen=True, kw_only=True, tag="f_dpo", tag_field="name"):
+class FDpo(OnPairsWithReference, tag="f_dpo", tag_field="name"):
     """DPO for another divergence from the reference than reverse KL."""
 
     divergence: Literal["forward_kl", "js", "alpha"] = "js"
@@ -216,7 +214,7 @@ class FDpo(OnPairsWithReference, frozen=True, kw_only=True, tag="f_dpo", tag_fie
         return _on_pairs(self, term)
 
 
-class LnDpo(OnPairsWithReference, frozen=True, kw_only=True, tag="ln_dpo", tag_field="name"):
+class LnDpo(OnPairsWithReference, tag="ln_dpo", tag_field="name"):
     """Length-normalised DPO: log-ratios per token. Its beta is not comparable with DPO's."""
 
     beta: float = 5.0
@@ -229,7 +227,7 @@ class LnDpo(OnPairsWithReference, frozen=True, kw_only=True, tag="ln_dpo", tag_f
         return _on_pairs(self, PairwiseMean(beta=self.beta))
 
 
-class LdDpo(OnPairsWithReference, frozen=True, kw_only=True, tag="ld_dpo", tag_field="name"):
+class LdDpo(OnPairsWithReference, tag="ld_dpo", tag_field="name"):
     """Length-desensitised DPO: what one answer is longer than the other counts less."""
 
     beta: float = 0.1
@@ -243,7 +241,7 @@ class LdDpo(OnPairsWithReference, frozen=True, kw_only=True, tag="ld_dpo", tag_f
         return _on_pairs(self, PairwiseShared(beta=self.beta, tail=self.tail))
 
 
-class Wpo(OnPairsWithReference, frozen=True, kw_only=True, tag="wpo", tag_field="name"):
+class Wpo(OnPairsWithReference, tag="wpo", tag_field="name"):
     """DPO that counts pairs by how likely the learner is to write them."""
 
     beta: float = 0.01
@@ -256,7 +254,7 @@ class Wpo(OnPairsWithReference, frozen=True, kw_only=True, tag="wpo", tag_field=
         return _on_pairs(self, PairwiseWeighted(beta=self.beta))
 
 
-class DiscoPop(OnPairsWithReference, frozen=True, kw_only=True, tag="discopop", tag_field="name"):
+class DiscoPop(OnPairsWithReference, tag="discopop", tag_field="name"):
     """A loss that a language model proposed: logistic and exponential, blended by the gap.
 
     With the paper's tau, a learner that starts at its reference learns the opposite of the pairs:
@@ -274,7 +272,7 @@ class DiscoPop(OnPairsWithReference, frozen=True, kw_only=True, tag="discopop", 
         return _on_pairs(self, PairwiseDiscovered(beta=self.beta, tau=self.tau))
 
 
-class Irpo(OnPairsWithReference, frozen=True, kw_only=True, tag="irpo", tag_field="name"):
+class Irpo(OnPairsWithReference, tag="irpo", tag_field="name"):
     """DPO plus the likelihood of chosen answers, which keeps them from sinking.
 
     This is one round of iterative RPO on given pairs. RPO (2405.16436) has the same two terms with
@@ -297,7 +295,7 @@ class Irpo(OnPairsWithReference, frozen=True, kw_only=True, tag="irpo", tag_fiel
 # --- pairs, without a reference --------------------------------------------------------------
 
 
-class Orpo(OnPairs, frozen=True, kw_only=True, tag="orpo", tag_field="name"):
+class Orpo(OnPairs, tag="orpo", tag_field="name"):
     """Likelihood of chosen answers plus an odds ratio, in one stage and without a reference."""
 
     odds_weight: float = 0.1
@@ -312,7 +310,7 @@ class Orpo(OnPairs, frozen=True, kw_only=True, tag="orpo", tag_field="name"):
         return _on_pairs(self, *nll, OddsRatio(weight=self.odds_weight))
 
 
-class Cpo(OnPairs, frozen=True, kw_only=True, tag="cpo", tag_field="name"):
+class Cpo(OnPairs, tag="cpo", tag_field="name"):
     """Contrastive preference optimisation: DPO with a uniform reference, plus likelihood."""
 
     beta: float = 0.1
@@ -328,7 +326,7 @@ class Cpo(OnPairs, frozen=True, kw_only=True, tag="cpo", tag_field="name"):
         return _on_pairs(self, ContrastiveLogistic(beta=self.beta), *nll)
 
 
-class SimPo(OnPairs, frozen=True, kw_only=True, tag="simpo", tag_field="name"):
+class SimPo(OnPairs, tag="simpo", tag_field="name"):
     """Mean log-probs as reward, with a margin to reach, and no reference.
 
     Its beta multiplies means over tokens and is not comparable with one on sums, such as DPO's.
@@ -345,7 +343,7 @@ class SimPo(OnPairs, frozen=True, kw_only=True, tag="simpo", tag_field="name"):
         return _on_pairs(self, TargetMargin(beta=self.beta, gamma=self.gamma))
 
 
-class AlphaPo(OnPairs, frozen=True, kw_only=True, tag="alphapo", tag_field="name"):
+class AlphaPo(OnPairs, tag="alphapo", tag_field="name"):
     """SimPO with another shape of reward than the logarithm.
 
     Unconfirmed: the shape is derived from a description and from TRL's option of that name.
@@ -370,7 +368,7 @@ class AlphaPo(OnPairs, frozen=True, kw_only=True, tag="alphapo", tag_field="name
 # --- fresh pairs -----------------------------------------------------------------------------
 
 
-class OnRankedRollouts(Config, frozen=True, kw_only=True):
+class OnRankedRollouts(Config):
     """What methods share that make their own pairs."""
 
     tasks: tuple[str, ...]
@@ -399,7 +397,7 @@ def _on_ranked(method: OnRankedRollouts, policy: PolicyRef, *terms: TermSpec) ->
     )
 
 
-class OnlineDpo(OnRankedRollouts, frozen=True, kw_only=True, tag="online_dpo", tag_field="name"):
+class OnlineDpo(OnRankedRollouts, tag="online_dpo", tag_field="name"):
     """DPO on the learner's own rollouts, the best of a group against the worst.
 
     The paper ranks two samples with a judge; here the verifier does, and more samples make a
@@ -415,9 +413,7 @@ class OnlineDpo(OnRankedRollouts, frozen=True, kw_only=True, tag="online_dpo", t
         return _on_ranked(self, "learner")
 
 
-class IterativeDpo(
-    OnRankedRollouts, frozen=True, kw_only=True, tag="iterative_dpo", tag_field="name"
-):
+class IterativeDpo(OnRankedRollouts, tag="iterative_dpo", tag_field="name"):
     """One round of iterative RPO: pairs come from the policy that the round started from.
 
     A pipeline of such stages is the whole method: each round samples, and stays close to, its own

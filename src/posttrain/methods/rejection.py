@@ -19,8 +19,8 @@ from posttrain.composition import (
     SamplingSpec,
     Verify,
 )
-from posttrain.config import Config
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
 from posttrain.methods.on_rollouts import rollouts
 
 OWN = "cross-entropy on the sampler's answers that pass the filter"
@@ -32,7 +32,7 @@ def imitate(source: Rollouts, *, keep: KeepRewards | None, aggregate: Aggregate)
     return Composition(source=source, signals=signals, terms=(CrossEntropy(aggregate=aggregate),))
 
 
-class Rft(Config, frozen=True, kw_only=True, tag="rft", tag_field="name"):
+class Rft(Config, tag="rft", tag_field="name"):
     """Rejection-sampling fine-tuning: distinct right answers of a frozen policy.
 
     Unconfirmed: from general knowledge, the paper was not opened.
@@ -60,7 +60,7 @@ class Rft(Config, frozen=True, kw_only=True, tag="rft", tag_field="name"):
         return imitate(source, keep=keep, aggregate=self.aggregate)
 
 
-class Raft(Config, frozen=True, kw_only=True, tag="raft", tag_field="name"):
+class Raft(Config, tag="raft", tag_field="name"):
     """Reward-ranked fine-tuning: the best of every group, sampled anew at every draw.
 
     With another ``sampler`` than the learner this is best-of-n distillation. The best answer of a
@@ -96,7 +96,7 @@ class Raft(Config, frozen=True, kw_only=True, tag="raft", tag_field="name"):
         return imitate(source, keep=keep, aggregate=self.aggregate)
 
 
-class Star(Config, frozen=True, kw_only=True, tag="star", tag_field="name"):
+class Star(Config, tag="star", tag_field="name"):
     """STaR: the greedy answer to each prompt, where it is right.
 
     One stage is one outer loop. The paper starts every loop from the base again: ``init: base``
@@ -135,7 +135,7 @@ class Star(Config, frozen=True, kw_only=True, tag="star", tag_field="name"):
         return imitate(source, keep=keep, aggregate=self.aggregate)
 
 
-class RestEm(Config, frozen=True, kw_only=True, tag="rest_em", tag_field="name"):
+class RestEm(Config, tag="rest_em", tag_field="name"):
     """ReST-EM: up to ``best`` right answers per prompt of a frozen policy, learnt from the base.
 
     One stage is one round of expectation (sampling) and maximisation (learning): ``init: base``
@@ -173,7 +173,7 @@ class RestEm(Config, frozen=True, kw_only=True, tag="rest_em", tag_field="name")
         return imitate(source, keep=keep, aggregate=self.aggregate)
 
 
-class Ssd(Config, frozen=True, kw_only=True, tag="ssd", tag_field="name"):
+class Ssd(Config, tag="ssd", tag_field="name"):
     """Simple self-distillation: a frozen copy's own answers, unverified, from the likely part of
     its distribution only."""
 

@@ -21,7 +21,7 @@ from posttrain.composition import (
     TermSpec,
     Verify,
 )
-from posttrain.config import Config
+from posttrain.core.config import Config
 from posttrain.methods.on_rollouts import rollouts
 
 JUDGE = ScalarHead(trunk="shared")
@@ -30,7 +30,7 @@ JUDGE = ScalarHead(trunk="shared")
 NO_ROLE = "none: it judges, and does not act"
 
 
-class BradleyTerryReward(Config, frozen=True, kw_only=True, tag="bradley_terry", tag_field="name"):
+class BradleyTerryReward(Config, tag="bradley_terry", tag_field="name"):
     """A reward model from preferences: chosen answers score higher than rejected ones.
 
     The stage's model is the reward model; name the stage as ``model`` of a reward_model signal.
@@ -57,7 +57,7 @@ class BradleyTerryReward(Config, frozen=True, kw_only=True, tag="bradley_terry",
         )
 
 
-class Orm(Config, frozen=True, kw_only=True, tag="orm", tag_field="name"):
+class Orm(Config, tag="orm", tag_field="name"):
     """An outcome reward model from answers labelled right or wrong.
 
     Use it with ``squash: sigmoid``: its score is the log-odds of being right. ``at: every`` asks
@@ -82,7 +82,7 @@ class Orm(Config, frozen=True, kw_only=True, tag="orm", tag_field="name"):
         )
 
 
-class OrmOnRollouts(Config, frozen=True, kw_only=True, tag="orm_on_rollouts", tag_field="name"):
+class OrmOnRollouts(Config, tag="orm_on_rollouts", tag_field="name"):
     """An outcome reward model from a frozen policy's own answers, labelled by the verifier."""
 
     tasks: tuple[str, ...]
@@ -103,7 +103,7 @@ class OrmOnRollouts(Config, frozen=True, kw_only=True, tag="orm_on_rollouts", ta
         return _judge(self, Verify(), OutcomeClassifier(at=self.at, target="reward"))
 
 
-class Prm(Config, frozen=True, kw_only=True, tag="prm", tag_field="name"):
+class Prm(Config, tag="prm", tag_field="name"):
     """A process reward model from answers whose steps are labelled.
 
     Rows are a prompt, a list of ``completions`` (the steps) and a list of ``labels``: true, false,
@@ -130,7 +130,7 @@ class Prm(Config, frozen=True, kw_only=True, tag="prm", tag_field="name"):
         )
 
 
-class MathShepherd(Config, frozen=True, kw_only=True, tag="math_shepherd", tag_field="name"):
+class MathShepherd(Config, tag="math_shepherd", tag_field="name"):
     """A process reward model without human labels: a step is as good as what comes of it.
 
     A frozen policy answers; from the end of every step ``completer`` goes on ``samples`` times, and

@@ -19,11 +19,11 @@ from posttrain.composition import (
     TeacherForwardKL,
     WeightedCrossEntropy,
 )
-from posttrain.config import Config
-from posttrain.errors import ConfigError
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
 
 
-class Sft(Config, frozen=True, kw_only=True, tag="sft", tag_field="name"):
+class Sft(Config, tag="sft", tag_field="name"):
     """Supervised fine-tuning: the likelihood of somebody else's answers."""
 
     data: Dataset
@@ -42,7 +42,7 @@ class Sft(Config, frozen=True, kw_only=True, tag="sft", tag_field="name"):
         return Composition(source=self.data, terms=(term,))
 
 
-class WeightedSft(Config, frozen=True, kw_only=True, tag="weighted_sft", tag_field="name"):
+class WeightedSft(Config, tag="weighted_sft", tag_field="name"):
     """Supervised fine-tuning in which rows count by a weight, or by their logged reward.
 
     Name the column in the data set: ``data: {path: ..., weight: <column>}``, or ``reward:`` with
@@ -65,7 +65,7 @@ class WeightedSft(Config, frozen=True, kw_only=True, tag="weighted_sft", tag_fie
         return Composition(source=self.data, terms=(term,))
 
 
-class Dft(Config, frozen=True, kw_only=True, tag="dft", tag_field="name"):
+class Dft(Config, tag="dft", tag_field="name"):
     """Dynamic fine-tuning: cross-entropy without its preference for unlikely tokens."""
 
     data: Dataset
@@ -82,7 +82,7 @@ class Dft(Config, frozen=True, kw_only=True, tag="dft", tag_field="name"):
         return Composition(source=self.data, terms=(DynamicCrossEntropy(aggregate=self.aggregate),))
 
 
-class Asft(Config, frozen=True, kw_only=True, tag="asft", tag_field="name"):
+class Asft(Config, tag="asft", tag_field="name"):
     """Anchored supervised fine-tuning: DFT, held near the policy that it started from.
 
     The penalty is the KL over the full vocabulary, the anchor first; ``kl_weight: 0`` is DFT.
@@ -115,7 +115,7 @@ class Asft(Config, frozen=True, kw_only=True, tag="asft", tag_field="name"):
         return Composition(source=self.data, signals=(signal,), terms=(dft, anchored))
 
 
-class ProbabilitySft(Config, frozen=True, kw_only=True, tag="probability_sft", tag_field="name"):
+class ProbabilitySft(Config, tag="probability_sft", tag_field="name"):
     """A function of the probability in place of its logarithm: small ``alpha`` for a model that
     knows little about the task, 1 and more for one that knows much.
 
@@ -139,7 +139,7 @@ class ProbabilitySft(Config, frozen=True, kw_only=True, tag="probability_sft", t
         return Composition(source=self.data, terms=(term,))
 
 
-class Psft(Config, frozen=True, kw_only=True, tag="psft", tag_field="name"):
+class Psft(Config, tag="psft", tag_field="name"):
     """Proximal supervised fine-tuning: no token is pushed further once it has gained its share.
 
     The snapshot is taken at every draw: set the stage's ``updates_per_draw`` to 8, the paper's

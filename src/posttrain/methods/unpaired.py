@@ -15,10 +15,10 @@ from posttrain.composition import (
     ReferenceLogprobs,
 )
 from posttrain.composition.preference import BinaryClassifier, ProspectValue
-from posttrain.config import Config
+from posttrain.core.config import Config
 
 
-class OnLabels(Config, frozen=True, kw_only=True):
+class OnLabels(Config):
     """What methods on labelled answers share. A file of pairs is read as labelled answers too."""
 
     data: Dataset
@@ -29,7 +29,7 @@ class OnLabels(Config, frozen=True, kw_only=True):
     tendency: ClassVar[str] = "reshaping"
 
 
-class Kto(OnLabels, frozen=True, kw_only=True, tag="kto", tag_field="name"):
+class Kto(OnLabels, tag="kto", tag_field="name"):
     """Kahneman-Tversky optimisation: gains and losses against a moving zero point.
 
     Draws need at least two prompts: the zero point is over answers to other prompts.
@@ -54,7 +54,7 @@ class Kto(OnLabels, frozen=True, kw_only=True, tag="kto", tag_field="name"):
         return Composition(source=source, signals=signals, terms=(term,))
 
 
-class Bco(OnLabels, frozen=True, kw_only=True, tag="bco", tag_field="name"):
+class Bco(OnLabels, tag="bco", tag_field="name"):
     """Binary classifier optimisation: the log-ratio is the classifier's logit.
 
     Unconfirmed: a library's document and its code disagree on the formula; this is the code's.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from posttrain.batch import PackedBatch
 from posttrain.composition.distillation import (
     EntropyAwareKL,
     Softened,
@@ -18,29 +17,31 @@ from posttrain.composition.distillation import (
     TeacherSortedL1,
     TeacherTotalVariation,
 )
-from posttrain.config import Config
-from posttrain.divergence import TINY, Divergence, Shape
+from posttrain.core.config import Config
+from posttrain.core.statistics import Divergence, DivergenceKind
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
+from posttrain.numerics.divergence import TINY
 from posttrain.objectives.values import Stats, TermCode, Values
-from posttrain.trajectory import Column
 
-FORWARD, REVERSE = Divergence(Shape.FORWARD_KL), Divergence(Shape.REVERSE_KL)
-BY_RANK = Divergence(Shape.SORTED_L1)
+FORWARD, REVERSE = Divergence(DivergenceKind.FORWARD_KL), Divergence(DivergenceKind.REVERSE_KL)
+BY_RANK = Divergence(DivergenceKind.SORTED_L1)
 
 
 def divergence_of(term: Softened) -> Divergence:
     """Which divergence the head computes for a term."""
-    shape, coefficient = Shape.TOTAL_VARIATION, 0.0
+    shape, coefficient = DivergenceKind.TOTAL_VARIATION, 0.0
     match term:
         case TeacherForwardKL():
-            shape = Shape.FORWARD_KL
+            shape = DivergenceKind.FORWARD_KL
         case TeacherReverseKL():
-            shape = Shape.REVERSE_KL
+            shape = DivergenceKind.REVERSE_KL
         case TeacherJensenShannon():
-            shape, coefficient = Shape.JENSEN_SHANNON, term.beta
+            shape, coefficient = DivergenceKind.JENSEN_SHANNON, term.beta
         case TeacherSkewKL():
-            shape, coefficient = Shape.SKEW_KL, term.alpha
+            shape, coefficient = DivergenceKind.SKEW_KL, term.alpha
         case TeacherSkewReverseKL():
-            shape, coefficient = Shape.SKEW_REVERSE_KL, term.alpha
+            shape, coefficient = DivergenceKind.SKEW_REVERSE_KL, term.alpha
     return Divergence(shape, coefficient=coefficient, temperature=term.temperature)
 
 

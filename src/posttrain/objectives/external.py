@@ -9,16 +9,16 @@ from collections.abc import Mapping
 
 import torch
 
-from posttrain.batch import PackedBatch
 from posttrain.composition.external import (
     AssumedCertainGradient,
     AssumedOwnGradient,
     ExplorationBonus,
 )
-from posttrain.config import Config
-from posttrain.head import Stat
+from posttrain.core.config import Config
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
 from posttrain.objectives.values import Stats, TermCode, Values, capped_exp
-from posttrain.trajectory import Column
 
 
 def assumed_certain_gradient(

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import torch
 
-from posttrain.batch import PackedBatch
 from posttrain.composition.offline import AdvantageWeighted, LeftoverLunch, RewardGold
-from posttrain.config import Config
-from posttrain.head import Stat
+from posttrain.core.config import Config
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
 from posttrain.objectives.values import Stats, TermCode, Values, sequence_sums
-from posttrain.trajectory import Column
 
 
 def advantage_weighted(term: AdvantageWeighted, stats: Stats, batch: PackedBatch) -> Values:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from posttrain.batch import PackedBatch
 from posttrain.composition.policy import (
     ClippedPolicyGradient,
     ClippedWeightPolicyGradient,
@@ -23,8 +22,10 @@ from posttrain.composition.policy import (
     ShapedWeightPolicyGradient,
     SoftGatedPolicyGradient,
 )
-from posttrain.config import Config
-from posttrain.head import Stat
+from posttrain.core.config import Config
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
 from posttrain.objectives import policy_regularisers
 from posttrain.objectives.policy_ratio import (
     log_ratio,
@@ -33,7 +34,6 @@ from posttrain.objectives.policy_ratio import (
     weighed,
 )
 from posttrain.objectives.values import Stats, TermCode, Values, capped_exp, sequence_sums
-from posttrain.trajectory import Column
 
 
 def policy_gradient(term: PolicyGradient, stats: Stats, batch: PackedBatch) -> Values:

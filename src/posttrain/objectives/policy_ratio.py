@@ -10,12 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from posttrain.batch import PackedBatch
 from posttrain.composition.policy import Mismatch
-from posttrain.errors import LegalityError
-from posttrain.head import Stat
+from posttrain.core.errors import LegalityError
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
 from posttrain.objectives.values import Stats, Values, sequence_sums
-from posttrain.trajectory import Column
 
 
 def log_ratio(mismatch: Mismatch | None, stats: Stats, batch: PackedBatch) -> Tensor:

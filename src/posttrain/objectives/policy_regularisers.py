@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from posttrain.batch import PackedBatch
 from posttrain.composition.policy_regularisers import (
     AdaptiveEntropyBonus,
     EntropyBonus,
     LogRatioPenalty,
     ReferenceKL,
 )
-from posttrain.config import Config
-from posttrain.head import Stat
+from posttrain.core.config import Config
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
 from posttrain.objectives.policy_ratio import log_ratio
 from posttrain.objectives.values import Stats, TermCode, Values, capped_exp
-from posttrain.trajectory import Column
 
 
 def reference_kl(term: ReferenceKL, stats: Stats, batch: PackedBatch) -> Values:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.batch import PackedBatch
 from posttrain.composition.preference import (
     BinaryClassifier,
     ContrastiveLogistic,
@@ -38,10 +37,11 @@ from posttrain.composition.preference import (
     TargetMargin,
     TransportedReward,
 )
-from posttrain.config import Config
-from posttrain.head import Stat
+from posttrain.core.config import Config
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
 from posttrain.objectives.values import Stats, TermCode, Values, capped_exp, sequence_sums
-from posttrain.trajectory import Column
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from posttrain.batch import PackedBatch
 from posttrain.composition.reward_models import BradleyTerry, OutcomeClassifier, StepClassifier
-from posttrain.config import Config
-from posttrain.head import Stat
+from posttrain.core.config import Config
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
 from posttrain.objectives.values import Stats, TermCode, Values, sequence_sums
-from posttrain.trajectory import Column
 
 
 def last_scores(stats: Stats, batch: PackedBatch) -> Tensor:

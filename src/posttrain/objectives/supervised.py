@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 
-from posttrain.batch import PackedBatch
 from posttrain.composition.supervised import (
     BalancedCrossEntropy,
     CrossEntropy,
@@ -15,10 +14,11 @@ from posttrain.composition.supervised import (
     ProximalCrossEntropy,
     WeightedCrossEntropy,
 )
-from posttrain.config import Config
-from posttrain.head import Stat
+from posttrain.core.config import Config
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
 from posttrain.objectives.values import Stats, TermCode, Values, capped_exp
-from posttrain.trajectory import Column
 
 
 def cross_entropy(term: CrossEntropy, stats: Stats, batch: PackedBatch) -> Values:

@@ -8,10 +8,10 @@ from typing import final
 import torch
 
 from posttrain import extensions
-from posttrain.batch import PackedBatch
-from posttrain.config import Config
-from posttrain.errors import ConfigError, nearest
-from posttrain.head import Stat
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError, nearest
+from posttrain.core.statistics import Stat
+from posttrain.numerics.batch import PackedBatch
 from posttrain.objectives import (
     distillation,
     external,
@@ -52,7 +52,7 @@ def _extension(spec: type[Config]) -> TermCode:
     if unknown := sorted(found.reads - set(Stat)):
         raise ConfigError(
             f"term {name!r} of package {extensions.package_of(spec)} reads {unknown[0]!r}",
-            expected="statistics of posttrain.head.Stat",
+            expected="statistics of posttrain.numerics.head.Stat",
             fix=nearest(unknown[0], Stat),
         )
 

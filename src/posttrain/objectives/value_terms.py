@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 import torch
 
-from posttrain.batch import PackedBatch
 from posttrain.composition.values import ValueLoss
-from posttrain.config import Config
-from posttrain.head import Stat
+from posttrain.core.config import Config
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
 from posttrain.objectives.values import Stats, TermCode, Values
-from posttrain.trajectory import Column
 
 
 def value_loss(term: ValueLoss, stats: Stats, batch: PackedBatch) -> Values:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from posttrain.batch import PackedBatch
-from posttrain.config import Config
-from posttrain.divergence import Divergence
-from posttrain.head import Stat, Wanted
+from posttrain.core.config import Config
+from posttrain.core.statistics import Divergence, Stat, Wanted
+from posttrain.numerics.batch import PackedBatch
 
 Stats = Mapping[Wanted, Tensor]
 

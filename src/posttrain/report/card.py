@@ -20,7 +20,7 @@ from posttrain.diagnosis.card import (
     TaskDiagnosis,
     plainly,
 )
-from posttrain.probes.reading import Reading
+from posttrain.measure.reading import Reading
 from posttrain.report.charts import reach_strip
 from posttrain.report.pages import fill
 from posttrain.report.svg import duration, figure, label, line, path, polyline, rect

@@ -11,7 +11,7 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from posttrain.provenance import Kind
+from posttrain.core.provenance import Kind
 from posttrain.report.svg import (
     compact,
     duration,

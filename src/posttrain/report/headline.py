@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from posttrain.probes.attribution import MATERIAL
+from posttrain.measure.attribution import MATERIAL
 from posttrain.report.view import Change, Estimate, RunView, task_of
 
 MAX_CLAUSES = 8

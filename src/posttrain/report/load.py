@@ -13,23 +13,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posttrain import config
 from posttrain.chat import ChatRenderer
-from posttrain.clock import GROUPS, seconds_in
 from posttrain.composition import TeacherDistribution
-from posttrain.errors import LedgerBroken
-from posttrain.files import write_atomic
-from posttrain.ledger import GENESIS, Record, RecordKind, read, verify
-from posttrain.monitors import alarms
-from posttrain.pipeline import read_done
-from posttrain.plan import PlannedStage
-from posttrain.probes.attribution import Attribution, Part, compare, role_in_run
-from posttrain.probes.attribution import Comparison as Attributions
-from posttrain.probes.bootstrap import Interval, student_quantile
-from posttrain.probes.measurement import Measurement
-from posttrain.probes.passk import curve, pass_interval
-from posttrain.probes.support import labels
-from posttrain.provenance import Kind
+from posttrain.core import config
+from posttrain.core.clock import GROUPS, seconds_in
+from posttrain.core.errors import LedgerBroken
+from posttrain.core.files import write_atomic
+from posttrain.core.monitors import alarms
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Trajectory
+from posttrain.measure.attribution import Attribution, Part, compare, role_in_run
+from posttrain.measure.attribution import Comparison as Attributions
+from posttrain.measure.bootstrap import Interval, student_quantile
+from posttrain.measure.measurement import Measurement
+from posttrain.measure.passk import curve, pass_interval
+from posttrain.measure.support import labels
 from posttrain.recipe import Recipe, load_recipe
 from posttrain.report.render import render
 from posttrain.report.retained import retained
@@ -63,8 +61,10 @@ from posttrain.report.view import (
     TokenCount,
     Totals,
 )
-from posttrain.store import UseRole, read_trajectories, read_uses, tokens_by_producer
-from posttrain.trajectory import Trajectory
+from posttrain.run.ledger import GENESIS, Record, RecordKind, read, verify
+from posttrain.run.pipeline import read_done
+from posttrain.run.plan import PlannedStage
+from posttrain.run.store import UseRole, read_trajectories, read_uses, tokens_by_producer
 
 CURVES = ("loss", "reward", "entropy", "kl", "grad_norm", "zero_variance", "accuracy")
 SAMPLES_PER_STAGE = 4

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from posttrain.provenance import Kind
+from posttrain.core.provenance import Kind
 from posttrain.report.change import change_chart
 from posttrain.report.charts import (
     curve,

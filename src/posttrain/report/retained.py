@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from posttrain.probes.attribution import Comparison, MeasuredRole
-from posttrain.probes.measurement import Measurement
-from posttrain.probes.passk import pass_interval
-from posttrain.probes.reading import Reading
-from posttrain.probes.retention import handoff, transfer
+from posttrain.measure.attribution import Comparison, MeasuredRole
+from posttrain.measure.measurement import Measurement
+from posttrain.measure.passk import pass_interval
+from posttrain.measure.reading import Reading
+from posttrain.measure.retention import handoff, transfer
 from posttrain.recipe import Measure
 from posttrain.report.view import UNMEASURED, Estimate, RetentionView
 

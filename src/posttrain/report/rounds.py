@@ -12,7 +12,7 @@ import msgspec
 from posttrain.diagnosis.card import Diagnosis, TaskDiagnosis, plainly
 from posttrain.diagnosis.spending import spent
 from posttrain.diagnosis.treat import Chart, Round
-from posttrain.probes.reading import Reading
+from posttrain.measure.reading import Reading
 from posttrain.report.view import UNMEASURED, Estimate, FoundView, RoundView, TreatmentView
 
 

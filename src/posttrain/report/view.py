@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from posttrain.errors import DataError
-from posttrain.provenance import Kind, Role
+from posttrain.core.errors import DataError
+from posttrain.core.provenance import Kind, Role
 from posttrain.report.definitions import HOW_TO_READ, Definition
 
 

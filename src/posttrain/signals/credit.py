@@ -17,8 +17,8 @@ from typing import final
 import numpy as np
 
 from posttrain.composition.credit import BestOfKAdvantage, DecoupledAdvantage, GroupAdvantage
-from posttrain.errors import LegalityError
-from posttrain.trajectory import Array, Column, Group, Scored
+from posttrain.core.errors import LegalityError
+from posttrain.core.trajectory import Array, Column, Group, Scored
 
 EPSILON = 1e-6
 """Added to the standard deviation, as in GRPO's reference code."""

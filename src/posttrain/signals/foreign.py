@@ -12,14 +12,14 @@ from typing import final
 
 import numpy as np
 
-from posttrain import clock
 from posttrain.composition import ForeignTeacher, SpanAdvantage
-from posttrain.errors import TaskError
-from posttrain.protocols import Policy, Renderer
-from posttrain.provenance import IntArray, Role, Span
+from posttrain.core import clock
+from posttrain.core.errors import TaskError
+from posttrain.core.protocols import Policy, Renderer
+from posttrain.core.provenance import IntArray, Role, Span
+from posttrain.core.task import Task
+from posttrain.core.trajectory import Array, Column, End, Group, Scored, Trajectory
 from posttrain.signals.scoring import attach
-from posttrain.task import Task
-from posttrain.trajectory import Array, Column, End, Group, Scored, Trajectory
 
 
 @final

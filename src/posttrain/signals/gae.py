@@ -12,10 +12,10 @@ from typing import final
 import numpy as np
 
 from posttrain.composition import Gae
-from posttrain.errors import LegalityError
-from posttrain.protocols import Policy
+from posttrain.core.errors import LegalityError
+from posttrain.core.protocols import Policy
+from posttrain.core.trajectory import Array, Column, Group, Scored
 from posttrain.signals.credit import token_rewards, whitened, with_advantages
-from posttrain.trajectory import Array, Column, Group, Scored
 
 
 @final

@@ -17,10 +17,10 @@ from typing import final
 
 import numpy as np
 
-from posttrain import clock
-from posttrain.protocols import Policy
-from posttrain.provenance import FloatArray
-from posttrain.trajectory import Trajectory
+from posttrain.core import clock
+from posttrain.core.protocols import Policy
+from posttrain.core.provenance import FloatArray
+from posttrain.core.trajectory import Trajectory
 
 LIMIT_BYTES = 2**26
 """Most log-probs kept (64 MiB: 16 million tokens)."""

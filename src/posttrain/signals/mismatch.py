@@ -8,9 +8,9 @@ from typing import final
 
 import numpy as np
 
-from posttrain.protocols import Policy, Request, Signal
-from posttrain.provenance import Role, Sampling, Span
-from posttrain.trajectory import Column, Group, Scored, Trajectory
+from posttrain.core.protocols import Policy, Request, Signal
+from posttrain.core.provenance import Role, Sampling, Span
+from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 
 
 @final

@@ -13,10 +13,10 @@ from typing import final
 import numpy as np
 
 from posttrain.composition.offline import KeepRewards, OfflineSignal, OwnLogprobs
-from posttrain.errors import LegalityError
-from posttrain.protocols import Policy, Signal
+from posttrain.core.errors import LegalityError
+from posttrain.core.protocols import Policy, Signal
+from posttrain.core.trajectory import Column, Discard, Group, Scored
 from posttrain.signals.mismatch import TrainerLogprobsSignal
-from posttrain.trajectory import Column, Discard, Group, Scored
 
 
 @final

@@ -17,7 +17,7 @@ from posttrain.composition.credit import (
     MarkEntropy,
     SoftLengthPenalty,
 )
-from posttrain.protocols import Policy, Signal
+from posttrain.core.protocols import Policy, Signal
 from posttrain.signals.credit import BestOfKSignal, DecoupledSignal, GroupAdvantageSignal
 from posttrain.signals.mismatch import GreedyBaselineSignal, TrainerLogprobsSignal
 from posttrain.signals.selection import (

@@ -19,11 +19,11 @@ from posttrain.composition.preference_signals import (
     PreferDemonstration,
     PreferenceSignal,
 )
-from posttrain.errors import LegalityError
-from posttrain.protocols import Policy, Signal
-from posttrain.provenance import FloatArray, Kind, Span
+from posttrain.core.errors import LegalityError
+from posttrain.core.protocols import Policy, Signal
+from posttrain.core.provenance import FloatArray, Kind, Span
+from posttrain.core.trajectory import Array, Column, Discard, Group, Scored, Trajectory
 from posttrain.signals.transport import MatchQuantilesSignal, PreferDemonstrationSignal
-from posttrain.trajectory import Array, Column, Discard, Group, Scored, Trajectory
 
 
 @final

@@ -18,13 +18,13 @@ from typing import final
 import numpy as np
 
 from posttrain.composition.reward_models import ProcessReward, StepLabels
-from posttrain.errors import LegalityError, TaskError
-from posttrain.protocols import Policy, Renderer, Request, Signal
-from posttrain.provenance import IntArray, Role, Sampling, Span
+from posttrain.core.errors import LegalityError, TaskError
+from posttrain.core.protocols import Policy, Renderer, Request, Signal
+from posttrain.core.provenance import IntArray, Role, Sampling, Span
+from posttrain.core.trajectory import Array, Column, Group, Scored, Trajectory
 from posttrain.signals.reward_model import rewarded, sigmoid
 from posttrain.signals.shaping import add_token_rewards
 from posttrain.steps import NO_STEP, step_ends
-from posttrain.trajectory import Array, Column, Group, Scored, Trajectory
 
 
 @final

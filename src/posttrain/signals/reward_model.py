@@ -9,9 +9,9 @@ from typing import final
 import numpy as np
 
 from posttrain.composition.reward_models import RewardModel
-from posttrain.errors import LegalityError
-from posttrain.protocols import Policy, Signal
-from posttrain.trajectory import Array, Column, Group, Scored
+from posttrain.core.errors import LegalityError
+from posttrain.core.protocols import Policy, Signal
+from posttrain.core.trajectory import Array, Column, Group, Scored
 
 
 @final

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from posttrain.protocols import Signal
-from posttrain.provenance import Kind
-from posttrain.trajectory import Group
+from posttrain.core.protocols import Signal
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Group
 
 
 @final

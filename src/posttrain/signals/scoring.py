@@ -16,14 +16,14 @@ from typing import final
 
 import numpy as np
 
-from posttrain import clock
 from posttrain.composition import TeacherDistribution, TeacherLogprobs
-from posttrain.errors import ConfigError, ModelError, TaskError, nearest
-from posttrain.protocols import Policy
-from posttrain.provenance import FloatArray, Span
+from posttrain.core import clock
+from posttrain.core.errors import ConfigError, ModelError, TaskError, nearest
+from posttrain.core.protocols import Policy
+from posttrain.core.provenance import FloatArray, Span
+from posttrain.core.task import Task, with_context
+from posttrain.core.trajectory import Array, Column, Discard, Group, Scored, Trajectory
 from posttrain.signals.memory import Memory
-from posttrain.task import Task, with_context
-from posttrain.trajectory import Array, Column, Discard, Group, Scored, Trajectory
 
 PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2  # naïve 数学 🙂"
 """Text on which tokenizers differ if they differ at all."""

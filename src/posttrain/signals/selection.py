@@ -20,9 +20,9 @@ from posttrain.composition.credit import (
     MarkCovariance,
     MarkEntropy,
 )
-from posttrain.errors import LegalityError
-from posttrain.protocols import Policy
-from posttrain.trajectory import Array, Column, Discard, End, Group, Scored
+from posttrain.core.errors import LegalityError
+from posttrain.core.protocols import Policy
+from posttrain.core.trajectory import Array, Column, Discard, End, Group, Scored
 
 
 @final

@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 
 from posttrain.composition.credit import KLPenalty, SoftLengthPenalty
-from posttrain.trajectory import Array, Column, Group, Scored
+from posttrain.core.trajectory import Array, Column, Group, Scored
 
 
 @final

@@ -9,11 +9,11 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from posttrain import clock
 from posttrain.composition import DeltaAdvantage, TeacherAdvantage
-from posttrain.protocols import Policy
+from posttrain.core import clock
+from posttrain.core.protocols import Policy
+from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.signals.scoring import attach
-from posttrain.trajectory import Column, Group, Scored
 
 Floats = npt.NDArray[np.float64]
 

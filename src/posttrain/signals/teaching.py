@@ -12,12 +12,12 @@ from posttrain.composition.teaching import (
     TeachingSpec,
     teachers_of,
 )
-from posttrain.protocols import Policy, Signal
+from posttrain.core.protocols import Policy, Signal
+from posttrain.core.task import Task
 from posttrain.signals.foreign import ForeignTeacherSignal, SpanAdvantageSignal
 from posttrain.signals.memory import Memory
 from posttrain.signals.scoring import TeacherSignal
 from posttrain.signals.teacher_credit import DeltaAdvantageSignal, TeacherAdvantageSignal
-from posttrain.task import Task
 
 
 def teaching_signal(

@@ -12,9 +12,9 @@ from typing import final
 import numpy as np
 
 from posttrain.composition.preference_signals import MatchQuantiles, PreferDemonstration
-from posttrain.errors import LegalityError
-from posttrain.protocols import Policy
-from posttrain.trajectory import Array, Column, Discard, Group, Scored
+from posttrain.core.errors import LegalityError
+from posttrain.core.protocols import Policy
+from posttrain.core.trajectory import Array, Column, Discard, Group, Scored
 
 
 @final

@@ -12,11 +12,11 @@ from typing import final
 
 import numpy as np
 
-from posttrain import clock
-from posttrain.errors import TaskError, nearest
-from posttrain.protocols import Renderer
-from posttrain.task import Task, TaskSet
-from posttrain.trajectory import Column, Group
+from posttrain.core import clock
+from posttrain.core.errors import TaskError, nearest
+from posttrain.core.protocols import Renderer
+from posttrain.core.task import Task, TaskSet
+from posttrain.core.trajectory import Column, Group
 
 
 @final

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from posttrain.composition.company import Company, Guided, Hinted, Rival
-from posttrain.errors import TaskError
-from posttrain.protocols import Prompt, Renderer
-from posttrain.provenance import IntArray, Producer, Role, Span
-from posttrain.task import Task, with_context
+from posttrain.core.errors import TaskError
+from posttrain.core.protocols import Prompt, Renderer
+from posttrain.core.provenance import IntArray, Producer, Role, Span
+from posttrain.core.task import Task, with_context
 
 NOTHING = np.zeros(0, np.int32)
 

@@ -23,13 +23,13 @@ import numpy.typing as npt
 from posttrain.chat import ChatRenderer, messages_from
 from posttrain.composition import ANYONE, Dataset
 from posttrain.composition.sources import Format
-from posttrain.errors import ConfigError, DataError
-from posttrain.files import read_jsonl
-from posttrain.provenance import Kind, Producer, Role
+from posttrain.core.errors import ConfigError, DataError
+from posttrain.core.files import read_jsonl
+from posttrain.core.provenance import Kind, Producer, Role
+from posttrain.core.task import Message
+from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 from posttrain.sources.numbers import row_numbers
 from posttrain.sources.step_rows import joined, step_labels
-from posttrain.task import Message
-from posttrain.trajectory import Column, Group, Scored, Trajectory
 
 Row = Mapping[str, object]
 

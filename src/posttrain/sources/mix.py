@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import final
 
 from posttrain.composition import Mix
-from posttrain.protocols import Source
-from posttrain.trajectory import Group
+from posttrain.core.protocols import Source
+from posttrain.core.trajectory import Group
 
 
 @final

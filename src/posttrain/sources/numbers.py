@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.composition import Dataset
-from posttrain.errors import DataError
-from posttrain.trajectory import Column
+from posttrain.core.errors import DataError
+from posttrain.core.trajectory import Column
 
 
 def row_numbers(

@@ -9,8 +9,8 @@ from typing import final
 import numpy as np
 
 from posttrain.composition import Redraw
-from posttrain.protocols import Signal, Source
-from posttrain.trajectory import Column, Discard, Group
+from posttrain.core.protocols import Signal, Source
+from posttrain.core.trajectory import Column, Discard, Group
 
 
 @final

@@ -9,12 +9,12 @@ from typing import final
 import numpy as np
 
 from posttrain.composition import Rollouts
-from posttrain.errors import TaskError
-from posttrain.protocols import Completion, Policy, Request
-from posttrain.provenance import Role, Sampling, Span
+from posttrain.core.errors import TaskError
+from posttrain.core.protocols import Completion, Policy, Request
+from posttrain.core.provenance import Role, Sampling, Span
+from posttrain.core.task import Task, TaskSet
+from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
 from posttrain.sources.company import NOTHING, Opening, check_tasks, openings, spans_of
-from posttrain.task import Task, TaskSet
-from posttrain.trajectory import Column, End, Group, Scored, Trajectory
 
 
 @final

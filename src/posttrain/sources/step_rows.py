@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from posttrain.composition import Steps
-from posttrain.errors import DataError
-from posttrain.protocols import Renderer
+from posttrain.core.errors import DataError
+from posttrain.core.protocols import Renderer
+from posttrain.core.trajectory import Array, Column, Trajectory
 from posttrain.steps import NO_STEP, step_ends
-from posttrain.trajectory import Array, Column, Trajectory
 
 Row = Mapping[str, object]
 

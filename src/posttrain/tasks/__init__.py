@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from posttrain.core.task import TaskSet
 from posttrain.recipe import ReasoningGym, TaskSetSpec
-from posttrain.task import TaskSet
 from posttrain.tasks.jsonl import JsonlTaskSet
 from posttrain.tasks.reasoning_gym import ReasoningGymTaskSet
 

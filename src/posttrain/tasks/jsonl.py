@@ -13,12 +13,12 @@ from types import MappingProxyType
 from typing import final
 
 from posttrain.chat import messages_from
-from posttrain.config import digest, plain
-from posttrain.errors import DataError, TaskError
-from posttrain.files import read_jsonl
-from posttrain.provenance import Role
+from posttrain.core.config import digest, plain
+from posttrain.core.errors import DataError, TaskError
+from posttrain.core.files import read_jsonl
+from posttrain.core.provenance import Role
+from posttrain.core.task import Message, Task
 from posttrain.recipe import JsonlTasks
-from posttrain.task import Message, Task
 from posttrain.tasks.rewards import BUILTINS, call_reward, is_number, last_number, load_reward
 
 _RESERVED = frozenset({"prompts", "completions"})

@@ -16,11 +16,11 @@ from numbers import Real
 from types import MappingProxyType
 from typing import Any, Protocol, cast, final
 
-from posttrain.config import digest, plain
-from posttrain.errors import TaskError, nearest
-from posttrain.provenance import Role
+from posttrain.core.config import digest, plain
+from posttrain.core.errors import TaskError, nearest
+from posttrain.core.provenance import Role
+from posttrain.core.task import Message, Task
 from posttrain.recipe import ReasoningGym
-from posttrain.task import Message, Task
 
 _OWN_OPTIONS = frozenset({"size", "seed"})
 _PATIENCE = 20  # items looked at per task wanted, before a question space counts as too small

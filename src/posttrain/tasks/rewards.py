@@ -25,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
-from posttrain.errors import TaskError, nearest
+from posttrain.core.errors import TaskError, nearest
 
 # The sign belongs to the number only where it is no minus between two operands.
 _NUMBER = re.compile(

@@ -1,0 +1,390 @@
+"""The command line.
+
+Heavy libraries are imported inside the commands that need them, so ``--help`` is instant.
+
+exit codes   0 done · 2 a mistake that the message explains · 3 a gate stopped the run · 130 Ctrl-C
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from posttrain.cli import diagnosis as clinic
+from posttrain.core.errors import ConfigError, DataError, PosttrainError, nearest
+
+if TYPE_CHECKING:
+    from posttrain.measure.measurement import Measurement
+    from posttrain.recipe import Measure, Recipe
+    from posttrain.run.pipeline import Outcome
+
+MISTAKE, STOPPED_BY_GATE, INTERRUPTED = 2, 3, 130
+
+OUT = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class Commands(click.Group):
+    """Names the nearest command when one is misspelt, and keeps the order of definition."""
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        found = super().get_command(ctx, name)
+        if found is None:
+            ctx.fail(f"no command {name!r}; {nearest(name, self.commands)}")
+        return found
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="posttrain")
+def cli() -> None:
+    """LLM post-training as structured intervention on model behaviour.
+
+    Start with `posttrain tour`: a small language model is measured, expanded, reshaped and
+    consolidated on this machine's CPU, and a report says what each stage really did.
+    """
+
+
+@cli.command()
+@click.option("--out", type=OUT, default=Path("out/tour"), show_default=True, help="Run folder.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the whole tour.")
+def tour(out: Path, seed: int) -> None:
+    """The embedded lab: expand, reshape, prefer, consolidate, in minutes on a CPU."""
+    from posttrain.lab.tour import write_tour
+
+    _go(write_tour(out, seed=seed), out)
+
+
+@cli.command()
+@click.argument("recipe", type=FILE)
+@click.option("--out", type=OUT, help="Run folder.  [default: out/<recipe name>]")
+def run(recipe: Path, out: Path | None) -> None:
+    """Run a recipe, or go on with it. A finished recipe is not run again."""
+    _go(recipe, out)
+
+
+def _go(recipe_path: Path, out: Path | None) -> None:
+    from posttrain.cli.console import Console, interrupts
+    from posttrain.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    out = out or Path("out") / recipe.name
+    console = Console()
+    console.headline(recipe.name, out)
+    # Imported after the first line is on the screen: torch takes seconds.
+    from posttrain.api import run as run_recipe
+
+    try:
+        with console, interrupts(console.note) as stop:
+            outcome = run_recipe(
+                recipe, out=out, root=recipe_path.parent, observe=console.observe, stop=stop
+            )
+    except KeyboardInterrupt:
+        click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
+        sys.exit(INTERRUPTED)
+    _finish(outcome, console.summary)
+
+
+def _finish(outcome: Outcome, say: Callable[[Outcome, Path], None]) -> None:
+    from posttrain.report.load import write_report
+
+    say(outcome, write_report(outcome.out))
+    if outcome.stopped_by:
+        sys.exit(STOPPED_BY_GATE)
+
+
+@cli.command()
+@click.argument("recipe", type=FILE)
+def plan(recipe: Path) -> None:
+    """Print the resolved recipe, its legality, memory, tokens and steps. Touches nothing."""
+    from posttrain.recipe import load_recipe
+    from posttrain.run.preview import preview
+
+    click.echo(preview(load_recipe(recipe), root=recipe.parent))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--tasks", type=FILE, required=True, help="A recipe, or any YAML with `tasks`.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the measurement here (JSON).")
+@click.option("--samples", type=click.IntRange(min=2), help="Samples per prompt.")
+@click.option("--details", is_flag=True, help="Every reading, with a sentence each.")
+def probe(model: str, tasks: Path, out: Path | None, samples: int | None, details: bool) -> None:
+    """Measure a model on task sets: success, support, signal, variety, form; with intervals."""
+    from posttrain.api import measure
+    from posttrain.cli.console import Console
+    from posttrain.cli.tables import measurement_table, readings_table
+    from posttrain.recipe import measuring_recipe
+
+    recipe = measuring_recipe(tasks, model=model, samples=samples)
+    with Console() as console:
+        result = measure(recipe, root=tasks.parent, observe=console.observe)
+    if out:
+        from posttrain.core.files import write_atomic
+
+        write_atomic(out, result.to_json())
+    click.echo((readings_table if details else measurement_table)(result, recipe.measure))
+
+
+cli.add_command(clinic.diagnose)
+cli.add_command(clinic.treat)
+
+
+@cli.command()
+@click.argument("before")
+@click.argument("after", required=False)
+@click.option(
+    "--tasks",
+    "tasks",
+    help="Task sets to compare, with commas between; for two models a recipe.  [default: all]",
+)
+@click.option("--samples", type=click.IntRange(min=2), help="Samples per prompt, of two models.")
+def compare(before: str, after: str | None, tasks: str | None, samples: int | None) -> None:
+    """What changed between two policies: expanded, sharpened, kept, weakened, lost.
+
+    BEFORE and AFTER are measurement files, or RUN:POLICY such as out/tour:base. A run folder
+    alone compares its base with its last policy. With `--tasks recipe.yaml` they are models, which
+    are measured first: then KL, and how probable new successes were before, are told as well.
+    """
+    from posttrain.measure.measurement import require_comparable
+    from posttrain.measure.readings import require_prompts
+
+    if tasks is not None and Path(tasks).is_file():
+        click.echo(_between(before, after, Path(tasks), samples))
+        return
+    if samples is not None:
+        raise ConfigError("--samples without models to measure", fix="add --tasks recipe.yaml")
+    run = Path(before) if after is None and tasks is None else None
+    if after is None:
+        policies = _policies(Path(before))
+        before, after = f"{before}:{policies[0]}", f"{before}:{policies[-1]}"
+    (first, spec), (second, _) = _measurement(before), _measurement(after)
+    if tasks is not None:
+        chosen = [name.strip() for name in tasks.split(",")]
+        first, second = first.only(chosen), second.only(chosen)
+    require_comparable(first, second)
+    require_prompts(first)
+    click.echo(_comparison(first, second, spec))
+    if run is not None:
+        from posttrain.cli.tables import retention_table
+        from posttrain.report.load import load_retention
+
+        if kept := load_retention(run):
+            click.echo(f"\n{retention_table(kept)}")
+
+
+def _comparison(first: Measurement, second: Measurement, spec: Measure) -> str:
+    """All that samples of two policies tell."""
+    from posttrain.cli.tables import change_table, comparison_table, support_table
+    from posttrain.measure.attribution import compare as attribute
+
+    change = attribute(first, second, epsilon=spec.threshold, confidence=spec.confidence)
+    support = support_table(first, second, spec)
+    rest = change_table(first, second, confidence=spec.confidence)
+    return f"{comparison_table(change)}\n\n{support}\n\n{rest}"
+
+
+def _between(before: str, after: str | None, tasks: Path, samples: int | None) -> str:
+    """Two models, measured now."""
+    from posttrain.api import compare as compare_models
+    from posttrain.cli.console import Console
+    from posttrain.cli.tables import reach_words, readings_words
+    from posttrain.recipe import measuring_recipe
+
+    if after is None:
+        raise ConfigError(
+            f"one model to compare: {before}", expected="two, BEFORE and AFTER, with --tasks FILE"
+        )
+    sides = [_model_of(name) for name in (before, after)]
+    recipe = measuring_recipe(tasks, model=sides[0], samples=samples)
+    with Console() as console:
+        found = compare_models(recipe, *sides, root=tasks.parent, observe=console.observe)
+    blocks = [_comparison(found.before, found.after, recipe.measure)]
+    for task in recipe.measured_tasks:
+        told = [r for r in found.readings if r.task == task]
+        blocks += [readings_words(f"{task}: distance", told)] if told else []
+    blocks += [reach_words(found.reach)] if found.reach else []
+    blocks += [f"missing: {words}" for words in found.missing]
+    return "\n\n".join(blocks)
+
+
+def _model_of(name: str) -> str:
+    """The folder of a model or of RUN:POLICY; otherwise a hub id.
+
+    Raises:
+        ConfigError: neither of them.
+    """
+    from posttrain.run.plan import is_hub_id, model_path
+
+    folder, colon, policy = name.rpartition(":")
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    if colon and (Path(folder) / "recipe.json").is_file():
+        if policy == "base":
+            return model_path(_recipe_of(Path(folder)).model, Path(folder))
+        made = sorted((Path(folder) / "stages").glob(f"{policy}-*/model"))
+        if made:
+            return str(made[-1].resolve())
+        known = ["base", *(s.name for s in _recipe_of(Path(folder)).stages)]
+        raise ConfigError(f"{folder} has no model of {policy!r}", fix=nearest(policy, known))
+    if not is_hub_id(name):
+        raise ConfigError(
+            f"no model {name}",
+            expected="a model folder, RUN:POLICY or a hub id, when --tasks names a recipe",
+            fix="check the path",
+        )
+    return name
+
+
+def _recipe_of(out: Path) -> Recipe:
+    """The recipe of a run folder."""
+    from posttrain.recipe import load_recipe
+
+    if not (out / "recipe.json").is_file():
+        raise ConfigError(
+            f"{out} is not a run folder",
+            expected="a folder that `posttrain run` or `tour` wrote, with recipe.json in it",
+            fix="check the path: it is what --out said, or out/<recipe name>",
+        )
+    return load_recipe(out / "recipe.json")
+
+
+def _policies(out: Path) -> list[str]:
+    """Names of the measured policies of a run, in order."""
+    names = ["base", *(s.name for s in _recipe_of(out).stages)]
+    done = [n for n in names if (out / "measurements" / f"{n}.json").is_file()]
+    if len(done) < 2:
+        raise ConfigError(
+            f"{out} has measured {', '.join(done) or 'no policy'} so far",
+            expected="two policies to compare",
+            fix="let the run go on until its first stage is measured",
+        )
+    return done
+
+
+def _measurement(text: str) -> tuple[Measurement, Measure]:
+    """A measurement from a file or RUN:POLICY, and how to read it.
+
+    A file alone is read as :class:`Measure` reads its number of samples by default.
+    """
+    from posttrain.measure.measurement import Measurement
+    from posttrain.recipe import Measure
+
+    path, spec = Path(text), None
+    if not path.is_file():
+        folder, colon, policy = text.rpartition(":")
+        if not colon:
+            raise ConfigError(
+                f"no measurement {text}",
+                expected="a file that `posttrain probe --out` wrote, or RUN:POLICY, such as "
+                "out/tour:base",
+                fix=_how_to_name(path),
+            )
+        recipe = _recipe_of(Path(folder))
+        path, spec = Path(folder) / "measurements" / f"{policy}.json", recipe.measure
+        if not path.is_file():
+            known = [p.stem for p in path.parent.glob("*.json")]
+            raise ConfigError(
+                f"{folder} has no measured policy {policy!r}", fix=nearest(policy, known)
+            )
+    try:
+        found = Measurement.from_json(path.read_text(encoding="utf-8"))
+    except (DataError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} is not a measurement: {error}",
+            expected="a file that `posttrain probe --out` wrote, or RUN:POLICY",
+        ) from None
+    if spec is None:
+        spec = Measure(samples=found.tasks[0].num_samples) if found.tasks else Measure()
+    return found, spec
+
+
+def _how_to_name(path: Path) -> str:
+    """What to write in place of a path that is no measurement."""
+    if (path / "config.json").is_file():
+        return "models are measured first: add --tasks recipe.yaml, which holds the task sets"
+    return f"name a policy: {path}:base" if path.is_dir() else "check the path"
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=OUT)
+def report(run_folder: Path) -> None:
+    """Write RUN/report.html again: one self-contained page."""
+    _recipe_of(run_folder)
+    from posttrain.report.load import write_report
+
+    click.echo(write_report(run_folder))
+
+
+@cli.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """The map of methods, or one of them explained."""
+    from posttrain.cli.tables import method_page, methods_table
+
+    click.echo(method_page(name) if name else methods_table())
+
+
+@cli.group(cls=Commands)
+def ledger() -> None:
+    """The hash-chained record of a run."""
+
+
+@ledger.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--head", help="The head that somebody else knows.")
+def verify(path: Path, head: str | None) -> None:
+    """Check a run's hash chain. PATH is a run folder or a ledger file."""
+    from posttrain.run.ledger import verify as verify_ledger
+
+    file = path / "ledger.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"no ledger in {path}", expected="a run folder, or its ledger.jsonl")
+    result = verify_ledger(file, head=head)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.kinds.items()))
+    click.echo(f"{file}: the chain holds over {result.num_records} records ({kinds})")
+    click.echo(f"head {result.head}")
+
+
+def main() -> None:
+    """Entry point: errors of the tree become messages, not tracebacks."""
+    try:
+        cli(standalone_mode=False, prog_name="posttrain")
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except PosttrainError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(MISTAKE)
+    except BrokenPipeError:  # the reader of `posttrain … | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        click.echo(f"{_system_words(error)}", err=True)
+        sys.exit(MISTAKE)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _system_words(error: OSError) -> str:
+    """What the operating system refused, and where."""
+    from posttrain.core.files import as_disk_full
+
+    if full := as_disk_full(error):
+        return f"DiskFull: {full}"
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What everything is made of: records, configuration, errors, files. No PyTorch."""

@@ -1,0 +1,417 @@
+"""Files and folders that are never seen half written, their digests, and the run lock.
+
+    write_atomic    content -> .name.<random>.partial -> fsync -> rename -> fsync folder
+    atomic_folder   .name.partial -> fsync -> old aside as .name.old -> rename in -> delete old
+
+A process may be killed at any point: a file is the old one or the new one, and so is a folder
+once :func:`recover_folder` has settled it. A full disk is :class:`~posttrain.core.errors.DiskFull`.
+POSIX only: renames replace, and locks are advisory ``flock`` locks.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from posttrain.core.errors import DataError, DiskFull, PosttrainError, RunError, RunLocked
+
+__all__ = [
+    "as_disk_full",
+    "atomic_folder",
+    "folder_lock",
+    "hash_file",
+    "hash_folder",
+    "read_jsonl",
+    "recover_folder",
+    "sync_folder",
+    "write_all",
+    "write_atomic",
+]
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
+# torch.save writes through a C++ stream and loses the errno; these texts also come from other
+# causes, so they count only while the disk has next to nothing left.
+_STREAM_TEXTS = ("PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
+_NEXT_TO_NOTHING = 1 << 20  # bytes
+_NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS})
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a whole file: afterwards it holds ``content``, or on any failure what it held before.
+
+    Text is written as UTF-8. Missing parent folders are made.
+
+    Raises:
+        DiskFull: the disk or the quota is full; the temporary file is removed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_atomic(Path(folder, "note.txt"), "kept")
+        ...     [p.name for p in Path(folder).iterdir()], Path(folder, "note.txt").read_text()
+        (['note.txt'], 'kept')
+    """
+    raw = content.encode() if isinstance(content, str) else content
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            write_all(fd, raw)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        full = as_disk_full(error, writing=path)
+        if full is None:
+            raise
+        raise full from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_all(fd: int, content: bytes) -> None:
+    """Write every byte to an open file descriptor; ``os.write`` alone may write fewer."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in a folder survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(fd)
+
+
+def as_disk_full(error: BaseException, *, writing: Path | None = None) -> DiskFull | None:
+    """The :class:`DiskFull` that an error stands for, or None when it is about something else.
+
+    Libraries report a full disk in their own ways: an errno, a message only (safetensors), or a
+    broken stream (torch). The error and what it was raised from are both looked at.
+
+    Args:
+        error: what was caught.
+        writing: the file or folder being written, for the message and for the space left.
+
+    Example:
+        >>> print(as_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"), writing=Path("/a")))
+        ... # doctest: +ELLIPSIS
+        the disk quota is used up: cannot write /a (... free on the disk)
+          expected: room for the write; everything committed before it is intact
+          to mend:  free some space, then run the same command again
+        >>> as_disk_full(OSError(errno.EACCES, "Permission denied")) is None
+        True
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DiskFull):
+            return seen
+        if _says_full(seen, writing):
+            return _disk_full(seen, writing)
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return None
+
+
+def _says_full(error: BaseException, writing: Path | None) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    if isinstance(error, PosttrainError):
+        return False
+    text = str(error)
+    if any(t in text for t in _FULL_TEXTS):
+        return True
+    free = _free(writing)
+    broken_stream = isinstance(error, RuntimeError) and any(t in text for t in _STREAM_TEXTS)
+    return broken_stream and free is not None and free < _NEXT_TO_NOTHING
+
+
+def _disk_full(error: BaseException, writing: Path | None) -> DiskFull:
+    quota = (isinstance(error, OSError) and error.errno == errno.EDQUOT) or "quota" in str(error)
+    free = _free(writing)
+    what = "the disk quota is used up" if quota else "the disk is full"
+    place = "" if writing is None else f": cannot write {writing}"
+    room = "" if free is None else f" ({free / 1e6:.1f} MB free on the disk)"
+    return DiskFull(
+        f"{what}{place}{room}",
+        expected="room for the write; everything committed before it is intact",
+        fix="free some space, then run the same command again",
+    )
+
+
+def _free(path: Path | None) -> int | None:
+    """Bytes left where ``path`` is, or would be. None when that cannot be told."""
+    while path is not None:
+        with suppress(OSError):
+            return shutil.disk_usage(path).free
+        path = path.parent if path.parent != path else None
+    return None
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Fill a temporary folder that takes the place of ``final`` when the block ends well.
+
+    When the block raises, ``final`` is what it was. POSIX has no atomic exchange of folders: a
+    kill between the two renames leaves ``final`` missing for a moment, with both versions
+    complete beside it. A writer calls :func:`recover_folder` on open; this does so too.
+
+    Raises:
+        DiskFull: the disk or the quota is full; the temporary folder is removed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as top:
+        ...     with atomic_folder(Path(top, "checkpoint")) as folder:
+        ...         _ = Path(folder, "weights").write_bytes(b"...")
+        ...     [p.name for p in Path(top).iterdir()]
+        ['checkpoint']
+    """
+    partial, old = _beside(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(final)
+        partial.mkdir()
+        yield partial
+        _sync_tree(partial)
+        _swap(partial, final=final, old=old)
+    except Exception as error:
+        full = as_disk_full(error, writing=final)
+        if full is None or full is error:
+            raise
+        raise full from error
+    finally:
+        _remove_quietly(partial)
+
+
+def recover_folder(final: Path) -> None:
+    """Settle what a kill inside :func:`atomic_folder` left behind; otherwise does nothing.
+
+    For the writer of the folder only: it would delete what another process is writing now.
+    The old folder is set aside only once the new one is complete and on the disk. So without a
+    ``final``, an old one aside proves the new one whole, and it is moved in.
+
+    ===== ============ ======== =====================================================
+    final .name.old    .partial then
+    ===== ============ ======== =====================================================
+    any   no           yes      killed while writing: the partial one is deleted
+    no    yes          yes      killed between the renames: the new one is moved in
+    no    yes          no       the old one is put back
+    yes   yes          any      killed after the renames: the leftovers are deleted
+    ===== ============ ======== =====================================================
+    """
+    partial, old = _beside(final)
+    if old.is_dir() and not final.exists():
+        (partial if partial.is_dir() else old).rename(final)
+        sync_folder(final.parent)
+    for leftover in (old, partial):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+
+
+def _beside(final: Path) -> tuple[Path, Path]:
+    return final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
+
+
+def _swap(partial: Path, *, final: Path, old: Path) -> None:
+    if not final.exists():
+        partial.rename(final)
+        sync_folder(final.parent)
+        return
+    final.rename(old)
+    try:
+        sync_folder(final.parent)
+        partial.rename(final)
+    except BaseException:
+        if not final.exists():
+            old.rename(final)
+        raise
+    sync_folder(final.parent)
+    _remove_quietly(old)
+
+
+def _remove_quietly(folder: Path) -> None:
+    # A leftover is harmless and removed by the next recover_folder; an error raised here would
+    # hide the one that matters.
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for here, _, names in os.walk(folder, topdown=False, onerror=_raise):
+        for name in names:
+            fd = os.open(Path(here, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_folder(Path(here))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, 64 hex digits. Reads in pieces, so any size fits in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(path: Path) -> str:
+    """sha256 over the sorted (relative name, file digest) pairs below a folder, 64 hex digits.
+
+    Each pair is hashed as ``name NUL digest LF``, names with ``/`` between parts and sorted by
+    their bytes. Times, modes and empty folders do not count. A link to a file counts as the file.
+
+    Raises:
+        DataError: a link to a folder, whose content would silently not count.
+        OSError: the folder is missing or cannot be read.
+    """
+    files: list[tuple[bytes, Path]] = []
+    for here, folders, names in os.walk(path, onerror=_raise):
+        for linked in (p for p in (Path(here, f) for f in folders) if p.is_symlink()):
+            raise DataError(
+                f"{linked} is a link to a folder",
+                expected="a folder that holds all of its own content",
+                fix="replace the link by a copy",
+            )
+        files += [
+            (os.fsencode(Path(here, n).relative_to(path).as_posix()), Path(here, n)) for n in names
+        ]
+    total = hashlib.sha256()
+    for name, file in sorted(files):
+        total.update(name + b"\0" + hash_file(file).encode() + b"\n")
+    return total.hexdigest()
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone. The lock dies with the process, however it ends.
+
+    ``<folder>/lock`` names the holder. The file stays when the lock is given back, empty:
+    deleting it would let two processes lock two files of the same name. Children forked inside
+    the block share the lock until they end too.
+
+    Raises:
+        RunLocked: another process holds it; says which, where and since when.
+        RunError: the file system has no locks.
+    """
+    path = folder / "lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _take(fd, folder)
+        try:
+            _sign(fd, path)
+            yield
+        finally:
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)  # gives the lock back
+
+
+def _take(fd: int, folder: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _locked(os.pread(fd, 4096, 0), folder) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise RunError(
+            f"the file system of {folder} cannot lock files ({error.strerror})",
+            expected="a file system with locks, so that two processes cannot write one run",
+            fix="keep the run folder on a local disk",
+        ) from error
+
+
+def _sign(fd: int, path: Path) -> None:
+    since = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(holder).encode(), 0)
+    except OSError as error:
+        full = as_disk_full(error, writing=path)
+        if full is None:
+            raise
+        raise full from error
+
+
+def _locked(content: bytes, folder: Path) -> RunLocked:
+    try:
+        holder = json.loads(content)
+        who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        stop = f"kill {holder['pid']}"
+    except (ValueError, KeyError, TypeError):  # it has the lock and has not signed yet
+        who, stop = "another process", "end it"
+    return RunLocked(
+        f"{folder} is in use by {who}",
+        expected="one process at a time in a run folder",
+        fix=f"wait for it, or stop it ({stop}), or choose another folder",
+    )
+
+
+def read_jsonl(path: Path) -> list[tuple[int, Mapping[str, object]]]:
+    """Rows of a JSONL file with their line numbers, which start at 1. Blank lines are passed over.
+
+    Raises:
+        DataError: no such file, not UTF-8, a line that is not a JSON object, or no row at all.
+    """
+    if not path.is_file():
+        raise DataError(f"no file {path}", fix="check the path; it is relative to the recipe")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}", expected="a JSONL file") from None
+    rows: list[tuple[int, Mapping[str, object]]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, row {number}: not JSON: {error.msg} at column {error.colno}",
+                expected="one JSON object per line",
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: {type(row).__name__}", expected="a JSON object")
+        if "\\ud" in line.lower() and not _is_text(row):
+            raise DataError(
+                f"{path}, row {number}: half of a surrogate pair, which is no character",
+                expected="text that can be written as UTF-8",
+                fix="repair the escape (both halves: \\ud83d\\ude00)",
+            )
+        rows.append((number, row))
+    if not rows:
+        raise DataError(f"{path} is empty", expected="one JSON object per line")
+    return rows
+
+
+def _is_text(row: Mapping[str, object]) -> bool:
+    """False when some string in the row cannot be encoded."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,33 @@
+"""PyTorch for modules that must not load it before a loss is computed.
+
+    from posttrain.core.lazy import F, torch
+
+A recipe is planned, and methods are listed, from the very classes that compute the losses. They
+use these two names like the real modules; the first attribute that is asked for loads PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+else:
+
+    class _Later:
+        """A module that is imported when something of it is first used."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, attribute: str) -> object:
+            found = getattr(import_module(self._name), attribute)
+            self.__dict__[attribute] = found  # asked once: a loss is computed thousands of times
+            return found
+
+    torch = _Later("torch")
+    F = _Later("torch.nn.functional")
+
+__all__ = ["F", "torch"]

@@ -1,0 +1,322 @@
+"""The seams. Each has a contract suite and a fake in :mod:`posttrain.testing`.
+
+Shape legend: ``T`` tokens of a trajectory, ``K`` entries of a top-k distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from posttrain.core.provenance import FloatArray, IntArray, Producer, Sampling, Span
+from posttrain.core.task import Task
+from posttrain.core.trajectory import IN_PLACE, Column, End, Group, Trajectory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from posttrain.composition.moving import MovingReference
+    from posttrain.core.statistics import Stat, Wanted
+    from posttrain.numerics.batch import PackedBatch
+    from posttrain.numerics.logits import Head
+    from posttrain.recipe import Lora, Optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """A rendered prompt: token ids, and who wrote them."""
+
+    tokens: IntArray  # [T]
+    spans: tuple[Span, ...]
+
+
+class Renderer(Protocol):
+    """Turns tasks into prompts and tokens into text, for one tokenizer."""
+
+    @property
+    def has_template(self) -> bool:
+        """True when questions should be asked as chat messages."""
+        ...
+
+    def prompt(self, task: Task) -> Prompt: ...
+
+    def answer(self, task: Task, text: str) -> IntArray:
+        """The tokens of an answer with this text, its end-of-turn token included."""
+        ...
+
+    def text(self, tokens: IntArray) -> str:
+        """The completion as a verifier should read it: without end-of-turn tokens."""
+        ...
+
+    def token_text(self, token: int) -> str:
+        """One token, special ones by name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """One completion to draw. Equal requests to equal weights give equal completions."""
+
+    prompt: IntArray  # [T]
+    sampling: Sampling
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Completion:
+    """What a sampler drew, with log-probs under the distribution that was really sampled."""
+
+    tokens: IntArray  # [T], the end-of-turn token included
+    logprobs: FloatArray  # [T]
+    end: End
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Hidden:
+    """What is behind a policy's distributions: hidden states, and the head that reads them."""
+
+    head: Head
+    states: Callable[[Sequence[Trajectory]], list[FloatArray]]
+    """[T, X] per trajectory: the final hidden states that predict the trainable tokens, each
+    where the token stands; NaN elsewhere."""
+
+
+class Policy(Protocol):
+    """A model that can be sampled and asked for log-probs, live or frozen."""
+
+    @property
+    def producer(self) -> Producer: ...
+
+    @property
+    def version(self) -> int | None:
+        """Steps taken, for a live learner. None for a frozen policy."""
+        ...
+
+    @property
+    def renderer(self) -> Renderer: ...
+
+    @property
+    def context(self) -> int:
+        """Longest sequence it can hold, in tokens."""
+        ...
+
+    @property
+    def vocabulary(self) -> str:
+        """Digest of its token ids: only policies with equal vocabularies can grade each other."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: log-probs of trainable tokens at temperature 1, NaN elsewhere."""
+        ...
+
+    def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: entropy of the next-token distribution from which each trainable
+        token would be drawn at temperature 1, in nats; NaN elsewhere."""
+        ...
+
+    def distributions(
+        self, trajectories: Sequence[Trajectory], *, top_k: int | None
+    ) -> list[tuple[IntArray, FloatArray]]:
+        """([T, K] ids, [T, K] log-probs), most likely first; NaN where nothing is trained.
+
+        ``top_k=None`` gives the whole vocabulary: ids [T, 0] and log-probs [T, V].
+        """
+        ...
+
+    @property
+    def hidden(self) -> Hidden | None:
+        """What its distributions are made from, if head and weights are in this process and never
+        change; else None."""
+        ...
+
+    def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: the scalar head *before* each trainable token, NaN elsewhere.
+
+        Of a learner with a critic beside it, the critic's. The first token of a trajectory without
+        a prompt has none.
+
+        Raises:
+            LegalityError: there is no scalar head, also when nothing is asked.
+        """
+        ...
+
+    def scores(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """[T] per trajectory: the scalar head *after* each trainable token, NaN elsewhere.
+
+        Raises:
+            LegalityError: there is no scalar head, also when nothing is asked.
+        """
+        ...
+
+
+class Source(Protocol):
+    """Where trajectories come from. A pure function of the step: it holds no cursor."""
+
+    def draw(self, num_groups: int, *, step: int) -> Sequence[Group]: ...
+
+
+class Signal(Protocol):
+    """An opinion: reads groups, returns them with columns added, in the same order."""
+
+    def score(self, groups: Sequence[Group]) -> Sequence[Group]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one optimiser step did. ``metrics`` are already reduced over the global batch."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int  # tokens that went through the model
+    num_trained: int  # trainable tokens in the step, whether or not a term read them
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A weighted sum of terms over packed batches."""
+
+    @property
+    def needs(self) -> frozenset[Column]: ...
+
+    @property
+    def moving(self) -> Mapping[str, float]:
+        """Weights that follow a schedule, by metric name."""
+        ...
+
+    @property
+    def scalars(self) -> frozenset[Stat]:
+        """Readings of a scalar head that :meth:`loss` must be given."""
+        ...
+
+    @property
+    def reads_logits(self) -> bool:
+        """False when no term reads anything of the policy's distribution."""
+        ...
+
+    def at(self, *, step: int, steps: int, state: Mapping[str, float] | None = None) -> Objective:
+        """The objective of one update, its weights those of this step and of what is known."""
+        ...
+
+    def after(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """What a learner must keep for the next update, now that this one gave these metrics."""
+        ...
+
+    def counts(self, batches: Sequence[PackedBatch]) -> tuple[int, ...]:
+        """Global number of units per term, over all micro-batches of a step."""
+        ...
+
+    def loss(
+        self,
+        hidden_NX: Tensor,
+        head: Head,
+        batch: PackedBatch,
+        *,
+        counts: Sequence[int],
+        vocab_size: int,
+        scalars: Mapping[Wanted, Tensor] = ...,
+    ) -> tuple[Tensor, Mapping[str, float]]:
+        """The micro-batch's share of the loss and of the metrics; shares add up."""
+        ...
+
+
+class Kept(Protocol):
+    """Something that a checkpoint must hold for a resumed stage to go on bit for bit."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class Learner(Protocol):
+    """The model being trained: takes steps on an objective and can be saved exactly."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def state(self) -> Mapping[str, float]:
+        """What the objective remembers of earlier updates, by name. Saved with the weights."""
+        ...
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens that go through it at once where the stage names no number."""
+        ...
+
+    @property
+    def start(self) -> Policy | None:
+        """The policy it started from, on the same weights; None where they are overwritten.
+
+        Under adapters this is the model with the adapters switched off.
+        """
+        ...
+
+    @property
+    def moving(self) -> Policy | None:
+        """The reference that follows the learner; None when the stage declares none."""
+        ...
+
+    def step(
+        self, batches: Sequence[PackedBatch], objective: Objective, *, lr_scale: float
+    ) -> StepReport:
+        """One optimiser step over the micro-batches, at ``lr_scale`` times the learning rate."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Weights and optimiser state, enough to go on bit for bit."""
+        ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """A plain model folder that needs nothing of ours."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalarStart:
+    """The scalar head that a learner has, and where it starts."""
+
+    trunk: Literal["shared", "separate"]
+    model: str  # folder or hub id whose head, and for a separate trunk whose decoder, it copies
+    lr: float | None = None  # of a separate trunk and its head; None for the learner's own
+
+
+class Engine(Protocol):
+    """Makes policies and learners from model folders. Chosen in ``api.py`` and nowhere else."""
+
+    def policy(self, model: str) -> Policy:
+        """A frozen policy from a folder or a hub id."""
+        ...
+
+    def learner(
+        self,
+        model: str,
+        *,
+        name: str,
+        optimizer: Optimizer,
+        lora: Lora | None,
+        seed: int,
+        moving: MovingReference | None = None,
+        scalar: ScalarStart | None = None,
+        activation_checkpointing: bool = False,
+    ) -> Learner:
+        """A learner that starts from a folder or a hub id; adapters start from ``seed``.
+
+        ``activation_checkpointing`` computes activations again rather than keep them.
+        """
+        ...
+
+
+def provided(group: Group) -> frozenset[Column]:
+    """Columns that every member of a group carries, or has something in place of."""
+    return frozenset.intersection(
+        *(
+            frozenset(m.columns) | {c for c, other in IN_PLACE.items() if other in m.columns}
+            for m in group.members
+        )
+    )

@@ -1,0 +1,200 @@
+"""Success from a beginning that is known to be right: where on the way does a policy fail?
+
+demonstrations ──first 0, ¼, ½, ¾ of the answer──▶ prompts ──policy goes on──▶ success per share
+
+    success   no beginning    a little of it    most of it     what is missing
+              high            high              high           nothing
+              low             high              high           entry: it does not start right
+              low             low               high           local skill along the way
+              low             low               low            support
+
+The probe gives the curve and its differences; what they mean is decided by rules. Shape legend:
+``P`` prompts, ``S`` shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain.composition import SamplingSpec
+from posttrain.core.errors import ConfigError
+from posttrain.core.protocols import Policy
+from posttrain.core.provenance import IntArray
+from posttrain.core.task import TaskSet
+from posttrain.diagnosis.drawing import Demonstration, check_prompts, draw_answers
+from posttrain.measure.bootstrap import Interval, mean_interval
+from posttrain.measure.reading import Reading, reading
+
+SHARES = (0.0, 0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Continuation:
+    """Success rates from the first ``shares`` of right answers, [P, S] over the same prompts."""
+
+    task: str
+    prompts: tuple[str, ...]  # [P]
+    shares: tuple[float, ...]  # [S] asked for, rising
+    given: tuple[float, ...]  # [S] really given, on average: tokens are whole
+    rates: npt.NDArray[np.float64]  # [P, S]
+    samples: int  # per prompt and share, at least
+    confidence: float
+    seed: int
+
+    def success(self, share: float) -> Interval:
+        """Mean over prompts of the success rate from this share, with its interval.
+
+        Raises:
+            ConfigError: a share that was not measured.
+        """
+        column = self.rates[:, self._index(share)]
+        return mean_interval(column, confidence=self.confidence, seed=self.seed)
+
+    def gain(self, low: float, high: float) -> Interval:
+        """Success from ``high`` minus success from ``low``, paired by prompt, with its interval.
+
+        ``gain(0, 0.25)`` is what entry costs; ``gain(0.25, 0.75)`` what the way does;
+        1 − ``success(0.75)`` is what no beginning mends.
+        """
+        change = self.rates[:, self._index(high)] - self.rates[:, self._index(low)]
+        return mean_interval(change, confidence=self.confidence, seed=self.seed, lowest=-1.0)
+
+    def _index(self, share: float) -> int:
+        if share not in self.shares:
+            raise ConfigError(
+                f"success from {share} of an answer", expected=f"one of {list(self.shares)}"
+            )
+        return self.shares.index(share)
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """``continue@0``, ``continue@0.25`` and so on."""
+        out = []
+        for share, given in zip(self.shares, self.given, strict=True):
+            interval = self.success(share)
+            words = f"{interval.value:.0%} of answers succeed when " + (
+                f"the first {given:.0%} of a right one is given" if given else "nothing is given"
+            )
+            out.append(
+                reading(
+                    f"continue@{share:g}", self.task, interval, samples=self.samples, words=words
+                )
+            )
+        return tuple(out)
+
+
+def continuation(
+    policy: Policy,
+    taskset: TaskSet,
+    demonstrations: Sequence[Demonstration],
+    *,
+    samples: int = 16,
+    max_new_tokens: int,
+    seed: int,
+    shares: Sequence[float] = SHARES,
+    sampling: SamplingSpec = SamplingSpec(),
+    confidence: float = 0.95,
+) -> Continuation:
+    """Let a policy finish right answers from several places.
+
+    A share f gives the first ⌊f·(A − 1)⌋ of an answer's A tokens, its end of turn not counted:
+    never more than was asked for, so short answers give away less (``given`` says how much).
+    Several demonstrations of one prompt are averaged, so that prompts count alike.
+
+    Demonstrations may come from data, from a teacher or a later policy, or be the policy's own
+    successes. The last kind says nothing about prompts that it never solves, and flatters it a
+    little: a beginning that once led to success is one that it knows how to finish.
+
+    Args:
+        policy: who goes on.
+        taskset: the scorer.
+        demonstrations: right answers in the policy's own tokens, at least one.
+        samples: answers per demonstration and share; at share 0 per prompt.
+        max_new_tokens: budget of a whole answer, what was given included.
+        seed: of the draws.
+        shares: rising, from 0 on, below 1.
+        sampling: decoding.
+        confidence: of the intervals.
+
+    Raises:
+        ConfigError: no demonstrations, or shares that are not rising in [0, 1).
+        TaskError: a prompt with its beginning leaves no room; nothing was drawn.
+    """
+    shares = _checked(demonstrations, samples, shares)
+    keys = list(dict.fromkeys(d.task.key for d in demonstrations))
+    place = {key: i for i, key in enumerate(keys)}
+    # One prompt without a beginning is the same for all its demonstrations.
+    firsts = list({d.task.key: d for d in demonstrations}.values())
+    chosen = [firsts if share == 0 else list(demonstrations) for share in shares]
+    heads = [
+        [beginning(d.tokens, share) for d in some]
+        for some, share in zip(chosen, shares, strict=True)
+    ]
+    tasks = [d.task for some in chosen for d in some]
+    flat = [head for some in heads for head in some]
+    check_prompts(policy, tasks, given=flat)
+    groups = iter(
+        draw_answers(
+            policy,
+            taskset,
+            tasks,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            given=flat,
+        )
+    )
+    sums, counts = np.zeros((2, len(keys), len(shares)))
+    for column, some in enumerate(chosen):
+        for demonstration in some:
+            row = place[demonstration.task.key]
+            sums[row, column] += np.mean([a.success for a in next(groups)])
+            counts[row, column] += 1
+    return Continuation(
+        task=taskset.name,
+        prompts=tuple(keys),
+        shares=shares,
+        given=tuple(_given(some, cut) for some, cut in zip(chosen, heads, strict=True)),
+        rates=sums / counts,
+        samples=samples,
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def _checked(
+    demonstrations: Sequence[Demonstration], samples: int, shares: Sequence[float]
+) -> tuple[float, ...]:
+    shares = tuple(float(s) for s in shares)
+    if not demonstrations or samples < 1:
+        raise ConfigError(
+            f"a continuation probe with {len(demonstrations)} demonstrations, {samples} samples",
+            expected="at least one right answer to begin with, and one sample",
+            fix="give demonstrations, a teacher, or prompts that the policy sometimes solves",
+        )
+    if not shares or list(shares) != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] < 1:
+        raise ConfigError(f"shares {list(shares)}", expected="rising, each from 0 to below 1")
+    return shares
+
+
+def beginning(tokens: IntArray, share: float) -> IntArray:
+    """The first ``share`` of an answer, its end of turn not counted, rounded down.
+
+    Example:
+        >>> beginning(np.array([5, 6, 7, 8, 0]), 0.75).tolist()
+        [5, 6, 7]
+        >>> beginning(np.array([5, 6, 0]), 0.25).tolist()
+        []
+    """
+    return tokens[: int(share * (len(tokens) - 1) + 1e-9)]
+
+
+def _given(demonstrations: Sequence[Demonstration], heads: Sequence[IntArray]) -> float:
+    """Share of the answers' tokens that was really given, on average."""
+    lengths = [max(len(d.tokens) - 1, 1) for d in demonstrations]
+    return float(np.mean([len(h) / n for h, n in zip(heads, lengths, strict=True)]))

@@ -1,0 +1,1 @@
+"""Policies and learners on this machine, from stock transformers models."""

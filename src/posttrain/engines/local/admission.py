@@ -1,0 +1,126 @@
+"""Which requests enter the decoding batch, and when. No tensors here.
+
+    requests ──by prompt, short ones first──▶ Queue ──admit()──▶ prompts to read, rows to start
+
+A prompt whose rows do not all fit at once stays *open*: it was prefilled, and its further rows
+enter, without another prefill, as others leave.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from posttrain.core.protocols import Request
+from posttrain.core.provenance import IntArray
+
+FRESH_SHARE = 8
+"""A new prompt enters when all its rows fit, or an eighth of the batch is free: small prefills
+cost more per token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the batch may hold.
+
+    ``tokens`` counts keys and values in all, a prompt once for all its rows. A row counts with all
+    the tokens it may draw, so what was admitted never has to leave early.
+    """
+
+    rows: int
+    tokens: int
+    prefill_tokens: int
+    row_tokens: int  # most tokens that one row can draw
+
+    def room(self, *, prompts: int, width: int) -> int:
+        """Rows that fit beside so many prompts stored at that width; always at least one."""
+        by_memory = (self.tokens - prompts * width) // self.row_tokens
+        return max(1, min(self.rows, by_memory))
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """A distinct prompt, its requests that still wait, and its place while it is held."""
+
+    tokens: IntArray
+    waiting: deque[int]
+    live: int = 0
+    slot: int = -1
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its keys and values are still needed."""
+        return self.live > 0 or bool(self.waiting)
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Queue:
+    """Prompts that wait, and those that are held."""
+
+    limits: Limits
+    waiting: deque[Prompt]
+    held: list[Prompt] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], limits: Limits) -> Queue:
+        """Distinct prompts, short ones first: stored side by side, they are padded less."""
+        by_tokens: dict[bytes, Prompt] = {}
+        for index, request in enumerate(requests):
+            key = request.prompt.tobytes()
+            by_tokens.setdefault(key, Prompt(request.prompt, deque())).waiting.append(index)
+        return cls(limits, deque(sorted(by_tokens.values(), key=lambda p: len(p.tokens))))
+
+    @property
+    def live(self) -> int:
+        """Rows being decoded."""
+        return sum(p.live for p in self.held)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not entered."""
+        return sum(len(p.waiting) for p in (*self.held, *self.waiting))
+
+    def admit(self) -> tuple[list[Prompt], list[tuple[Prompt, int]]]:
+        """Prompts to prefill now, and (prompt, request) for every row to start now."""
+        rows: list[tuple[Prompt, int]] = []
+        for prompt in self.held:
+            rows += self._start(prompt, self._free())
+        fresh: list[Prompt] = []
+        num_tokens = 0
+        while self.waiting:
+            prompt = self.waiting[0]
+            free = self._free(prompt)
+            enough = min(len(prompt.waiting), max(1, self.limits.rows // FRESH_SHARE))
+            num_tokens += len(prompt.tokens)
+            full = fresh and num_tokens > self.limits.prefill_tokens
+            if full or free <= 0 or (free < enough and self.live):
+                break
+            self.held.append(self.waiting.popleft())
+            fresh.append(prompt)
+            rows += self._start(prompt, free)
+        return fresh, rows
+
+    def _free(self, *more: Prompt) -> int:
+        """Rows that may still enter, on the prompts held and ``more``."""
+        prompts = [*self.held, *more]
+        width = max((len(p.tokens) for p in prompts), default=0)
+        return self.limits.room(prompts=len(prompts), width=width) - self.live
+
+    def _start(self, prompt: Prompt, most: int) -> list[tuple[Prompt, int]]:
+        num = min(max(most, 0), len(prompt.waiting))
+        prompt.live += num
+        return [(prompt, prompt.waiting.popleft()) for _ in range(num)]
+
+    def leave(self, prompt: Prompt) -> None:
+        """One row of a prompt has finished."""
+        prompt.live -= 1
+
+    def drop_closed(self) -> list[Prompt]:
+        """Let go of prompts that nobody needs any more; returns them."""
+        closed = [p for p in self.held if not p.is_open]
+        if closed:
+            self.held = [p for p in self.held if p.is_open]
+        return closed

@@ -1,0 +1,128 @@
+"""Attention over packed, prefix-shared tokens, through the model library's own hook.
+
+Models stay stock: they are loaded with ``attn_implementation="posttrain"`` and called with a
+*plan* as a keyword argument, which the library hands down to every attention layer. The plan says
+which tokens read which.
+
+    model(tokens, position_ids, posttrain_plan=plan)
+      └─ layer i: q, k, v ──▶ attend() ──▶ plan.attend(layer i, q, k, v) ──▶ output
+
+Three plans exist: :class:`PackedPlan` here (training, scoring), and the two phases of the local
+sampler (prefill, decode) in ``sampler.py``.
+
+Shape legend: ``T`` packed tokens, ``H`` query heads, ``J`` key/value heads, ``D`` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, final
+
+import torch
+from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # exported at run time
+from transformers import AttentionInterface
+
+from posttrain.core.errors import ModelError
+from posttrain.engines.local.flex import FlexBlocks
+from posttrain.engines.local.masked import MaskedBlocks
+from posttrain.engines.local.tiles import Tiles, attend_tiles
+from posttrain.numerics.batch import Segment
+
+IMPLEMENTATION = "posttrain"
+PLAN = "posttrain_plan"
+
+
+class Plan(Protocol):
+    """Which tokens read which, for one forward pass."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
+    ) -> Tensor:
+        """q [T, H, D], k and v [T, J, D] -> [T, H, D]."""
+        ...
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The function registered with the model library. [1, H, T, D] in, [1, T, H, D] out."""
+    plan = kwargs.get(PLAN)
+    unsupported = [n for n in ("softcap", "s_aux", "alibi") if kwargs.get(n) is not None]
+    # A recorded size is no number that can be looked at; the model ran before it was recorded.
+    batched = not is_tracing() and query.shape[0] != 1
+    if plan is None or unsupported or batched or dropout:
+        why = (
+            "the model does not hand keyword arguments down to its attention layers"
+            if plan is None
+            else f"its attention uses {', '.join(unsupported) or 'a batch axis or dropout'}"
+        )
+        raise ModelError(
+            f"{type(module).__name__} cannot run packed: {why}",
+            expected="a decoder with plain softmax attention",
+            fix="use another model family",
+        )
+    window = kwargs.get("sliding_window")
+    out = plan.attend(  # type: ignore[attr-defined]
+        module.layer_idx,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=window,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+@final
+class PackedPlan:
+    """Causal attention within each segment, and full attention to its shared prompt.
+
+    Masks and indices are made once for all layers. On a CPU that is tiles (see ``tiles.py``), and
+    dense masks only if a layer has a window that some token's past does not fit into. On a GPU it
+    is the blocks of ``flex.py``.
+    """
+
+    def __init__(self, segments: Sequence[Segment], *, device: torch.device) -> None:
+        self._segments, self._device = tuple(segments), device
+        self._tiles: Tiles | None = None
+        self._masked: MaskedBlocks | None = None
+        self._blocks: FlexBlocks | None = None
+        self._longest = max((self._past(s) for s in segments), default=0)
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], *, device: torch.device) -> PackedPlan:
+        """Lay segments out for attention."""
+        return cls(segments, device=device)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
+    ) -> Tensor:
+        """q [T, H, D], k and v [T, J, D] -> [T, H, D]."""
+        limit = None if window is None or window >= self._longest else window
+        if self._device.type == "cuda":
+            if self._blocks is None:
+                self._blocks = FlexBlocks(self._segments, device=self._device)
+            return self._blocks.attend(q, k, v, scaling=scaling, window=limit)
+        if limit is None:
+            if self._tiles is None:
+                self._tiles = Tiles.of(self._segments, device=self._device)
+            return attend_tiles(q, k, v, self._tiles, scaling=scaling)
+        if self._masked is None:
+            self._masked = MaskedBlocks.of(self._segments, device=self._device)
+        return self._masked.attend(q, k, v, scaling=scaling, window=limit)
+
+    def _past(self, segment: Segment) -> int:
+        """Tokens that the segment's last one reads, itself included."""
+        before = 0 if segment.parent is None else self._segments[segment.parent].length
+        return before + segment.length

@@ -1,0 +1,73 @@
+"""The second set of weights that a learner keeps: a reference that follows it.
+
+Only what is trained exists twice. A model under adapters shares its frozen weights with its
+shadow.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from posttrain.composition.moving import MovingReference
+from posttrain.core.errors import ModelError
+from posttrain.engines.local.master_weights import MasterWeights
+from posttrain.engines.local.model import Model
+
+
+@final
+class Shadow:
+    """A copy of a model whose trained weights follow the original's.
+
+    Args:
+        model: the learner's.
+        trained: names of the weights that are trained.
+        spec: how and when they follow.
+    """
+
+    def __init__(self, model: Model, trained: Sequence[str], spec: MovingReference) -> None:
+        self._spec = spec
+        shared = [*model.causal.buffers()]
+        shared += [p for n, p in model.causal.named_parameters() if n not in set(trained)]
+        causal = copy.deepcopy(model.causal, {id(t): t for t in shared})
+        self.model = replace(model, causal=causal)
+        own = dict(causal.named_parameters())
+        for name in trained:
+            own[name].requires_grad_(False)
+        self._weights = MasterWeights([(name, own[name]) for name in trained])
+
+    @torch.no_grad()
+    def follow(self, learner: Mapping[str, Tensor], *, step: int) -> None:
+        """Move towards the learner's float32 weights, if it is time.
+
+        Args:
+            learner: weights by name.
+            step: optimiser steps taken.
+        """
+        if not self._spec.due(step):
+            return
+        for name, own in self._weights.state().items():
+            own.lerp_(learner[name], self._spec.rate)
+        self._weights.write_back()
+
+    def state(self) -> dict[str, Tensor]:
+        """The float32 weights by name."""
+        return self._weights.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over :meth:`state`.
+
+        Raises:
+            ModelError: it is that of another model, or of a learner without a moving reference.
+        """
+        if (expected := self._weights.state().keys()) != state.keys():
+            raise ModelError(
+                f"a checkpoint with {len(state)} weights of a moving reference",
+                expected=f"the {len(expected)} that this stage's reference has",
+            )
+        self._weights.load(state)

@@ -1,0 +1,376 @@
+"""The local sampler: completions from the learner's own weights, no copy and no second engine.
+
+    requests ──▶ Queue ──admit──▶ prefill new prompts ──▶ first token of every row that enters
+                   ▲                                          │
+                   │ rows leave when they end                 ▼
+                   └────────── harvest ◀── record ◀── decode: one token per row
+
+Each distinct prompt is computed once for all its completions, and its keys and values are stored
+and read once (``decoding.py``). Rows that finish leave at once and waiting ones take their places.
+Randomness is per request: each row draws its uniforms from its own seed, so a completion does not
+depend on what else is in the batch, up to float rounding of about 1e-6 in its log-probs.
+
+Written for CUDA too (rows are looked at every few tokens there, so the device runs ahead), and
+not run on a GPU yet.
+
+Shape legend: ``S`` row slots, ``C`` most tokens of a completion, ``N`` some rows, ``X`` hidden
+size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.core import clock
+from posttrain.core.errors import TaskError
+from posttrain.core.protocols import Completion, Request
+from posttrain.core.provenance import Sampling
+from posttrain.core.trajectory import End
+from posttrain.engines.local.admission import Limits, Prompt, Queue
+from posttrain.engines.local.attention import PackedPlan
+from posttrain.engines.local.decoding import DecodePlan, PrefillPlan
+from posttrain.engines.local.model import Model
+from posttrain.engines.local.sampling import sample
+from posttrain.engines.local.stops import find_stop
+from posttrain.numerics.batch import Segment
+
+MAX_ROWS = 1024
+"""Rows decoded together. More rows use a wide machine better, and need more memory."""
+
+KEY_VALUE_BYTES = 2**31
+"""Most memory for keys and values; large models decode fewer rows together."""
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens computed together. A longer prompt is computed alone."""
+
+COMPACT_BELOW = 0.75
+"""Empty row slots are dropped once fewer than this share of the slots is in use."""
+
+LOGIT_ELEMENTS = 2**20
+"""Logits held at a time: 4 MB stay in the caches of a CPU while they are sampled from."""
+
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+"""Tokens between two looks at which rows have ended. A look makes a GPU wait for the host."""
+
+STOP_EVERY = 8
+"""Tokens between two searches of the text for stop strings."""
+
+
+def generate(
+    model: Model, requests: Sequence[Request], *, end_tokens: frozenset[int]
+) -> list[Completion]:
+    """One completion per request, in order.
+
+    Log-probs are those of the distribution that was sampled: after temperature and truncation.
+    Greedy requests (temperature 0) have log-prob 0, since that distribution is one point. A
+    completion ends after an end token, after the token that completes a stop string, after
+    ``max_new_tokens``, or where the model's context is full.
+
+    Raises:
+        TaskError: a prompt without tokens, or without room for one more.
+    """
+    for request in requests:
+        if not 0 < len(request.prompt) < model.context or request.max_new_tokens < 1:
+            raise TaskError(
+                f"a prompt of {len(request.prompt)} tokens, {request.max_new_tokens} to draw",
+                expected=f"1 to {model.context - 1} prompt tokens (the model's context is "
+                f"{model.context}), and at least 1 to draw",
+                fix="shorten the task's prompts, or use a model with a longer context",
+            )
+    if not requests:
+        return []
+    with torch.inference_mode():
+        model.recording.prepare()
+        done = dict(_Batch.of(model, requests, end_tokens).run())
+    return [done[index] for index in range(len(requests))]
+
+
+def key_value_bytes(model: Model) -> int:
+    """Bytes that one token's keys and values take in all layers."""
+    config = model.causal.config.get_text_config()
+    heads = config.num_attention_heads
+    size = config.to_dict().get("head_dim") or config.hidden_size // heads
+    heads_kv = config.to_dict().get("num_key_value_heads") or heads
+    return int(2 * config.num_hidden_layers * heads_kv * size * model.causal.dtype.itemsize)
+
+
+def limits(model: Model, requests: Sequence[Request]) -> Limits:
+    """What fits into the memory meant for keys and values."""
+    return Limits(
+        rows=min(MAX_ROWS, len(requests)),
+        tokens=KEY_VALUE_BYTES // key_value_bytes(model),
+        prefill_tokens=PREFILL_TOKENS,
+        row_tokens=max(_most(model, r) for r in requests),
+    )
+
+
+def _most(model: Model, request: Request) -> int:
+    """Most tokens that may be drawn for a request."""
+    return min(request.max_new_tokens, model.context - len(request.prompt))
+
+
+@final
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """The rows being decoded. A slot holds one row; an empty slot is computed and not read.
+
+    Arrays [S] live on the host; they change when rows come and go, and grow older by one per
+    step. Tensors live on the model's device.
+    """
+
+    model: Model
+    requests: Sequence[Request]
+    ends: Tensor
+    queue: Queue
+    plan: DecodePlan
+    kinds: list[Sampling]  # distinct ways of sampling
+    kind_of: list[int]  # of each request
+    any_stops: bool
+    tokens_SC: Tensor
+    logprobs_SC: Tensor
+    uniform_SC: np.ndarray
+    ended_S: Tensor
+    request_S: np.ndarray  # index of the request, −1 for an empty slot
+    age_S: np.ndarray  # tokens drawn
+    most_S: np.ndarray  # tokens that may be drawn
+    searched_S: np.ndarray  # tokens that were searched for stop strings
+    place_S: np.ndarray  # prompt slot; an empty row slot keeps its last
+    prompts: list[Prompt] = field(default_factory=list)  # of each prompt slot, let go or not
+    states: list[Tensor] = field(default_factory=list)  # [X] of each prompt slot's last token
+    num_slots: int = 0  # in use or emptied since the last compaction
+    since_look: int = 0
+    stale: bool = False  # rows have come or gone since the plan was arranged
+
+    @classmethod
+    def of(cls, model: Model, requests: Sequence[Request], end_tokens: frozenset[int]) -> _Batch:
+        """An empty batch, and everybody waiting."""
+        kinds: dict[Sampling, int] = {}
+        kind_of = [
+            kinds.setdefault(replace(r.sampling, seed=None, stop=()), len(kinds)) for r in requests
+        ]
+        bounds = limits(model, requests)
+        rows = bounds.room(prompts=1, width=min(len(r.prompt) for r in requests))
+        shape, device = (rows, bounds.row_tokens), model.device
+        return cls(
+            model=model,
+            requests=requests,
+            ends=torch.tensor(sorted(end_tokens), dtype=torch.int64, device=device),
+            queue=Queue.of(requests, bounds),
+            plan=DecodePlan(bounds.row_tokens),
+            kinds=list(kinds),
+            kind_of=kind_of,
+            any_stops=any(r.sampling.stop for r in requests),
+            tokens_SC=torch.zeros(shape, dtype=torch.int64, device=device),
+            logprobs_SC=torch.zeros(shape, device=device),
+            uniform_SC=np.zeros(shape),
+            ended_S=torch.zeros(rows, dtype=torch.bool, device=device),
+            request_S=np.full(rows, -1),
+            age_S=np.zeros(rows, np.int64),
+            most_S=np.zeros(rows, np.int64),
+            searched_S=np.zeros(rows, np.int64),
+            place_S=np.zeros(rows, np.int64),
+        )
+
+    def run(self) -> Iterator[tuple[int, Completion]]:
+        """Decode until nobody waits or is left; (index of the request, completion) as they end."""
+        yield from self._enter()
+        while self.queue.live:
+            self._compact()
+            self._draw(self._step(), np.arange(self.num_slots))
+            left = self.queue.live
+            yield from self._harvest()
+            if self.queue.live < left:
+                yield from self._enter()
+
+    # --- rows come ---
+
+    def _enter(self) -> Iterator[tuple[int, Completion]]:
+        """Let in whoever fits; some may end at their first token, and make room for more."""
+        while True:
+            fresh, rows = self.queue.admit()
+            if not rows:
+                return
+            if fresh:
+                with clock.measure("prefill"):
+                    self._prefill(fresh)
+            slots = self._seat(rows)
+            states = torch.stack([self.states[p] for p in self.place_S[slots]])
+            self._draw(states, slots)
+            yield from self._harvest()
+
+    def _prefill(self, fresh: Sequence[Prompt]) -> None:
+        """Compute prompts, packed one after the other, and keep what their rows will read."""
+        device = self.model.device
+        lengths = [len(p.tokens) for p in fresh]
+        ends = np.cumsum(lengths)
+        segments = [Segment(int(e) - n, n, None) for e, n in zip(ends, lengths, strict=True)]
+        plan = PrefillPlan(PackedPlan.of(segments, device=device))
+        tokens = np.concatenate([p.tokens for p in fresh]).astype(np.int64)
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        hidden_TX = self.model.recording.hidden(
+            torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), plan
+        )
+        states = hidden_TX[torch.from_numpy(ends - 1).to(device)]
+        vacant = [i for i, p in enumerate(self.prompts) if not p.is_open]
+        slots = [*vacant, *range(len(self.prompts), len(self.prompts) + len(fresh))][: len(fresh)]
+        for slot, prompt, state in zip(slots, fresh, states, strict=True):
+            if slot == len(self.prompts):
+                self.prompts.append(prompt)
+                self.states.append(state)
+            self.prompts[slot], self.states[slot], prompt.slot = prompt, state, slot
+        self.plan.store(slots, lengths, plan)
+
+    def _seat(self, rows: Sequence[tuple[Prompt, int]]) -> np.ndarray:
+        """Give every row an empty slot; returns the slots."""
+        slots = np.flatnonzero(self.request_S < 0)[: len(rows)]
+        for slot, (prompt, index) in zip(slots, rows, strict=True):
+            request = self.requests[index]
+            most = _most(self.model, request)
+            rng = np.random.Generator(np.random.Philox(key=request.sampling.seed or 0))
+            self.uniform_SC[slot, :most] = rng.random(most)
+            self.request_S[slot], self.most_S[slot] = index, most
+            self.place_S[slot] = prompt.slot
+        self.age_S[slots] = self.searched_S[slots] = 0
+        self.ended_S[torch.from_numpy(slots)] = False
+        self.num_slots = max(self.num_slots, int(slots.max()) + 1)
+        self.stale = True
+        return slots
+
+    # --- rows grow ---
+
+    def _step(self) -> Tensor:
+        """Feed every row its last token; hidden states [S, X] that predict the next."""
+        plan, num = self.plan, self.num_slots
+        if self.stale:
+            plan.arrange(self.place_S[:num], self.age_S[:num] - 1)
+            self.stale = False
+        plan.begin()
+        last_S = self.tokens_SC[:num].gather(1, plan.age_S[:, None])[:, 0]
+        hidden_SX = self.model.recording.hidden(last_S, plan.positions_S, plan)
+        plan.advance()
+        return hidden_SX
+
+    def _draw(self, hidden_NX: Tensor, slots: np.ndarray) -> None:
+        """Sample a token for each of these slots, and write it down."""
+        device, head = self.model.device, self.model.head
+        ages = self.age_S[slots]
+        slot_N, age_N = torch.from_numpy(slots).to(device), torch.from_numpy(ages).to(device)
+        uniform_N = torch.from_numpy(self.uniform_SC[slots, ages]).to(device)
+        size = max(LOGIT_ELEMENTS // self.model.vocab_size, 1)
+        parts = [slice(first, first + size) for first in range(0, len(slots), size)]
+        drawn = [self._sample(head(hidden_NX[p]), slots[p], uniform_N[p]) for p in parts]
+        tokens_N, logprobs_N = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        self.tokens_SC[slot_N, age_N] = tokens_N
+        self.logprobs_SC[slot_N, age_N] = logprobs_N
+        self.ended_S[slot_N] |= (tokens_N[:, None] == self.ends).any(-1)
+        self.age_S[slots] += 1
+        self.since_look += 1
+
+    def _sample(
+        self, logits_NV: Tensor, slots: np.ndarray, uniform_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw for rows that may each have a distribution of their own kind."""
+        if len(self.kinds) == 1:
+            return sample(logits_NV, self.kinds[0], uniform_N)
+        kind_N = np.array([self.kind_of[i] for i in self.request_S[slots]])
+        tokens_N = torch.empty(len(slots), dtype=torch.int64, device=logits_NV.device)
+        logprobs_N = torch.empty(len(slots), device=logits_NV.device)
+        for kind in np.unique(kind_N):
+            at = torch.from_numpy(np.flatnonzero(kind_N == kind)).to(logits_NV.device)
+            tokens_N[at], logprobs_N[at] = sample(logits_NV[at], self.kinds[kind], uniform_N[at])
+        return tokens_N, logprobs_N
+
+    # --- rows go ---
+
+    def _harvest(self) -> Iterator[tuple[int, Completion]]:
+        """Completions of the rows that have ended; their slots become empty."""
+        num = self.num_slots
+        live_S = self.request_S[:num] >= 0
+        full_S = live_S & (self.age_S[:num] >= self.most_S[:num])
+        if not full_S.any() and self.since_look < LOOK_EVERY[self.model.device.type]:
+            return
+        self.since_look = 0
+        ended_S = live_S & self.ended_S[:num].cpu().numpy()
+        last_S = full_S | ended_S
+        stopped = self._stopped(live_S, last_S) if self.any_stops else {}
+        last_S[list(stopped)] = True
+        if not last_S.any():
+            return
+        rows = np.flatnonzero(last_S)
+        at = torch.from_numpy(rows).to(self.model.device)
+        tokens, logprobs = self.tokens_SC[at].cpu().numpy(), self.logprobs_SC[at].cpu().numpy()
+        ends = self.ends.cpu().numpy()
+        for row, drawn, values in zip(rows.tolist(), tokens, logprobs, strict=True):
+            hits = np.flatnonzero(np.isin(drawn[: self.age_S[row]], ends))
+            size = int(self.age_S[row])
+            size = min([size, *(hits[:1] + 1).tolist(), stopped.get(row, size)])
+            index = int(self.request_S[row])
+            end = End.COMPLETED
+            if not len(hits) and row not in stopped:
+                short = size < self.requests[index].max_new_tokens
+                end = End.CONTEXT if short else End.LENGTH
+            yield (
+                index,
+                Completion(
+                    tokens=drawn[:size].astype(np.int32), logprobs=values[:size].copy(), end=end
+                ),
+            )
+        self._empty(rows)
+
+    def _stopped(self, live_S: np.ndarray, last_S: np.ndarray) -> dict[int, int]:
+        """Tokens up to and with the one that completed a stop string, by row.
+
+        A row is searched every few tokens, and when it ends for another reason (``last_S``).
+        """
+        out: dict[int, int] = {}
+        for row in np.flatnonzero(live_S).tolist():
+            stops = self.requests[self.request_S[row]].sampling.stop
+            age, searched = int(self.age_S[row]), int(self.searched_S[row])
+            if not stops or not (last_S[row] or age - searched >= STOP_EVERY):
+                continue
+            tokens = self.tokens_SC[row, :age].tolist()
+            found = find_stop(tokens, stops, self.model.text, searched=searched)
+            self.searched_S[row] = age
+            if found is not None:
+                out[row] = found
+        return out
+
+    def _empty(self, rows: np.ndarray) -> None:
+        """Let rows go. Their slots grow as old as the oldest row, so that ages stay equal."""
+        for row in rows:
+            self.queue.leave(self.prompts[self.place_S[row]])
+        self.request_S[rows] = -1
+        self.queue.drop_closed()
+        num = self.num_slots
+        live_S = self.request_S[:num] >= 0
+        self.age_S[:num][~live_S] = self.age_S[:num][live_S].max(initial=0)
+        self.stale = True
+
+    def _compact(self) -> None:
+        """Move the rows together when too many slots are empty."""
+        live_S = self.request_S[: self.num_slots] >= 0
+        if live_S.mean() >= COMPACT_BELOW:
+            return
+        rows = np.flatnonzero(live_S)
+        rows = rows[np.argsort(self.place_S[rows], kind="stable")]
+        places = [i for i, p in enumerate(self.prompts) if p.is_open]
+        self.plan.keep(places, rows.tolist())
+        self.prompts = [self.prompts[i] for i in places]
+        self.states = [self.states[i] for i in places]
+        for slot, prompt in enumerate(self.prompts):
+            prompt.slot = slot
+        num = len(rows)
+        self.place_S[:num] = np.searchsorted(places, self.place_S[rows])
+        for values in (self.request_S, self.age_S, self.most_S, self.searched_S, self.uniform_SC):
+            values[:num] = values[rows]
+        self.request_S[num:] = -1
+        at = torch.from_numpy(rows).to(self.model.device)
+        for drawn in (self.tokens_SC, self.logprobs_SC, self.ended_S):
+            drawn[:num] = drawn[at]
+        self.num_slots, self.stale = num, True

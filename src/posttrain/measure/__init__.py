@@ -1,0 +1,1 @@
+"""Measuring a policy, and saying how sure the measurement is."""

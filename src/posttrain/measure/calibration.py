@@ -1,0 +1,91 @@
+"""Calibration: when a policy gives an answer with probability q, is it right with probability q?
+
+answers, successes [P, n] ──halves of the samples──▶ gaps per prompt and bin ──▶ Σ |mean gap|
+
+Shape legend: ``P`` prompts, ``n`` samples per prompt.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain.core.errors import ConfigError
+from posttrain.measure.bootstrap import Floats, Interval, mean_intervals
+from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.reading import Reading, reading
+from posttrain.measure.voting import answers_of
+
+BINS = 5
+"""Equal bins of confidence. A task set has tens of prompts, which do not fill the usual ten."""
+
+
+def calibration_error(task: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0) -> Reading:
+    """Expected calibration error of the answer's probability: Σ_b share_b · |right_b − said_b|.
+
+    The confidence of a sample is the probability of its final answer under the policy, measured
+    by the share of other samples with the same answer (self-consistency). That, unlike the
+    probability of a sequence, does not fall with length, and adds up over wordings.
+
+    Bins without bias: the first half of a prompt's samples puts an answer into its bin, the
+    second half says how likely and how often right it is, then the other way round. So the mean
+    gap G_b of a bin (right minus said, times its share) is estimated without bias, and is zero for
+    a calibrated policy.
+
+    The error is Σ_b |G_b| (arXiv 1706.04599), whose usual estimate is positive by chance alone.
+    The value takes the noise off the squares: Σ_b √max(0, Ĝ_b² − s_b²) with standard error s_b.
+    For the bounds, Σ_b |G_b| is the largest of all signed sums Σ_b ±G_b, each a mean over prompts
+    with an interval of its own. The upper bound is the largest of their upper ones; the lower
+    bound is the largest of their lower ones, with the error shared out among all 2^BINS of them,
+    and at least zero. Both are conservative, unless a few rare prompts differ from all others.
+
+    Raises:
+        ConfigError: fewer than 4 samples per prompt, or a measurement without answers.
+    """
+    answers, n = answers_of(task), task.num_samples
+    if n < 4:
+        raise ConfigError(f"calibration from {n} samples per prompt", expected="at least 4")
+    gaps = _gaps(answers, task.successes)
+    gaps = gaps[:, (gaps != 0).any(axis=0)]
+    num, bins = len(gaps), gaps.shape[1]
+    signs = np.array(list(product((1.0, -1.0), repeat=bins)))  # [2^bins, bins]
+    sums = np.clip(gaps @ signs.T, -1.0, 1.0)
+    ranges = ((-1.0, 1.0),) * len(signs)
+    shared = 1 - (1 - confidence) / len(signs)
+    usual = mean_intervals(sums, ranges=ranges, confidence=confidence, seed=seed)
+    strict = mean_intervals(sums, ranges=ranges, confidence=shared, seed=seed)
+    noise = gaps.var(axis=0, ddof=1) / num if num > 1 else np.zeros(bins)
+    means = gaps.mean(axis=0)
+    value = float(np.sqrt(np.maximum(means**2 - noise, 0.0)).sum())
+    interval = Interval(
+        value=value,
+        low=min(max(0.0, *(i.low for i in strict)), value),
+        high=max(value, *(i.high for i in usual)),
+        num_prompts=num,
+        seed=seed,
+        confidence=confidence,
+    )
+    over = float(means.sum()) < 0
+    words = (
+        f"answers are right {value:.2f} {'less' if over else 'more'} often "
+        "than the policy's agreement with itself says"
+    )
+    return reading("calibration_error", task.taskset, interval, samples=n, words=words)
+
+
+def _gaps(answers: npt.NDArray[np.integer], successes: npt.NDArray[np.bool_]) -> Floats:
+    """[P, BINS] mean over samples of (right − said), by the bin that the other half chose."""
+    num, n = answers.shape
+    half = np.arange(n) % 2 == 0
+    out = np.zeros((num, BINS))
+    for row, right, gaps in zip(answers, successes, out, strict=True):
+        for here in (half, ~half):
+            size = int(here.sum())
+            inside = np.bincount(row[here], minlength=n)
+            elsewhere = np.bincount(row[~here], minlength=n) / (n - size)
+            said = (inside[row[here]] - 1) / max(size - 1, 1)
+            bins = np.minimum((elsewhere[row[here]] * BINS).astype(np.int64), BINS - 1)
+            gaps += np.bincount(bins, right[here] - said, minlength=BINS) / n
+    return out

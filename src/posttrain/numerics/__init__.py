@@ -1,0 +1,1 @@
+"""What losses are computed with: packed batches, the output head, divergences."""

@@ -1,0 +1,144 @@
+"""Logits of a chunk of tokens: the policy's, and those of the teachers it is compared with.
+
+    policy's hidden states ──its head──────────▶ logits [n, V]   ┐
+    teachers' hidden states ──each one's head──▶ logits [n, V]   ├─ only a chunk at a time
+    or their log-probs, where those were kept ─▶ rows of [N, V]  ┘
+
+Shape legend: ``N`` trained tokens, ``n`` those of a chunk, ``X`` hidden size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
+from posttrain.numerics.matmul import by_onednn, linear_layers, product
+
+CHUNK_ELEMENTS = 2**24
+"""Entries of one chunk's logits (64 MiB in float32). Their log-softmax and what the statistics
+need beside it come on top, a few times that."""
+
+CHUNK_ROWS = 256
+"""Tokens of a chunk on a CPU, where a chunk that stays in the cache is worth more than a long one;
+more where the vocabulary is small, fewer where ``CHUNK_ELEMENTS`` asks for it."""
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [N, X] -> float32 logits [N, V], everything the model does to them included."""
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearHead:
+    """A head that is one product: scale · (h Wᵀ + b), in float32."""
+
+    weight_VX: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+
+    def __call__(self, hidden_NX: Tensor) -> Tensor:
+        """Logits [N, V]."""
+        with linear_layers():
+            logits_NV = F.linear(hidden_NX, self.weight_VX, self.bias_V).float()
+        return logits_NV if self.scale == 1 else logits_NV * self.scale
+
+    def into(self, room_nV: Tensor | None, hidden_nX: Tensor) -> Tensor:
+        """Logits [n, V] without a gradient; in ``room_nV`` where there is a product that can."""
+        if room_nV is not None and hidden_nX.dtype == torch.float32 and not by_onednn():
+            logits_nV = torch.mm(hidden_nX, self.weight_VX.t(), out=room_nV[: len(hidden_nX)])
+            if self.bias_V is not None:
+                logits_nV.add_(self.bias_V)
+        else:
+            logits_nV = product(hidden_nX, self.weight_VX, self.bias_V).float()
+        return logits_nV if self.scale == 1 else logits_nV.mul_(self.scale)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Teachers:
+    """The teachers of a batch, of whom the whole vocabulary is known. Constants, all of it.
+
+    A token's teacher is given by its log-probs, by the hidden state that its head reads, or not at
+    all.
+    """
+
+    known_N: Tensor  # bool: the token has a teacher
+    everywhere: bool  # whether all have
+    logp_NV: Tensor | None
+    states_NX: Tensor | None  # as wide as the widest teacher
+    number_N: Tensor | None  # of the head that reads them, -1 where there is none
+    readers: Mapping[int, tuple[Head, int]]  # heads in use by number, and how wide their states are
+
+    @classmethod
+    def of(cls, batch: PackedBatch, heads: Sequence[Head]) -> Teachers | None:
+        """Read off a batch's columns; None where they hold no teacher, or only its top-k."""
+        logp_NV = batch.columns.get(Column.TEACHER_LOGPROBS)
+        if logp_NV is not None and batch.columns[Column.TEACHER_IDS].shape[1]:
+            return None
+        states_NX = batch.columns.get(Column.TEACHER_STATES)
+        if logp_NV is None and states_NX is None:
+            return None
+        known_N = torch.zeros_like(batch.target_N, dtype=torch.bool)
+        if logp_NV is not None:
+            known_N |= ~logp_NV[:, 0].isnan()
+        number_N, readers = None, dict[int, tuple[Head, int]]()
+        if states_NX is not None:
+            number_S = batch.columns[Column.TEACHER_HEAD].nan_to_num(nan=-1.0).long()
+            number_N = number_S[batch.sequence_N].masked_fill(states_NX[:, 0].isnan(), -1)
+            known_N |= number_N >= 0
+            for number in set(number_N.tolist()) - {-1}:
+                one_X = states_NX[(number_N == number).nonzero()[0, 0]]
+                readers[number] = heads[number], int((~one_X.isnan()).sum())
+        return cls(known_N, bool(known_N.all()), logp_NV, states_NX, number_N, readers)
+
+    @torch.no_grad()
+    def logits(self, part: slice, room_nV: Tensor) -> Tensor:
+        """[n, V] of a chunk, each row up to a constant; 0 where a token has no teacher.
+
+        The result is only to be read. It may stand in ``room_nV``.
+        """
+        known_n = self.known_N[part]
+        if self.everywhere and self.logp_NV is not None and not self.readers:
+            return self.logp_NV[part]
+        if self.everywhere and self.logp_NV is None and len(self.readers) == 1:
+            (number,) = self.readers
+            return self._read(number, slice(None), part, room_nV)
+        out_nV = room_nV[: len(known_n)].zero_()
+        if self.logp_NV is not None:
+            has_n = ~self.logp_NV[part, 0].isnan()
+            out_nV[has_n] = self.logp_NV[part][has_n]
+        for number in self.readers:
+            assert self.number_N is not None  # where there are readers
+            mine_m = (self.number_N[part] == number).nonzero()[:, 0]
+            if len(mine_m):
+                out_nV[mine_m] = self._read(number, mine_m, part, None)
+        return out_nV
+
+    def _read(
+        self, number: int, rows_m: Tensor | slice, part: slice, room_nV: Tensor | None
+    ) -> Tensor:
+        """Logits [m, V] by one teacher at some tokens of a chunk."""
+        assert self.states_NX is not None  # where there are readers
+        head, width = self.readers[number]
+        states_mX = self.states_NX[part][rows_m, :width]
+        if not isinstance(head, LinearHead):
+            return head(states_mX).float()
+        states_mX = states_mX.to(head.weight_VX.dtype)
+        return head(states_mX) if room_nV is None else head.into(room_nV, states_mX)
+
+
+def chunk_rows(vocab: int, device: torch.device) -> int:
+    """Tokens of a chunk."""
+    most = max(CHUNK_ELEMENTS // vocab, 1)
+    return min(most, max(CHUNK_ROWS, 2**20 // vocab)) if device.type == "cpu" else most
+
+
+def chunks(num: int, rows: int) -> Iterator[slice]:
+    """All tokens, chunk by chunk."""
+    return (slice(start, start + rows) for start in range(0, num, rows))

@@ -1,1 +1,0 @@
-"""Probes: measure a policy, and say how sure the measurement is."""

@@ -1,0 +1,364 @@
+"""The ledger: what a run did, in the order it did it, in a file that shows edits.
+
+One JSON object a line, appended by one writer and never changed::
+
+    {"n":1,"t":"2026-11-22T09:00:00.000Z","kind":"run","body":{...},"prev":"000...0"}
+    {"n":2,"t":"...","kind":"model","body":{...},"prev":"<sha256 of line 1>"}
+
+``n`` counts from 1, so record ``n`` is line ``n``. ``prev`` is the sha256 of the raw bytes of the
+line before, without its newline; 64 zeros (:data:`GENESIS`) on the first. Raw bytes, so that no
+two JSON libraries can disagree about the digest. The digest of the last line is the *head*.
+
+A chain shows a partial edit. It does not show a complete rewrite, or an edit of the last line,
+unless somebody else knows the head: a child run, a signature, a published document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, final
+
+from posttrain.core.errors import DataError, LedgerBroken, nearest
+from posttrain.core.files import as_disk_full, sync_folder, write_all, write_atomic
+
+__all__ = ["GENESIS", "Ledger", "Record", "RecordKind", "Verified", "read", "verify"]
+
+GENESIS: Final = "0" * 64  # the head of an empty ledger
+
+_KEYS = frozenset({"n", "t", "kind", "body", "prev"})
+_RESTORE = (
+    "put back a copy of the file made before the change; without one, keep this file as it is "
+    "and start a new run folder"
+)
+
+
+class RecordKind(StrEnum):
+    """What a record is about."""
+
+    RUN = "run"  # identity, parent ledger head, versions, seed, hardware
+    MODEL = "model"  # a model that was used: base, teacher, reference, reward, judge
+    SOURCE = "source"  # a source of trajectories: where from, whose, under which licence
+    FILTER = "filter"  # a curation rule with counts in and out
+    SHARD = "shard"  # a file of trajectories or of their uses, with its digest
+    UPDATE = "update"  # optimiser steps: objective, policy in and out, shards, cost
+    CHECKPOINT = "checkpoint"  # a saved model: digest and parents
+    EVAL = "eval"  # one measured value with its uncertainty
+    SAY = "say"  # a statement by a person
+    SIGN = "sign"  # a signature over a head
+    GATE = "gate"  # what was asked of a stage's result, and the answer
+    STAGE = "stage"  # a stage began, ended or was skipped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One line of a ledger. ``digest`` is that of its raw bytes, and the next one's ``prev``."""
+
+    n: int  # from 1: also its line number
+    time: str  # ISO 8601, UTC
+    kind: RecordKind
+    body: Mapping[str, object]
+    prev: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """A chain that holds: its length, its head and how often each kind occurs."""
+
+    num_records: int
+    head: str
+    kinds: Mapping[RecordKind, int]
+    torn_bytes: int = 0  # of a last line that was never finished, and so was never recorded
+
+
+def utc_now() -> datetime:
+    """The time now, in UTC."""
+    return datetime.now(UTC)
+
+
+@final
+class Ledger:
+    """The one writer of a ledger file. Holds no open file, so there is nothing to close.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ledger = Ledger.open(Path(folder, "ledger.jsonl"))
+        ...     first = ledger.append(RecordKind.RUN, {"seed": 7})
+        ...     second = ledger.append(RecordKind.STAGE, {"name": "warm-up"})
+        ...     second.prev == first.digest, verify(ledger.path).num_records
+        (True, 2)
+    """
+
+    def __init__(
+        self, path: Path, *, head: str, num_records: int, size: int, clock: Callable[[], datetime]
+    ) -> None:
+        """Use :meth:`open`, which checks the chain first."""
+        self._path, self._head, self._num_records = path, head, num_records
+        self._size, self._clock = size, clock
+
+    @classmethod
+    def open(cls, path: Path, *, clock: Callable[[], datetime] = utc_now) -> Ledger:
+        """Open a ledger to append to it, making it if there is none. Checks the whole chain.
+
+        A last line that a kill left unfinished was never recorded: it is moved to
+        ``<path>.torn-<k>`` and the chain goes on before it.
+
+        Args:
+            path: the ledger file.
+            clock: gives the time of each record, in UTC.
+
+        Raises:
+            LedgerBroken: the chain does not hold; names the line.
+        """
+        if not path.exists():
+            write_atomic(path, b"")
+        raw = path.read_bytes()
+        records, torn = _parse(path, raw)
+        size = len(raw) - len(torn)
+        if torn:
+            write_atomic(_free_name(path), torn)
+            os.truncate(path, size)
+            _sync_file(path)
+        head = records[-1].digest if records else GENESIS
+        return cls(path, head=head, num_records=len(records), size=size, clock=clock)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    @property
+    def head(self) -> str:
+        """Digest of the last record; :data:`GENESIS` while there is none."""
+        return self._head
+
+    @property
+    def num_records(self) -> int:
+        """Records so far."""
+        return self._num_records
+
+    def append(self, kind: RecordKind, body: Mapping[str, object]) -> Record:
+        """Add a record. When this returns, it is on the disk.
+
+        Args:
+            kind: what it is about.
+            body: plain data: mappings with text keys, lists, text, finite numbers, booleans and
+                None. Keys are written in sorted order.
+
+        Raises:
+            DataError: the body holds something that is not plain data; names the place.
+            DiskFull: no room; the ledger is as it was before.
+            LedgerBroken: somebody else wrote to the file since it was opened.
+        """
+        content = {key: _plain(value, f"body.{key}") for key, value in _items(body, "body")}
+        time = self._clock().astimezone(UTC).isoformat(timespec="milliseconds")
+        number, time = self._num_records + 1, time.replace("+00:00", "Z")
+        line = _line(number, time, kind, content, self._head)
+        self._write(line + b"\n")
+        record = Record(
+            n=number,
+            time=time,
+            kind=kind,
+            body=MappingProxyType(content),
+            prev=self._head,
+            digest=_sha256(line),
+        )
+        self._head, self._num_records = record.digest, number
+        self._size += len(line) + 1
+        return record
+
+    def _write(self, content: bytes) -> None:
+        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)  # not O_CREAT: a lost file is news
+        try:
+            self._check_sole_writer(os.fstat(fd).st_size)
+            try:
+                write_all(fd, content)
+                os.fsync(fd)
+            except BaseException as error:
+                os.ftruncate(fd, self._size)  # else the next record would join a half line
+                full = as_disk_full(error, writing=self._path)
+                if full is None:
+                    raise
+                raise full from error
+        finally:
+            os.close(fd)
+
+    def _check_sole_writer(self, size: int) -> None:
+        if size != self._size:
+            raise LedgerBroken(
+                f"{self._path} has {size} bytes, and had {self._size} after our last record",
+                expected="one writer per ledger",
+                fix="see which other process works in this folder, then run the command again",
+            )
+
+
+def read(path: Path) -> list[Record]:
+    """Every record of a ledger, its chain checked. An unfinished last line is left out.
+
+    Safe while another process appends.
+
+    Raises:
+        LedgerBroken: the chain does not hold; names the line.
+    """
+    return _parse(path, path.read_bytes())[0]
+
+
+def verify(path: Path, *, head: str | None = None) -> Verified:
+    """Check a ledger without changing it.
+
+    Args:
+        path: the ledger file.
+        head: a digest known from elsewhere (a signature, a child run). It must be that of some
+            record: everything up to it is then what it was when the head was taken. Compare with
+            ``Verified.head`` to know that nothing came after.
+
+    Raises:
+        LedgerBroken: the chain does not hold, or ``head`` is not in it.
+    """
+    records, torn = _parse(path, path.read_bytes())
+    last = records[-1].digest if records else GENESIS
+    if head is not None and head != GENESIS and all(r.digest != head for r in records):
+        raise LedgerBroken(
+            f"{path} holds {len(records)} records up to {last}, and none with digest {head}",
+            expected=f"the record whose digest is {head}: it was there when that head was taken",
+            fix=f"records at the end were changed or removed since: {_RESTORE}",
+        )
+    return Verified(
+        num_records=len(records),
+        head=last,
+        kinds=MappingProxyType(dict(Counter(r.kind for r in records))),
+        torn_bytes=len(torn),
+    )
+
+
+def _line(n: int, time: str, kind: RecordKind, body: Mapping[str, object], prev: str) -> bytes:
+    # _items has put the keys of the body in order, at every depth.
+    content = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
+    text = f'{{"n":{n},"t":"{time}","kind":"{kind}","body":{content},"prev":"{prev}"}}'
+    return text.encode()
+
+
+def _parse(path: Path, raw: bytes) -> tuple[list[Record], bytes]:
+    """All finished lines as records, and the bytes of an unfinished one."""
+    *lines, torn = raw.split(b"\n")
+    records: list[Record] = []
+    prev = GENESIS
+    for n, line in enumerate(lines, start=1):
+        record = _record(path, n, line)
+        if record.prev != prev:
+            raise _broken(
+                f"{path}, line {n}: prev is {record.prev}",
+                expected=f"{prev}, " + (f"the digest of line {n - 1}" if n > 1 else "64 zeros"),
+                because=f"line {n - 1} was changed, or lines were added, removed or moved"
+                if n > 1
+                else "lines before it were removed",
+            )
+        records.append(record)
+        prev = record.digest
+    return records, torn
+
+
+def _record(path: Path, n: int, line: bytes) -> Record:
+    where = f"{path}, line {n}"
+    try:
+        fields = json.loads(line.decode())
+    except ValueError as error:  # bad UTF-8 and bad JSON alike
+        raise _broken(f"{where} is not JSON: {error}", expected="one JSON object") from None
+    if not isinstance(fields, dict) or set(fields) != _KEYS:
+        raise _broken(f"{where} has other keys", expected=f"exactly {', '.join(sorted(_KEYS))}")
+    number, time, kind, body, prev = (fields[k] for k in ("n", "t", "kind", "body", "prev"))
+    if type(number) is not int or number != n:
+        raise _broken(
+            f"{where} holds record {number!r}",
+            expected=f"record {n}",
+            because="lines were added, removed or moved",
+        )
+    if not (isinstance(time, str) and isinstance(body, dict) and isinstance(prev, str)):
+        raise _broken(f"{where} has a field of another type", expected="t, prev: text; body: {}")
+    if not isinstance(kind, str) or kind not in set(RecordKind):
+        raise LedgerBroken(
+            f"{where} is of kind {kind!r}; {nearest(str(kind), [k.value for k in RecordKind])}",
+            expected="a kind that this version knows",
+            fix="read it with the version of posttrain that wrote it, or a later one",
+        )
+    return Record(
+        n=n,
+        time=time,
+        kind=RecordKind(kind),
+        body=MappingProxyType(body),
+        prev=prev,
+        digest=_sha256(line),
+    )
+
+
+def _broken(
+    found: str, *, expected: str, because: str = "the line was changed after it was written"
+) -> LedgerBroken:
+    return LedgerBroken(found, expected=expected, fix=f"{because}: {_RESTORE}")
+
+
+def _items(mapping: Mapping[str, object], at: str) -> list[tuple[str, object]]:
+    for key in mapping:
+        if not isinstance(key, str):
+            raise DataError(f"{at} has the key {key!r}", expected="text keys")
+    return sorted((_plain_text(str(k), f"a key of {at}"), v) for k, v in mapping.items())
+
+
+def _plain(value: object, at: str) -> object:
+    """A copy made of the types that JSON gives back, so that what is read is what was written."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _plain_text(str(value), at)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v, f"{at}.{k}") for k, v in _items(value, at)}
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{at}[{i}]") for i, v in enumerate(value)]
+    raise DataError(
+        f"{at} is {value!r}, a {type(value).__name__}",
+        expected="text, a finite number, a boolean, None, a list or a mapping with text keys",
+        fix="write None for a value that is not known; turn arrays into lists, paths into text",
+    )
+
+
+def _plain_text(value: str, at: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{at} is {value!r}", expected="text that UTF-8 can hold") from None
+    return value
+
+
+def _free_name(path: Path) -> Path:
+    k = 1
+    while (torn := path.with_name(f"{path.name}.torn-{k}")).exists():
+        k += 1
+    return torn
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    sync_folder(path.parent)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,54 @@
+"""Measuring a model on a recipe's task sets, without a run folder.
+
+recipe, model ──▶ policy ──▶ task sets as its template renders them ──▶ Measurement
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.core.events import Observer, ignore
+from posttrain.core.protocols import Engine, Policy
+from posttrain.core.task import TaskSet
+from posttrain.measure.measure import measure
+from posttrain.measure.measurement import Measurement
+from posttrain.recipe import Recipe
+from posttrain.run.plan import model_path, protocol_of, protocol_parts
+from posttrain.tasks import build_taskset
+
+
+def measure_model(
+    recipe: Recipe, *, root: Path, engine: Engine, observe: Observer = ignore
+) -> Measurement:
+    """Measure the recipe's model on its task sets.
+
+    Args:
+        recipe: its stages are ignored.
+        root: folder that the recipe's paths are relative to.
+        engine: makes the policy.
+        observe: told about progress.
+    """
+    policy = engine.policy(model_path(recipe.model, root))
+    return measure_policy(recipe, policy, root=root, observe=observe)
+
+
+def measure_policy(
+    recipe: Recipe, policy: Policy, *, root: Path, observe: Observer = ignore
+) -> Measurement:
+    """Measure any policy on the recipe's task sets; the recipe's model and stages are ignored."""
+    tasksets = measured_tasksets(recipe, policy, root=root)
+    return measure(
+        policy.producer.name,
+        policy,
+        tasksets,
+        spec=recipe.measure,
+        protocol=protocol_of(recipe, tasksets, root=root),
+        parts=protocol_parts(recipe, tasksets, root=root),
+        observe=observe,
+    )
+
+
+def measured_tasksets(recipe: Recipe, policy: Policy, *, root: Path) -> list[TaskSet]:
+    """The task sets that a recipe measures, with prompts for this policy's kind."""
+    chat = policy.renderer.has_template
+    return [build_taskset(n, recipe.tasks[n], root=root, chat=chat) for n in recipe.measured_tasks]

@@ -1,0 +1,475 @@
+"""Resolving a recipe: what will run, whether it may, and what identifies it. Touches nothing.
+
+A stage's identity is the hash of what it depends on: its resolved configuration, the content of
+its data, the task sets it draws from, and the identities of the policies it starts from, refers
+to or is taught by. Its name counts too, since it seeds the stage's own randomness. Paths, gates
+and checkpoint intervals are no part of it: they do not change the weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from posttrain import extensions
+from posttrain.composition import (
+    MOVING,
+    Composition,
+    Dataset,
+    MismatchedKL,
+    Mix,
+    ProcessReward,
+    Redraw,
+    ReferenceLogprobs,
+    RewardModel,
+    Rollouts,
+    SamplingSpec,
+    StepLabels,
+    TeacherDistribution,
+    TeacherLogprobs,
+    parts_of,
+)
+from posttrain.composition.company import Rival
+from posttrain.composition.teaching import TeachingSpec, teachers_of
+from posttrain.core.config import digest, plain
+from posttrain.core.errors import ConfigError, DataError, nearest
+from posttrain.core.files import hash_file, hash_folder
+from posttrain.core.task import TaskSet
+from posttrain.legality import check_composition, scopes
+from posttrain.measure.asked import check_asked
+from posttrain.recipe import JsonlTasks, Recipe, Stage
+from posttrain.run.gates import Detour
+from posttrain.run.judges import check_judges
+
+MAX_PATHS = 64
+"""Most ways that the gates of one recipe may lead."""
+
+SEMANTICS = 1
+"""Raised when the same configuration comes to mean another computation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStage:
+    """A stage with its composition spelt out and its references resolved."""
+
+    spec: Stage
+    composition: Composition
+    init: str  # "base", an earlier stage's name, or "path:..."
+    inputs: Mapping[str, object]  # everything the identity is the hash of
+    identity: str
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder in a run: ``<name>-<first 8 digits of the identity>``."""
+        return f"{self.spec.name}-{self.identity[:8]}"
+
+    @property
+    def references(self) -> frozenset[str]:
+        """Policies that its parts refer to, the one it starts from aside."""
+        return frozenset(_references(self.composition))
+
+    @property
+    def provenance(self) -> str:
+        """In words, where its trajectories come from."""
+        source = self.composition.source
+        if isinstance(source, Redraw):
+            return f"{_drawn_from(source.source)}, drawn up to {source.max_draws} times"
+        if not isinstance(source, Mix):
+            return _drawn_from(source)
+        shares = zip(source.shares, source.parts, strict=True)
+        return "mixed: " + "; ".join(f"{share:.0%} {_drawn_from(part)}" for share, part in shares)
+
+    def steps(self, num_rows: int | None) -> int:
+        """The budget in optimiser steps; ``num_rows`` is the length of its data set.
+
+        A draw of ``groups_per_step`` rows is worth ``updates_per_draw`` steps.
+        """
+        budget, spec = self.spec.budget, self.spec
+        if budget.steps is not None:
+            return budget.steps
+        if num_rows is None or budget.epochs is None:
+            raise ConfigError(
+                f"stage {self.spec.name}: a budget in epochs on rollouts or a mix",
+                expected="a budget in steps: rollouts have no end, nor has a mix",
+            )
+        draws = budget.epochs * num_rows / spec.groups_per_step
+        return max(1, math.ceil(draws * spec.updates_per_draw))
+
+
+def _drawn_from(part: Dataset | Rollouts) -> str:
+    if isinstance(part, Dataset):
+        return f"off-policy: {part.name or Path(part.path).name} ({part.author})"
+    company = f", {part.company.__struct_config__.tag}" if part.company is not None else ""
+    if part.policy == "learner":
+        return f"on-policy: the learner's own rollouts{company}"
+    return f"off-policy: rollouts of {part.policy}{company}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A recipe, resolved and found legal, on one path through its gates."""
+
+    recipe: Recipe
+    root: Path  # paths in the recipe are relative to it
+    stages: tuple[PlannedStage, ...]  # those of the path, in order
+    final: str  # the policy that the path ends with: a stage, or "base"
+
+    def stage(self, name: str) -> PlannedStage:
+        """The stage of that name."""
+        return next(s for s in self.stages if s.spec.name == name)
+
+
+def make_plan(
+    recipe: Recipe, *, root: Path, base: str, detours: Mapping[str, Detour] = MappingProxyType({})
+) -> Plan:
+    """Resolve every stage of a path, check that it is legal, and compute its identity.
+
+    Args:
+        recipe: the configuration.
+        root: folder that its paths are relative to.
+        base: digest of the base model (or its name, while it is not on disk).
+        detours: what gates decided, by stage; the others are taken to pass.
+
+    Raises:
+        ConfigError: an unknown task set, stage, policy or option value.
+        LegalityError: a composition that cannot work.
+        DataError: a data file that does not exist.
+    """
+    _check_gates(recipe)
+    identities = {"base": base}
+    planned: list[PlannedStage] = []
+    previous = "base"
+    for spec in stages_of(recipe, detours):
+        composition = spec.method.compose()
+        init = previous if spec.init == "previous" else spec.init
+        outside = [r for r in (init, *_references(composition)) if r.startswith("path:")]
+        known = {**identities, "learner": "learner"} | {r: _outside(r, root) for r in outside}
+        known["input"] = known.get(init, init)
+        if composition.moving is not None:
+            known[MOVING] = MOVING
+        _check_references(init, composition, known, stage=spec.name)
+        _check_since(spec, known)
+        _check_tasks(composition, recipe, stage=spec.name)
+        check_composition(composition, stage=spec.name)
+        heads = {s.spec.name: s.composition.scalar_head for s in planned}
+        check_judges(composition, heads, recipe.model, init=init, root=root, stage=spec.name)
+        inputs = _inputs(spec, composition, recipe, known, init=init, root=root)
+        identity = digest(inputs)
+        planned.append(
+            PlannedStage(
+                spec=spec, composition=composition, init=init, inputs=inputs, identity=identity
+            )
+        )
+        if not isinstance(composition.source, Dataset):
+            planned[-1].steps(None)
+        identities[spec.name] = identity
+        previous = init if detours.get(spec.name, Detour()).rolled_back else spec.name
+    return Plan(recipe=recipe, root=root, stages=tuple(planned), final=previous)
+
+
+def stages_of(recipe: Recipe, detours: Mapping[str, Detour]) -> Iterator[Stage]:
+    """The stages of one path: from each to the next of the recipe, or where it or a gate says."""
+    names = [s.name for s in recipe.stages]
+    position = 0
+    while position < len(names):
+        stage = recipe.stages[position]
+        yield stage
+        target = detours.get(stage.name, Detour()).to or stage.then
+        position = (
+            position + 1
+            if target is None
+            else len(names)
+            if target == "end"
+            else names.index(target)
+        )
+
+
+def all_plans(recipe: Recipe, *, root: Path, base: str) -> list[Plan]:
+    """A plan per path that the gates may decide on, the one where all pass first.
+
+    So a path that cannot work is found before training, and not by the gate that leads to it.
+
+    Raises:
+        ConfigError: more than MAX_PATHS paths; or as :func:`make_plan`, for any of them.
+    """
+    options: list[list[tuple[str, Detour]]] = []
+    for stage in recipe.stages:
+        backs = {False, *(True for g in stage.gates if g.otherwise == "roll_back")}
+        targets = [None, *dict.fromkeys(g.to for g in stage.gates if g.otherwise == "branch")]
+        options.append([(stage.name, Detour(b, t)) for b in sorted(backs) for t in targets])
+    num = math.prod(map(len, options))
+    if num > MAX_PATHS:
+        raise ConfigError(
+            f"{num} paths through the gates that branch or roll back",
+            expected=f"at most {MAX_PATHS}",
+            fix="split the recipe",
+        )
+    plans = [
+        make_plan(recipe, root=root, base=base, detours=dict(choice))
+        for choice in itertools.product(*options)
+    ]
+    known = {tuple(s.identity for s in plan.stages): plan for plan in reversed(plans)}
+    return list(reversed(known.values()))
+
+
+def _references(composition: Composition) -> Iterator[str]:
+    """Every policy a composition names."""
+    for part in parts_of(composition.source):
+        if isinstance(part, Rollouts):
+            yield part.policy
+            yield from (part.company.policy,) if isinstance(part.company, Rival) else ()
+    yield from _graders(composition)
+    yield from _teachers(composition)
+
+
+def _teachers(composition: Composition) -> Iterator[str]:
+    """Policies that teach: frozen ones, or the learner itself with more to read."""
+    for signal in composition.signals:
+        if isinstance(signal, TeachingSpec):
+            yield from teachers_of(signal)
+        elif isinstance(signal, StepLabels):
+            yield signal.policy
+
+
+def _graders(composition: Composition) -> Iterator[str]:
+    """Policies that judge what a source drew, or that a critic starts from: frozen ones."""
+    if composition.scalar_head is not None:
+        yield composition.scalar_head.start
+    for signal in composition.signals:
+        if isinstance(signal, ReferenceLogprobs | MismatchedKL):
+            yield signal.policy
+        elif isinstance(signal, RewardModel | ProcessReward):
+            yield signal.model
+        elif not isinstance(signal, TeachingSpec | StepLabels):
+            yield from extensions.references(signal)
+
+
+def _check_references(
+    init: str, composition: Composition, known: Mapping[str, str], *, stage: str
+) -> None:
+    """Every policy exists, and only a source may draw from the live learner."""
+    named = set(_references(composition))
+    if (MOVING in named) != (composition.moving is not None):
+        raise ConfigError(
+            f"stage {stage}: {'' if MOVING in named else 'no '}part refers to policy {MOVING!r}, "
+            f"and the composition has {'no ' if MOVING in named else 'a '}moving reference",
+            expected="both or neither",
+            fix="moving: {every: ..., rate: ...} in the composition, or another policy",
+        )
+    graders = set(known) - {"learner"}
+    asked = [(init, graders - {"input", MOVING}), *((r, graders) for r in _graders(composition))]
+    drawn = [p.policy for p in parts_of(composition.source) if isinstance(p, Rollouts)]
+    asked.extend((policy, set(known)) for policy in (*drawn, *_teachers(composition)))
+    for ref, usable in asked:
+        if ref not in usable:
+            raise ConfigError(
+                f"stage {stage} refers to policy {ref!r}",
+                expected=f"{', '.join(sorted(usable))}, or path:<folder or hub id>",
+                fix=nearest(ref, usable),
+            )
+
+
+def model_path(name: str, root: Path) -> str:
+    """A folder relative to the recipe when there is one, else the name as a hub id."""
+    return str(root / name) if (root / name).exists() else name
+
+
+def is_hub_id(name: str) -> bool:
+    """True for the form ``org/name``.
+
+    Example:
+        >>> is_hub_id("Qwen/Qwen3-0.6B"), is_hub_id("./model"), is_hub_id("model")
+        (True, False, False)
+    """
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _outside(ref: str, root: Path) -> str:
+    """What identifies a ``path:`` policy: its content when it is on this disk, else its hub id.
+
+    Raises:
+        ConfigError: neither a folder nor the form of a hub id.
+    """
+    name = ref.removeprefix("path:")
+    folder = Path(model_path(name, root)).expanduser()
+    if folder.is_dir():
+        return hash_folder(folder)
+    if folder.exists() or not is_hub_id(name):
+        raise ConfigError(
+            f"no model folder {root / name}",
+            expected="path:<folder or hub id>",
+            fix="check the path; it is relative to the recipe's folder",
+        )
+    return ref
+
+
+def _check_gates(recipe: Recipe) -> None:
+    """A gate that could not be decided would be found out after its stage was trained."""
+    for stage in recipe.stages:
+        for gate in stage.gates:
+            try:
+                check_asked(gate.metric, samples=recipe.measure.samples, change=gate.compares)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"stage {stage.name}: gate on {error.found}",
+                    expected=error.expected,
+                    fix=error.fix,
+                ) from None
+            if gate.metric == "kl_base" and recipe.measure.sampling != SamplingSpec():
+                raise ConfigError(
+                    f"stage {stage.name}: gate on kl_base with tempered or truncated sampling",
+                    expected="measure.sampling at temperature 1, without truncation",
+                )
+
+
+def _check_since(spec: Stage, known: Mapping[str, str]) -> None:
+    """What a gate compares with was measured: the base or a stage of this path."""
+    for gate in spec.gates:
+        if gate.looks_back and (gate.since not in known or known[gate.since].startswith("path:")):
+            raise ConfigError(
+                f"stage {spec.name}: gate since {gate.since!r}, which is not measured before it",
+                expected="base, or a stage that is sure to run before",
+            )
+
+
+def _check_tasks(composition: Composition, recipe: Recipe, *, stage: str) -> None:
+    parts = parts_of(composition.source)
+    drawn = {t for p in parts if isinstance(p, Rollouts) for t in p.tasks}
+    for name in sorted(drawn):
+        if name not in recipe.tasks:
+            raise ConfigError(
+                f"stage {stage} draws from task set {name!r}",
+                expected="a task set of this recipe",
+                fix=nearest(name, recipe.tasks),
+            )
+    for signal, kinds in zip(composition.signals, scopes(composition), strict=True):
+        if not isinstance(signal, TeacherDistribution | TeacherLogprobs):
+            continue
+        routed = set(signal.routes)
+        asked = {name for p in parts if p.writes & kinds for name in _row_names(p)}
+        if ("*" not in routed and asked - routed) or routed - asked - {"*"}:
+            raise ConfigError(
+                f"stage {stage}: teachers for {sorted(routed)}, groups of {sorted(asked)}",
+                expected='one route per task set or data set, or a default "*", and no other',
+            )
+
+
+def _row_names(part: Dataset | Rollouts) -> tuple[str, ...]:
+    """First halves of the task keys that a source draws."""
+    if isinstance(part, Dataset):
+        return (part.name or Path(part.path).stem,)
+    return part.tasks
+
+
+def _inputs(
+    spec: Stage,
+    composition: Composition,
+    recipe: Recipe,
+    known: Mapping[str, str],
+    *,
+    init: str,
+    root: Path,
+) -> dict[str, object]:
+    """What the stage's weights depend on, as plain data."""
+    resolved = plain(composition)
+    mixed, again = (isinstance(composition.source, kind) for kind in (Mix, Redraw))
+    plain_parts = resolved["source"]["parts"] if mixed else [resolved["source"]]
+    plain_parts = [resolved["source"]["source"]] if again else plain_parts
+    tasks: dict[str, object] = {}
+    for part, as_plain in zip(parts_of(composition.source), plain_parts, strict=True):
+        if isinstance(part, Dataset):
+            as_plain["path"] = _content(part.path, root)
+        else:
+            tasks |= {t: resolved_taskset(recipe, t, root) for t in part.tasks}
+    references = {r: known[r] for r in _references(composition)}
+    # The code of an extension counts as its version; ours counts in `semantics`.
+    packages = extensions.used_by(composition)
+    return {
+        **({"extensions": packages} if packages else {}),
+        "semantics": SEMANTICS,
+        "name": spec.name,
+        "composition": resolved,
+        "budget": plain(spec.budget),
+        "optimizer": plain(spec.optimizer),
+        "lora": plain(spec.lora) if spec.lora else None,
+        "groups_per_step": spec.groups_per_step,
+        "updates_per_draw": spec.updates_per_draw,
+        "micro_batch_tokens": spec.micro_batch_tokens,
+        **({"activation_checkpointing": True} if spec.activation_checkpointing else {}),
+        "max_age": spec.max_age,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "init": known[init],
+        "references": references,
+        "tasks": tasks,
+    }
+
+
+def protocol_of(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> str:
+    """Digest of everything that must be equal for two measurements to be comparable.
+
+    Args:
+        recipe: sampling and seeds, and where the task sets come from, scorers included.
+        tasksets: those that are measured, built.
+        root: folder that the recipe's paths are relative to.
+    """
+    keys = {t.name: [task.key for task in t.held_out] for t in tasksets}
+    judged = {t.name: resolved_taskset(recipe, t.name, root) for t in tasksets}
+    spec = plain(recipe.measure)
+    # How counts are read, not how they are taken; and names, which `keys` repeats.
+    del spec["epsilon"], spec["confidence"], spec["tasks"]
+    return digest([spec, keys, judged])
+
+
+def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> dict[str, str]:
+    """What :func:`protocol_of` digests, part by part, so that people can be told what differs.
+
+    See :class:`posttrain.measure.measurement.Measurement`; the template is added by who measures.
+    """
+    spec = recipe.measure
+    usual = plain(SamplingSpec())
+    words = [f"{k} {v:g}" for k, v in plain(spec.sampling).items() if v != usual[k]]
+    words = words or ["the policy's own distribution"]
+    parts = {
+        "decoding": ", ".join([*words, f"at most {spec.max_new_tokens} tokens"]),
+        "samples": f"{spec.samples} per prompt",
+        "seeds": f"from {spec.seed}",
+    }
+    for taskset in tasksets:
+        judged = resolved_taskset(recipe, taskset.name, root)
+        parts[f"prompts of {taskset.name}"] = digest([t.key for t in taskset.held_out])
+        # Where its prompts come from is told by the prompts.
+        parts[f"verifier of {taskset.name}"] = digest(
+            {k: v for k, v in judged.items() if k not in ("path", "train", "held_out", "seed")}
+        )
+    return parts
+
+
+def resolved_taskset(recipe: Recipe, name: str, root: Path) -> dict[str, object]:
+    """A task set as plain data, with the content of its files in place of their paths.
+
+    Raises:
+        DataError: a file that does not exist.
+    """
+    spec = recipe.tasks[name]
+    resolved = plain(spec)
+    if isinstance(spec, JsonlTasks):
+        resolved["path"] = _content(spec.path, root)
+        file, _, function = spec.reward.rpartition(":")
+        if file:
+            resolved["reward"] = f"{_content(file, root)}:{function}"
+    return resolved
+
+
+def _content(path: str, root: Path) -> str:
+    """Digest of a data file: what it holds matters, not where it lies."""
+    full = root / path
+    if not full.is_file():
+        raise DataError(
+            f"no file {full}", fix="check the path; it is relative to the recipe's folder"
+        )
+    return hash_file(full)

@@ -1,0 +1,308 @@
+"""What ``posttrain plan`` prints: everything resolved, and nothing touched.
+
+Data files are read and checked and the tokenizer is loaded, since a plan that finds a broken row
+saves a night; weights are not loaded, their shapes are read from the files' headers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import yaml
+from msgspec import structs
+
+from posttrain.chat import ChatRenderer, Tokenizer
+from posttrain.composition import Dataset, Mix, Rollouts, TeacherDistribution, parts_of
+from posttrain.core import config
+from posttrain.core.errors import ModelError
+from posttrain.core.files import hash_folder
+from posttrain.legality import compared_in_the_loss
+from posttrain.recipe import Recipe
+from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
+
+if TYPE_CHECKING:
+    from posttrain.sources.dataset import DatasetSource
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the headers of a model folder say."""
+
+    num_weights: int
+    context: int
+    vocab_size: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """Steps of a stage, and the most tokens that it can process."""
+
+    steps: int
+    prompts: int  # tokens
+    completions: int  # tokens, at most
+    rows: int | None = None
+    exact: bool = False
+
+
+def preview(recipe: Recipe, *, root: Path) -> str:
+    """The plan of a recipe, as text for a person.
+
+    Raises:
+        PosttrainError: whatever would stop the run: options, legality, data, model folder.
+    """
+    # Imported here: torch takes seconds.
+    from posttrain.engines.local.model import check_folder
+
+    folder = Path(model_path(recipe.model, root)).expanduser()
+    local = folder.is_dir()
+    if local:
+        check_folder(folder)
+    elif not is_hub_id(recipe.model):
+        raise ModelError(
+            f"no model folder {root / recipe.model}",
+            expected="a folder with config.json and weights, or a hub id like org/name",
+            fix="check the path; it is relative to the recipe's folder",
+        )
+    base = hash_folder(folder) if local else recipe.model
+    plan, *others = all_plans(recipe, root=root, base=base)
+    shape = read_shape(folder) if local else None
+    lines = [
+        f"recipe    {recipe.name}  (identity {config.digest(recipe)[:16]})",
+        f"model     {recipe.model}" + ("" if local else "  (not on this disk: would be fetched)"),
+        f"measured  {', '.join(recipe.measured_tasks) or 'nothing: the recipe has no task sets'}; "
+        f"{recipe.measure.samples} samples per prompt, support threshold "
+        f"{recipe.measure.threshold:.4f}",
+    ]
+    if shape:
+        lines.append(
+            f"weights   {shape.num_weights:,} in {recipe.dtype}, context {shape.context}, "
+            f"vocabulary {shape.vocab_size:,}"
+        )
+    for number, planned in enumerate(plan.stages, start=1):
+        lines += ["", *_stage_lines(number, planned, plan, shape, folder)]
+    lines += _detours(plan, others)
+    resolved = yaml.safe_dump(config.plain(recipe), sort_keys=False, allow_unicode=True)
+    return "\n".join([*lines, "", "resolved recipe:", "", resolved.rstrip()])
+
+
+def _stage_lines(
+    number: int, planned: PlannedStage, plan: Plan, shape: Shape | None, folder: Path
+) -> list[str]:
+    spec, composition = planned.spec, planned.composition
+    signals = " → ".join(str(s.__struct_config__.tag) for s in composition.signals)
+    terms = " + ".join(f"{t.weight:g} {t.__struct_config__.tag}" for t in composition.terms)
+    lines = [
+        f"{number}. {spec.name}  {spec.method.__struct_config__.tag}  ({planned.folder})",
+        f"   provenance  {planned.provenance}",
+        f"   starts from {planned.init}",
+        f"   signals     {signals or 'none'}",
+        f"   objective   {terms}",
+        "   legality    ok: every column and author that the objective needs is provided",
+    ]
+    amount = volume(planned, plan, folder) if shape else None
+    if amount:
+        most = "" if amount.exact else "at most "
+        lines.append(
+            f"   steps       {amount.steps}  ({spec.groups_per_step} groups each"
+            + (f", {amount.rows} rows" if amount.rows is not None else "")
+            + ")"
+        )
+        lines.append(
+            f"   tokens      {most}{amount.completions:,} of answers, "
+            f"{amount.prompts:,} of prompts (each counted once per group)"
+        )
+    if shape:
+        lines.append("   memory      " + _memory(planned, plan.recipe, shape))
+    for gate in spec.gates:
+        act = f"branch to {gate.to}" if gate.to else gate.otherwise.replace("_", " ")
+        lines.append(f"   gate        {gate.metric} on {gate.task}: {gate.words}, else {act}")
+    if spec.then:
+        lines.append(f"   then        {spec.then}")
+    return lines
+
+
+def _detours(plan: Plan, others: Sequence[Plan]) -> list[str]:
+    """The other ways that gates may lead, each found legal."""
+    if not others:
+        return []
+    ways = [" → ".join(f"{s.spec.name} (from {s.init})" for s in o.stages) for o in others]
+    return ["", "if gates decide otherwise:", *(f"   {way}" for way in ways)]
+
+
+def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
+    """Weights, gradients and optimiser state; activations depend on the micro-batch."""
+    width = BYTES[recipe.dtype]
+    weights = shape.num_weights * width
+    if planned.spec.lora:
+        return (
+            f"{_size(weights)} of frozen weights, plus adapters of rank "
+            f"{planned.spec.lora.rank} with gradients and AdamW state"
+        )
+    parts = f"{_size(weights)} weights + {_size(weights)} gradients + {_size(2 * weights)} AdamW"
+    # A critic is a copy of the model that it starts from, which is not kept beside it.
+    composition = structs.replace(planned.composition, scalar_head=None)
+    graders = replace(planned, composition=composition).references - {"learner"}
+    extra = f" + {_size(len(graders) * weights)} frozen policies" if graders else ""
+    if (head := planned.composition.scalar_head) is not None and head.trunk == "separate":
+        extra += f" + {_size(4 * weights)} critic"
+    tokens = planned.spec.micro_batch_tokens or 2**25
+    logits = min(tokens * shape.vocab_size, 2**25) * 4
+    held = "".join(
+        f"; teacher {_heard(signal, planned, shape)} per step"
+        for signal in planned.composition.signals
+        if isinstance(signal, TeacherDistribution)
+    )
+    return f"{parts}{extra}; logits up to {_size(logits)}{held}"
+
+
+def _heard(signal: TeacherDistribution, planned: PlannedStage, shape: Shape) -> str:
+    """What teachers say of a draw: distributions, or the hidden states behind them."""
+    # A row of a data set has no limit of its own but the context.
+    longest = max(
+        p.group_size * p.max_new_tokens if isinstance(p, Rollouts) else shape.context
+        for p in parts_of(planned.composition.source)
+    )
+    rows = planned.spec.groups_per_step * longest
+    if set(signal.routes.values()) <= set(compared_in_the_loss(planned.composition)):
+        # Teachers are taken to be as wide as the learner.
+        return f"hidden states up to {_size(rows * shape.hidden_size * 4)}"
+    return f"distributions up to {_size(rows * (signal.top_k or shape.vocab_size) * 4)}"
+
+
+def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
+    """Count what a stage will draw; reads data files and the tokenizer."""
+    source, spec = planned.composition.source, planned.spec
+    if isinstance(source, Dataset):
+        data = _dataset(source, plan, folder)
+        steps = planned.steps(data.num_groups)
+        groups = steps * spec.groups_per_step / spec.updates_per_draw
+        prompts, completions = _dataset_tokens(data, groups)
+        return Volume(steps, round(prompts), round(completions), rows=data.num_groups, exact=True)
+    steps = planned.steps(None)
+    drawn = math.ceil(steps / spec.updates_per_draw) * spec.groups_per_step
+    tokens = [amounts for _, amounts in part_tokens(planned, plan, folder, groups=drawn)]
+    return Volume(steps, *(round(sum(side)) for side in zip(*tokens, strict=True)))
+
+
+def part_tokens(
+    planned: PlannedStage, plan: Plan, folder: Path, *, groups: float
+) -> list[tuple[Dataset | Rollouts, tuple[float, float]]]:
+    """What each part of a source gives to so many groups: (prompt, completion) tokens.
+
+    Exact on average for data; of rollouts the most that they can have.
+    """
+    source = planned.composition.source
+    shares = source.shares if isinstance(source, Mix) else (1.0,)
+    return [
+        (
+            part,
+            _dataset_tokens(_dataset(part, plan, folder), share * groups)
+            if isinstance(part, Dataset)
+            else _rollout_tokens(part, share * groups, plan, folder),
+        )
+        for part, share in zip(parts_of(source), shares, strict=True)
+    ]
+
+
+def _dataset(source: Dataset, plan: Plan, folder: Path) -> DatasetSource:
+    from posttrain.sources.dataset import DatasetSource
+
+    context = read_shape(folder).context
+    return DatasetSource(
+        source, root=plan.root, renderer=_renderer(folder), context=context, seed=0
+    )
+
+
+def _dataset_tokens(data: DatasetSource, groups: float) -> tuple[float, float]:
+    """(prompt, completion) tokens of so many rows, on average."""
+    passes = groups / data.num_groups
+    return (data.num_tokens - data.num_trainable) * passes, data.num_trainable * passes
+
+
+def _rollout_tokens(
+    source: Rollouts, groups: float, plan: Plan, folder: Path
+) -> tuple[float, float]:
+    """(prompt, completion) tokens of so many groups, at most."""
+    from posttrain.tasks import build_taskset
+
+    renderer = _renderer(folder)
+    lengths = list[int]()
+    for name in source.tasks:
+        tasks = build_taskset(
+            name, plan.recipe.tasks[name], root=plan.root, chat=renderer.has_template
+        ).train
+        lengths += [len(renderer.prompt(t).tokens) for t in tasks[:64]]
+    prompts = groups * sum(lengths) / len(lengths)
+    return prompts, groups * source.group_size * source.max_new_tokens
+
+
+def _renderer(folder: Path) -> ChatRenderer:
+    """The renderer that the run will use, end tokens included, without loading the model."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        if (folder / "generation_config.json").is_file():
+            ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        else:
+            ends = AutoConfig.from_pretrained(folder).eos_token_id
+        tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return ChatRenderer(tokenizer, end_tokens=tuple(known))
+
+
+def read_shape(folder: Path) -> Shape:
+    """Count weights from safetensors headers, without reading any weight.
+
+    Raises:
+        ModelError: a file is not what its name says.
+    """
+    from transformers import AutoConfig
+
+    total = 0
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                if length > file.stat().st_size:
+                    raise ValueError(f"{file.name} is not a safetensors file")
+                header = json.loads(stream.read(length))
+            total += sum(math.prod(t["shape"]) for n, t in header.items() if n != "__metadata__")
+        settings = AutoConfig.from_pretrained(folder).get_text_config()
+        return Shape(
+            total, settings.max_position_embeddings, settings.vocab_size, settings.hidden_size
+        )
+    except (OSError, ValueError, KeyError, AttributeError, struct.error, OverflowError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ModelError:
+    words = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(
+        f"{folder} cannot be read: {words[0]}",
+        expected="a causal language model that transformers can load",
+        fix="check that the folder was copied whole",
+    )
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes as people read them.
+
+    Example:
+        >>> _size(2_600_000), _size(900)
+        ('2.6 MB', '0.9 kB')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes / 1e3:.1f} kB"

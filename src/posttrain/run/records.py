@@ -1,0 +1,135 @@
+"""What a run tells its ledger. Every row is appended exactly once, whatever was cut off before.
+
+A sitting that adds nothing leaves no row: the ``run`` row is written before the first other one.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import final
+
+import msgspec
+
+from posttrain.core import config
+from posttrain.core.files import hash_file
+from posttrain.measure.measurement import Measurement
+from posttrain.measure.passk import pass_interval
+from posttrain.recipe import Recipe
+from posttrain.run.gates import Decision
+from posttrain.run.ledger import Ledger, RecordKind, read
+from posttrain.run.plan import PlannedStage
+from posttrain.sources.dataset import DatasetSource
+
+LIBRARIES = ("posttrain", "torch", "transformers", "numpy")
+
+
+@final
+class Records:
+    """Writes the rows of one sitting, apart from those of optimiser steps (see journal.py)."""
+
+    def __init__(self, ledger: Ledger, recipe: Recipe) -> None:
+        self._ledger, self._recipe = ledger, recipe
+        self._began = False
+
+    def began(self) -> None:
+        """Something is about to be done in this sitting: say with what, once."""
+        if self._began:
+            return
+        self._began = True
+        self._ledger.append(
+            RecordKind.RUN,
+            {
+                "recipe": config.digest(self._recipe),
+                "name": self._recipe.name,
+                "seed": self._recipe.seed,
+                "python": platform.python_version(),
+                "libraries": {name: version(name) for name in LIBRARIES},
+                "machine": f"{platform.system()} {platform.machine()}",
+                "command": sys.argv[:1],
+            },
+        )
+
+    def model(self, name: str, *, digest: str | None, role: str) -> None:
+        """A model that this run did not make: the base, or a policy from outside."""
+        self._once(RecordKind.MODEL, {"digest": digest, "name": name, "role": role})
+
+    def dataset(self, source: DatasetSource) -> None:
+        """A data set, by content."""
+        self._once(
+            RecordKind.SOURCE,
+            {
+                "name": source.name,
+                "category": source.producer.kind,
+                "digest": source.digest,
+                "licence": source.licence,
+                "rows": source.num_groups,
+                "skipped": source.skipped,
+            },
+        )
+
+    def checkpoint(self, planned: PlannedStage, *, digest: str, path: str) -> None:
+        """The model that a stage ended with."""
+        self._once(
+            RecordKind.CHECKPOINT,
+            {
+                "digest": digest,
+                "path": path,
+                "parents": [planned.inputs["init"]],
+                "name": planned.spec.name,
+                "identity": planned.identity,
+            },
+        )
+
+    def measured(self, result: Measurement, path: Path) -> None:
+        """pass@1 of a policy, one row per task set."""
+        spec, file = self._recipe.measure, hash_file(path)
+        for task in result.tasks:
+            first = pass_interval(task, 1, confidence=spec.confidence)
+            self._once(
+                RecordKind.EVAL,
+                {
+                    "checkpoint": result.digest,
+                    "suite": task.taskset,
+                    "metric": "pass@1",
+                    "value": first.value,
+                    "ci": [first.low, first.high],
+                    "confidence": spec.confidence,
+                    "prompts": len(task.prompts),
+                    "n": task.num_samples,
+                    "seed": spec.seed,
+                    "file": file,
+                },
+            )
+
+    def gate(self, stage: str, decision: Decision) -> None:
+        """What was asked of a stage, what was seen, and the answer."""
+        seen = decision.interval
+        self._once(
+            RecordKind.GATE,
+            {
+                "stage": stage,
+                "gate": msgspec.to_builtins(decision.gate),
+                "value": _finite(seen.value),
+                "ci": [_finite(seen.low), _finite(seen.high)],
+                "confidence": seen.confidence,
+                "verdict": decision.verdict,
+                "passed": decision.passed,
+                "words": decision.words,
+            },
+        )
+
+    def _once(self, kind: RecordKind, body: Mapping[str, object]) -> None:
+        same = msgspec.json.decode(msgspec.json.encode(body))
+        if not any(r.kind is kind and r.body == same for r in read(self._ledger.path)):
+            self.began()
+            self._ledger.append(kind, body)
+
+
+def _finite(value: float) -> float | None:
+    """The number; None for one without an end, such as the group size that nothing reaches."""
+    return value if math.isfinite(value) else None

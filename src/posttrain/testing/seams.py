@@ -1,0 +1,476 @@
+"""Fakes, and a contract per seam."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain.core.errors import LegalityError
+from posttrain.core.protocols import (
+    Completion,
+    Learner,
+    Objective,
+    Policy,
+    Prompt,
+    Request,
+    Signal,
+    Source,
+    StepReport,
+    provided,
+)
+from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
+from posttrain.core.task import Task, TaskSet
+from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
+
+# --- fakes -----------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class CharRenderer:
+    """One token per character (its code point); token 0 ends a turn."""
+
+    has_template: bool = False
+
+    def prompt(self, task: Task) -> Prompt:
+        """The task's text, written by the environment."""
+        tokens = np.array([ord(c) for c in task.text], np.int32)
+        author = Producer(kind=Kind.ENVIRONMENT, name=task.taskset)
+        return Prompt(
+            tokens=tokens, spans=(Span(length=len(tokens), role=Role.USER, producer=author),)
+        )
+
+    def answer(self, task: Task, text: str) -> IntArray:
+        """The text's characters, then token 0."""
+        return np.array([*map(ord, text), 0], np.int32)
+
+    def text(self, tokens: IntArray) -> str:
+        """Characters up to the end token."""
+        return "".join(chr(t) for t in tokens if t)
+
+    def token_text(self, token: int) -> str:
+        """The character; the end token by name."""
+        return chr(token) if token else "<end>"
+
+
+@final
+@dataclass(slots=True, eq=False)
+class FakePolicy:
+    """A policy with a known answer distribution: one character, then the end token.
+
+    ``answers`` maps a character to its probability, the same for every prompt, so that every
+    statistic of its samples has a closed form.
+    """
+
+    answers: dict[str, float]
+    name: str = "fake"
+    version: int | None = None
+    renderer: CharRenderer = field(default_factory=CharRenderer)
+    context: int = 1024
+    vocabulary: str = "code points"
+    judgement: Callable[[str], float] | None = None  # its scalar head, of a text
+    hidden: None = None
+
+    def __post_init__(self) -> None:
+        if abs(sum(self.answers.values()) - 1) > 1e-9:
+            raise ValueError(f"probabilities sum to {sum(self.answers.values())}")
+
+    @property
+    def producer(self) -> Producer:
+        """Live when it has a version, else frozen."""
+        live = self.version is not None
+        return Producer(kind=Kind.LEARNER if live else Kind.TEACHER, name=self.name)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Draw each request's answer from its own seed."""
+        letters = list(self.answers)
+        weights = np.array([self.answers[c] for c in letters])
+        out = []
+        for request in requests:
+            rng = np.random.default_rng(request.sampling.seed)
+            pick = int(rng.choice(len(letters), p=weights))
+            out.append(
+                Completion(
+                    tokens=np.array([ord(letters[pick]), 0], np.int32),
+                    logprobs=np.array([np.log(weights[pick]), 0.0], np.float32),
+                    end=End.COMPLETED,
+                )
+            )
+        return out
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """Exact log-probs of trainable tokens; NaN elsewhere."""
+        out = []
+        for trajectory in trajectories:
+            values = np.full(len(trajectory), np.nan, np.float32)
+            for index in np.flatnonzero(trajectory.trainable):
+                token = int(trajectory.tokens[index])
+                values[index] = np.log(self.answers.get(chr(token), 1e-12)) if token else 0.0
+            out.append(values)
+        return out
+
+    def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """That of the answers before a letter, 0 before the end; NaN where nothing is trained."""
+        p = np.array([p for p in self.answers.values() if p])
+        letter = float(-(p * np.log(p)).sum())
+        return [
+            np.where(t.trainable, np.where(t.tokens > 0, letter, 0.0), np.nan).astype(np.float32)
+            for t in trajectories
+        ]
+
+    def distributions(
+        self, trajectories: Sequence[Trajectory], *, top_k: int | None
+    ) -> list[tuple[IntArray, FloatArray]]:
+        """Not available: a fake has no vocabulary."""
+        raise NotImplementedError("FakePolicy has no next-token distribution")
+
+    def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """``judgement`` of the text before each trained token."""
+        return self._judged(trajectories, after=0)
+
+    def scores(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """``judgement`` of the text up to and with each trained token."""
+        return self._judged(trajectories, after=1)
+
+    def _judged(self, trajectories: Sequence[Trajectory], *, after: int) -> list[FloatArray]:
+        if self.judgement is None:
+            raise LegalityError(f"{self.name} has no scalar head")
+        out = [np.full(len(t), np.nan, np.float32) for t in trajectories]
+        for values, t in zip(out, trajectories, strict=True):
+            for at in np.flatnonzero(t.trainable):
+                values[at] = self.judgement(self.renderer.text(t.tokens[: at + after]))
+        return out
+
+
+def no_scalar_head(policy: Policy, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+    """``values`` and ``scores`` of a policy without a scalar head."""
+    raise LegalityError(f"{policy.producer.name} has no scalar head")
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class TablePolicy:
+    """A policy given by its next-character table, so that everything about it can be worked out.
+
+    ``next`` maps the text so far, prompt included, to the probabilities of each character of
+    ``alphabet`` and, last, of ending the turn.
+
+    Example:
+        >>> coin = TablePolicy("ab", lambda text: (0.25, 0.25, 0.5))
+        >>> [(text, round(float(np.exp(logp)), 4)) for text, logp in coin.answers("?", longest=1)]
+        [('', 0.5), ('a', 0.25), ('b', 0.25)]
+    """
+
+    alphabet: str
+    next: Callable[[str], Sequence[float]]
+    name: str = "table"
+    renderer: CharRenderer = field(default_factory=CharRenderer)
+    context: int = 1024
+    vocabulary: str = "code points"
+    version: int | None = None
+    hidden: None = None
+    _seen: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def producer(self) -> Producer:
+        """Frozen."""
+        return Producer(kind=Kind.TEACHER, name=self.name)
+
+    def answers(self, prompt: str, *, longest: int) -> Iterator[tuple[str, float]]:
+        """Every (answer, log-prob) it can write in ``longest`` tokens; they sum to 1.
+
+        An answer of ``longest`` characters is one that the budget cut off.
+        """
+        if not longest:
+            yield "", 0.0
+            return
+        *letters, end = self._row(prompt)
+        if end > 0:
+            yield "", float(np.log(end))
+        for letter, p in zip(self.alphabet, letters, strict=True):
+            if p > 0:
+                for rest, logp in self.answers(prompt + letter, longest=longest - 1):
+                    yield letter + rest, float(np.log(p)) + logp
+
+    def _row(self, text: str) -> npt.NDArray[np.float64]:
+        row = self._seen.get(text)
+        if row is None:
+            row = np.asarray(self.next(text), np.float64)
+            fits = row.shape == (len(self.alphabet) + 1,) and row.min() >= 0
+            if not fits or abs(row.sum() - 1) > 1e-9:
+                raise ValueError(f"{row} is no distribution over {self.alphabet!r} and the end")
+            self._seen[text] = row
+        return row
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Draw each request from its own seed, with its temperature; refuses truncation."""
+        return [self._generate(request) for request in requests]
+
+    def _generate(self, request: Request) -> Completion:
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        heat = request.sampling.temperature
+        if request.sampling.is_truncated and heat > 0:
+            raise NotImplementedError("TablePolicy does not truncate")
+        draws = np.random.default_rng(request.sampling.seed).random(request.max_new_tokens)
+        codes = [*(ord(c) for c in self.alphabet), 0]
+        text = "".join(chr(t) for t in request.prompt)
+        for draw in draws.tolist():
+            row = self._row(text)
+            if heat != 1:
+                row = np.eye(len(row))[row.argmax()] if heat == 0 else row ** (1 / heat)
+                row = row / row.sum()
+            chances = row.tolist()
+            pick, left = 0, draw
+            while pick < len(chances) - 1 and (left >= chances[pick] or not chances[pick]):
+                left -= chances[pick]
+                pick += 1
+            while not chances[pick]:  # rounding carried the draw past the last possible token
+                pick -= 1
+            tokens.append(codes[pick])
+            logprobs.append(math.log(chances[pick]))
+            if not tokens[-1]:
+                break
+            text += self.alphabet[pick]
+        return Completion(
+            tokens=np.array(tokens, np.int32),
+            logprobs=np.array(logprobs, np.float32),
+            end=End.LENGTH if tokens[-1] else End.COMPLETED,
+        )
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """Exact log-probs of trainable tokens; NaN elsewhere."""
+        out = []
+        places = {ord(c): i for i, c in enumerate(self.alphabet)} | {0: len(self.alphabet)}
+        for trajectory in trajectories:
+            values = np.full(len(trajectory), np.nan, np.float32)
+            whole = "".join(chr(t) for t in trajectory.tokens)
+            for at in np.flatnonzero(trajectory.trainable):
+                place = places.get(int(trajectory.tokens[at]))
+                chance = 0.0 if place is None else float(self._row(whole[:at])[place])
+                values[at] = math.log(chance) if chance else -np.inf
+            out.append(values)
+        return out
+
+    def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """Exact entropies of trainable tokens; NaN elsewhere."""
+        full = self.distributions(trajectories, top_k=None)
+        return [-(np.exp(v) * np.where(np.isneginf(v), 0.0, v)).sum(-1) for _, v in full]
+
+    def distributions(
+        self, trajectories: Sequence[Trajectory], *, top_k: int | None
+    ) -> list[tuple[IntArray, FloatArray]]:
+        """Exact next-token log-probs over the 128 ASCII codes."""
+        out = []
+        codes = [*(ord(c) for c in self.alphabet), 0]
+        for trajectory in trajectories:
+            values = np.full((len(trajectory), 128), np.nan, np.float32)
+            whole = "".join(chr(t) for t in trajectory.tokens)
+            for at in np.flatnonzero(trajectory.trainable):
+                values[at] = -np.inf
+                with np.errstate(divide="ignore"):
+                    values[at, codes] = np.log(self._row(whole[:at]))
+            if top_k is None:
+                out.append((np.zeros((len(trajectory), 0), np.int32), values))
+            else:
+                ids = np.argsort(-values, axis=1, kind="stable")[:, :top_k].astype(np.int32)
+                out.append((ids, np.take_along_axis(values, ids.astype(np.int64), 1)))
+        return out
+
+    values = scores = no_scalar_head
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class FakeTaskSet:
+    """Prompts ``0``, ``1``, … whose right answer is always the same letter."""
+
+    name: str = "letters"
+    answer: str = "a"
+    size: int = 8
+    success: float = 1.0
+
+    @property
+    def train(self) -> Sequence[Task]:
+        """``size`` prompts."""
+        return [self._task(i) for i in range(self.size)]
+
+    @property
+    def held_out(self) -> Sequence[Task]:
+        """``size`` other prompts."""
+        return [self._task(self.size + i) for i in range(self.size)]
+
+    def _task(self, index: int) -> Task:
+        return Task(taskset=self.name, prompt=str(index), answer=self.answer)
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
+        """1 for the right letter."""
+        return [float(c == t.answer) for t, c in zip(tasks, completions, strict=True)]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class RuleTaskSet:
+    """Plain prompts whose answers are judged by a rule on (prompt, answer).
+
+    ``prompts`` are held out; those of ``practice`` may be trained on.
+    """
+
+    prompts: tuple[str, ...]
+    rule: Callable[[str, str], bool]
+    practice: tuple[str, ...] = ()
+    name: str = "rule"
+    success: float = 1.0
+
+    @property
+    def train(self) -> Sequence[Task]:
+        """The prompts of ``practice``."""
+        return [Task(taskset=self.name, prompt=p) for p in self.practice]
+
+    @property
+    def held_out(self) -> Sequence[Task]:
+        """The prompts that only probes may use."""
+        return [Task(taskset=self.name, prompt=p) for p in self.prompts]
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
+        """1 where the rule holds."""
+        return [float(self.rule(t.text, c)) for t, c in zip(tasks, completions, strict=True)]
+
+
+def example_trajectory(
+    *, prompt: Sequence[int] = (1, 2, 3), answer: Sequence[int] = (4, 5), kind: Kind = Kind.EXTERNAL
+) -> Trajectory:
+    """A two-span trajectory with answers by ``kind``, for tests.
+
+    Example:
+        >>> example_trajectory().trainable.tolist()
+        [False, False, False, True, True]
+    """
+    author = Producer(kind=kind, name="example")
+    live = kind is Kind.LEARNER
+    asker = Producer(kind=Kind.ENVIRONMENT, name="example")
+    return Trajectory(
+        task="example/0",
+        tokens=np.array([*prompt, *answer], np.int32),
+        prompt_length=len(prompt),
+        spans=(
+            Span(length=len(prompt), role=Role.USER, producer=asker),
+            Span(
+                length=len(answer),
+                role=Role.ASSISTANT,
+                producer=author,
+                versions=(0, 0) if live else None,
+                sampling=Sampling() if live else None,
+            ),
+        ),
+    )
+
+
+# --- contract suites -------------------------------------------------------------------------
+
+
+def check_source(source: Source, *, provides: frozenset[Column], num_groups: int = 3) -> None:
+    """A source is a pure function of the step, and carries what its specification provides."""
+    first, again = source.draw(num_groups, step=0), source.draw(num_groups, step=0)
+    assert len(first) == num_groups, f"draw({num_groups}) gave {len(first)} groups"
+    assert _ids(first) == _ids(again), "drawing the same step twice gave other trajectories"
+    later = source.draw(num_groups, step=1)
+    assert _ids(first) != _ids(later), "two steps gave the same trajectories"
+    for group in first:
+        missing = provides - provided(group)
+        assert not missing, f"a group lacks {sorted(missing)}, which the specification provides"
+        assert all(m.trajectory.trainable.any() for m in group.members), "nothing to train on"
+
+
+def check_signal(signal: Signal, groups: Sequence[Group], *, provides: frozenset[Column]) -> None:
+    """A signal adds its columns, keeps order and trajectories, and removes nothing."""
+    scored = signal.score(groups)
+    assert len(scored) == len(groups), f"{len(groups)} groups in, {len(scored)} out"
+    for before, after in zip(groups, scored, strict=True):
+        assert after.task == before.task, "the order of groups changed"
+        for old, new in zip(before.members, after.members, strict=True):
+            assert new.trajectory is old.trajectory, "a signal must not copy or change the record"
+            assert old.columns.keys() <= new.columns.keys(), "a column disappeared"
+        missing = provides - provided(after)
+        assert not missing, f"columns {sorted(missing)} were promised and not written"
+
+
+def check_taskset(tasks: TaskSet) -> None:
+    """A task set is deterministic, disjoint between its halves, and judges every completion."""
+    keys = [t.key for t in tasks.held_out]
+    assert len(set(keys)) == len(keys), "a held-out prompt stands twice"
+    assert not set(keys) & {t.key for t in tasks.train}, "a held-out prompt is trained on"
+    assert [t.key for t in tasks.held_out] == keys, "the tasks change between two looks"
+    some = list(tasks.held_out[:2])
+    scores = tasks.score(some, ["", "nonsense"][: len(some)])
+    assert len(scores) == len(some), "one score per completion is promised"
+    assert all(np.isfinite(scores)), "scores must be finite"
+
+
+def check_policy(policy: Policy, tasks: Sequence[Task]) -> None:
+    """Completions depend on their own request only, and log-probs are the policy's own."""
+    prompts = [policy.renderer.prompt(t) for t in tasks]
+    requests = [
+        Request(prompt=p.tokens, sampling=Sampling(seed=i), max_new_tokens=6)
+        for i, p in enumerate([*prompts, *prompts])
+    ]
+    together = policy.generate(requests)
+    for request, expected in zip(requests, together, strict=True):
+        (alone,) = policy.generate([request])
+        assert alone.tokens.tolist() == expected.tokens.tolist(), "batch-mates changed a completion"
+        gap = np.abs(alone.logprobs - expected.logprobs).max()
+        assert gap < 1e-5, f"batch-mates changed log-probs by {gap}"
+    trajectories = [
+        _completed(policy, prompt, completion)
+        for prompt, completion in zip([*prompts, *prompts], together, strict=True)
+    ]
+    for trajectory, values in zip(trajectories, policy.logprobs(trajectories), strict=True):
+        gap = np.nanmax(np.abs(values - trajectory.behaviour_logprobs))
+        assert gap < 1e-4, f"scored and sampled log-probs differ by {gap}"
+        assert (np.isfinite(values) == trajectory.trainable).all(), "NaN exactly where untrainable"
+
+
+def check_learner(learner: Learner, batches: Sequence[object], objective: Objective) -> None:
+    """A step raises the version by one and reports finite numbers; lr 0 leaves the policy."""
+    version = learner.policy.version
+    report: StepReport = learner.step(batches, objective, lr_scale=0.0)  # type: ignore[arg-type]
+    assert version is not None, "a learner's policy must be live"
+    assert learner.policy.version == version + 1, "a step must raise the version by one"
+    assert np.isfinite([report.loss, report.grad_norm]).all(), "loss and gradient must be finite"
+    repeated = learner.step(batches, objective, lr_scale=0.0)  # type: ignore[arg-type]
+    assert repeated.loss == report.loss, "a step at learning rate 0 changed the policy"
+
+
+def _ids(groups: Sequence[Group]) -> list[str]:
+    return [m.trajectory.id for g in groups for m in g.members]
+
+
+def _completed(policy: Policy, prompt: Prompt, completion: Completion) -> Trajectory:
+    version = policy.version
+    span = Span(
+        length=len(completion.tokens),
+        role=Role.ASSISTANT,
+        producer=policy.producer,
+        versions=None if version is None else (version, version),
+        sampling=Sampling(),
+        logprobs=completion.logprobs,
+    )
+    return Trajectory(
+        task="contract/0",
+        tokens=np.concatenate([prompt.tokens, completion.tokens]).astype(np.int32),
+        prompt_length=len(prompt.tokens),
+        spans=(*prompt.spans, span),
+        end=completion.end,
+    )
+
+
+def as_group(*trajectories: Trajectory) -> Group:
+    """A group of unscored members."""
+    return Group(
+        task=trajectories[0].task, members=tuple(Scored(trajectory=t) for t in trajectories)
+    )

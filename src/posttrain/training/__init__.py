@@ -1,0 +1,1 @@
+"""The one loop: draw, score, admit, pack, step."""

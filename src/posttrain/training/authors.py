@@ -1,0 +1,93 @@
+"""What a step looked like per kind of author: how likely its tokens are, and how its ratios stand.
+
+statistics [N] ──author_sums──▶ sums per micro-batch, which add up ──author_metrics──▶ means
+
+Text of the learner and text of others are read by one objective, and an average over both hides
+what matters: that a demonstration is unlikely is its purpose, that a rollout is unlikely means
+that the sampler and the trainer disagree. Shape legend: ``N`` trained tokens, ``K`` kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat, Wanted
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import KINDS, PackedBatch
+
+PREFIX = "authors/"
+"""Of the metrics that stand per kind of author: ``authors/learner/nll``."""
+
+_SUMS = ("tokens", "nll", "entropies", "entropy", "ratios", "ratio", "ratio_squared")
+MAX_LOG_RATIO = 30.0  # beyond it a weight says "enormous" just as well, and squares stay finite
+
+
+def author_sums(batch: PackedBatch, stats: Mapping[Wanted, torch.Tensor]) -> dict[str, float]:
+    """Sums over the trained tokens of each kind; those of micro-batches add up.
+
+    The ratio is π / π_behaviour at the temperature of sampling, where the behaviour is known.
+    """
+    logprob_N = stats.get(Stat.LOGPROB, stats.get(Stat.SAMPLED_LOGPROB))
+    if logprob_N is None or not len(batch.target_N):
+        return {}
+    ones_N = torch.ones_like(logprob_N)
+    zeros_N = torch.zeros_like(logprob_N)
+    entropy_N = stats.get(Stat.ENTROPY)
+    known_N, ratio_N = zeros_N, zeros_N
+    behaviour_N = batch.columns.get(Column.BEHAVIOUR_LOGPROB)
+    if behaviour_N is not None and Stat.SAMPLED_LOGPROB in stats:
+        log_ratio_N = (stats[Stat.SAMPLED_LOGPROB] - behaviour_N).clamp(max=MAX_LOG_RATIO)
+        known_N = log_ratio_N.isfinite().to(ones_N.dtype)
+        ratio_N = torch.where(known_N > 0, log_ratio_N, -torch.inf).exp()
+    values_N7 = torch.stack(
+        [
+            ones_N,
+            -logprob_N,
+            zeros_N if entropy_N is None else ones_N,
+            zeros_N if entropy_N is None else entropy_N,
+            known_N,
+            ratio_N,
+            ratio_N**2,
+        ],
+        dim=1,
+    ).detach()
+    by_kind_K7 = torch.zeros(len(KINDS), len(_SUMS), device=values_N7.device)
+    by_kind_K7.index_add_(0, batch.kind_N, values_N7)
+    rows = by_kind_K7.tolist()  # one transfer from the device
+    return {
+        f"{PREFIX}{kind}/{name}": value
+        for kind, row in zip(KINDS, rows, strict=True)
+        if row[0]
+        for name, value in zip(_SUMS, row, strict=True)
+    }
+
+
+def author_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """From the sums of a step to what is shown per kind of author.
+
+    ``share`` of the trained tokens; ``nll``, minus the mean log-prob in nats; ``entropy``, where it
+    was computed; and where behaviour log-probs are known the mean ratio w and the effective share
+    (Σw)² / (n Σw²), 1 when all weights are equal. Other entries are passed on as they are.
+
+    Example:
+        >>> author_metrics({"loss": 2.0, "authors/human/tokens": 4.0, "authors/human/nll": 2.0})
+        {'loss': 2.0, 'authors/human/share': 1.0, 'authors/human/nll': 0.5}
+    """
+    shown = {k: v for k, v in sums.items() if not k.startswith(PREFIX)}
+    kinds = [k for k in Kind if f"{PREFIX}{k}/tokens" in sums]
+    total = sum(sums[f"{PREFIX}{kind}/tokens"] for kind in kinds)
+    for kind in kinds:
+        at = f"{PREFIX}{kind}/"
+        part = {name: sums.get(at + name, 0.0) for name in _SUMS}
+        shown[f"{at}share"] = part["tokens"] / total
+        shown[f"{at}nll"] = part["nll"] / part["tokens"]
+        if part["entropies"]:
+            shown[f"{at}entropy"] = part["entropy"] / part["entropies"]
+        if part["ratios"]:
+            shown[f"{at}ratio"] = part["ratio"] / part["ratios"]
+            squares = part["ratios"] * part["ratio_squared"]
+            shown[f"{at}effective_share"] = part["ratio"] ** 2 / squares if squares else 0.0
+    return shown

@@ -1,0 +1,86 @@
+"""Which units a term reads beyond its authors: by the sign of the reward and by entropy.
+
+The masks never depend on how a step is split into micro-batches: a reward belongs to a sequence,
+and entropies compete within their sequence. So does the *number* of units kept not depend on the
+entropies, which lets a step be counted before anything is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from posttrain.composition import TermSpec
+from posttrain.composition.base import Limit, Term
+from posttrain.core.trajectory import Column
+from posttrain.numerics.batch import PackedBatch
+from posttrain.training.reduce import mask_units
+
+
+def limit_of(term: TermSpec) -> Limit:
+    """The term's limit; one that keeps everything for a term without the shared options."""
+    return term.limit if isinstance(term, Term) else Limit()
+
+
+def kept_units(
+    term: TermSpec, batch: PackedBatch, *, entropy_N: Tensor | None = None
+) -> Tensor | None:
+    """Bool mask over the term's units, or None when the term has no limit.
+
+    Args:
+        term: with its limit.
+        batch: one micro-batch.
+        entropy_N: [N] the policy's entropies. Without them the mask has the right number of
+            tokens in every sequence, and is good for counting only.
+    """
+    limit = limit_of(term)
+    if limit == Limit():
+        return None
+    keep = mask_units(term, batch)
+    if not bool(keep.any()):
+        return keep  # a micro-batch of other authors may lack the columns altogether
+    if limit.rewards != "any":
+        positive_S = batch.columns[Column.REWARD] > 0
+        wanted_S = positive_S if limit.rewards == "positive" else ~positive_S
+        keep = keep & (wanted_S[batch.sequence_N] if term.unit == "token" else wanted_S)
+    if limit.preference != "any":
+        sign = 1 if limit.preference == "chosen" else -1
+        wanted_S = batch.columns[Column.PREFERENCE] * sign > 0
+        keep = keep & (wanted_S[batch.sequence_N] if term.unit == "token" else wanted_S)
+    if limit.marked:
+        keep = keep & (batch.columns[Column.MARK] > 0)
+    if limit.entropy_share is not None:
+        if entropy_N is None:
+            entropy_N = torch.zeros(len(batch.target_N), device=keep.device)
+        keep = top_entropy(entropy_N, keep, batch.sequence_N, share=limit.entropy_share)
+    return keep
+
+
+def top_entropy(
+    entropy_N: Tensor, readable_N: Tensor, sequence_N: Tensor, *, share: float
+) -> Tensor:
+    """[N] bool: the ⌈share · n⌉ readable tokens of highest entropy in every sequence.
+
+    Equal entropies: the earlier token.
+
+    Example:
+        >>> entropy, sequence = torch.tensor([0.1, 0.9, 0.5, 0.2]), torch.tensor([0, 0, 0, 1])
+        >>> top_entropy(entropy, torch.ones(4, dtype=torch.bool), sequence, share=0.34).tolist()
+        [False, True, True, True]
+    """
+    num_readable_S = sequence_N[readable_N].bincount(minlength=1 + _largest(sequence_N))
+    # Less a hair: 0.1 * 30 must not become 4 by rounding.
+    quota_S = (num_readable_S.double() * share - 1e-9).ceil()
+    ranked_N = torch.where(readable_N, entropy_N.detach(), -torch.inf)
+    by_entropy_N = ranked_N.argsort(descending=True, stable=True)
+    order_N = by_entropy_N[sequence_N[by_entropy_N].argsort(stable=True)]
+    sizes_S = sequence_N.bincount(minlength=len(num_readable_S))
+    starts_S = sizes_S.cumsum(0) - sizes_S
+    rank_N = torch.empty_like(sequence_N)
+    places_N = torch.arange(len(sequence_N), device=sequence_N.device)
+    rank_N[order_N] = places_N - starts_S[sequence_N[order_N]]
+    return readable_N & (rank_N < quota_S[sequence_N])
+
+
+def _largest(sequence_N: Tensor) -> int:
+    return int(sequence_N.max()) if len(sequence_N) else 0

@@ -1,0 +1,91 @@
+"""From values per token or pair to one number. The only place where losses are normalised.
+
+Every term is divided by its own *global* count: that of all micro-batches of an optimiser step
+together. Splitting a step into more micro-batches therefore changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from posttrain.composition import TermSpec
+from posttrain.legality import readable
+from posttrain.numerics.batch import PackedBatch
+
+
+def per_unit(term: TermSpec) -> bool:
+    """True when the count is of units; False when it is of sequences."""
+    return term.aggregate not in ("sequence_mean", "sequence_sum")
+
+
+def mask_units(term: TermSpec, batch: PackedBatch) -> Tensor:
+    """Bool mask over the units the term reads: [N] tokens, [S] sequences, or [P] pairs.
+
+    A sequence or pair counts only when everything trained in it was written by the kinds in
+    ``where``; a sequence without a trained token never does.
+    """
+    allowed_N = batch.where(readable(term))
+    if term.unit not in ("pair", "sequence"):
+        return allowed_N
+    barred_S = torch.zeros(batch.num_sequences, dtype=torch.bool, device=allowed_N.device)
+    barred_S[batch.sequence_N[~allowed_N]] = True
+    if term.unit == "sequence":
+        trained_S = torch.zeros_like(barred_S)
+        trained_S[batch.sequence_N] = True
+        return trained_S & ~barred_S
+    return ~barred_S[batch.pairs_P2].any(-1)
+
+
+def count_units(
+    term: TermSpec, batches: Sequence[PackedBatch], *, keep: Sequence[Tensor | None] = ()
+) -> int:
+    """How many tokens, sequences or pairs the term averages over in this step.
+
+    ``keep`` holds a further mask over units per batch, from ``limits.py``.
+    """
+    total = 0
+    for batch, kept in zip(batches, keep or [None] * len(batches), strict=True):
+        mask = mask_units(term, batch)
+        if kept is not None:
+            mask = mask & kept
+        if per_unit(term):
+            total += int(mask.sum())
+        else:
+            total += int(batch.sequence_N[mask].unique().numel())
+    return total
+
+
+def reduce_units(
+    term: TermSpec,
+    values: Tensor,
+    batch: PackedBatch,
+    *,
+    count: int,
+    keep: Tensor | None = None,
+    shown: bool = False,
+) -> Tensor:
+    """This micro-batch's share of the term: the sum over its units divided by the global count.
+
+    Args:
+        term: decides the mask and the aggregation.
+        values: [N] or [P], one per unit.
+        batch: where the values come from.
+        count: from :func:`count_units` over *all* micro-batches of the step.
+        keep: a further mask over units, from ``limits.py``.
+        shown: for a number to show, which is averaged where the loss is summed.
+    """
+    mask = mask_units(term, batch)
+    if keep is not None:
+        mask = mask & keep
+    if count == 0:
+        return values.sum() * 0.0
+    # where, not a product: a masked value may be infinite, and inf * 0 is NaN.
+    kept = torch.where(mask, values, torch.zeros_like(values))
+    if per_unit(term) or (term.aggregate == "sequence_sum" and not shown):
+        return kept.sum() / count
+    lengths_S = torch.zeros(batch.num_sequences, device=values.device)
+    lengths_S.index_add_(0, batch.sequence_N, mask.float())
+    return (kept / lengths_S[batch.sequence_N].clamp_min(1)).sum() / count

@@ -1,0 +1,222 @@
+"""The one loop. Every method runs through it: only the parts differ.
+
+    step ──▶ source.draw ──▶ groups ──▶ signals ──▶ columns ──▶ admit ──▶ pack ──▶ learner.step
+              │ waits for:               │ waits for:            │                    │
+              │ the policy's sampler     │ verifiers,            │ legality and       │ forward,
+              │ (rollouts) or nothing    │ references, teachers  │ staleness          │ backward
+              │ (data sets)              │                       │                    ▼
+              └──────────── on one device the sampler *is* the learner ◀──────── new weights
+
+Everything random is a pure function of (seed, step), so the only state is the learner's, and a
+checkpoint between two draws resumes bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from posttrain.composition import TermSpec
+from posttrain.composition.scalar_heads import readouts
+from posttrain.core import clock
+from posttrain.core.events import AlarmRang, Observer, StepDone
+from posttrain.core.monitors import Watch
+from posttrain.core.protocols import Kept, Learner, Objective, Signal, Source
+from posttrain.core.trajectory import Column, End, Group
+from posttrain.legality import Admission, admit, column_readers
+from posttrain.numerics.batch import PackedBatch, pack
+from posttrain.recipe import Optimizer, Stage
+from posttrain.run.journal import Journal
+from posttrain.signals.gae import value_metrics
+from posttrain.signals.mismatch import mismatch_metrics
+from posttrain.training.authors import author_metrics
+
+STRETCH = 2
+"""A group stays together up to so many times the learner's own micro-batch: memory has that much
+room, and a split prompt is computed twice. A number that the stage names is kept to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Parts:
+    """A stage made concrete: live objects behind a composition's specifications."""
+
+    source: Source
+    signals: Sequence[Signal]
+    terms: Sequence[TermSpec]
+    objective: Objective
+    learner: Learner
+    kept: Sequence[Kept] = ()  # what else a checkpoint must hold
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user asked to stop. Everything up to the last draw is committed."""
+
+
+def run_stage(
+    stage: Stage,
+    parts: Parts,
+    *,
+    steps: int,
+    journal: Journal,
+    observe: Observer,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Take optimiser steps until the budget ends, from wherever the journal left off.
+
+    Args:
+        stage: the configuration.
+        parts: what it was built into.
+        steps: the budget in optimiser steps.
+        journal: checkpoints, trajectories and ledger rows of this stage.
+        observe: told about every step.
+        stop: asked after every draw; True commits and raises :class:`Interrupted`.
+    """
+    run = _Run(stage, parts, steps, journal, observe, Watch(stage.monitors))
+    updates = stage.updates_per_draw
+    step = committed = journal.resume(parts.learner, *parts.kept)
+    for line in journal.metrics():
+        run.watch.see(int(line["step"]), line)  # alarms of earlier sittings have been told
+    clock.drain()  # what happened before the first step is none of its time
+    clock.drain_counts()
+    while step < steps:
+        with clock.measure("draw"):
+            groups = parts.source.draw(stage.groups_per_step, step=step // updates)
+        with clock.measure("score"):
+            for signal in parts.signals:
+                groups = signal.score(groups)
+        # A draw cannot be repeated with newer weights, so it is committed whole or not at all.
+        for update in range(min(updates, steps - step)):
+            run.update(groups[update::updates], step=step)
+            step += 1
+        halt = stop()
+        if step - committed >= stage.checkpoint_every or step >= steps or halt:
+            with clock.measure("journal"):
+                journal.commit(step, parts.learner, *parts.kept)
+            committed = step
+        if halt and step < steps:
+            raise Interrupted(f"stage {stage.name} at step {step} of {steps}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """What every update of a stage needs."""
+
+    stage: Stage
+    parts: Parts
+    steps: int
+    journal: Journal
+    observe: Observer
+    watch: Watch
+
+    def update(self, groups: Sequence[Group], *, step: int) -> None:
+        """One optimiser step on one share of a draw."""
+        stage, learner = self.stage, self.parts.learner
+        objective = self.parts.objective.at(step=step, steps=self.steps, state=learner.state)
+        with clock.measure("pack"):
+            # Age is counted at consumption: a draw's second update is one version old by design.
+            admission = admit(
+                groups,
+                self.parts.terms,
+                version=learner.policy.version,
+                max_age=stage.max_age + stage.updates_per_draw - 1,
+            )
+            batches = micro_batches(stage, self.parts, admission.kept)
+        scale = lr_scale(stage.optimizer, step=step, steps=self.steps)
+        report = learner.step(batches, objective, lr_scale=scale)
+        seconds = clock.drain()
+        metrics = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "lr": stage.optimizer.lr * scale,
+            "tokens": float(report.num_tokens),
+            **author_metrics(report.metrics),
+            **objective.moving,
+            **group_metrics(admission),
+            **clock.drain_counts(),
+            **{f"{clock.PREFIX}{name}": value for name, value in seconds.items()},
+        }
+        with clock.measure("journal"):
+            self.journal.record(step, admission, metrics)
+        for alarm in self.watch.see(step, metrics):
+            self.observe(
+                AlarmRang(stage=stage.name, step=step, words=alarm.words, advice=alarm.advice)
+            )
+        self.observe(
+            StepDone(
+                stage=stage.name,
+                step=step + 1,
+                steps=self.steps,
+                seconds=sum(seconds.values()),
+                num_tokens=report.num_tokens,
+                metrics=metrics,
+            )
+        )
+
+
+def micro_batches(stage: Stage, parts: Parts, groups: Sequence[Group]) -> list[PackedBatch]:
+    """Groups laid out for the learner, with what the terms read."""
+    named, own = stage.micro_batch_tokens, parts.learner.micro_batch_tokens
+    return pack(
+        groups,
+        needs=column_readers(parts.terms),
+        max_tokens=named or own,
+        group_tokens=named or STRETCH * own,
+        whole="score" in readouts(parts.terms),
+    )
+
+
+def group_metrics(admission: Admission) -> Mapping[str, float]:
+    """Rewards and signal share of a draw: what the groups could teach, whatever the loss is.
+
+    ``zero_variance`` is the share of groups whose rewards are all equal, split into
+    ``all_wrong`` (no reward above the lowest possible seen, 0) and ``all_right``. ``age`` is how
+    many updates ago a group was drawn, on average.
+    """
+    drawn = len(admission.fresh) + len(admission.stale)
+    metrics = {"groups": float(drawn), "age": admission.age}
+    if admission.stale:
+        metrics["stale_groups"] = float(len(admission.stale))
+        metrics["stale_share"] = len(admission.stale) / drawn
+    for reason, groups in admission.discarded.items():
+        metrics[f"discarded/{reason}"] = float(sum(len(g.members) for g in groups))
+    rewards = [
+        np.array([float(m.columns[Column.REWARD]) for m in g.members])
+        for g in admission.fresh
+        if all(Column.REWARD in m.columns for m in g.members)
+    ]
+    lengths = [int(m.trajectory.trainable.sum()) for g in admission.fresh for m in g.members]
+    if lengths:
+        metrics["completion_tokens"] = float(np.mean(lengths))
+        ends = [m.trajectory.end for g in admission.fresh for m in g.members]
+        metrics["truncated_share"] = sum(e is not End.COMPLETED for e in ends) / len(ends)
+    if rewards:
+        flat = [r for r in rewards if (r == r[0]).all()]
+        metrics["reward"] = float(np.mean([r.mean() for r in rewards]))
+        metrics["zero_variance"] = len(flat) / len(rewards)
+        metrics["all_wrong"] = sum(r[0] <= 0 for r in flat) / len(rewards)
+        metrics["all_right"] = metrics["zero_variance"] - metrics["all_wrong"]
+    metrics.update(mismatch_metrics(admission.kept))
+    metrics.update(value_metrics(admission.kept))
+    return metrics
+
+
+def lr_scale(optimizer: Optimizer, *, step: int, steps: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then the schedule down to 0.
+
+    Example:
+        >>> [lr_scale(Optimizer(warmup_steps=2), step=s, steps=4) for s in range(4)]
+        [0.5, 1.0, 1.0, 1.0]
+        >>> [lr_scale(Optimizer(schedule="linear"), step=s, steps=4) for s in range(4)]
+        [1.0, 0.75, 0.5, 0.25]
+    """
+    if step < optimizer.warmup_steps:
+        return (step + 1) / optimizer.warmup_steps
+    left = 1 - (step - optimizer.warmup_steps) / max(steps - optimizer.warmup_steps, 1)
+    if optimizer.schedule == "linear":
+        return left
+    if optimizer.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * left))
+    return 1.0
