@@ -15,7 +15,7 @@ from posttrain.methods import Dpo
 from posttrain.numerics.batch import pack
 from posttrain.recipe import Budget, Lora, Optimizer, Recipe, Stage
 from posttrain.run.plan import make_plan
-from posttrain.signals.memory import Memory
+from posttrain.parts.memory import Memory
 from posttrain.signals.scoring import ReferenceSignal
 from posttrain.training.build import Workshop
 from posttrain.training.objective import Objective

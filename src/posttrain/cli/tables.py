@@ -20,7 +20,6 @@ from posttrain.catalogue import (
     paper_words,
     prose,
 )
-from posttrain.composition import TermSpec
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.diagnosis.reachability import TaskReach
 from posttrain.measure.attribution import Attribution, Comparison, Part, compare
@@ -33,6 +32,7 @@ from posttrain.measure.reading import FEWEST, Reading, number_words
 from posttrain.measure.readings import not_taken, paired_change, take
 from posttrain.measure.support import Label, labels, support_change
 from posttrain.measure.voting import answers_of
+from posttrain.parts.base import Term
 from posttrain.recipe import Measure, load_recipe
 from posttrain.report.view import RetentionView
 
@@ -414,7 +414,7 @@ def _part_page(name: str) -> str:
     raise ConfigError(f"no method {name!r}", fix=nearest(name, known_methods()))
 
 
-def terms_words(terms: Sequence[TermSpec]) -> str:
+def terms_words(terms: Sequence[Term]) -> str:
     """An objective as a sum: ``1 cross_entropy + 0.1 reference_kl``."""
     return " + ".join(f"{t.weight:g} {t.__struct_config__.tag}" for t in terms)
 

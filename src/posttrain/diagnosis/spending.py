@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.composition import Dataset, KeepRewards, Rollouts, SignalSpec
 from posttrain.core.provenance import Kind
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.measure.measurement import Measurement
+from posttrain.parts.base import Signal, Source
 from posttrain.recipe import Recipe
 from posttrain.run.plan import make_plan
-from posttrain.run.preview import part_tokens, volume
+from posttrain.run.preview import ground_of, leaf_tokens, volume
 from posttrain.run.store import tokens_by_producer
 
 
@@ -81,22 +81,23 @@ def expected(recipe: Recipe, *, root: Path, lengths: Mapping[str, float]) -> flo
     plan = make_plan(recipe, root=root, base="estimate")
     planned, folder = plan.stages[-1], Path(recipe.model)
     spec = planned.spec
-    if isinstance(planned.composition.source, Dataset):
+    if planned.composition.source.has_end:
         amount = volume(planned, plan, folder)
         return float(amount.prompts + amount.completions)
     groups = math.ceil(planned.steps(None) / spec.updates_per_draw) * spec.groups_per_step
     total = 0.0
-    for part, (prompts, completions) in part_tokens(planned, plan, folder, groups=groups):
+    for leaf, (prompts, completions) in leaf_tokens(
+        planned, ground_of(plan, folder), groups=groups
+    ):
         total += prompts
-        if isinstance(part, Rollouts):
-            length = sum(lengths[t] for t in part.tasks) / len(part.tasks)
-            completions *= min(length / part.max_new_tokens, 1.0)
-            completions *= 1 + _trained_share(planned.composition.signals, part)
+        if leaf.longest is not None:
+            length = sum(lengths[t] for t in leaf.draws_from) / len(leaf.draws_from)
+            completions *= min(length / leaf.longest, 1.0)
+            completions *= 1 + _trained_share(planned.composition.signals, leaf)
         total += completions
     return total
 
 
-def _trained_share(signals: Sequence[SignalSpec], part: Rollouts) -> float:
+def _trained_share(signals: Sequence[Signal], leaf: Source) -> float:
     """How much of what is sampled goes through a training step: all, or the best of a group."""
-    best = [s.best for s in signals if isinstance(s, KeepRewards) and s.best is not None]
-    return min([1.0, *(b / part.group_size for b in best)])
+    return min((s.trained_share(leaf.group_size) for s in signals), default=1.0)

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from posttrain.api import run
 from posttrain.cli.console import Console
-from posttrain.composition import Dataset
+from posttrain.core.learner import Optimizer
 from posttrain.lab.corpus import documents, write_rows
 from posttrain.lab.tokenizer import build_tokenizer
-from posttrain.methods import Sft
-from posttrain.recipe import Budget, Optimizer, Recipe, Stage
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.presets import Sft
+from posttrain.recipe import Budget, Recipe, Stage
 
 SEED = 11
 STEPS = 2_900

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.errors import DataError
 from posttrain.core.events import Measuring, Note, Observer
 from posttrain.core.protocols import Completion, Policy, Prompt, Request
 from posttrain.core.provenance import Kind, Role, Span
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import ReadsAnswers, TaskSet
 from posttrain.core.trajectory import End, Trajectory
 from posttrain.measure.measurement import Measurement, TaskMeasurement

@@ -14,14 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.chat import ChatRenderer
-from posttrain.composition import TeacherDistribution
 from posttrain.core import config
 from posttrain.core.clock import GROUPS, seconds_in
 from posttrain.core.errors import LedgerBroken
 from posttrain.core.files import write_atomic
 from posttrain.core.monitors import alarms
 from posttrain.core.provenance import Kind
-from posttrain.core.trajectory import Trajectory
+from posttrain.core.trajectory import Column, Trajectory
 from posttrain.measure.attribution import Attribution, Part, compare, role_in_run
 from posttrain.measure.attribution import Comparison as Attributions
 from posttrain.measure.bootstrap import Interval, student_quantile
@@ -233,8 +232,8 @@ def _stage(run: _Run, planned: PlannedStage) -> StageView:
     teachers = [
         ref
         for signal in planned.composition.signals
-        if isinstance(signal, TeacherDistribution)
-        for ref in dict.fromkeys(signal.routes.values())
+        if Column.TEACHER_LOGPROBS in signal.provides
+        for ref in dict.fromkeys(signal.references())
     ]
     return StageView(
         name=spec.name,

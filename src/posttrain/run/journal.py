@@ -27,9 +27,9 @@ import msgspec
 
 from posttrain.core.errors import RunError
 from posttrain.core.files import as_disk_full, atomic_folder, recover_folder, write_atomic
-from posttrain.core.protocols import Kept, Learner
+from posttrain.core.protocols import Learner, Stateful
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
-from posttrain.legality import Admission
+from posttrain.parts.legality import Admission
 from posttrain.run.ledger import Ledger, RecordKind, read
 from posttrain.run.store import Use, UseRole, write_trajectories, write_uses
 
@@ -95,7 +95,7 @@ class Journal:
     def _checkpoint(self) -> Path:
         return self._folder / "checkpoint"
 
-    def resume(self, learner: Learner, *also: Kept) -> int:
+    def resume(self, learner: Learner, *also: Stateful) -> int:
         """Load the last checkpoint, if there is one; returns the step to go on from."""
         recover_folder(self._checkpoint)
         progress = read_progress(self._folder)
@@ -135,7 +135,7 @@ class Journal:
                 raise
             raise full from error
 
-    def commit(self, step: int, learner: Learner, *also: Kept) -> None:
+    def commit(self, step: int, learner: Learner, *also: Stateful) -> None:
         """Make everything up to ``step`` durable."""
         shards = self._folder / "shards"
         names = [f"{step:06d}.trajectories.parquet", f"{step:06d}.uses.parquet"]

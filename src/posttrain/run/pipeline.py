@@ -20,7 +20,6 @@ from typing import final
 
 import msgspec
 
-from posttrain.composition import Dataset, parts_of
 from posttrain.core import config
 from posttrain.core.events import (
     GateDecided,
@@ -43,6 +42,7 @@ from posttrain.measure.measure import measure
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.recipe import Recipe
+from posttrain.run.build import Workshop
 from posttrain.run.gates import Decision, Detour, decide, detour
 from posttrain.run.journal import (
     Done,
@@ -62,10 +62,6 @@ from posttrain.run.plan import (
 )
 from posttrain.run.records import Records
 from posttrain.run.resume import read_measurement, refuse_changes, remove_partials
-from posttrain.sources.dataset import DatasetSource
-from posttrain.sources.mix import MixSource
-from posttrain.tasks import build_taskset
-from posttrain.training.build import Workshop
 from posttrain.training.stage import Interrupted, Parts, run_stage
 
 
@@ -145,8 +141,7 @@ class _Run:
         plans = all_plans(recipe, root=root, base=base.producer.digest or recipe.model)
         chat = base.renderer.has_template
         tasksets = {
-            name: build_taskset(name, spec, root=root, chat=chat)
-            for name, spec in recipe.tasks.items()
+            name: spec.build(name, root=root, chat=chat) for name, spec in recipe.tasks.items()
         }
         measured = [tasksets[t] for t in recipe.measured_tasks]
         protocol = protocol_of(recipe, measured, root=root)
@@ -284,14 +279,14 @@ class _Run:
         Stages that descend from a model outside the recipe are checked when they begin: their
         tokenizer is not loaded yet.
         """
-        workshop, known = self._workshop(), {"base"}
+        base, known = self.policies["base"], {"base"}
         for planned in plan.stages:
             if planned.init not in known:
                 continue
             known.add(planned.spec.name)
-            for part in parts_of(planned.composition.source):
-                if isinstance(part, Dataset) and read_done(self._folder(planned)) is None:
-                    workshop.dataset(part, self.policies["base"])
+            if read_done(self._folder(planned)) is None:
+                for leaf in planned.composition.source.leaves:
+                    leaf.rows(root=plan.root, renderer=base.renderer, context=base.context)
 
     def _stage(self, planned: PlannedStage) -> Done:
         """Take a stage to its end, from wherever it stands."""
@@ -331,14 +326,9 @@ class _Run:
             activation_checkpointing=spec.activation_checkpointing,
         )
         parts = self._workshop().parts(planned, learner)
-        rows = None
-        if isinstance(parts.source, DatasetSource):
-            rows = parts.source.num_groups
-        sources = parts.source.parts if isinstance(parts.source, MixSource) else [parts.source]
-        for source in sources:
-            if isinstance(source, DatasetSource):
-                self.records.dataset(source)
-        steps = planned.steps(rows)
+        for file in parts.source.files:
+            self.records.dataset(file)
+        steps = planned.steps(parts.source.num_groups)
         journal = self._journal(planned, parts)
         progress = read_progress(folder)
         self._started(planned, step=progress.step if progress else 0, steps=steps)

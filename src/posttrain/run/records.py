@@ -17,13 +17,13 @@ import msgspec
 
 from posttrain.core import config
 from posttrain.core.files import hash_file
+from posttrain.core.protocols import DataFile
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.recipe import Recipe
 from posttrain.run.gates import Decision
 from posttrain.run.ledger import Ledger, RecordKind, read
 from posttrain.run.plan import PlannedStage
-from posttrain.sources.dataset import DatasetSource
 
 LIBRARIES = ("posttrain", "torch", "transformers", "numpy")
 
@@ -58,17 +58,17 @@ class Records:
         """A model that this run did not make: the base, or a policy from outside."""
         self._once(RecordKind.MODEL, {"digest": digest, "name": name, "role": role})
 
-    def dataset(self, source: DatasetSource) -> None:
+    def dataset(self, file: DataFile) -> None:
         """A data set, by content."""
         self._once(
             RecordKind.SOURCE,
             {
-                "name": source.name,
-                "category": source.producer.kind,
-                "digest": source.digest,
-                "licence": source.licence,
-                "rows": source.num_groups,
-                "skipped": source.skipped,
+                "name": file.name,
+                "category": file.producer.kind,
+                "digest": file.digest,
+                "licence": file.licence,
+                "rows": file.rows,
+                "skipped": file.skipped,
             },
         )
 
