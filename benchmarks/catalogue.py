@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from kept import RESULTS, Kept
+from kept import RESULTS, Stateful
 
 import posttrain.lab
 from posttrain.core.config import digest, plain
@@ -31,7 +31,6 @@ from posttrain.core.errors import ConfigError, PosttrainError, nearest
 from posttrain.core.files import hash_file, hash_folder, write_atomic
 from posttrain.measure.bootstrap import student_quantile
 from posttrain.measure.measurement import Measurement
-from posttrain.methods import METHODS
 from posttrain.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -101,9 +100,9 @@ def run_here(recipe: Recipe, out: Path, root: Path) -> object:
     return run(recipe, out=out, root=root)
 
 
-def results_in(path: Path) -> Kept[Result]:
+def results_in(path: Path) -> Stateful[Result]:
     """What every run so far has said, by situation and seed."""
-    return Kept(path, Result, lambda r: (r.name, r.seed))
+    return Stateful(path, Result, lambda r: (r.name, r.seed))
 
 
 def run_one(
@@ -113,7 +112,7 @@ def run_one(
     *,
     seed: int,
     folder: Path,
-    kept: Kept[Result],
+    kept: Stateful[Result],
     runner: Runner,
 ) -> Result:
     """Run one situation with one seed, unless this very run has finished before.
@@ -167,7 +166,7 @@ def pass_at_1(out: Path, before: str, after: str) -> dict[str, tuple[float, floa
     }
 
 
-def finished(kept: Kept[Result], known: Mapping[str, object]) -> list[Result]:
+def finished(kept: Stateful[Result], known: Mapping[str, object]) -> list[Result]:
     """Every result whose situation still exists."""
     order = list(known)
     found = [r for r in kept.rows().values() if r.name in known]

@@ -25,22 +25,25 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from kept import RESULTS, Kept
+from kept import RESULTS, Stateful
 from lab_log import write
 from tour_seeds import over_seeds
 
 from posttrain import api
-from posttrain.composition import Dataset
+from posttrain.core.learner import Optimizer
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.spending import spent
 from posttrain.lab.corpus import demonstrations, preference_pairs, taskset, write_rows
 from posttrain.lab.settings import SETTINGS
 from posttrain.lab.tour import ANSWER, BASE
-from posttrain.methods import Dpo, Grpo, Method, Opd, Sft
-from posttrain.methods.distillation import Opsd
-from posttrain.methods.preference import OnlineDpo
-from posttrain.methods.rejection import Raft
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.parts.composition import Method, method
+from posttrain.parts.distillation.presets import Opd, Opsd
+from posttrain.parts.policy.presets import Grpo
+from posttrain.parts.preference.presets import OnlineDpo
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.presets import Sft
+from posttrain.parts.supervised.rejection import Raft
+from posttrain.recipe import Budget, Measure, Recipe, Stage
 
 LOOK = Measure(samples=64, max_new_tokens=ANSWER, seed=7)
 JUDGE = Measure(samples=64, max_new_tokens=ANSWER, seed=1_000_003)
@@ -206,7 +209,7 @@ def sft(situation: Situation) -> Method:
 def dpo(situation: Situation) -> Method:
     """On pairs of right answer and habit; without any, on pairs of own answers, judged."""
     if situation.demos:
-        return Dpo(data=PAIRS)
+        return method("dpo", data=PAIRS)
     return OnlineDpo(tasks=situation.tasks, max_new_tokens=ANSWER)
 
 
@@ -422,7 +425,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also what has a result already")
     parser.add_argument("--write", action="store_true", help="put the section into the lab log")
     options = parser.parse_args()
-    kept = Kept(options.results, Result, lambda r: r.key)
+    kept = Stateful(options.results, Result, lambda r: r.key)
     names, arms = options.only or list(SITUATIONS), options.arms or [*ARMS, TREAT]
     for seed in options.seeds:  # a whole table early, then more seeds
         for name in names:

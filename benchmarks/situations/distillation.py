@@ -15,16 +15,25 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from posttrain.composition import Dataset, SamplingSpec
+from posttrain.core.learner import Optimizer
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import with_context
 from posttrain.lab.corpus import demonstrations, taskset, write_rows
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
-from posttrain.methods import Method
-from posttrain.methods.distillation import (
+from posttrain.parts.composition import Method
+from posttrain.parts.distillation.policy_presets import (
+    GOpd,
+    IwOpd,
+    Minillm,
+    Opd2,
+    OpdSampled,
+    SpanOpd,
+)
+from posttrain.parts.distillation.presets import (
     ContextDistillation,
-    DistiLlm,
-    DistiLlm2,
+    Distillm,
+    Distillm2,
     EntropyAwareOpd,
     Gkd,
     Kd,
@@ -36,18 +45,11 @@ from posttrain.methods.distillation import (
     TvDistillation,
     Uld,
 )
-from posttrain.methods.distillation_rewards import (
-    GOpd,
-    IwOpd,
-    MiniLlm,
-    Opd2,
-    OpdSampled,
-    SpanOpd,
-)
-from posttrain.methods.hybrid import Chord, ChordPhi
-from posttrain.methods.rejection import Star
-from posttrain.methods.supervised import Sft
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.parts.guided.hybrid import Chord, ChordPhi
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.presets import Sft
+from posttrain.parts.supervised.rejection import Star
+from posttrain.recipe import Budget, Measure, Recipe, Stage
 
 STEPS, GROUPS = 40, 64
 TASKS, TEACHERS = (PRODUCTS.name,), {"*": "teacher"}
@@ -151,15 +153,15 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "entropy_aware_opd": _dense(EntropyAwareOpd, teachers=TEACHERS),
         "tv_distillation": _dense(TvDistillation, teachers=TEACHERS),
         "gkd": _dense(Gkd, **_MIXED),
-        "distillm": _dense(DistiLlm, **_MIXED),
-        "distillm2": _dense(DistiLlm2, teacher="teacher"),
+        "distillm": _dense(Distillm, **_MIXED),
+        "distillm2": _dense(Distillm2, teacher="teacher"),
         "uld": _dense(Uld, teacher="teacher", data=DATA),
         "opd_sampled": _sampled(OpdSampled, teachers=TEACHERS),
         "iw_opd": _sampled(IwOpd, teachers=TEACHERS),
         "g_opd": _sampled(GOpd, teachers=TEACHERS),
         "opd2": _sampled(Opd2, teacher="teacher", teacher_base="base", sampling=_COOL, scale=1.0),
         "span_opd": _sampled(SpanOpd, teacher="teacher"),  # with one tokenizer: opd_sampled
-        "minillm": _sampled(MiniLlm, teachers=TEACHERS),
+        "minillm": _sampled(Minillm, teachers=TEACHERS),
         "opsd": _told(Opsd),
         # At 3e-4 a teacher that moves with the learner is pulled along, and both get worse.
         "sdft": _told(Sdft),

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from posttrain.core.learner import Optimizer
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
-from posttrain.methods import Method
-from posttrain.methods.guided import GuidedGrpo, Hpt, Luffy, PrefixRft, Uft
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.parts.composition import Method
+from posttrain.parts.guided.presets import GuidedGrpo, Hpt, Luffy, PrefixRft, Uft
+from posttrain.recipe import Budget, Measure, Recipe, Stage
 
 
 def situation(method: Method, *, groups: int, lr: float, seed: int) -> Recipe:

@@ -16,20 +16,22 @@ from pathlib import Path
 from random import Random
 from types import MappingProxyType
 
-from posttrain.composition import Dataset, Judge, ProcessReward, RewardModel
 from posttrain.lab.catalogue_preference import labelled_rows
+
+from posttrain.core.learner import Optimizer
 from posttrain.lab.corpus import preference_pairs, taskset, write_rows
 from posttrain.lab.settings import CALCULATE, PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
-from posttrain.methods import Grpo, Method, Sft
-from posttrain.methods.reward_models import (
-    BradleyTerryReward,
-    MathShepherd,
-    Orm,
-    OrmOnRollouts,
-    Prm,
-)
-from posttrain.recipe import Budget, JsonlTasks, Measure, Optimizer, Recipe, Stage, TaskSetSpec
+from posttrain.parts.composition import Method, method
+from posttrain.parts.policy.presets import Grpo
+from posttrain.parts.rewards.judges import RewardModel
+from posttrain.parts.rewards.presets import MathShepherd, Orm, OrmOnRollouts, Prm
+from posttrain.parts.rewards.process import ProcessReward
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.presets import Sft
+from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.tasks.base import TaskSetSpec
+from posttrain.tasks.jsonl import JsonlTasks
 
 WALK = 10
 """Longest answer in steps, in tokens."""
@@ -157,7 +159,7 @@ def _steps(judge: Stage) -> Callable[[Path, int], Recipe]:
 SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
     {
         "bradley_terry": _products(
-            stage("judge", BradleyTerryReward(data=PAIRS), steps=40, groups=32)
+            stage("judge", method("bradley_terry", data=PAIRS), steps=40, groups=32)
         ),
         "orm": _products(stage("judge", Orm(data=LABELLED), steps=60, groups=32)),
         "orm_on_rollouts": _products(stage("judge", _OWN, steps=60, groups=16)),

@@ -11,25 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from posttrain.core.learner import Optimizer
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
-from posttrain.methods.policy import (
-    AdaptiveEntropy,
-    Cispo,
-    ClipCov,
-    Dapo,
-    DrGrpo,
-    Gmpo,
-    Grpo,
-    Gspo,
-    HighEntropy,
-    KlCov,
-    Luspo,
-    PolicyMethod,
-    Sapo,
-    Vespo,
-)
-from posttrain.methods.policy_estimators import (
+from posttrain.parts.composition import method
+from posttrain.parts.policy.estimators import (
     Gdpo,
     Gpg,
     LitePpo,
@@ -41,7 +27,17 @@ from posttrain.methods.policy_estimators import (
     Remax,
     Rloo,
 )
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.parts.policy.presets import (
+    AdaptiveEntropy,
+    ClipCov,
+    Dapo,
+    DrGrpo,
+    Grpo,
+    HighEntropy,
+    KlCov,
+    Luspo,
+)
+from posttrain.recipe import Budget, Measure, Recipe, Stage
 
 ROLLOUTS = 128
 """Answers per draw."""
@@ -83,12 +79,12 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "grpo_of_two": _of(Grpo(tasks=_TASKS, group_size=2, max_new_tokens=ANSWER)),
         "dr_grpo": _of(DrGrpo(tasks=_TASKS, max_new_tokens=ANSWER)),
         "dapo": _of(Dapo(tasks=_TASKS, group_size=16, max_new_tokens=ANSWER)),
-        "gspo": _of(Gspo(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
+        "gspo": _of(method("gspo", tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
         "luspo": _of(Luspo(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
-        "gmpo": _of(Gmpo(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
-        "cispo": _of(Cispo(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
-        "sapo": _of(Sapo(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
-        "vespo": _of(Vespo(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
+        "gmpo": _of(method("gmpo", tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
+        "cispo": _of(method("cispo", tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
+        "sapo": _of(method("sapo", tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
+        "vespo": _of(method("vespo", tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
         "clip_cov": _of(ClipCov(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
         "kl_cov": _of(KlCov(tasks=_TASKS, max_new_tokens=ANSWER), updates=2),
         "high_entropy": _of(HighEntropy(tasks=_TASKS, max_new_tokens=ANSWER)),

@@ -14,36 +14,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from posttrain.composition import Dataset
+from posttrain.core.learner import Optimizer
 from posttrain.lab.corpus import preference_pairs, write_rows
 from posttrain.lab.settings import CHAINS
 from posttrain.lab.tour import ANSWER, BASE
-from posttrain.methods.moving_preference import Aot, AotUnpaired, Spin, TrDpo, Xpo
-from posttrain.methods.preference import (
-    AlphaPo,
-    Apo,
-    Cpo,
-    DiscoPop,
-    Dpo,
-    Exo,
-    FDpo,
-    Hinge,
-    Ipo,
-    Irpo,
-    IterativeDpo,
-    LdDpo,
-    LnDpo,
-    Nca,
-    OnlineDpo,
-    Orpo,
-    PreferenceMethod,
-    RobustDpo,
-    SimPo,
-    Sppo,
-    Wpo,
-)
-from posttrain.methods.unpaired import Bco, Kto
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.parts.composition import method
+from posttrain.parts.preference.presets import Alphapo, Cpo, Irpo, IterativeDpo, OnlineDpo, Orpo
+from posttrain.parts.preference.self_play import Spin, TrDpo, Xpo
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.recipe import Budget, Measure, Recipe, Stage
 
 Row = Mapping[str, object]
 PAIRS = Dataset(path="chains-pairs.jsonl", name="lab-chains-pairs", licence="CC0-1.0")
@@ -128,37 +107,37 @@ def _of(
 _TASKS = (CHAINS.name,)
 SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
     {
-        "dpo": _of(Dpo(data=PAIRS)),
+        "dpo": _of(method("dpo", data=PAIRS)),
         "tr_dpo": _of(TrDpo(data=PAIRS, every=10)),
-        "aot": _of(Aot(data=PAIRS, beta=0.1)),
-        "aot_unpaired": _of(AotUnpaired(data=PAIRS, beta=0.1)),
+        "aot": _of(method("aot", data=PAIRS, beta=0.1)),
+        "aot_unpaired": _of(method("aot_unpaired", data=PAIRS, beta=0.1)),
         "spin": _of(Spin(tasks=_TASKS, max_new_tokens=ANSWER)),
         "spin_twice": _of(Spin(tasks=_TASKS, max_new_tokens=ANSWER, every=STEPS // 2)),
         "xpo": _of(Xpo(tasks=_TASKS, group_size=8, max_new_tokens=ANSWER)),
-        "cdpo": _of(Dpo(data=PAIRS, label_smoothing=0.1)),
-        "robust_dpo": _of(RobustDpo(data=PAIRS)),
-        "ipo": _of(Ipo(data=PAIRS)),
-        "hinge": _of(Hinge(data=PAIRS)),
-        "exo": _of(Exo(data=PAIRS)),
-        "nca": _of(Nca(data=PAIRS)),
-        "sppo": _of(Sppo(data=PAIRS)),
-        "apo": _of(Apo(data=PAIRS)),
-        "apo_down": _of(Apo(data=POOR, direction="down")),
-        "f_dpo": _of(FDpo(data=PAIRS)),
-        "f_dpo_forward": _of(FDpo(data=PAIRS, divergence="forward_kl")),
-        "f_dpo_alpha": _of(FDpo(data=PAIRS, divergence="alpha", alpha=0.5)),
-        "ln_dpo": _of(LnDpo(data=PAIRS)),
-        "ld_dpo": _of(LdDpo(data=PAIRS)),
-        "wpo": _of(Wpo(data=PAIRS)),
-        "discopop": _of(DiscoPop(data=PAIRS, tau=0.2)),
+        "cdpo": _of(method("dpo", data=PAIRS, label_smoothing=0.1)),
+        "robust_dpo": _of(method("robust_dpo", data=PAIRS)),
+        "ipo": _of(method("ipo", data=PAIRS)),
+        "hinge": _of(method("hinge", data=PAIRS)),
+        "exo": _of(method("exo", data=PAIRS)),
+        "nca": _of(method("nca", data=PAIRS)),
+        "sppo": _of(method("sppo", data=PAIRS)),
+        "apo": _of(method("apo", data=PAIRS)),
+        "apo_down": _of(method("apo", data=POOR, direction="down")),
+        "f_dpo": _of(method("f_dpo", data=PAIRS)),
+        "f_dpo_forward": _of(method("f_dpo", data=PAIRS, divergence="forward_kl")),
+        "f_dpo_alpha": _of(method("f_dpo", data=PAIRS, divergence="alpha", alpha=0.5)),
+        "ln_dpo": _of(method("ln_dpo", data=PAIRS)),
+        "ld_dpo": _of(method("ld_dpo", data=PAIRS)),
+        "wpo": _of(method("wpo", data=PAIRS)),
+        "discopop": _of(method("discopop", data=PAIRS, tau=0.2)),
         "irpo": _of(Irpo(data=PAIRS)),
         "orpo": _of(Orpo(data=PAIRS)),
         "cpo": _of(Cpo(data=PAIRS)),
-        "simpo": _of(SimPo(data=PAIRS)),
-        "alphapo": _of(AlphaPo(data=PAIRS)),
-        "kto": _of(Kto(data=LABELLED), groups=64),
-        "kto_on_pairs": _of(Kto(data=PAIRS)),
-        "bco": _of(Bco(data=LABELLED), groups=64),
+        "simpo": _of(method("simpo", data=PAIRS)),
+        "alphapo": _of(Alphapo(data=PAIRS)),
+        "kto": _of(method("kto", data=LABELLED), groups=64),
+        "kto_on_pairs": _of(method("kto", data=PAIRS)),
+        "bco": _of(method("bco", data=LABELLED), groups=64),
         "online_dpo": _of(OnlineDpo(tasks=_TASKS, group_size=8, max_new_tokens=ANSWER)),
         "iterative_dpo": _of(IterativeDpo(tasks=_TASKS, group_size=8, max_new_tokens=ANSWER)),
     }

@@ -15,15 +15,18 @@ from pathlib import Path
 from random import Random
 from types import MappingProxyType
 
-from posttrain.composition import Dataset, SamplingSpec
+from posttrain.core.learner import Optimizer
+from posttrain.core.sampling import SamplingSpec
 from posttrain.lab.corpus import demonstrations, taskset, write_rows
 from posttrain.lab.settings import CALCULATE, PRODUCTS, Setting
 from posttrain.lab.tour import ANSWER, BASE
-from posttrain.methods import Method
-from posttrain.methods.offline import ALol, Awr, RGold
-from posttrain.methods.rejection import Raft, RestEm, Rft, Ssd, Star
-from posttrain.methods.supervised import Asft, Dft, ProbabilitySft, Psft, Sft, WeightedSft
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.parts.composition import Method, method
+from posttrain.parts.offline.presets import ALol, Awr, RGold
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.likelihood import Psft
+from posttrain.parts.supervised.presets import Asft, Sft, WeightedSft
+from posttrain.parts.supervised.rejection import Raft, RestEm, Rft, Ssd, Star
+from posttrain.recipe import Budget, Measure, Recipe, Stage
 
 Situation = Callable[[Path, int], Recipe]
 STEPS = 40
@@ -108,10 +111,12 @@ SAMPLED = Star(tasks=TASKS, max_new_tokens=ANSWER, sampling=SamplingSpec())
 SITUATIONS: Mapping[str, Situation] = MappingProxyType(
     {
         "sft": partial(demonstrated, lambda d: Sft(data=d)),
-        "dft": partial(demonstrated, lambda d: Dft(data=d)),
+        "dft": partial(demonstrated, lambda d: method("dft", data=d)),
         "asft": partial(demonstrated, lambda d: Asft(data=d)),
-        "probability_sft": partial(demonstrated, lambda d: ProbabilitySft(data=d, alpha=0.5)),
-        "psft": partial(demonstrated, lambda d: Psft(data=d)),
+        "probability_sft": partial(
+            demonstrated, lambda d: method("probability_sft", data=d, alpha=0.5)
+        ),
+        "psft": partial(demonstrated, lambda d: method("psft", data=d)),
         "weighted_sft": partial(logged, lambda d: WeightedSft(data=d)),
         "awr": partial(logged, lambda d: Awr(data=d, beta=0.25)),
         "a_lol": partial(logged, lambda d: ALol(data=d)),

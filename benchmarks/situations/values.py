@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from posttrain.core.learner import Optimizer
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
-from posttrain.methods.ppo import Ppo, ValueMethod, ValuePretraining, Vapo
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.parts.policy.ppo import Ppo, ValuePretraining, Vapo
+from posttrain.recipe import Budget, Measure, Recipe, Stage
 
 ROLLOUTS = 128
 """Answers per draw."""

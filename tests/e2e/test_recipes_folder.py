@@ -18,7 +18,9 @@ from msgspec import structs
 from posttrain.core import config
 from posttrain.measure.asked import OF_ONE
 from posttrain.measure.per_prompt import METRICS
+from posttrain.parts.sources.dataset import Dataset, Rows
 from posttrain.recipe import SINCE_READINGS, Budget, Gate, Measure, Recipe, load_recipe
+from posttrain.tasks.jsonl import JsonlTasks
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"
@@ -262,12 +264,10 @@ def test_rows_on_the_page_are_read_as_that_format(kind, tmp_path):
     from transformers import AutoTokenizer
 
     from posttrain.chat import ChatRenderer
-    from posttrain.composition import Dataset
-    from posttrain.sources.dataset import DatasetSource
 
     (row,) = snippets(f"json {kind}")
     (tmp_path / "rows.jsonl").write_text(row)
-    source = DatasetSource(
+    source = Rows(
         Dataset(path="rows.jsonl", preference=kind == "preference"),
         root=tmp_path,
         renderer=ChatRenderer(AutoTokenizer.from_pretrained(ROOT / "src/posttrain/lab/base")),
@@ -280,7 +280,6 @@ def test_rows_on_the_page_are_read_as_that_format(kind, tmp_path):
 
 
 def test_the_task_row_and_the_reward_on_the_page_fit_together(tmp_path):
-    from posttrain.recipe import JsonlTasks
     from posttrain.tasks.jsonl import JsonlTaskSet
 
     (row,), (code,) = snippets("json task"), snippets("python reward")

@@ -4,13 +4,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.training.build import Workshop
+
 from posttrain.core.events import StepDone
-from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.core.learner import Optimizer
+from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
-from posttrain.tasks.jsonl import JsonlTaskSet
-from posttrain.training.build import Workshop
+from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
 from posttrain.training.stage import run_stage
 
 REWARD = (

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from posttrain.training.build import Workshop
 
 from posttrain.core.events import StepDone
+from posttrain.core.learner import Optimizer
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.lab.settings import PRODUCTS
-from posttrain.methods import Grpo
-from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.parts.policy.presets import Grpo
+from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
-from posttrain.tasks.jsonl import JsonlTaskSet
+from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
 from posttrain.tasks.reasoning_gym import ReasoningGymTaskSet
-from posttrain.training.build import Workshop
 from posttrain.training.stage import run_stage
 
 FILE = Path(__file__).parents[2] / "recipes/one_file_grpo.py"

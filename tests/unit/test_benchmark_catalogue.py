@@ -168,7 +168,6 @@ def test_unknown_and_doubled_names(bench, lab, tmp_path):
 
 def test_every_method_has_a_situation(bench):
     """Read off the lab itself: the recipes are made, nothing is run."""
-    from posttrain.methods import METHODS
 
     known = bench.situations()
     assert len(known) >= len(METHODS) - 1

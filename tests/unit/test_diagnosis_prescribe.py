@@ -20,8 +20,9 @@ from posttrain.diagnosis.prescribe import (
     prescribe,
 )
 from posttrain.diagnosis.rules import load_rules
-from posttrain.recipe import JsonlTasks, Measure, Recipe
+from posttrain.recipe import Measure, Recipe
 from posttrain.run.plan import make_plan
+from posttrain.tasks.jsonl import JsonlTasks
 
 BOOK = load_rules()
 ROOT = Path("/nowhere")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import posttrain
-from posttrain.methods import METHODS
 
 ROOT = Path(posttrain.__file__).parent
 LAYERS = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.core.errors import RunError
-from posttrain.legality import Admission
+from posttrain.parts.legality import Admission
 from posttrain.run.journal import About, Journal, has_started, read_about, read_done, read_progress
 from posttrain.run.ledger import Ledger, read, verify
 from posttrain.run.store import read_uses
