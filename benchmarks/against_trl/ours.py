@@ -22,8 +22,8 @@ from posttrain.engines.local.engine import LocalEngine
 from posttrain.legality import admit
 from posttrain.methods import Dpo, Grpo, Opd, Sft
 from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.run.folder import RunFolder
 from posttrain.run.journal import Journal
-from posttrain.run.ledger import Ledger
 from posttrain.run.plan import PlannedStage, make_plan
 from posttrain.tasks import build_taskset
 from posttrain.training.build import Workshop
@@ -157,18 +157,13 @@ def train(job: Job, gate: Steps) -> None:
 
     folder = Path(job.folder) / "journal" / job.work
     shutil.rmtree(folder, ignore_errors=True)
-    journal = Journal(
-        folder,
-        ledger=Ledger.open(folder / "ledger.jsonl"),
-        stage=planned.spec.name,
-        identity=planned.identity,
-        facts={},
-    )
-    gate.open()
-    run_stage(
-        planned.spec,
-        parts,
-        steps=STEPS,
-        journal=journal,
-        observe=observe,
-    )
+    with RunFolder(folder).lock() as writer:
+        journal = Journal(
+            writer.stage_writer(planned.spec.name, planned.identity),
+            ledger=writer.open_ledger(),
+            stage=planned.spec.name,
+            identity=planned.identity,
+            facts={},
+        )
+        gate.open()
+        run_stage(planned.spec, parts, steps=STEPS, journal=journal, observe=observe)

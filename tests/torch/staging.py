@@ -6,6 +6,7 @@ from pathlib import Path
 
 from posttrain.core.events import StepDone
 from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
@@ -62,7 +63,7 @@ class World:
         seen = []
         folder = self.root / out
         journal = Journal(
-            folder / "stage",
+            StageWriter(folder / "stage"),
             ledger=Ledger.open(folder / "ledger.jsonl"),
             stage="s",
             identity=planned.identity,

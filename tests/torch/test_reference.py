@@ -179,8 +179,8 @@ def test_a_data_set_with_a_reference_has_a_memory_in_its_checkpoints(engine, wor
     learner = learner_with_adapters(engine, world / "model")
     shop = Workshop(root=world, seed=0, tasksets={}, policy=None)
     parts = shop.parts(planned, learner)
-    assert [type(k) for k in parts.kept] == [Memory]
-    assert parts.signals[0].memory is parts.kept[0]
+    assert [type(k) for k in parts.stateful] == [Memory]
+    assert parts.signals[0].memory is parts.stateful[0]
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from posttrain.legality import admit, check_composition
 from posttrain.methods import METHODS, Compose
 from posttrain.methods.rejection import Raft, RestEm, Rft, Ssd, Star
 from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
@@ -203,7 +204,7 @@ def world(tmp_path, tiny_folder):
 
         folder = tmp_path / out
         journal = Journal(
-            folder / "stage",
+            StageWriter(folder / "stage"),
             ledger=Ledger.open(folder / "ledger.jsonl"),
             stage="s",
             identity=planned.identity,

@@ -158,21 +158,22 @@ def treat(
         click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
         sys.exit(INTERRUPTED)
     Terminal(highlight=False).print(course(done))
-    for page in _pages(out / "diagnoses"):
+    for page in _pages(out):
         click.echo(f"diagnosis: {page.resolve()}")
     click.echo(f"report: {write_report(out).resolve()}")
 
 
-def _pages(folder: Path) -> list[Path]:
+def _pages(out: Path) -> list[Path]:
     """Write the page of every diagnosis of a treatment, beside its numbers."""
-    from posttrain.core.files import write_atomic
     from posttrain.diagnosis.card import Diagnosis
     from posttrain.report.card import render_card
+    from posttrain.run.folder import RunFolder
 
+    folder = RunFolder(out)
     pages = []
-    for found in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
-        pages.append(found.with_suffix(".html"))
-        write_atomic(pages[-1], render_card(Diagnosis.from_json(found.read_text(encoding="utf-8"))))
+    for number in folder.diagnoses():
+        found = Diagnosis.from_json(folder.diagnosis_file(number).read_text(encoding="utf-8"))
+        pages.append(folder.write_diagnosis_page(number, render_card(found)))
     return pages
 
 

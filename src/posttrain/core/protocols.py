@@ -223,8 +223,8 @@ class Objective(Protocol):
         ...
 
 
-class Kept(Protocol):
-    """Something that a checkpoint must hold for a resumed stage to go on bit for bit."""
+class Stateful(Protocol):
+    """What a checkpoint must hold for a resumed stage to go on bit for bit."""
 
     def save(self, folder: Path) -> None: ...
 

@@ -24,6 +24,7 @@ from posttrain.core.errors import ModelError
 from posttrain.core.files import hash_folder
 from posttrain.legality import compared_in_the_loss
 from posttrain.recipe import Recipe
+from posttrain.run.folder import stage_folder_name
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
 
 if TYPE_CHECKING:
@@ -98,10 +99,11 @@ def _stage_lines(
     number: int, planned: PlannedStage, plan: Plan, shape: Shape | None, folder: Path
 ) -> list[str]:
     spec, composition = planned.spec, planned.composition
+    folder_name = stage_folder_name(spec.name, planned.identity)
     signals = " → ".join(str(s.__struct_config__.tag) for s in composition.signals)
     terms = " + ".join(f"{t.weight:g} {t.__struct_config__.tag}" for t in composition.terms)
     lines = [
-        f"{number}. {spec.name}  {spec.method.__struct_config__.tag}  ({planned.folder})",
+        f"{number}. {spec.name}  {spec.method.__struct_config__.tag}  ({folder_name})",
         f"   provenance  {planned.provenance}",
         f"   starts from {planned.init}",
         f"   signals     {signals or 'none'}",

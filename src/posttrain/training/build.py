@@ -80,7 +80,7 @@ class Workshop:
 
     def _parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         composition = planned.composition
-        # The stage's own stream of randomness, the same in every sitting.
+        # The stage's own stream of randomness, the same in every process.
         seed = zlib.crc32(f"{self.seed}/{planned.spec.name}".encode())
         return Parts(
             source=self._source(composition.source, planned, learner.policy, seed=seed),
@@ -88,7 +88,7 @@ class Workshop:
             terms=composition.terms,
             objective=Objective(composition.terms, teachers=tuple(self.heads.values())),
             learner=learner,
-            kept=() if self.memory is None else (self.memory,),
+            stateful=() if self.memory is None else (self.memory,),
         )
 
     def _source(

@@ -24,7 +24,7 @@ from posttrain.composition.scalar_heads import readouts
 from posttrain.core import clock
 from posttrain.core.events import AlarmRang, Observer, StepDone
 from posttrain.core.monitors import Watch
-from posttrain.core.protocols import Kept, Learner, Objective, Signal, Source
+from posttrain.core.protocols import Learner, Objective, Signal, Source, Stateful
 from posttrain.core.trajectory import Column, End, Group
 from posttrain.legality import Admission, admit, column_readers
 from posttrain.numerics.batch import PackedBatch, pack
@@ -48,7 +48,7 @@ class Parts:
     terms: Sequence[TermSpec]
     objective: Objective
     learner: Learner
-    kept: Sequence[Kept] = ()  # what else a checkpoint must hold
+    stateful: Sequence[Stateful] = ()  # what else a checkpoint must hold
 
 
 class Interrupted(KeyboardInterrupt):
@@ -71,14 +71,14 @@ def run_stage(
         parts: what it was built into.
         steps: the budget in optimiser steps.
         journal: checkpoints, trajectories and ledger rows of this stage.
-        observe: told about every step.
+        observe: called with every event.
         stop: asked after every draw; True commits and raises :class:`Interrupted`.
     """
     run = _Run(stage, parts, steps, journal, observe, Watch(stage.monitors))
     updates = stage.updates_per_draw
-    step = committed = journal.resume(parts.learner, *parts.kept)
+    step = committed = journal.resume(parts.learner, *parts.stateful)
     for line in journal.metrics():
-        run.watch.see(int(line["step"]), line)  # alarms of earlier sittings have been told
+        run.watch.see(int(line["step"]), line)  # alarms of earlier processes have been shown
     clock.drain()  # what happened before the first step is none of its time
     clock.drain_counts()
     while step < steps:
@@ -94,7 +94,7 @@ def run_stage(
         halt = stop()
         if step - committed >= stage.checkpoint_every or step >= steps or halt:
             with clock.measure("journal"):
-                journal.commit(step, parts.learner, *parts.kept)
+                journal.commit(step, parts.learner, *parts.stateful)
             committed = step
         if halt and step < steps:
             raise Interrupted(f"stage {stage.name} at step {step} of {steps}")
