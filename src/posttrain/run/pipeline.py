@@ -165,7 +165,7 @@ class _Run:
         )
         for plan in plans:
             run._check_data(plan)
-        run._retrace()
+        run._replay()
         for useless in check_resumable(run.plan, folder):
             useless.remove()
         folder.remove_partials()
@@ -188,7 +188,7 @@ class _Run:
             position += 1
             if stopped_by:
                 return self._outcome(position, stopped_by)
-            self._forget(later=self.plan.stages[position:])
+            self._unload(later=self.plan.stages[position:])
         return self._outcome(position, None)
 
     def _outcome(self, num_stages: int, stopped_by: str | None) -> Outcome:
@@ -205,7 +205,7 @@ class _Run:
             stopped_by=stopped_by,
         )
 
-    def _retrace(self) -> None:
+    def _replay(self) -> None:
         """Follow the path of earlier processes as far as it was measured and decided."""
         known: dict[str, Measurement] = {}
         base = self.policies["base"].producer
@@ -220,10 +220,10 @@ class _Run:
             if found is None:
                 return
             known[planned.spec.name] = found
-            self._turn(planned, detour(self._decisions(planned, known)))
+            self._replan(planned, detour(self._decisions(planned, known)))
             position += 1
 
-    def _turn(self, planned: PlannedStage, detour: Detour) -> None:
+    def _replan(self, planned: PlannedStage, detour: Detour) -> None:
         """Plan again from here when the gates lead elsewhere than the present plan goes."""
         if detour == self.detours.get(planned.spec.name, Detour()):
             return
@@ -244,7 +244,7 @@ class _Run:
                 self.records.model(name, digest=policy.producer.digest, role="outside")
         return self.policies[ref]
 
-    def _forget(self, *, later: Sequence[PlannedStage]) -> None:
+    def _unload(self, *, later: Sequence[PlannedStage]) -> None:
         """Let go of models that no later stage refers to. The base stays: KL is measured to it."""
         needed = {"base"}
         for planned in later:
@@ -382,7 +382,7 @@ class _Run:
         """Measure a policy, unless these very weights were measured in this very way before."""
         spec = self.plan.recipe.measure
         known = self._known(name, digest)
-        result = known or self._take(name)
+        result = known or self._measure_now(name)
         self.records.measured(result, self.folder.measurement_file(name))
         self.measured[name] = result
         first = {t.taskset: pass_interval(t, 1, confidence=spec.confidence) for t in result.tasks}
@@ -394,7 +394,7 @@ class _Run:
             )
         )
 
-    def _take(self, name: str) -> Measurement:
+    def _measure_now(self, name: str) -> Measurement:
         recipe = self.plan.recipe
         self.records.run()
         result = measure(
@@ -423,7 +423,7 @@ class _Run:
                 GateDecided(stage=planned.spec.name, passed=decision.passed, words=decision.words)
             )
         way = detour(decisions)
-        self._turn(planned, way)
+        self._replan(planned, way)
         return way.stopped_by
 
     def _decisions(
