@@ -33,6 +33,7 @@ from posttrain.lab.tour import ANSWER, BASE, write_tour
 from posttrain.measure.support import clopper_pearson
 from posttrain.parts.policy.presets import Grpo
 from posttrain.recipe import Budget, Recipe, Stage, load_recipe
+from posttrain.run.folder import RunFolder
 
 HEADING = "## Reachability, against the truth"
 PROMPTS, SAMPLES, OWN = 12, 256, 256
@@ -81,7 +82,7 @@ def later(out: Path, *, seed: int) -> LocalPolicy:
 
 def exported(out: Path, stage: str) -> LocalPolicy:
     """The model of a finished stage."""
-    (folder,) = out.glob(f"stages/*{stage}*/model")
+    (folder,) = RunFolder(out).models(stage)
     return LocalEngine(device=torch.device("cpu")).policy(str(folder))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from posttrain.training.build import Workshop
 from torch import Tensor
 
 from against_trl import reward
@@ -26,8 +25,9 @@ from posttrain.parts.policy.presets import Grpo
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
 from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.build import Workshop
+from posttrain.run.folder import RunFolder
 from posttrain.run.journal import Journal
-from posttrain.run.ledger import Ledger
 from posttrain.run.plan import PlannedStage, make_plan
 from posttrain.tasks.jsonl import JsonlTasks
 from posttrain.training.stage import micro_batches, run_stage
@@ -160,18 +160,13 @@ def train(job: Job, gate: Steps) -> None:
 
     folder = Path(job.folder) / "journal" / job.work
     shutil.rmtree(folder, ignore_errors=True)
-    journal = Journal(
-        folder,
-        ledger=Ledger.open(folder / "ledger.jsonl"),
-        stage=planned.spec.name,
-        identity=planned.identity,
-        facts={},
-    )
-    gate.open()
-    run_stage(
-        planned.spec,
-        parts,
-        steps=STEPS,
-        journal=journal,
-        observe=observe,
-    )
+    with RunFolder(folder).lock() as writer:
+        journal = Journal(
+            writer.stage_writer(planned.spec.name, planned.identity),
+            ledger=writer.open_ledger(),
+            stage=planned.spec.name,
+            identity=planned.identity,
+            facts={},
+        )
+        gate.open()
+        run_stage(planned.spec, parts, steps=STEPS, journal=journal, observe=observe)

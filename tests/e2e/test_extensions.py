@@ -279,9 +279,7 @@ def packages(monkeypatch, points: EntryPoints) -> None:
 
 GOOD = '''
 from typing import ClassVar
-from posttrain.composition import ANYONE, Term
 from posttrain.core.config import Config
-from posttrain.extensions import SignalExtension, TermExtension
 
 class Mine(Term, tag="mine", tag_field="type"):
     """Something."""

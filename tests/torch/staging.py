@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.training.build import Workshop
-
 from posttrain.core.events import StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.build import Workshop
+from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
@@ -64,7 +64,7 @@ class World:
         seen = []
         folder = self.root / out
         journal = Journal(
-            folder / "stage",
+            StageWriter(folder / "stage"),
             ledger=Ledger.open(folder / "ledger.jsonl"),
             stage="s",
             identity=planned.identity,

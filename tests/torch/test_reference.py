@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from material import random_groups
-from posttrain.training.build import Workshop
 
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.protocols import Request
@@ -18,6 +17,7 @@ from posttrain.parts.memory import Memory
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.build import Workshop
 from posttrain.run.plan import make_plan
 from posttrain.training.objective import Objective
 
@@ -180,8 +180,8 @@ def test_a_data_set_with_a_reference_has_a_memory_in_its_checkpoints(engine, wor
     learner = learner_with_adapters(engine, world / "model")
     shop = Workshop(root=world, seed=0, tasksets={}, policy=None)
     parts = shop.parts(planned, learner)
-    assert [type(k) for k in parts.kept] == [Memory]
-    assert parts.signals[0].memory is parts.kept[0]
+    assert [type(k) for k in parts.stateful] == [Memory]
+    assert parts.signals[0].memory is parts.stateful[0]
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from material import random_groups, trajectory, with_column
-from posttrain.training.build import Workshop
 
 from posttrain.core.errors import DataError, LegalityError, ModelError
 from posttrain.core.learner import Optimizer
@@ -20,7 +19,7 @@ from posttrain.parts.rewards.process import ProcessReward
 from posttrain.parts.rewards.reward_models import BradleyTerry, OutcomeBCE, StepBCE, last_scores
 from posttrain.parts.rewards.steps import Steps
 from posttrain.parts.sources.dataset import Dataset, Rows
-from posttrain.run.build import check_same_tokens
+from posttrain.run.build import Workshop, check_same_tokens
 from posttrain.testing import as_group, tiny_model
 from posttrain.testing.contracts import check_term
 from posttrain.training.objective import Objective

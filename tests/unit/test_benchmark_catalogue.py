@@ -17,8 +17,6 @@ from posttrain.core.errors import ConfigError, ModelError
 ROOT = Path(__file__).parents[2]
 FAMILY = """
 from pathlib import Path
-from posttrain.composition import Dataset
-from posttrain.methods import Sft
 from posttrain.recipe import Budget, JsonlTasks, Recipe, Stage
 
 def stage(name, **more):

@@ -280,7 +280,7 @@ def adaptive_support(
         max_new_tokens: budget of an answer, in tokens.
         seed: of the draws.
         sampling: decoding; labels hold for this decoding.
-        observe: told the counts after every round.
+        observe: called with the counts after every round.
         stop: asked before every round; True ends sampling, and the labels so far stay valid.
 
     Raises:

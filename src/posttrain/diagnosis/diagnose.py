@@ -74,7 +74,7 @@ def diagnose(
         budget: the most rollouts to spend.
         known: samples that were taken before.
         labels: spend what is left of the budget on which prompts are in reach.
-        observe: told about progress.
+        observe: called with every event.
         stop: asked between probes.
 
     Raises:

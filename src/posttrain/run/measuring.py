@@ -25,7 +25,7 @@ def measure_model(
         recipe: its stages are ignored.
         root: folder that the recipe's paths are relative to.
         engine: makes the policy.
-        observe: told about progress.
+        observe: called with every event.
     """
     policy = engine.policy(model_path(recipe.model, root))
     return measure_policy(recipe, policy, root=root, observe=observe)

@@ -48,11 +48,6 @@ class PlannedStage:
     identity: str
 
     @property
-    def folder(self) -> str:
-        """Name of its folder in a run: ``<name>-<first 8 digits of the identity>``."""
-        return f"{self.spec.name}-{self.identity[:8]}"
-
-    @property
     def references(self) -> frozenset[str]:
         """Policies that its parts refer to, the one it starts from aside."""
         return frozenset(self.composition.references())
@@ -341,7 +336,7 @@ def protocol_of(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> s
 
 
 def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> dict[str, str]:
-    """What :func:`protocol_of` digests, part by part, so that people can be told what differs.
+    """What :func:`protocol_of` digests, part by part, so that people see what differs.
 
     See :class:`posttrain.measure.measurement.Measurement`; the template is added by who measures.
     """
@@ -357,7 +352,7 @@ def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -
     for taskset in tasksets:
         judged = recipe.tasks[taskset.name].identity(root)
         parts[f"prompts of {taskset.name}"] = digest([t.key for t in taskset.held_out])
-        # Where its prompts come from is told by the prompts.
+        # Where its prompts come from shows in the prompts.
         parts[f"verifier of {taskset.name}"] = digest(
             {k: v for k, v in judged.items() if k not in ("path", "train", "held_out", "seed")}
         )

@@ -72,14 +72,14 @@ def run_stage(
         parts: what it was built into.
         steps: the budget in optimiser steps.
         journal: checkpoints, trajectories and ledger rows of this stage.
-        observe: told about every step.
+        observe: called with every event.
         stop: asked after every draw; True commits and raises :class:`Interrupted`.
     """
     run = _Run(stage, parts, steps, journal, observe, Watch(stage.monitors))
     updates = stage.updates_per_draw
     step = committed = journal.resume(parts.learner, *parts.stateful)
     for line in journal.metrics():
-        run.watch.see(int(line["step"]), line)  # alarms of earlier sittings have been told
+        run.watch.see(int(line["step"]), line)  # alarms of earlier processes have been shown
     clock.drain()  # what happened before the first step is none of its time
     clock.drain_counts()
     while step < steps:
