@@ -20,14 +20,14 @@ from typing import final
 import msgspec
 
 from posttrain.core import config
-from posttrain.core.config import Config
-from posttrain.core.errors import DataError, ResumeRefused
+from posttrain.core.errors import ResumeRefused
 from posttrain.core.events import Event, Measured, Note, Observer, StageStarted, ignore
 from posttrain.core.files import write_atomic
 from posttrain.core.protocols import Engine
-from posttrain.diagnosis.card import Bottleneck, Diagnosis, Evidence, Prescription
+from posttrain.diagnosis.card import Diagnosis, Evidence, Prescription
 from posttrain.diagnosis.diagnose import Known, Practice, diagnose, grounded
 from posttrain.diagnosis.prescribe import Supplies
+from posttrain.diagnosis.rounds import FILE, Chart, Round, read_chart
 from posttrain.diagnosis.rules import RuleBook
 from posttrain.diagnosis.spending import Spent, expected, spent
 from posttrain.diagnosis.verdict import judge_stage
@@ -58,28 +58,6 @@ LONGER = 1.15
 LOOKS = 2300
 """Rollouts of a diagnosis per task set, beside the measurement that the run takes anyway: what
 success from a part of an answer needs for 32 prompts, and some more."""
-
-
-class Round(Config):
-    """One turn of the loop. ``kept`` is null while its stage is not finished."""
-
-    number: int
-    treatment: str
-    tasks: tuple[str, ...]
-    bottleneck: Bottleneck
-    stage: Stage
-    kept: bool | None = None
-    helped: bool | None = None
-    words: str = ""
-
-
-class Chart(Config):
-    """What was decided so far: OUT/treat.json."""
-
-    ground: str  # digest of what is treated, and with what
-    budget: int
-    rounds: tuple[Round, ...] = ()
-    ended: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,15 +119,9 @@ def treat(
 
 def _opened(out: Path, *, digest: str, budget: int) -> Chart:
     """The chart of an earlier sitting, or a new one. A larger budget reopens what it ended."""
-    path = out / "treat.json"
-    if not path.is_file():
+    known = read_chart(out)
+    if known is None:
         return Chart(ground=digest, budget=budget)
-    try:
-        known = msgspec.json.decode(path.read_bytes(), type=Chart)
-    except msgspec.MsgspecError as error:
-        raise DataError(
-            f"{path} is damaged: {error}", fix=f"start again in another folder: {out}-2"
-        ) from None
     if known.ground != digest:
         raise ResumeRefused(
             f"{out} holds the treatment of another model, task set, supply or rule",
@@ -422,7 +394,7 @@ class _Course:
             ended=ended,
         )
         text = msgspec.json.format(msgspec.json.encode(self.chart))
-        write_atomic(self.out / "treat.json", text)
+        write_atomic(self.out / FILE, text)
 
     def _say(self, text: str) -> None:
         self.observe(Note(text=text))

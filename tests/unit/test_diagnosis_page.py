@@ -19,7 +19,7 @@ from posttrain.diagnosis.card import (
     TaskDiagnosis,
 )
 from posttrain.measure.reading import Reading
-from posttrain.report.card import number, reach_bar, render_card, start_curve
+from posttrain.diagnosis.page import number, reach_bar, render_card, start_curve
 
 EVIL = "<script>alert(1)</script>"
 
