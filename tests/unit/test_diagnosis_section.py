@@ -1,41 +1,73 @@
-"""A treatment's folder told round by round, and what later stages left of what was gained."""
+"""A treatment as a section of its run's report, round by round."""
 
 import json
+import re
+from html.parser import HTMLParser
 
 import msgspec
 import numpy as np
+import pytest
 from test_probes_measurement import measured, policy
 
-from posttrain.cli.tables import retention_table
 from posttrain.core import config
+from posttrain.core.errors import DataError
 from posttrain.diagnosis.card import (
     Bottleneck,
     Choice,
     Cost,
     Diagnosis,
     Evidence,
+    Finding,
     Prescription,
     TaskDiagnosis,
 )
-from posttrain.diagnosis.treat import Chart, Round
-from posttrain.measure.attribution import compare
+from posttrain.diagnosis.rounds import Chart, Round
+from posttrain.diagnosis.section import looks, treatment_section
 from posttrain.measure.reading import Reading
-from posttrain.recipe import Measure, Stage
-from posttrain.report.retained import own_stages, retained
-from posttrain.report.rounds import treatment
+from posttrain.recipe import Stage
 
-SPEC = Measure(samples=64)
+EVIL = "<script>alert(1)</script>"
 
 
-def card(tokens: int) -> str:
+class Reader(HTMLParser):
+    """The text of a section, every element closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.open = "", []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += f" {data}"
+
+
+def card(tokens: int, *, headline: str = "It prefers others.") -> str:
     readings = tuple(
         Reading(f"pass@{k}", "aim", v, v, v, 20, 64, "made up") for k, v in ((1, 0.2), (64, 0.8))
     )
     task = TaskDiagnosis(
         task="aim",
         bottleneck=Bottleneck.CHOICE,
-        headline="It prefers others.",
+        headline=headline,
         evidence=Evidence(task="aim", readings=readings),
+        findings=(
+            Finding(
+                rule="not-chosen",
+                bottleneck=Bottleneck.CHOICE,
+                words="It could, and does not.",
+                because=("efficiency_gap is 0.60", "pass@64 is 0.80"),
+                decided_by=(),
+                overturned_by="more samples",
+                citation="2504.13837",
+            ),
+        ),
     )
     todo = Prescription(
         tasks=("aim",),
@@ -57,7 +89,8 @@ def card(tokens: int) -> str:
     ).to_json()
 
 
-def test_the_rounds_of_a_treatment(tmp_path):
+@pytest.fixture
+def out(tmp_path):
     """One stage that was kept, and a last look after which nothing was done."""
     stage = config.convert(
         {"name": "1-x", "method": {"name": "raft", "tasks": ["aim"]}, "budget": {"steps": 40}},
@@ -74,9 +107,7 @@ def test_the_rounds_of_a_treatment(tmp_path):
         helped=True,
         words="it rose",
     )
-    chart = Chart(ground="g", budget=900, rounds=(done,), ended="nothing is left to treat")
-    assert treatment(tmp_path) is None
-    (tmp_path / "treat.json").write_bytes(msgspec.json.encode(chart))
+    write_chart(tmp_path, rounds=(done,), ended="nothing is left to treat")
     for folder in ("diagnoses", "measurements", "stages/1-x-abc"):
         (tmp_path / folder).mkdir(parents=True)
     for number, tokens in enumerate((100, 30)):
@@ -86,53 +117,71 @@ def test_the_rounds_of_a_treatment(tmp_path):
         (tmp_path / f"measurements/{name}.json").write_text(flat.to_json())
     lines = [json.dumps({"step": i, "tokens": 7}) for i in range(3)]
     (tmp_path / "stages/1-x-abc/metrics.jsonl").write_text("\n".join(lines))
+    return tmp_path
 
-    told = treatment(tmp_path)
-    assert told is not None
-    first, last = told.rounds
-    assert (first.title, first.why, first.start) == (
+
+def write_chart(folder, **parts) -> None:
+    chart = Chart(ground="g", budget=900, **parts)
+    (folder / "treat.json").write_bytes(msgspec.json.encode(chart))
+
+
+def rounds_of(folder) -> tuple[Round, ...]:
+    return msgspec.json.decode((folder / "treat.json").read_bytes(), type=Chart).rounds
+
+
+def test_every_look_has_its_round_its_reason_and_its_cost(out):
+    first, last = looks(out)
+    assert (first.title, first.why, first.round.stage.init) == (
         "imitate the best",
         "success is in reach",
         "base",
     )
-    assert (first.looking, first.sampled, first.trained) == (100 + 40, 0, 21)  # 20 answers of 2
-    assert (first.steps, first.decision, first.kept, first.helped) == (40, "it rose", True, True)
-    assert (last.stage, last.looking, last.trained, last.kept) == ("", 30, 0, None)
-    assert told.spent == 100 + 30 + 2 * 40 + 21
-    (found,) = first.found
-    assert (found.first.value, found.reach.value, found.tries) == (0.2, 0.8, 64)
+    cost = first.cost
+    assert (cost.looking, cost.sampled, cost.trained) == (100 + 40, 0, 21)  # 20 answers of 2
+    assert (last.round, last.title, last.why) == (None, "", "")
+    assert (last.cost.looking, last.cost.trained) == (30, 0)
 
 
-def stages(**rates: tuple[float, ...]):
-    """Twenty prompts a task set, each solved at the given rate by each policy of a chain."""
-    return [
-        policy(
-            *(
-                measured(np.random.default_rng([i, j]).random((20, 64)) < row[i], task)
-                for j, (task, row) in enumerate(rates.items())
-            ),
-            name=f"p{i}",
-        )
-        for i in range(3)
-    ]
+def test_a_treatment_is_told_round_by_round(out):
+    section = treatment_section(out)
+    assert (section.ident, section.title) == ("treatment", "Treatment")
+    assert section.html.startswith('<section id="treatment">')
+    text = Reader(section.html).text
+    spent = 100 + 30 + 2 * 40 + 21
+    for words in ("Round 1 imitate the best ✓ kept helped", "choice",
+                  "Because success within all tries minus pass@1 is 0.60; pass@64 is 0.80.",
+                  "40 steps from base , for aim", "Why so: success is in reach", "it rose",
+                  f"{spent} of 900 tokens",
+                  "140 looking, 0 sampled for training, 21 trained",
+                  "Round 2 Nothing was done", "It ended: nothing is left to treat."):  # fmt: skip
+        assert words.replace(" ", "") in text.replace(" ", ""), words
+    strip, _ = re.findall(r"<svg xmlns.*?</svg>", section.html, re.DOTALL)
+    assert [float(w) for w in re.findall(r'<rect[^>]* width="([^"]*)"', strip)] == [100, 80, 20]
 
 
-def test_bringing_back_what_the_base_could_do_is_no_gain():
-    chain = stages(restored=(0.9, 0.2, 0.9))
-    changes = [compare(a, b, epsilon=SPEC.threshold) for a, b in ((chain[0], chain[1]), chain[1:])]
-    assert own_stages(chain, changes) == {"restored": 0}
+def test_a_round_that_is_not_judged_yet_claims_nothing(out):
+    (done,) = rounds_of(out)
+    open_ = msgspec.structs.replace(done, kept=None, helped=None, words="")
+    write_chart(out, rounds=(open_,))
+    text = Reader(treatment_section(out).html).text
+    assert "not judged yet" in text
+    assert "helped" not in text
+    assert "It has not ended" in text
 
 
-def test_what_later_stages_left():
-    chain = stages(learned=(0.0, 0.9, 0.5), known=(0.9, 0.9, 0.9), late=(0.0, 0.0, 0.8))
-    changes = [compare(a, b, epsilon=SPEC.threshold) for a, b in ((chain[0], chain[1]), chain[1:])]
-    assert own_stages(chain, changes) == {"learned": 1, "known": 0, "late": 2}
-    learned, known, late = retained(chain, changes, spec=SPEC)
-    assert learned.backward.high < -0.3
-    assert learned.forgetting.low > 0.3
-    assert learned.handoff.value == 1  # weaker, and still in reach everywhere
-    assert known.backward.low < 0 < known.backward.high
-    assert known.handoff.value is None
-    assert (late.forward.value, late.backward.value) == (0, None)  # nothing came after it
-    assert not retained(chain[:2], changes[:1], spec=SPEC)
-    assert "p1" in retention_table((learned,))
+def test_no_text_of_a_treatment_becomes_markup(out):
+    (done,) = rounds_of(out)
+    evil = msgspec.structs.replace(done, treatment=EVIL, words=EVIL, tasks=(EVIL,))
+    write_chart(out, rounds=(evil,), ended=EVIL)
+    (out / "diagnoses/1.json").write_text(card(30, headline=EVIL))
+    html = treatment_section(out).html
+    assert EVIL not in html
+    assert html.count("&lt;script&gt;") == 5  # title, tasks, decision, headline, end
+
+
+def test_a_run_without_a_treatment_has_no_such_section(tmp_path):
+    assert treatment_section(tmp_path) is None
+    assert looks(tmp_path) == ()
+    (tmp_path / "treat.json").write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        treatment_section(tmp_path)
