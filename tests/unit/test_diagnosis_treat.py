@@ -6,7 +6,8 @@ import pytest
 from test_probes_measurement import measured, policy
 
 from posttrain.core.errors import DataError, ResumeRefused
-from posttrain.diagnosis.treat import Chart, _opened
+from posttrain.diagnosis.rounds import Chart
+from posttrain.diagnosis.treat import _opened
 from posttrain.diagnosis.verdict import judge_stage
 from posttrain.run.folder import RunFolder
 

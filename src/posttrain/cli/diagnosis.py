@@ -130,6 +130,7 @@ def treat(
     from rich.console import Console as Terminal
 
     from posttrain.cli.console import Console, interrupts
+    from posttrain.cli.pages import write_cards, write_run_report
     from posttrain.recipe import measuring_recipe
 
     ground = measuring_recipe(tasks, model=model, name="treatment")
@@ -139,7 +140,6 @@ def treat(
     from posttrain.api import treat as run_treat
     from posttrain.diagnosis.rules import load_rules
     from posttrain.diagnosis.show import course
-    from posttrain.report.load import write_report
 
     book = load_rules(rules)
     try:
@@ -158,23 +158,9 @@ def treat(
         click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
         sys.exit(INTERRUPTED)
     Terminal(highlight=False).print(course(done))
-    for page in _write_pages(out):
+    for page in write_cards(out):
         click.echo(f"diagnosis: {page.resolve()}")
-    click.echo(f"report: {write_report(out).resolve()}")
-
-
-def _write_pages(out: Path) -> list[Path]:
-    """Write the page of every diagnosis of a treatment, beside its numbers."""
-    from posttrain.diagnosis.card import Diagnosis
-    from posttrain.report.card import render_card
-    from posttrain.run.folder import RunFolder
-
-    folder = RunFolder(out)
-    pages = []
-    for number in folder.diagnoses():
-        found = Diagnosis.from_json(folder.diagnosis_file(number).read_text(encoding="utf-8"))
-        pages.append(folder.write_diagnosis_page(number, render_card(found)))
-    return pages
+    click.echo(f"report: {write_run_report(out).resolve()}")
 
 
 def _supplies(

@@ -93,9 +93,9 @@ def _go(recipe_path: Path, out: Path | None) -> None:
 
 
 def _finish(outcome: Outcome, say: Callable[[Outcome, Path], None]) -> None:
-    from posttrain.report.load import write_report
+    from posttrain.cli.pages import write_run_report
 
-    say(outcome, write_report(outcome.out))
+    say(outcome, write_run_report(outcome.out))
     if outcome.stopped_by:
         sys.exit(STOPPED_BY_GATE)
 
@@ -174,9 +174,9 @@ def compare(before: str, after: str | None, tasks: str | None, samples: int | No
     click.echo(_comparison(first, second, spec))
     if run is not None:
         from posttrain.cli.tables import retention_table
-        from posttrain.report.load import load_retention
+        from posttrain.run.history import read_history
 
-        if kept := load_retention(run):
+        if kept := read_history(run).retained():
             click.echo(f"\n{retention_table(kept)}")
 
 
@@ -299,9 +299,9 @@ def report(run_folder: Path) -> None:
     from posttrain.run.folder import RunFolder
 
     RunFolder(run_folder).recipe()
-    from posttrain.report.load import write_report
+    from posttrain.cli.pages import write_run_report
 
-    click.echo(write_report(run_folder))
+    click.echo(write_run_report(run_folder))
 
 
 @cli.command()

@@ -23,18 +23,18 @@ from posttrain.catalogue import (
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.diagnosis.reachability import TaskReach
 from posttrain.measure.attribution import Attribution, Comparison, Part, compare
-from posttrain.measure.bootstrap import Interval
+from posttrain.measure.bootstrap import Interval, interval_words
 from posttrain.measure.curves import crossover
 from posttrain.measure.diversity import answer_entropies
 from posttrain.measure.measure import verifier_words
 from posttrain.measure.measurement import Measurement, TaskMeasurement
 from posttrain.measure.reading import FEWEST, Reading, number_words
 from posttrain.measure.readings import not_taken, paired_change, take
+from posttrain.measure.retained import Retained
 from posttrain.measure.support import Label, labels, support_change
 from posttrain.measure.voting import answers_of
 from posttrain.parts.base import Term
 from posttrain.recipe import Measure
-from posttrain.report.view import RetentionView
 from posttrain.run.folder import RunFolder
 
 WIDTH = 100
@@ -49,19 +49,6 @@ VARIETY = (
 CUT_OFF, LOOPED = 0.05, 0.05
 """Shares of cut-off samples and of repeated 4-grams from which a table warns (the latter: the
 guard of arXiv 2604.08527)."""
-
-
-def interval_words(interval: Interval | None) -> str:
-    """A value and its interval, or a dash.
-
-    Example:
-        >>> interval_words(Interval(value=.5, low=.4, high=.6, num_prompts=8, seed=0,
-        ...                         confidence=.95))
-        '0.50 [0.40, 0.60]'
-    """
-    if interval is None:
-        return "–"
-    return f"{interval.value:z.2f} [{interval.low:z.2f}, {interval.high:z.2f}]"
 
 
 def measurement_table(measurement: Measurement, spec: Measure) -> str:
@@ -248,13 +235,13 @@ def change_table(before: Measurement, after: Measurement, *, confidence: float =
     )
 
 
-def retention_table(kept: Sequence[RetentionView]) -> str:
+def retention_table(kept: Sequence[Retained]) -> str:
     """What later stages left of what each task set had; a dash where there was no later stage."""
     columns = ("task set", "first gained in", "before that", "since then", "forgotten", "handed on")
     table = _table("retention over the stages", columns)
     for row in kept:
         numbers = (row.forward, row.backward, row.forgetting, row.handoff)
-        cells = ("–" if e.value is None else e.words for e in numbers)
+        cells = (interval_words(r, missing="–") for r in numbers)
         table.add_row(row.task, row.learned, *cells)
     legend = (
         "first gained in: the first stage clearly above the base. before that: gain over the base\n"

@@ -19,11 +19,11 @@ from posttrain.core.protocols import Engine
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.diagnosis.examine import SAMPLES, Examination
 from posttrain.diagnosis.judge import diagnose_task
+from posttrain.diagnosis.page import render_card
 from posttrain.diagnosis.prescribe import NOTHING, Supplies, prescribe
 from posttrain.diagnosis.rules import RuleBook, load_rules
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Recipe
-from posttrain.report.card import render_card
 from posttrain.run.plan import is_hub_id, model_path, protocol_of
 from posttrain.run.preview import read_shape
 

@@ -20,13 +20,13 @@ from typing import final
 import msgspec
 
 from posttrain.core import config
-from posttrain.core.config import Config
 from posttrain.core.errors import ResumeRefused
 from posttrain.core.events import Event, Measured, Note, Observer, StageStarted, ignore
 from posttrain.core.protocols import Engine
-from posttrain.diagnosis.card import Bottleneck, Diagnosis, Evidence, Prescription
+from posttrain.diagnosis.card import Diagnosis, Evidence, Prescription
 from posttrain.diagnosis.diagnose import Known, Practice, diagnose, grounded
 from posttrain.diagnosis.prescribe import Supplies
+from posttrain.diagnosis.rounds import Chart, Round
 from posttrain.diagnosis.rules import RuleBook
 from posttrain.diagnosis.spending import Spent, expected, spent
 from posttrain.diagnosis.verdict import judge_stage
@@ -58,28 +58,6 @@ LONGER = 1.15
 LOOKS = 2300
 """Rollouts of a diagnosis per task set, beside the measurement that the run takes anyway: what
 success from a part of an answer needs for 32 prompts, and some more."""
-
-
-class Round(Config):
-    """One turn of the loop. ``kept`` is null while its stage is not finished."""
-
-    number: int
-    treatment: str
-    tasks: tuple[str, ...]
-    bottleneck: Bottleneck
-    stage: Stage
-    kept: bool | None = None
-    helped: bool | None = None
-    words: str = ""
-
-
-class Chart(Config):
-    """What was decided so far, as the run folder keeps it."""
-
-    ground: str  # digest of what is treated, and with what
-    budget: int
-    rounds: tuple[Round, ...] = ()
-    ended: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

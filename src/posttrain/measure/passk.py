@@ -92,6 +92,18 @@ class Curve:
     confidence: float
     seed: int
 
+    def at(self, k: int) -> Interval:
+        """pass@k, for one of ``ks``."""
+        i = self.ks.index(k)
+        return Interval(
+            value=self.value[i],
+            low=self.low[i],
+            high=self.high[i],
+            num_prompts=self.num_prompts,
+            seed=self.seed,
+            confidence=self.confidence,
+        )
+
 
 def curve(task: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0) -> Curve:
     """pass@k for k = 1, 2, 4, ... up to n. Each interval holds by itself, not all at once.
