@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -31,7 +32,6 @@ from posttrain.parts.base import Term
 from posttrain.parts.legality import Admission, admit, column_readers, readouts
 from posttrain.parts.tools import Score
 from posttrain.recipe import Stage
-from posttrain.run.journal import Journal
 from posttrain.training.authors import author_metrics
 from posttrain.training.draw_metrics import mismatch_metrics, value_metrics
 
@@ -52,6 +52,26 @@ class Parts:
     stateful: Sequence[Stateful] = ()  # what else a checkpoint must hold
 
 
+class StageLog(Protocol):
+    """What a stage writes into: checkpoints, metrics and trajectories that agree with each other."""
+
+    def resume(self, learner: Learner, *also: Stateful) -> int:
+        """Load the last checkpoint, if there is one; returns the step to go on from."""
+        ...
+
+    def metrics(self) -> Sequence[Mapping[str, float]]:
+        """Every step that is committed, in order."""
+        ...
+
+    def record(self, step: int, admission: Admission, metrics: Mapping[str, float]) -> None:
+        """Note one step: what was trained on, what was not and why, and its metrics."""
+        ...
+
+    def commit(self, step: int, learner: Learner, *also: Stateful) -> None:
+        """Make everything up to here durable, at once."""
+        ...
+
+
 class Interrupted(KeyboardInterrupt):
     """The user asked to stop. Everything up to the last draw is committed."""
 
@@ -61,7 +81,7 @@ def run_stage(
     parts: Parts,
     *,
     steps: int,
-    journal: Journal,
+    journal: StageLog,
     observe: Observer,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -109,7 +129,7 @@ class _Run:
     stage: Stage
     parts: Parts
     steps: int
-    journal: Journal
+    journal: StageLog
     observe: Observer
     watch: Watch
 
