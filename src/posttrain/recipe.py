@@ -15,6 +15,7 @@ import msgspec
 from posttrain.core.config import Config, convert, read_yaml
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.core.learner import Lora, Optimizer
+from posttrain.core.monitors import Monitors
 from posttrain.core.sampling import SamplingSpec
 from posttrain.parts import composition
 from posttrain.parts.base import PolicyRef
@@ -120,36 +121,6 @@ class Gate(Config):
         since = f" since {self.since}" if self.looks_back else ""
         head, _, tail = name.removeprefix("at_").partition("_")
         return f"at {head} {bound:g}{' ' + tail if tail else ''}{since}"
-
-
-class Monitors(Config):
-    """Bounds of the alarms that a running stage gives, on means over ``window`` steps.
-
-    Alarms change nothing. null switches one off.
-    """
-
-    window: int = 5  # steps
-    zero_variance: float | None = 0.8  # share of groups with equal rewards
-    entropy_left: float | None = 0.2  # share of the first window's entropy, on the learner's tokens
-    effective_share: float | None = 0.3  # of importance weights, per kind of author (verl's alarm)
-    stale_share: float | None = 0.2  # of groups too old to be trained on
-    truncated_share: float | None = 0.3  # of answers that the token budget cut off
-    kl: float | None = 1.0  # nats per token from the reference
-
-    def __post_init__(self) -> None:
-        shares = (
-            self.zero_variance,
-            self.entropy_left,
-            self.effective_share,
-            self.stale_share,
-            self.truncated_share,
-        )
-        fits = all(s is None or 0 < s < 1 for s in shares)
-        if self.window < 1 or not fits or (self.kl is not None and not self.kl > 0):
-            raise ConfigError(
-                f"monitors {self}",
-                expected="window >= 1; shares above 0 and below 1; kl above 0; null for off",
-            )
 
 
 class Stage(Config):

@@ -6,7 +6,7 @@ import pytest
 
 from posttrain.core.errors import ConfigError
 from posttrain.core.monitors import Watch, alarms
-from posttrain.recipe import Monitors
+from posttrain.core.monitors import Monitors
 
 
 def rang(bounds, *steps):
