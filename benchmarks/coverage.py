@@ -20,7 +20,7 @@ import numpy.typing as npt
 from lab_log import write
 
 from posttrain.diagnosis.scaffold import Help, Scaffold, amortisation_gap, amortised_share
-from posttrain.measure.attribution import MeasuredRole, Part, attribute, contributions
+from posttrain.measure.attribution import ChangeKind, MeasuredRole, attribute, contributions
 from posttrain.measure.bootstrap import Interval, combined_interval
 from posttrain.measure.calibration import _gaps, calibration_error
 from posttrain.measure.curves import (
@@ -168,13 +168,13 @@ def kept_of(w: World) -> float:
     return mean(cells.kept) / mean(w.base.successes)
 
 
-def part_of(part: Part) -> tuple[Callable[[World], Interval], Callable[[World], float]]:
+def part_of(part: ChangeKind) -> tuple[Callable[[World], Interval], Callable[[World], float]]:
     def take(w: World) -> Interval:
         return attribute(w.base, w.after, epsilon=EPSILON).parts[part]
 
     def truth(w: World) -> float:
         cells = contributions(w.base, w.after, epsilon=EPSILON, confidence=0.95)
-        return mean(cells.sharpened if part is Part.SHARPENED else cells.newly_reachable)
+        return mean(cells.sharpened if part is ChangeKind.SHARPENED else cells.newly_reachable)
 
     return take, truth
 
@@ -296,8 +296,8 @@ CLAIMS: Mapping[str, Claim] = {
         lambda w: paired_change("answer_entropy", w.base, w.after),
         lambda w: entropy_of(w.after) - entropy_of(w.base),
     ),
-    "sharpened": Claim(BOOT, *part_of(Part.SHARPENED), share=0.25),
-    "newly reachable": Claim(BOOT, *part_of(Part.NEWLY_REACHABLE), share=0.25),
+    "sharpened": Claim(BOOT, *part_of(ChangeKind.SHARPENED), share=0.25),
+    "newly reachable": Claim(BOOT, *part_of(ChangeKind.NEWLY_REACHABLE), share=0.25),
     "retention": Claim(
         "ratio bootstrap",
         lambda w: attribute(w.base, w.later, epsilon=EPSILON).retention,

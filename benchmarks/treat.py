@@ -36,11 +36,12 @@ from posttrain.diagnosis.spending import spent
 from posttrain.lab.corpus import demonstrations, preference_pairs, taskset, write_rows
 from posttrain.lab.settings import SETTINGS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.methods import Dpo, Grpo, Method, Opd, Sft
 from posttrain.methods.distillation import Opsd
 from posttrain.methods.preference import OnlineDpo
 from posttrain.methods.rejection import Raft
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.recipe import Budget, Optimizer, Recipe, Stage
 
 LOOK = Measure(samples=64, max_new_tokens=ANSWER, seed=7)
 JUDGE = Measure(samples=64, max_new_tokens=ANSWER, seed=1_000_003)

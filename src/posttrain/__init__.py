@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from posttrain.core.provenance import Kind, Producer, Role, Sampling, Span
     from posttrain.core.task import Message, Task, TaskSet
     from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
+    from posttrain.measure.gates import Gate
+    from posttrain.measure.spec import Measure
     from posttrain.methods import Compose, Dpo, Grpo, Opd, Sft
     from posttrain.recipe import (
         Budget,
-        Gate,
         JsonlTasks,
         Lora,
-        Measure,
         Optimizer,
         ReasoningGym,
         Recipe,
@@ -78,13 +78,13 @@ _HOMES = {
     "Dataset": "composition",
     "Dpo": "methods",
     "End": "core.trajectory",
-    "Gate": "recipe",
+    "Gate": "measure.gates",
     "Group": "core.trajectory",
     "Grpo": "methods",
     "JsonlTasks": "recipe",
     "Kind": "core.provenance",
     "Lora": "recipe",
-    "Measure": "recipe",
+    "Measure": "measure.spec",
     "Message": "core.task",
     "Opd": "methods",
     "Optimizer": "recipe",

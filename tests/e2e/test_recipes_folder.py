@@ -14,11 +14,13 @@ import msgspec
 import pytest
 import yaml
 from msgspec import structs
-
-from posttrain.core import config
 from posttrain.measure.asked import OF_ONE
 from posttrain.measure.per_prompt import METRICS
-from posttrain.recipe import SINCE_READINGS, Budget, Gate, Measure, Recipe, load_recipe
+
+from posttrain.core import config
+from posttrain.measure.gates import Gate
+from posttrain.measure.spec import Measure
+from posttrain.recipe import SINCE_READINGS, Budget, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"

@@ -11,9 +11,10 @@ from posttrain.composition import Dataset, Mix
 from posttrain.core.config import convert, plain
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
+from posttrain.measure.spec import Measure
 from posttrain.methods.distillation import Gkd, Kd, Opsd, SeqKd
 from posttrain.methods.hybrid import Chord
-from posttrain.recipe import Budget, Measure
+from posttrain.recipe import Budget
 from posttrain.run.ledger import read
 from posttrain.run.plan import make_plan
 from posttrain.run.preview import preview

@@ -9,8 +9,8 @@ from posttrain.composition import GroupAdvantage, Rollouts
 from posttrain.core.errors import LegalityError, TaskError
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Column
-from posttrain.measure.measure import measure
-from posttrain.recipe import Measure
+from posttrain.measure.measure import measure_policy
+from posttrain.measure.spec import Measure
 from posttrain.signals.credit import GroupAdvantageSignal
 from posttrain.signals.scoring import ReferenceSignal
 from posttrain.signals.verifier import Verifier
@@ -124,7 +124,7 @@ def test_measuring_an_exactly_known_policy():
     """Success rate, entropy and KL of a two-letter policy against their closed forms."""
     policy, base = FakePolicy({"a": 0.3, "b": 0.7}), FakePolicy({"a": 0.6, "b": 0.4})
     seen = []
-    result = measure(
+    result = measure_policy(
         "fake",
         policy,
         [FakeTaskSet(size=40)],
@@ -143,7 +143,7 @@ def test_measuring_an_exactly_known_policy():
     assert (task.distinct == 2).all()
     assert not task.truncated.any()
     assert [e.done for e in seen] == [0, 1]
-    again = measure(
+    again = measure_policy(
         "fake",
         policy,
         [FakeTaskSet(size=40)],

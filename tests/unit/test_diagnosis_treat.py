@@ -6,8 +6,8 @@ import pytest
 from test_probes_measurement import measured, policy
 
 from posttrain.core.errors import DataError, ResumeRefused
+from posttrain.diagnosis.stage_decision import decide_stage
 from posttrain.diagnosis.treat import Chart, _opened
-from posttrain.diagnosis.verdict import judge_stage
 
 
 def rates(**by_task: float):
@@ -20,7 +20,7 @@ def rates(**by_task: float):
 
 
 def decided(before, after, treated, counted=None):
-    return judge_stage(
+    return decide_stage(
         before,
         after,
         treated=treated,

@@ -6,15 +6,14 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from posttrain.measure.asked import OF_ONE, check_asked
+from posttrain.measure.per_prompt import METRICS, metric_interval, parse, per_prompt
 
 from posttrain.core.errors import ConfigError, RunError
-from posttrain.measure.asked import OF_ONE, check_asked
 from posttrain.measure.diversity import answer_entropies
+from posttrain.measure.gates import Detour, Gate, GateVerdict, decide, detour
 from posttrain.measure.measurement import TaskMeasurement
-from posttrain.measure.per_prompt import METRICS, metric_interval, parse, per_prompt
 from posttrain.measure.readings import take
-from posttrain.recipe import Gate
-from posttrain.run.gates import Detour, Verdict, decide, detour
 
 SAMPLES = 8
 
@@ -135,25 +134,25 @@ MIXED = measured([0, 1, 2, 3, 4, 5, 6, 7, 8] * 2)
 @pytest.mark.parametrize(
     ("asked", "now", "since", "verdict"),
     [
-        ({"at_least": 0.5}, HIGH, LOW, Verdict.SHOWN),
-        ({"at_least": 0.5}, LOW, LOW, Verdict.REFUTED),
-        ({"at_least": 0.5}, MIXED, LOW, Verdict.OPEN),
-        ({"at_most": 0.5}, LOW, LOW, Verdict.SHOWN),
-        ({"at_most": 0.5}, HIGH, LOW, Verdict.REFUTED),
-        ({"at_most": 0.5}, MIXED, LOW, Verdict.OPEN),
-        ({"at_most_lost": 0.2}, HIGH, LOW, Verdict.SHOWN),
-        ({"at_most_lost": 0.2}, LOW, HIGH, Verdict.REFUTED),
-        ({"at_least_gained": 0.2}, HIGH, LOW, Verdict.SHOWN),
-        ({"at_least_gained": 0.2}, LOW, HIGH, Verdict.REFUTED),
-        ({"at_least_gained": 0.0}, LOW, LOW, Verdict.OPEN),
-        ({"at_most_gained": 0.2}, LOW, HIGH, Verdict.SHOWN),
-        ({"at_most_gained": 0.2}, HIGH, LOW, Verdict.REFUTED),
+        ({"at_least": 0.5}, HIGH, LOW, GateVerdict.SHOWN),
+        ({"at_least": 0.5}, LOW, LOW, GateVerdict.REFUTED),
+        ({"at_least": 0.5}, MIXED, LOW, GateVerdict.OPEN),
+        ({"at_most": 0.5}, LOW, LOW, GateVerdict.SHOWN),
+        ({"at_most": 0.5}, HIGH, LOW, GateVerdict.REFUTED),
+        ({"at_most": 0.5}, MIXED, LOW, GateVerdict.OPEN),
+        ({"at_most_lost": 0.2}, HIGH, LOW, GateVerdict.SHOWN),
+        ({"at_most_lost": 0.2}, LOW, HIGH, GateVerdict.REFUTED),
+        ({"at_least_gained": 0.2}, HIGH, LOW, GateVerdict.SHOWN),
+        ({"at_least_gained": 0.2}, LOW, HIGH, GateVerdict.REFUTED),
+        ({"at_least_gained": 0.0}, LOW, LOW, GateVerdict.OPEN),
+        ({"at_most_gained": 0.2}, LOW, HIGH, GateVerdict.SHOWN),
+        ({"at_most_gained": 0.2}, HIGH, LOW, GateVerdict.REFUTED),
     ],
 )
 def test_the_whole_interval_decides(asked, now, since, verdict):
     decision = decide(Gate(task="sums", **asked), now=now, since=since, confidence=0.95)
     assert decision.verdict is verdict
-    assert decision.passed == (verdict is Verdict.SHOWN)
+    assert decision.passed == (verdict is GateVerdict.SHOWN)
     assert f"{decision.interval.low:.3f}" in decision.words
 
 
@@ -206,7 +205,7 @@ def test_a_gate_on_a_reading_decides_on_its_interval(name):
     else:
         (reading,) = [r for r in take(task, epsilon=0.05) if r.name == name]
         assert (seen.value, seen.low, seen.high) == (reading.value, reading.low, reading.high)
-    assert decide(gate, now=task, since=task, confidence=0.95).verdict is Verdict.SHOWN
+    assert decide(gate, now=task, since=task, confidence=0.95).verdict is GateVerdict.SHOWN
 
 
 def test_gates_on_what_changed():
@@ -219,16 +218,16 @@ def test_gates_on_what_changed():
         assert "since input" in decision.words
         return decision.verdict
 
-    assert verdict("retention", at_least=0.8) is Verdict.REFUTED
-    assert verdict("shrunk_share", at_most=0.2) is Verdict.REFUTED
-    assert verdict("expanded_share", at_most=0.2) is Verdict.SHOWN
-    assert verdict("crossover", at_least=2) is Verdict.REFUTED
+    assert verdict("retention", at_least=0.8) is GateVerdict.REFUTED
+    assert verdict("shrunk_share", at_most=0.2) is GateVerdict.REFUTED
+    assert verdict("expanded_share", at_most=0.2) is GateVerdict.SHOWN
+    assert verdict("crossover", at_least=2) is GateVerdict.REFUTED
 
 
 def test_retention_of_nothing_is_not_known():
     task = measured([0] * 12)
     gate = Gate(task="sums", metric="retention", at_least=0.5)
-    assert decide(gate, now=task, since=task, confidence=0.95).verdict is Verdict.OPEN
+    assert decide(gate, now=task, since=task, confidence=0.95).verdict is GateVerdict.OPEN
 
 
 @pytest.mark.parametrize(

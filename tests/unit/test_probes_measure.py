@@ -15,9 +15,10 @@ from posttrain.core.events import Event, Note
 from posttrain.core.protocols import Prompt
 from posttrain.core.provenance import Kind, Producer, Role, Span
 from posttrain.core.task import Task, TaskSet
-from posttrain.measure.measure import measure
+from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
-from posttrain.recipe import Measure, Recipe
+from posttrain.measure.spec import Measure
+from posttrain.recipe import Recipe
 from posttrain.run.plan import protocol_parts
 from posttrain.testing import CharRenderer, FakePolicy, FakeTaskSet
 
@@ -56,7 +57,7 @@ def measured(
     taskset: TaskSet, policy: FakePolicy | None = None, **others: object
 ) -> tuple[Measurement, list[Event]]:
     seen: list[Event] = []
-    result = measure(
+    result = measure_policy(
         "fake",
         policy or FakePolicy({"a": 0.5, "b": 0.5}),
         [taskset],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from posttrain.core.errors import DataError, RunError
+from posttrain.measure.columns import raw_columns
 from posttrain.measure.measurement import Measurement, TaskMeasurement, require_comparable
 
 
@@ -25,7 +26,8 @@ def measured(successes: np.ndarray, taskset: str = "sums", **others: object) -> 
         "nll": np.zeros(shape, np.float32),
         "distinct": np.ones(shape[0], np.int32),
     }
-    return TaskMeasurement(**{**fields, **others})  # type: ignore[arg-type]
+    raw = {name: others.pop(name) for name in raw_columns() if name in others}
+    return TaskMeasurement(**{**fields, **others}, raw=raw)  # type: ignore[arg-type]
 
 
 def policy(*tasks: TaskMeasurement, name: str = "base", protocol: str = "p" * 64) -> Measurement:

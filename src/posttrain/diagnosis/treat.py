@@ -26,13 +26,14 @@ from posttrain.core.events import Event, Measured, Note, Observer, StageStarted,
 from posttrain.core.files import write_atomic
 from posttrain.core.protocols import Engine
 from posttrain.diagnosis.card import Bottleneck, Diagnosis, Evidence, Prescription
-from posttrain.diagnosis.diagnose import Known, Practice, diagnose, grounded
+from posttrain.diagnosis.diagnose import Known, Practice, find_bottleneck, grounded
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.rules import RuleBook
 from posttrain.diagnosis.spending import Spent, expected, spent
-from posttrain.diagnosis.verdict import judge_stage
+from posttrain.diagnosis.stage_decision import decide_stage
+from posttrain.measure.gates import Gate
 from posttrain.measure.measurement import Measurement
-from posttrain.recipe import Budget, Gate, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.ledger import Ledger, RecordKind, read
 from posttrain.run.measuring import measure_model
 from posttrain.run.pipeline import run
@@ -97,7 +98,7 @@ class Treated:
     after: Measurement
 
 
-def treat(
+def run_treatment(
     ground: Recipe,
     *,
     out: Path,
@@ -234,7 +235,7 @@ class _Course:
             return Diagnosis.from_json(path.read_text(encoding="utf-8"))
         current = self._current
         best = self._best()
-        found = diagnose(
+        found = find_bottleneck(
             msgspec.structs.replace(self.ground, model=str(self._model(current))),
             root=self.root,
             engine=self.engine,
@@ -346,7 +347,7 @@ class _Course:
 
     def _decide(self) -> None:
         last = self.chart.rounds[-1]
-        decision = judge_stage(
+        decision = decide_stage(
             self.measured[last.stage.init],
             self.measured[last.stage.name],
             treated=last.tasks,

@@ -20,6 +20,7 @@ from posttrain.core.task import with_context
 from posttrain.lab.corpus import demonstrations, taskset, write_rows
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.methods import Method
 from posttrain.methods.distillation import (
     ContextDistillation,
@@ -47,7 +48,7 @@ from posttrain.methods.distillation_rewards import (
 from posttrain.methods.hybrid import Chord, ChordPhi
 from posttrain.methods.rejection import Star
 from posttrain.methods.supervised import Sft
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.recipe import Budget, Optimizer, Recipe, Stage
 
 STEPS, GROUPS = 40, 64
 TASKS, TEACHERS = (PRODUCTS.name,), {"*": "teacher"}

@@ -12,9 +12,10 @@ from types import MappingProxyType
 
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.methods import Method
 from posttrain.methods.guided import GuidedGrpo, Hpt, Luffy, PrefixRft, Uft
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.recipe import Budget, Optimizer, Recipe, Stage
 
 
 def situation(method: Method, *, groups: int, lr: float, seed: int) -> Recipe:

@@ -21,6 +21,7 @@ from posttrain.lab.catalogue_preference import labelled_rows
 from posttrain.lab.corpus import preference_pairs, taskset, write_rows
 from posttrain.lab.settings import CALCULATE, PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.methods import Grpo, Method, Sft
 from posttrain.methods.reward_models import (
     BradleyTerryReward,
@@ -29,7 +30,7 @@ from posttrain.methods.reward_models import (
     OrmOnRollouts,
     Prm,
 )
-from posttrain.recipe import Budget, JsonlTasks, Measure, Optimizer, Recipe, Stage, TaskSetSpec
+from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage, TaskSetSpec
 
 WALK = 10
 """Longest answer in steps, in tokens."""

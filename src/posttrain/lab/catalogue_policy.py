@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.methods.policy import (
     AdaptiveEntropy,
     Cispo,
@@ -41,7 +42,7 @@ from posttrain.methods.policy_estimators import (
     Remax,
     Rloo,
 )
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.recipe import Budget, Optimizer, Recipe, Stage
 
 ROLLOUTS = 128
 """Answers per draw."""

@@ -18,6 +18,7 @@ from posttrain.composition import Dataset
 from posttrain.lab.corpus import preference_pairs, write_rows
 from posttrain.lab.settings import CHAINS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.methods.moving_preference import Aot, AotUnpaired, Spin, TrDpo, Xpo
 from posttrain.methods.preference import (
     AlphaPo,
@@ -43,7 +44,7 @@ from posttrain.methods.preference import (
     Wpo,
 )
 from posttrain.methods.unpaired import Bco, Kto
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.recipe import Budget, Optimizer, Recipe, Stage
 
 Row = Mapping[str, object]
 PAIRS = Dataset(path="chains-pairs.jsonl", name="lab-chains-pairs", licence="CC0-1.0")

@@ -19,11 +19,12 @@ from posttrain.composition import Dataset, SamplingSpec
 from posttrain.lab.corpus import demonstrations, taskset, write_rows
 from posttrain.lab.settings import CALCULATE, PRODUCTS, Setting
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.methods import Method
 from posttrain.methods.offline import ALol, Awr, RGold
 from posttrain.methods.rejection import Raft, RestEm, Rft, Ssd, Star
 from posttrain.methods.supervised import Asft, Dft, ProbabilitySft, Psft, Sft, WeightedSft
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.recipe import Budget, Optimizer, Recipe, Stage
 
 Situation = Callable[[Path, int], Recipe]
 STEPS = 40

@@ -11,8 +11,9 @@ from types import MappingProxyType
 
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.methods.ppo import Ppo, ValueMethod, ValuePretraining, Vapo
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.recipe import Budget, Optimizer, Recipe, Stage
 
 ROLLOUTS = 128
 """Answers per draw."""

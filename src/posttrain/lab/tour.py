@@ -18,8 +18,9 @@ from posttrain.core import config
 from posttrain.core.files import write_atomic
 from posttrain.lab.corpus import demonstrations, preference_pairs, write_rows
 from posttrain.lab.settings import CHAINS, REVERSE, SETTINGS
+from posttrain.measure.spec import Measure
 from posttrain.methods import Dpo, Grpo, Opd, Sft
-from posttrain.recipe import Budget, Measure, Optimizer, Recipe, Stage
+from posttrain.recipe import Budget, Optimizer, Recipe, Stage
 
 BASE = Path(__file__).parent / "base"
 """The lab's base model, in ordinary Hugging Face format."""

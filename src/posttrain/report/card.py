@@ -18,9 +18,9 @@ from posttrain.diagnosis.card import (
     Evidence,
     Prescription,
     TaskDiagnosis,
-    plainly,
 )
 from posttrain.measure.reading import Reading
+from posttrain.measure.registry import plain_words
 from posttrain.report.charts import reach_strip
 from posttrain.report.pages import fill
 from posttrain.report.svg import duration, figure, label, line, path, polyline, rect
@@ -67,7 +67,7 @@ def render_card(found: Diagnosis) -> str:
             "duration": duration,
             "count": lambda n: f"{n:,}",
             "number": number,
-            "plainly": plainly,
+            "plainly": plain_words,
         },
         found=found,
         name=Path(found.model).name or found.model,

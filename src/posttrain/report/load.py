@@ -22,9 +22,15 @@ from posttrain.core.files import write_atomic
 from posttrain.core.monitors import alarms
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Trajectory
-from posttrain.measure.attribution import Attribution, Part, compare, role_in_run
-from posttrain.measure.attribution import Comparison as Attributions
+from posttrain.measure.attribution import (
+    Attribution,
+    ChangeKind,
+    PolicyChange,
+    attribute_changes,
+    role_in_run,
+)
 from posttrain.measure.bootstrap import Interval, student_quantile
+from posttrain.measure.distance import kl_base_column
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import curve, pass_interval
 from posttrain.measure.support import labels
@@ -151,7 +157,7 @@ def load_retention(out: Path) -> tuple[RetentionView, ...]:
     return _retained(run, _changes(run)) if len(run.measurements) > 2 else ()
 
 
-def _retained(run: _Run, changes: Sequence[Attributions]) -> tuple[RetentionView, ...]:
+def _retained(run: _Run, changes: Sequence[PolicyChange]) -> tuple[RetentionView, ...]:
     """Over the policies up to the final one; a stage that was rolled back left nothing behind."""
     undone = {s.spec.name for s in run.stages
               if any(g.outcome is Outcome.ROLLED_BACK for g in _gates(run, s))}  # fmt: skip
@@ -160,7 +166,7 @@ def _retained(run: _Run, changes: Sequence[Attributions]) -> tuple[RetentionView
     return retained(chain, kept, spec=run.recipe.measure)
 
 
-def _changes(run: _Run) -> list[Attributions]:
+def _changes(run: _Run) -> list[PolicyChange]:
     """What each measured stage changed, from the policy it started from."""
     measured = {m.policy: m for m in run.measurements}
     return [
@@ -205,9 +211,9 @@ def _final(run: _Run) -> str:
     return done[-1].init if back else done[-1].spec.name
 
 
-def _compare(run: _Run, before: Measurement, after: Measurement) -> Attributions:
+def _compare(run: _Run, before: Measurement, after: Measurement) -> PolicyChange:
     spec = run.recipe.measure
-    return compare(before, after, epsilon=spec.threshold, confidence=spec.confidence)
+    return attribute_changes(before, after, epsilon=spec.threshold, confidence=spec.confidence)
 
 
 # --- stages ----------------------------------------------------------------------------------
@@ -335,7 +341,7 @@ def _policy(measurement: Measurement, recipe: Recipe) -> PolicyView:
                     CurvePoint(k=k, rate=Estimate(value=v, low=low, high=high))
                     for k, v, low, high in points
                 ),
-                kl_base=_mean(task.kl_base, confidence),
+                kl_base=_mean(task.find(kl_base_column), confidence),
                 entropy=_mean(task.nll, confidence),
                 tokens=_mean(task.lengths, confidence),
             )
@@ -354,7 +360,7 @@ def _mean(values: npt.NDArray[Any] | None, confidence: float) -> Estimate:
     return Estimate(value=mean, low=mean - half, high=mean + half)
 
 
-def _comparison(change: Attributions, *, stage: str | None) -> Comparison:
+def _comparison(change: PolicyChange, *, stage: str | None) -> Comparison:
     return Comparison(
         before=change.before,
         after=change.after,
@@ -367,12 +373,12 @@ def _change(task: Attribution) -> Change:
     parts = {p: _estimate(i) for p, i in task.parts.items()}
     return Change(
         task=task.task,
-        reachable=parts[Part.NEWLY_REACHABLE],
-        sharpened=parts[Part.SHARPENED],
-        kept=parts[Part.KEPT],
-        weakened=parts[Part.WEAKENED],
-        lost=parts[Part.LOST],
-        undetermined=parts[Part.UNDETERMINED],
+        reachable=parts[ChangeKind.NEWLY_REACHABLE],
+        sharpened=parts[ChangeKind.SHARPENED],
+        kept=parts[ChangeKind.KEPT],
+        weakened=parts[ChangeKind.WEAKENED],
+        lost=parts[ChangeKind.LOST],
+        undetermined=parts[ChangeKind.UNDETERMINED],
         retention=_estimate(task.retention),
         before=_estimate(task.before),
         after=_estimate(task.after),
@@ -477,7 +483,7 @@ def _versions(record: Record | None) -> tuple[tuple[str, str], ...]:
     return tuple((str(k), str(v)) for k, v in libraries.items())
 
 
-def _warnings(run: _Run, whole: Attributions | None) -> Iterable[str]:
+def _warnings(run: _Run, whole: PolicyChange | None) -> Iterable[str]:
     for planned in run.stages:
         lines = _metrics(run.folder(planned))
         for alarm in alarms(planned.spec.monitors, lines):

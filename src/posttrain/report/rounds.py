@@ -9,10 +9,11 @@ from pathlib import Path
 
 import msgspec
 
-from posttrain.diagnosis.card import Diagnosis, TaskDiagnosis, plainly
+from posttrain.diagnosis.card import Diagnosis, TaskDiagnosis
 from posttrain.diagnosis.spending import spent
 from posttrain.diagnosis.treat import Chart, Round
 from posttrain.measure.reading import Reading
+from posttrain.measure.registry import plain_words
 from posttrain.report.view import UNMEASURED, Estimate, FoundView, RoundView, TreatmentView
 
 
@@ -69,8 +70,8 @@ def _found(task: TaskDiagnosis) -> FoundView:
         task=task.task,
         bottleneck=str(task.acted_on),
         shown=task.leaning is None,
-        words=plainly(task.headline),
-        because=tuple(plainly(b) for f in task.findings[:1] for b in f.because),
+        words=plain_words(task.headline),
+        because=tuple(plain_words(b) for f in task.findings[:1] for b in f.because),
         first=_estimate(task.evidence.get("pass@1")),
         reach=_estimate(widest),
         tries=_tries(widest) if widest else 0,

@@ -39,11 +39,11 @@ from posttrain.core.files import (
 )
 from posttrain.core.protocols import Engine, Learner, Policy, ScalarStart
 from posttrain.core.task import TaskSet
-from posttrain.measure.measure import measure
+from posttrain.measure.gates import Detour, GateDecision, decide, detour
+from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.recipe import Recipe
-from posttrain.run.gates import Decision, Detour, decide, detour
 from posttrain.run.journal import (
     Done,
     Journal,
@@ -409,7 +409,7 @@ class _Run:
     def _take(self, name: str, path: Path) -> Measurement:
         recipe = self.plan.recipe
         self.records.began()
-        result = measure(
+        result = measure_policy(
             name,
             self.policy(name),
             [self.tasksets[t] for t in recipe.measured_tasks],
@@ -443,7 +443,7 @@ class _Run:
 
     def _decisions(
         self, planned: PlannedStage, measured: Mapping[str, Measurement]
-    ) -> list[Decision]:
+    ) -> list[GateDecision]:
         return [
             decide(
                 gate,

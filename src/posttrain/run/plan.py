@@ -40,9 +40,8 @@ from posttrain.core.errors import ConfigError, DataError, nearest
 from posttrain.core.files import hash_file, hash_folder
 from posttrain.core.task import TaskSet
 from posttrain.legality import check_composition, scopes
-from posttrain.measure.asked import check_asked
+from posttrain.measure.gates import Detour, check_gate
 from posttrain.recipe import JsonlTasks, Recipe, Stage
-from posttrain.run.gates import Detour
 from posttrain.run.judges import check_judges
 
 MAX_PATHS = 64
@@ -312,18 +311,13 @@ def _check_gates(recipe: Recipe) -> None:
     for stage in recipe.stages:
         for gate in stage.gates:
             try:
-                check_asked(gate.metric, samples=recipe.measure.samples, change=gate.compares)
+                check_gate(gate, recipe.measure)
             except ConfigError as error:
                 raise ConfigError(
                     f"stage {stage.name}: gate on {error.found}",
                     expected=error.expected,
                     fix=error.fix,
                 ) from None
-            if gate.metric == "kl_base" and recipe.measure.sampling != SamplingSpec():
-                raise ConfigError(
-                    f"stage {stage.name}: gate on kl_base with tempered or truncated sampling",
-                    expected="measure.sampling at temperature 1, without truncation",
-                )
 
 
 def _check_since(spec: Stage, known: Mapping[str, str]) -> None:
