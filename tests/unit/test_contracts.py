@@ -139,7 +139,7 @@ def test_measuring_an_exactly_known_policy():
     entropy = -(0.3 * np.log(0.3) + 0.7 * np.log(0.7)) / 2  # two tokens, the second is certain
     assert task.nll.mean() == pytest.approx(entropy, abs=0.02)
     kl = 0.3 * np.log(0.3 / 0.6) + 0.7 * np.log(0.7 / 0.4)
-    assert task.kl_base.mean() == pytest.approx(kl, abs=0.08)
+    assert task.raw["kl_base"].mean() == pytest.approx(kl, abs=0.08)
     assert (task.distinct == 2).all()
     assert not task.truncated.any()
     assert [e.done for e in seen] == [0, 1]

@@ -73,7 +73,8 @@ def test_what_cannot_be_trusted_is_said() -> None:
     cut[:, :16] = True
     recheck = np.zeros((3, 4), bool)
     recheck[0, 0] = True
-    shaky = replace(task, truncated=cut, recheck=recheck, repetition=np.full((3, 64), 0.5))
+    raw = {**task.raw, "recheck": recheck, "repetition": np.full((3, 64), 0.5)}
+    shaky = replace(task, truncated=cut, raw=raw)
     text = measurement_table(policy(shaky), SPEC)
     for words in (
         "3 prompts are too few to judge by",
