@@ -12,14 +12,14 @@ from test_probes_measurement import policy
 from posttrain.cli.tables import measurement_table, readings_table
 from posttrain.core.errors import ConfigError, DataError
 from posttrain.core.events import ignore
-from posttrain.measure import columns, registry
+from posttrain.measure import columns, recording, registry
 from posttrain.measure.bootstrap import Floats
-from posttrain.measure.columns import TaskSamples, raw_column
 from posttrain.measure.estimators import per_prompt
 from posttrain.measure.gates import Gate, check_gate, decide
 from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement, TaskMeasurement
 from posttrain.measure.readings import not_taken, take
+from posttrain.measure.recording import TaskSamples, raw_column
 from posttrain.measure.registry import Better, Metric, Topic, metrics
 from posttrain.measure.spec import Measure
 from posttrain.testing import FakePolicy, FakeTaskSet
@@ -56,6 +56,7 @@ def own_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics()  # the shipped ones, all imported
     monkeypatch.setattr(registry, "_METRICS", dict(registry._METRICS))
     monkeypatch.setattr(columns, "_COLUMNS", dict(columns._COLUMNS))
+    monkeypatch.setattr(recording, "_RECORDS", dict(recording._RECORDS))
     register_vowels()
     return
 

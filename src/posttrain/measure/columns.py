@@ -1,7 +1,7 @@
 """Raw data of a measurement: what is recorded of every sample while the samples are at hand.
 
-samples of a task set ──record of each column──▶ TaskMeasurement.raw ──▶ metrics
-                                                       └──▶ JSON: one field per column
+samples of a task set ──recording.py──▶ TaskMeasurement.raw ──▶ metrics
+                                                  └──▶ JSON: one field per column
 
 Scores, lengths and log-probs are part of every measurement. Everything else that a metric needs is
 a raw column, registered beside the metric. A column may be missing: a file of an earlier version
@@ -10,7 +10,7 @@ has none, or the policy could not give it. Shape legend: ``P`` prompts, ``n`` sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,54 +18,20 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.core.errors import ConfigError, DataError, nearest
-from posttrain.core.protocols import Completion, Policy, Prompt
-from posttrain.core.provenance import FloatArray
-from posttrain.core.task import Task, TaskSet
 from posttrain.measure.discovery import import_every_module
-from posttrain.measure.spec import Measure
 
 RawArray = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskSamples:
-    """Everything that was sampled on one task set, for :class:`RawColumn` to record.
-
-    Flat sequences hold the n samples of the first prompt, then those of the second, and so on.
-    """
-
-    policy: Policy
-    base: Policy | None  # the policy that distances are counted from, if there is one
-    taskset: TaskSet
-    spec: Measure
-    tasks: Sequence[Task]  # [P]
-    prompts: Sequence[Prompt]  # [P]
-    completions: Sequence[Completion]  # [P·n]
-    texts: Sequence[str]  # [P·n]
-    answers: Sequence[str]  # [P·n] final answers, as the task set reads them
-    scores: FloatArray  # [P, n]
-
-    @property
-    def num_samples(self) -> int:
-        """n, the samples per prompt."""
-        return self.spec.samples
-
-    def rows(self, flat: Sequence[str]) -> list[Sequence[str]]:
-        """One sequence of n per prompt."""
-        n = self.num_samples
-        return [flat[i : i + n] for i in range(0, len(flat), n)]
-
-
-Record = Callable[[TaskSamples], npt.ArrayLike | None]
 Per = Literal["prompt", "sample", "first samples"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawColumn:
-    """One kind of raw data: its name, type and shape, and how it is recorded.
+    """One kind of raw data: its name, type and shape.
 
     ``per`` is "prompt" for [P], "sample" for [P, n] and "first samples" for [P, R] with R <= n.
-    ``record`` gives the values, or None where there are none. ``absent`` says what it means that
+    ``absent`` says what it means that
     a measurement lacks the column. A file holds truth values as strings of 0 and 1, and numbers
     as compressed bytes.
     """
@@ -73,7 +39,6 @@ class RawColumn:
     name: str
     dtype: type[np.bool_] | type[np.int32] | type[np.float32]
     per: Per
-    record: Record
     absent: str  # such as "answers were not kept"
     expected: str | None = None  # the measuring that gives it, where measuring again does not
     plain_sampling: bool = False  # recorded at temperature 1 without truncation only
@@ -126,38 +91,16 @@ def read_only(
 _COLUMNS: dict[str, RawColumn] = {}
 
 
-def raw_column(
-    name: str,
-    *,
-    dtype: type[np.bool_] | type[np.int32] | type[np.float32],
-    per: Per,
-    absent: str,
-    expected: str | None = None,
-    plain_sampling: bool = False,
-    fault: Callable[[RawArray, int], str | None] = lambda array, num_samples: None,
-) -> Callable[[Record], RawColumn]:
-    """Register raw data under a name, recorded by the decorated function.
+def register_column(column: RawColumn) -> RawColumn:
+    """Add a column to the table.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: its name is taken.
     """
-
-    def register(record: Record) -> RawColumn:
-        if name in _COLUMNS:
-            raise ConfigError(f"raw column {name!r} is registered twice", expected="a new name")
-        _COLUMNS[name] = RawColumn(
-            name=name,
-            dtype=dtype,
-            per=per,
-            record=record,
-            absent=absent,
-            expected=expected,
-            plain_sampling=plain_sampling,
-            fault=fault,
-        )
-        return _COLUMNS[name]
-
-    return register
+    if column.name in _COLUMNS:
+        raise ConfigError(f"raw column {column.name!r} is registered twice", expected="a new name")
+    _COLUMNS[column.name] = column
+    return column
 
 
 def raw_columns() -> Mapping[str, RawColumn]:

@@ -15,9 +15,9 @@ from posttrain.core.protocols import Completion, Policy, Prompt
 from posttrain.core.provenance import Role, Span
 from posttrain.core.trajectory import Trajectory
 from posttrain.measure.bootstrap import Floats
-from posttrain.measure.columns import TaskSamples, raw_column
 from posttrain.measure.estimators import per_prompt, seen_range
 from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.recording import TaskSamples, raw_column
 from posttrain.measure.registry import Better, Topic
 
 KL_SAMPLES = 16

@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from posttrain.core.errors import ConfigError
 from posttrain.measure.bootstrap import Floats, proportion_interval
-from posttrain.measure.columns import TaskSamples, raw_column
 from posttrain.measure.estimators import of_task, per_prompt, ratio
 from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.recording import TaskSamples, raw_column
 from posttrain.measure.registry import Better, Estimation, Found, Topic
 from posttrain.measure.texts import repeated_share, self_bleu
 from posttrain.measure.voting import answers_column

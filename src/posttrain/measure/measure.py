@@ -12,8 +12,8 @@ from posttrain.core.protocols import Policy, Request
 from posttrain.core.provenance import Kind
 from posttrain.core.task import ReadsAnswers, TaskSet
 from posttrain.core.trajectory import End
-from posttrain.measure.columns import TaskSamples, raw_columns
 from posttrain.measure.measurement import Measurement, TaskMeasurement
+from posttrain.measure.recording import TaskSamples, record_columns
 from posttrain.measure.rescoring import verifier_words
 from posttrain.measure.spec import Measure
 from posttrain.measure.texts import normalised
@@ -126,5 +126,5 @@ def _measure_task(
         truncated=np.array([c.end is not End.COMPLETED for c in completions]).reshape(shape),
         nll=np.array([-c.logprobs.mean() for c in completions], np.float32).reshape(shape),
         distinct=np.array([len(set(row)) for row in samples.rows(samples.answers)], np.int32),
-        raw={name: column.record(samples) for name, column in raw_columns().items()},
+        raw=record_columns(samples),
     )

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.measure.bootstrap import proportion_interval
-from posttrain.measure.columns import TaskSamples, raw_column
 from posttrain.measure.estimators import of_task
 from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.recording import TaskSamples, raw_column
 from posttrain.measure.registry import Better, Estimation, Found, Topic
 
 RECHECKED = 4

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.measure.bootstrap import Floats
-from posttrain.measure.columns import RawArray, TaskSamples, raw_column
+from posttrain.measure.columns import RawArray
 from posttrain.measure.estimators import per_prompt
 from posttrain.measure.measurement import TaskMeasurement
 from posttrain.measure.passk import check_k
+from posttrain.measure.recording import TaskSamples, raw_column
 from posttrain.measure.registry import Better, Topic
 from posttrain.measure.texts import answer_numbers
 
