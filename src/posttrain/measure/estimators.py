@@ -28,7 +28,7 @@ from posttrain.measure.bootstrap import (
     ratio_interval,
 )
 from posttrain.measure.measurement import TaskMeasurement, require_same_task
-from posttrain.measure.registry import About, Estimation, Found, Metric, register
+from posttrain.measure.registry import Estimation, Found, Metric, MetricFields, register
 
 Tasks = Sequence[TaskMeasurement]
 Limits = Callable[[Floats, Tasks], tuple[float, float]]
@@ -209,7 +209,7 @@ def per_prompt(
     sentence: Sentence,
     limits: Limits = unit_range,
     share_at_n: bool = False,
-    **about: Unpack[About],
+    **about: Unpack[MetricFields],
 ) -> Callable[[Values], Values]:
     """Register a function (task) or (task, k) that gives one value per prompt, [P]."""
     numbered = "@" in name or "^" in name
@@ -230,7 +230,7 @@ def ratio(
     *,
     sentence: Sentence,
     limits: Callable[[TaskMeasurement], tuple[float, float]],
-    **about: Unpack[About],
+    **about: Unpack[MetricFields],
 ) -> Callable[
     [Callable[[TaskMeasurement], tuple[Floats, Floats]]],
     Callable[[TaskMeasurement], tuple[Floats, Floats]],
@@ -247,7 +247,7 @@ def ratio(
     return decorate
 
 
-def of_task(name: str, **about: Unpack[About]) -> Callable[[Numbers], Numbers]:
+def of_task(name: str, **about: Unpack[MetricFields]) -> Callable[[Numbers], Numbers]:
     """Register a function (task, how) or (task, k, how) that gives a number."""
     numbered = "@" in name or "^" in name
 
@@ -263,7 +263,7 @@ def of_task(name: str, **about: Unpack[About]) -> Callable[[Numbers], Numbers]:
     return decorate
 
 
-def since(name: str, **about: Unpack[About]) -> Callable[[Numbers], Numbers]:
+def since(name: str, **about: Unpack[MetricFields]) -> Callable[[Numbers], Numbers]:
     """Register a function (before, after, how) that gives what changed, or None."""
 
     def decorate(number: Numbers) -> Numbers:

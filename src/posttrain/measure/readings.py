@@ -79,7 +79,8 @@ def take_change(
         for metric in metrics()
         if metric.looks_back
         for k in metric.routine_numbers(after.num_samples)
-        if (found := _read(metric, k, after, before, how)) is not None
+        if all(metric.missing(side, k) is None for side in (before, after))
+        and (found := _read(metric, k, after, before, how)) is not None
     )
 
 

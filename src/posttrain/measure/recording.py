@@ -54,13 +54,13 @@ Record = Callable[[TaskSamples], npt.ArrayLike | None]
 _RECORDS: dict[str, Record] = {}
 
 
-class _Shape(TypedDict):
+class _ColumnShape(TypedDict):
     dtype: type[np.bool_] | type[np.int32] | type[np.float32]
     per: Per
     absent: str
 
 
-class AboutColumn(_Shape, total=False):
+class ColumnFields(_ColumnShape, total=False):
     """What :func:`raw_column` passes on to :class:`RawColumn`."""
 
     expected: str
@@ -68,7 +68,7 @@ class AboutColumn(_Shape, total=False):
     fault: Callable[[RawArray, int], str | None]
 
 
-def raw_column(name: str, **about: Unpack[AboutColumn]) -> Callable[[Record], RawColumn]:
+def raw_column(name: str, **about: Unpack[ColumnFields]) -> Callable[[Record], RawColumn]:
     """Register raw data under a name, filled by the decorated function.
 
     It gives the values of the column's shape, or None where there are none.

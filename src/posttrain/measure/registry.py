@@ -222,7 +222,7 @@ class _Meaning(TypedDict):
     source: str
 
 
-class About(_Meaning, total=False):
+class MetricFields(_Meaning, total=False):
     """What :func:`declare` and the decorators pass on to :class:`Metric`."""
 
     columns: tuple[RawColumn, ...]
@@ -253,7 +253,7 @@ def register(metric: Metric) -> Metric:
     return metric
 
 
-def declare(name: str, **about: Unpack[About]) -> Metric:
+def declare(name: str, **about: Unpack[MetricFields]) -> Metric:
     """Register a name whose number is given by a probe with samples of its own."""
     return register(Metric(name=name, **about))
 
