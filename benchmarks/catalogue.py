@@ -23,16 +23,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from kept import RESULTS, Kept
+from results_file import RESULTS, ResultsFile
 
 import posttrain.lab
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import ConfigError, PosttrainError, nearest
 from posttrain.core.files import hash_file, hash_folder, write_atomic
 from posttrain.measure.bootstrap import student_quantile
-from posttrain.measure.measurement import Measurement
-from posttrain.methods import METHODS
 from posttrain.recipe import Recipe
+from posttrain.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/lab-catalogue.md"
@@ -101,9 +100,9 @@ def run_here(recipe: Recipe, out: Path, root: Path) -> object:
     return run(recipe, out=out, root=root)
 
 
-def results_in(path: Path) -> Kept[Result]:
+def results_in(path: Path) -> ResultsFile[Result]:
     """What every run so far has said, by situation and seed."""
-    return Kept(path, Result, lambda r: (r.name, r.seed))
+    return ResultsFile(path, Result, lambda r: (r.name, r.seed))
 
 
 def run_one(
@@ -113,7 +112,7 @@ def run_one(
     *,
     seed: int,
     folder: Path,
-    kept: Kept[Result],
+    results: ResultsFile[Result],
     runner: Runner,
 ) -> Result:
     """Run one situation with one seed, unless this very run has finished before.
@@ -128,7 +127,7 @@ def run_one(
     files = {str(p.relative_to(inputs)): hash_file(p) for p in inputs.rglob("*") if p.is_file()}
     base = Path(recipe.model)
     key = digest([plain(recipe), files, hash_folder(base) if base.is_dir() else None])
-    known = kept.rows().get((name, seed))
+    known = results.rows().get((name, seed))
     if known is not None and known.key == key and known.failure is None:
         return known
     last = recipe.stages[-1]
@@ -151,26 +150,23 @@ def run_one(
         result = msgspec.structs.replace(about, tasks=tasks, seconds=round(took, 1))
     except PosttrainError as error:
         result = msgspec.structs.replace(about, failure=str(error).splitlines()[0])
-    kept.add(result)
+    results.add(result)
     return result
 
 
 def pass_at_1(out: Path, before: str, after: str) -> dict[str, tuple[float, float]]:
     """pass@1 of two policies of a run, by task set."""
-    first, second = (
-        Measurement.from_json((out / "measurements" / f"{n}.json").read_text("utf-8"))
-        for n in (before, after)
-    )
+    first, second = map(RunFolder(out).measurement, (before, after))
     return {
         t.taskset: (float(t.successes.mean()), float(second.task(t.taskset).successes.mean()))
         for t in first.tasks
     }
 
 
-def finished(kept: Kept[Result], known: Mapping[str, object]) -> list[Result]:
+def finished(results: ResultsFile[Result], known: Mapping[str, object]) -> list[Result]:
     """Every result whose situation still exists."""
     order = list(known)
-    found = [r for r in kept.rows().values() if r.name in known]
+    found = [r for r in results.rows().values() if r.name in known]
     return sorted(found, key=lambda r: (order.index(r.name), r.seed))
 
 
@@ -266,24 +262,24 @@ def main(arguments: Sequence[str] | None = None, *, runner: Runner = run_here) -
     parser.add_argument("--results", type=Path, default=RESULTS / "catalogue.jsonl")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
-    known, kept = situations(), results_in(options.results)
+    known, results = situations(), results_in(options.results)
     for name in chosen(known, options.only):
         family, situation = known[name]
         for seed in options.seeds:
             folder = options.out / family / name / str(seed)
             result = run_one(
-                name, family, situation, seed=seed, folder=folder, kept=kept, runner=runner
+                name, family, situation, seed=seed, folder=folder, results=results, runner=runner
             )
-            told = result.failure or ", ".join(
+            words = result.failure or ", ".join(
                 f"{t} {a:.2f} → {b:.2f}" for t, (a, b) in result.tasks.items()
             )
-            print(f"{name} seed {seed}: {told} ({result.seconds:.0f} s)", file=sys.stderr)
+            print(f"{name} seed {seed}: {words} ({result.seconds:.0f} s)", file=sys.stderr)
             # After every run: a long table should be readable before it is complete.
-            write_atomic(options.page, page(finished(kept, known), known))
-    text = page(finished(kept, known), known)
+            write_atomic(options.page, page(finished(results, known), known))
+    text = page(finished(results, known), known)
     write_atomic(options.page, text)
     print(text, end="")
-    if missing := uncovered(finished(kept, known)):
+    if missing := uncovered(finished(results, known)):
         print(f"methods that no finished run shows: {', '.join(missing)}", file=sys.stderr)
 
 

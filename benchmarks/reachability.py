@@ -21,6 +21,7 @@ import torch
 from lab_log import write
 
 from posttrain.api import run
+from posttrain.core.learner import Optimizer
 from posttrain.core.task import Task, TaskSet
 from posttrain.diagnosis.drawing import draw_answers
 from posttrain.diagnosis.importance import ImportanceSample, odds_words
@@ -30,8 +31,9 @@ from posttrain.lab.corpus import taskset
 from posttrain.lab.settings import CHAINS, PRODUCTS, REVERSE
 from posttrain.lab.tour import ANSWER, BASE, write_tour
 from posttrain.measure.support import clopper_pearson
-from posttrain.methods.policy import Grpo
-from posttrain.recipe import Budget, Optimizer, Recipe, Stage, load_recipe
+from posttrain.parts.policy.presets import Grpo
+from posttrain.recipe import Budget, Recipe, Stage, load_recipe
+from posttrain.run.folder import RunFolder
 
 HEADING = "## Reachability, against the truth"
 PROMPTS, SAMPLES, OWN = 12, 256, 256
@@ -80,7 +82,7 @@ def later(out: Path, *, seed: int) -> LocalPolicy:
 
 def exported(out: Path, stage: str) -> LocalPolicy:
     """The model of a finished stage."""
-    (folder,) = out.glob(f"stages/*{stage}*/model")
+    (folder,) = RunFolder(out).models(stage)
     return LocalEngine(device=torch.device("cpu")).policy(str(folder))
 
 

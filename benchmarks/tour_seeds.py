@@ -20,16 +20,13 @@ from posttrain.measure.attribution import ChangeKind, attribute_changes
 from posttrain.measure.bootstrap import student_quantile
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import load_recipe
+from posttrain.run.folder import RunFolder
 
 
 def measured(out: Path) -> list[Measurement]:
     """Measurements of a finished run, base first."""
-    recipe = load_recipe(out / "recipe.json")
-    names = ["base", *(s.name for s in recipe.stages)]
-    return [
-        Measurement.from_json((out / "measurements" / f"{n}.json").read_text("utf-8"))
-        for n in names
-    ]
+    folder = RunFolder(out)
+    return [folder.measurement(n) for n in ("base", *(s.name for s in folder.recipe().stages))]
 
 
 def over_seeds(values: list[float]) -> str:
@@ -64,7 +61,7 @@ def main() -> None:
         rates = [[float(r[index].task(t).successes.mean()) for r in runs] for t in tasks]
         print(f"| {policy} | {' | '.join(over_seeds(r) for r in rates)} |")
 
-    spec = load_recipe(arguments.out / str(arguments.seeds[0]) / "recipe.json").measure
+    spec = RunFolder(arguments.out / str(arguments.seeds[0])).recipe().measure
     changes = [attribute_changes(r[0], r[-1], epsilon=spec.threshold) for r in runs]
     print("\nbase to final: parts of the change, mean ± 95 % interval over seeds;")
     print("in brackets, in how many seeds the part's own interval over prompts excludes zero\n")

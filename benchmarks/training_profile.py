@@ -27,6 +27,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.core.learner import Optimizer
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.regularisers import ReferenceKL
+from posttrain.parts.preference.pairs import Dpo
+from posttrain.parts.supervised.likelihood import CrossEntropy
+
 WORK = ("grpo", "sft", "dpo", "score")
 
 
@@ -143,15 +149,8 @@ def make_step(
     """A step to repeat, and the FLOPs that it needs."""
     import torch
 
-    from posttrain.composition import (
-        ClippedPolicyGradient,
-        CrossEntropy,
-        PairwiseLogistic,
-        ReferenceKL,
-    )
     from posttrain.engines.local.engine import LocalEngine
     from posttrain.numerics.batch import pack
-    from posttrain.recipe import Optimizer
     from posttrain.training.objective import Objective
 
     engine = LocalEngine(device=torch.device(device), dtype=dtype)
@@ -160,7 +159,7 @@ def make_step(
         "grpo": (ClippedPolicyGradient(), ReferenceKL(weight=0.01)),
         "score": (CrossEntropy(),),
         "sft": (CrossEntropy(),),
-        "dpo": (PairwiseLogistic(beta=0.1),),
+        "dpo": (Dpo(beta=0.1),),
     }[work]
     groups = make_groups(work, size.vocab, SHAPES[work])
     objective = Objective(terms)

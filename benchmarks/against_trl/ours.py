@@ -13,20 +13,23 @@ from torch import Tensor
 from against_trl import reward
 from against_trl.plan import Job
 from against_trl.worker import Steps
-from posttrain.composition import Dataset
 from posttrain.core import clock
 from posttrain.core.events import Event, StepDone
+from posttrain.core.learner import Optimizer
 from posttrain.core.protocols import Learner, Policy
 from posttrain.core.trajectory import Column, Group
 from posttrain.engines.local.engine import LocalEngine
-from posttrain.legality import admit
-from posttrain.methods import Dpo, Grpo, Opd, Sft
-from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.parts.distillation.presets import Opd
+from posttrain.parts.legality import admit
+from posttrain.parts.policy.presets import Grpo
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.presets import Sft
+from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.build import Workshop
+from posttrain.run.folder import RunFolder
 from posttrain.run.journal import Journal
-from posttrain.run.ledger import Ledger
 from posttrain.run.plan import PlannedStage, make_plan
-from posttrain.tasks import build_taskset
-from posttrain.training.build import Workshop
+from posttrain.tasks.jsonl import JsonlTasks
 from posttrain.training.stage import micro_batches, run_stage
 
 STALE = 0.3
@@ -46,7 +49,7 @@ def recipe(job: Job) -> Recipe:
     if job.work == "sft":
         method = Sft(data=Dataset(path="documents.jsonl"))
     elif job.work == "dpo":
-        method = Dpo(data=Dataset(path="pairs.jsonl"))
+        method = method("dpo", data=Dataset(path="pairs.jsonl"))
     elif job.work == "grpo":
         method = Grpo(**rollouts, **length)
     else:
@@ -157,18 +160,13 @@ def train(job: Job, gate: Steps) -> None:
 
     folder = Path(job.folder) / "journal" / job.work
     shutil.rmtree(folder, ignore_errors=True)
-    journal = Journal(
-        folder,
-        ledger=Ledger.open(folder / "ledger.jsonl"),
-        stage=planned.spec.name,
-        identity=planned.identity,
-        facts={},
-    )
-    gate.open()
-    run_stage(
-        planned.spec,
-        parts,
-        steps=STEPS,
-        journal=journal,
-        observe=observe,
-    )
+    with RunFolder(folder).lock() as writer:
+        journal = Journal(
+            writer.stage_writer(planned.spec.name, planned.identity),
+            ledger=writer.open_ledger(),
+            stage=planned.spec.name,
+            identity=planned.identity,
+            facts={},
+        )
+        gate.open()
+        run_stage(planned.spec, parts, steps=STEPS, journal=journal, observe=observe)

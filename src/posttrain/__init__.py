@@ -15,24 +15,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from posttrain.composition import Composition, Dataset, Rollouts, SamplingSpec
     from posttrain.core.errors import PosttrainError
+    from posttrain.core.learner import Lora, Optimizer
     from posttrain.core.provenance import Kind, Producer, Role, Sampling, Span
+    from posttrain.core.sampling import SamplingSpec
     from posttrain.core.task import Message, Task, TaskSet
     from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
     from posttrain.measure.gates import Gate
     from posttrain.measure.spec import Measure
-    from posttrain.methods import Compose, Dpo, Grpo, Opd, Sft
-    from posttrain.recipe import (
-        Budget,
-        JsonlTasks,
-        Lora,
-        Optimizer,
-        ReasoningGym,
-        Recipe,
-        Stage,
-        load_recipe,
-    )
+    from posttrain.parts.composition import Compose, Composition, method
+    from posttrain.parts.distillation.presets import Opd
+    from posttrain.parts.policy.presets import Grpo
+    from posttrain.parts.sources.dataset import Dataset
+    from posttrain.parts.sources.rollouts import Rollouts
+    from posttrain.parts.supervised.presets import Sft
+    from posttrain.recipe import Budget, Recipe, Stage, load_recipe
+    from posttrain.tasks.jsonl import JsonlTasks
+    from posttrain.tasks.reasoning_gym import ReasoningGym
 
 __all__ = [
     "Budget",
@@ -40,7 +39,6 @@ __all__ = [
     "Compose",
     "Composition",
     "Dataset",
-    "Dpo",
     "End",
     "Gate",
     "Group",
@@ -68,42 +66,43 @@ __all__ = [
     "TaskSet",
     "Trajectory",
     "load_recipe",
+    "method",
 ]
 
 _HOMES = {
     "Budget": "recipe",
     "Column": "core.trajectory",
-    "Compose": "methods",
-    "Composition": "composition",
-    "Dataset": "composition",
-    "Dpo": "methods",
+    "Compose": "parts.composition",
+    "Composition": "parts.composition",
+    "Dataset": "parts.sources.dataset",
     "End": "core.trajectory",
     "Gate": "measure.gates",
     "Group": "core.trajectory",
-    "Grpo": "methods",
-    "JsonlTasks": "recipe",
+    "Grpo": "parts.policy.presets",
+    "JsonlTasks": "tasks.jsonl",
     "Kind": "core.provenance",
-    "Lora": "recipe",
+    "Lora": "core.learner",
     "Measure": "measure.spec",
     "Message": "core.task",
-    "Opd": "methods",
-    "Optimizer": "recipe",
+    "Opd": "parts.distillation.presets",
+    "Optimizer": "core.learner",
     "PosttrainError": "core.errors",
     "Producer": "core.provenance",
-    "ReasoningGym": "recipe",
+    "ReasoningGym": "tasks.reasoning_gym",
     "Recipe": "recipe",
     "Role": "core.provenance",
-    "Rollouts": "composition",
+    "Rollouts": "parts.sources.rollouts",
     "Sampling": "core.provenance",
-    "SamplingSpec": "composition",
+    "SamplingSpec": "core.sampling",
     "Scored": "core.trajectory",
-    "Sft": "methods",
+    "Sft": "parts.supervised.presets",
     "Span": "core.provenance",
     "Stage": "recipe",
     "Task": "core.task",
     "TaskSet": "core.task",
     "Trajectory": "core.trajectory",
     "load_recipe": "recipe",
+    "method": "parts.composition",
 }
 
 

@@ -45,7 +45,7 @@ def run(
         recipe: what to do.
         out: the run folder.
         root: folder that the recipe's paths are relative to.
-        observe: told about everything that happens.
+        observe: called with every event.
         stop: asked between draws; True commits and raises ``Interrupted``.
     """
     return pipeline.run(
@@ -84,7 +84,7 @@ def diagnose(
         supplies: what there is to treat the model with.
         book: the rules; None takes the shipped ones.
         budget: the most rollouts to spend; None takes the default.
-        observe: told about progress.
+        observe: called with every event.
     """
     return find_bottleneck(
         recipe,
@@ -117,7 +117,7 @@ def treat(
         root: folder that the recipe's paths are relative to.
         supplies: what there is to treat the model with.
         book: the rules; None takes the shipped ones.
-        observe: told about everything.
+        observe: called with every event.
         stop: asked between draws; True commits and raises ``Interrupted``.
     """
     return run_treatment(

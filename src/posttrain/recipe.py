@@ -12,86 +12,19 @@ from typing import Literal
 
 import msgspec
 
-from posttrain import extensions
-from posttrain.composition import PolicyRef
 from posttrain.core.config import Config, convert, read_yaml
 from posttrain.core.errors import ConfigError, nearest
+from posttrain.core.learner import Lora, Optimizer
 from posttrain.measure.gates import Gate
 from posttrain.measure.spec import Measure
+from posttrain.parts import composition
+from posttrain.parts.base import PolicyRef
+from posttrain.tasks import base as task_sets
 
-Plain = str | int | float | bool | None
 RESERVED = frozenset({"base", "learner", "input", "moving", "previous", "end"})
 
 
-# --- task sets -------------------------------------------------------------------------------
-
-
-class ReasoningGym(Config, tag="reasoning_gym", tag_field="type"):
-    """A generator of the reasoning-gym library, judged by the library's own scorer."""
-
-    dataset: str
-    config: dict[str, Plain | list[Plain]] = msgspec.field(default_factory=dict)
-    train: int = 1000
-    held_out: int = 32
-    seed: int = 0
-    success: float = 1.0
-
-
-class JsonlTasks(Config, tag="jsonl", tag_field="type"):
-    """Rows of prompt (text or messages) and answer, judged by a reward function.
-
-    ``reward`` is a built-in name (``exact``, ``number``) or ``file.py:function``, a function
-    ``(prompts, completions, **columns) -> list[float]``. The last ``held_out`` rows, after
-    removing duplicates, are kept for measuring.
-    """
-
-    path: str
-    reward: str = "exact"
-    held_out: int = 32
-    success: float = 1.0
-
-
-TaskSetSpec = ReasoningGym | JsonlTasks
-
-
 # --- a stage ---------------------------------------------------------------------------------
-
-
-class Optimizer(Config):
-    """AdamW and its schedule."""
-
-    lr: float = 1e-5
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
-    warmup_steps: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        betas = all(0 <= b < 1 for b in self.betas)
-        # "not >=" rather than "<", so that NaN is refused too.
-        if not (self.lr >= 0 and self.max_grad_norm > 0 and self.warmup_steps >= 0 and betas):
-            raise ConfigError(
-                f"optimizer with lr={self.lr}, max_grad_norm={self.max_grad_norm}, "
-                f"warmup_steps={self.warmup_steps}, betas={self.betas}",
-                expected="lr >= 0, max_grad_norm > 0, warmup_steps >= 0, 0 <= betas < 1",
-            )
-
-
-class Lora(Config):
-    """Low-rank adapters through peft, merged into the weights when the stage ends."""
-
-    rank: int = 16
-    alpha: int = 32
-    target_modules: str | tuple[str, ...] = "all-linear"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha < 1 or not self.target_modules:
-            raise ConfigError(
-                f"lora with rank={self.rank}, alpha={self.alpha}, "
-                f"target_modules={self.target_modules!r}",
-                expected="rank >= 1, alpha >= 1 and at least one module",
-            )
 
 
 class Budget(Config):
@@ -152,7 +85,7 @@ class Stage(Config):
     """
 
     name: str
-    method: extensions.AnyMethod
+    method: composition.AnyMethod
     budget: Budget
     init: PolicyRef = "previous"
     optimizer: Optimizer = Optimizer()
@@ -205,7 +138,7 @@ class Recipe(Config):
 
     name: str
     model: str
-    tasks: dict[str, TaskSetSpec] = msgspec.field(default_factory=dict)
+    tasks: dict[str, task_sets.AnyTaskSet] = msgspec.field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     measure: Measure = Measure()
     seed: int = 0

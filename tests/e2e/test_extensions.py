@@ -13,9 +13,9 @@ from typing import get_args
 import pytest
 
 from posttrain import extensions
-from posttrain.composition import SignalSpec, TermSpec
 from posttrain.core.errors import ConfigError
-from posttrain.methods import Method
+from posttrain.parts.base import Signal, Term
+from posttrain.parts.composition import Method
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tests/fixtures/plugin_pkg"
@@ -266,8 +266,8 @@ assert extensions.installed.cache_info().misses == 1
 
 def test_without_packages_the_unions_are_ours(monkeypatch):
     packages(monkeypatch, EntryPoints())
-    assert set(get_args(extensions.AnyTerm)) == set(get_args(TermSpec))
-    assert set(get_args(extensions.AnySignal)) == set(get_args(SignalSpec))
+    assert set(get_args(extensions.AnyTerm)) == set(get_args(Term))
+    assert set(get_args(extensions.AnySignal)) == set(get_args(Signal))
     assert set(get_args(extensions.AnyMethod)) == set(get_args(Method))
 
 
@@ -279,9 +279,7 @@ def packages(monkeypatch, points: EntryPoints) -> None:
 
 GOOD = '''
 from typing import ClassVar
-from posttrain.composition import ANYONE, Term
 from posttrain.core.config import Config
-from posttrain.extensions import SignalExtension, TermExtension
 
 class Mine(Term, tag="mine", tag_field="type"):
     """Something."""

@@ -19,7 +19,9 @@ from posttrain.core import config
 from posttrain.measure.gates import Gate
 from posttrain.measure.registry import metrics
 from posttrain.measure.spec import Measure
+from posttrain.parts.sources.dataset import Dataset, Rows
 from posttrain.recipe import Budget, Recipe, load_recipe
+from posttrain.tasks.jsonl import JsonlTasks
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"
@@ -261,12 +263,10 @@ def test_rows_on_the_page_are_read_as_that_format(kind, tmp_path):
     from transformers import AutoTokenizer
 
     from posttrain.chat import ChatRenderer
-    from posttrain.composition import Dataset
-    from posttrain.sources.dataset import DatasetSource
 
     (row,) = snippets(f"json {kind}")
     (tmp_path / "rows.jsonl").write_text(row)
-    source = DatasetSource(
+    source = Rows(
         Dataset(path="rows.jsonl", preference=kind == "preference"),
         root=tmp_path,
         renderer=ChatRenderer(AutoTokenizer.from_pretrained(ROOT / "src/posttrain/lab/base")),
@@ -279,7 +279,6 @@ def test_rows_on_the_page_are_read_as_that_format(kind, tmp_path):
 
 
 def test_the_task_row_and_the_reward_on_the_page_fit_together(tmp_path):
-    from posttrain.recipe import JsonlTasks
     from posttrain.tasks.jsonl import JsonlTaskSet
 
     (row,), (code,) = snippets("json task"), snippets("python reward")

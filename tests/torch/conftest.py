@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from posttrain.core.learner import Optimizer
 from posttrain.engines.local.engine import LocalEngine
 
 torch.set_num_threads(1)
@@ -13,6 +14,5 @@ def engine() -> LocalEngine:
 
 @pytest.fixture
 def learner(engine, tiny_folder):
-    from posttrain.recipe import Optimizer
 
     return engine.learner(str(tiny_folder), name="test", optimizer=Optimizer(lr=1e-3), lora=None)

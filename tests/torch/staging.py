@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.core.events import StepDone
-from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.core.learner import Optimizer
+from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.build import Workshop
+from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
-from posttrain.tasks.jsonl import JsonlTaskSet
-from posttrain.training.build import Workshop
+from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
 from posttrain.training.stage import run_stage
 
 REWARD = (
@@ -62,7 +64,7 @@ class World:
         seen = []
         folder = self.root / out
         journal = Journal(
-            folder / "stage",
+            StageWriter(folder / "stage"),
             ledger=Ledger.open(folder / "ledger.jsonl"),
             stage="s",
             identity=planned.identity,

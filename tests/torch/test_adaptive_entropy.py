@@ -5,10 +5,11 @@ import torch
 from material import gradients, random_groups
 from staging import check_resume, make_world
 
-from posttrain.composition import AdaptiveEntropyBonus, EntropyBonus, WeightSchedule
 from posttrain.core.errors import ConfigError
-from posttrain.methods.policy import AdaptiveEntropy
 from posttrain.numerics.batch import pack
+from posttrain.parts.base import WeightSchedule
+from posttrain.parts.policy.presets import AdaptiveEntropy
+from posttrain.parts.policy.regularisers import AdaptiveEntropyBonus, EntropyBonus
 from posttrain.testing import check_term
 from posttrain.training.objective import Objective
 

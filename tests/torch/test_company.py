@@ -5,31 +5,23 @@ import pytest
 from material import gradients, largest_gap, with_column
 from staging import check_resume, make_world
 
-from posttrain.composition import (
-    ClippedPolicyGradient,
-    Composition,
-    CrossEntropy,
-    GroupAdvantage,
-    Guided,
-    Hinted,
-    KLPenalty,
-    ReferenceLogprobs,
-    Rival,
-    Rollouts,
-    Verify,
-)
 from posttrain.core.errors import ConfigError, LegalityError, TaskError
 from posttrain.core.protocols import Request
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Message, Role, Task
 from posttrain.core.trajectory import Column, End
-from posttrain.legality import admit, check_composition, column_readers
-from posttrain.methods.guided import GuidedGrpo, Luffy, PrefixRft, Uft
 from posttrain.numerics.batch import pack
-from posttrain.signals.credit import GroupAdvantageSignal
-from posttrain.signals.verifier import Verifier
-from posttrain.sources.company import num_given
-from posttrain.sources.rollout import RolloutSource
+from posttrain.parts.composition import Composition
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.credit.shaping import KLPenalty
+from posttrain.parts.guided.presets import GuidedGrpo, Luffy, PrefixRft, Uft
+from posttrain.parts.legality import admit, check_composition, column_readers
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.members import Guided, Hinted, Rival
+from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import FakeTaskSet, check_source, tiny_model
 from posttrain.training.objective import Objective
 
@@ -46,7 +38,7 @@ def source(learner, company, *, size=4, policy="learner", rival=None, **options)
     spec = Rollouts(
         tasks=("letters",), group_size=size, max_new_tokens=5, policy=policy, company=company
     )
-    return RolloutSource(spec, {"letters": TASKS}, learner.policy, 7, rival, **options)
+    return RolloutStream(spec, {"letters": TASKS}, learner.policy, 7, rival, **options)
 
 
 def answer_tokens(learner, group):

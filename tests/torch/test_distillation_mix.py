@@ -8,36 +8,30 @@ import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 
 from posttrain.chat import ChatRenderer
-from posttrain.composition import (
-    ClippedPolicyGradient,
-    Composition,
-    CrossEntropy,
-    Dataset,
-    GroupAdvantage,
-    KeepInformative,
-    Limit,
-    Mix,
-    PairwiseLogistic,
-    ReferenceLogprobs,
-    Rollouts,
-    SamplingSpec,
-    TeacherDistribution,
-    TeacherForwardKL,
-    TeacherReverseKL,
-    Verify,
-)
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.trajectory import Column, Group, Scored
-from posttrain.legality import check_composition, column_readers, scopes
-from posttrain.methods.distillation import DistiLlm2, Gkd, Uld
-from posttrain.methods.hybrid import Chord
 from posttrain.numerics.batch import KINDS, pack
-from posttrain.signals.scope import ScopedSignal
-from posttrain.signals.scoring import TeacherSignal
-from posttrain.sources.dataset import DatasetSource
-from posttrain.sources.mix import MixSource
-from posttrain.sources.rollout import RolloutSource
+from posttrain.parts.base import Limit
+from posttrain.parts.composition import Composition
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.credit.selection import KeepInformative
+from posttrain.parts.credit.shaping import KLPenalty
+from posttrain.parts.distillation.divergences import TeacherForwardKL, TeacherReverseKL
+from posttrain.parts.distillation.presets import Distillm2, Gkd, Uld
+from posttrain.parts.distillation.teachers import TeacherDistribution
+from posttrain.parts.guided.hybrid import Chord
+from posttrain.parts.legality import check_composition, column_readers, scopes
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.regularisers import ReferenceKL
+from posttrain.parts.preference.pairs import Dpo
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.dataset import Dataset, Rows
+from posttrain.parts.sources.mix import Mix, MixStream
+from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import FakePolicy, FakeTaskSet, check_source, tiny_tokenizer
 from posttrain.training.objective import Objective
 
@@ -86,11 +80,9 @@ def test_shares_that_are_no_shares_are_refused(shares):
 def parts(tmp_path):
     rows = [{"prompt": f"{i}", "completion": "a"} for i in range(7)]
     (tmp_path / "demos.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    data = DatasetSource(
-        DATA, root=tmp_path, renderer=ChatRenderer(tiny_tokenizer()), context=99, seed=3
-    )
+    data = Rows(DATA, root=tmp_path, renderer=ChatRenderer(tiny_tokenizer()), context=99, seed=3)
     policy = FakePolicy({"a": 0.5, "b": 0.5}, version=0)
-    return data, RolloutSource(OWN, {"letters": FakeTaskSet()}, policy, 5)
+    return data, RolloutStream(OWN, {"letters": FakeTaskSet()}, policy, 5)
 
 
 def kinds(groups):
@@ -99,7 +91,7 @@ def kinds(groups):
 
 @pytest.mark.parametrize(("share", "num_groups"), [(0.5, 4), (0.3, 3), (0.9, 1)])
 def test_a_mix_is_a_source_and_every_part_runs_without_a_gap(parts, share, num_groups):
-    source = MixSource(mix(share, 1 - share), parts)
+    source = MixStream(mix(share, 1 - share), parts)
     check_source(source, provides=frozenset(), num_groups=num_groups)
     drawn = [g for step in range(12) for g in source.draw(num_groups, step=step)]
     rows = [
@@ -112,7 +104,7 @@ def test_a_mix_is_a_source_and_every_part_runs_without_a_gap(parts, share, num_g
 
 
 def test_an_even_mix_draws_each_part_at_once(parts):
-    source = MixSource(mix(0.25, 0.75), parts)
+    source = MixStream(mix(0.25, 0.75), parts)
     groups = source.draw(4, step=2)
     assert kinds(groups) == [Kind.EXTERNAL] + [Kind.LEARNER] * 3
     alone = parts[1].draw(3, step=2)
@@ -142,7 +134,6 @@ def test_a_column_is_only_needed_where_a_term_reads_it():
 
 
 def test_a_column_that_one_of_the_authors_lacks_is_named():
-    from posttrain.composition import KLPenalty
 
     rows = Dataset(path="t.jsonl", author=Kind.LEARNER)  # rows of an author who also samples
     both = composed(EXPLORE, signals=JUDGED, source=mix(0.5, 0.5, parts=(rows, OWN)))
@@ -192,7 +183,7 @@ def test_truncated_sampling_matters_only_where_a_ratio_reads():
     [
         Chord(data=DATA, tasks=("letters",)),
         Gkd(data=DATA, tasks=("letters",), teachers={"*": "base"}),
-        DistiLlm2(tasks=("letters",), teacher="base"),
+        Distillm2(tasks=("letters",), teacher="base"),
         Uld(data=DATA, tasks=("letters",), teacher="base"),
     ],
     ids=lambda m: type(m).__name__,
@@ -308,7 +299,7 @@ def test_pairs_of_others_do_not_reach_a_term_that_may_not_read_them(learner):
         Column.REFERENCE_LOGPROB,
         lambda t: rng.normal(-2, 0.3, len(t)).astype(np.float32),
     )
-    terms = (PairwiseLogistic(where=(Kind.HUMAN,)), CrossEntropy(where=(Kind.EXTERNAL,)))
+    terms = (Dpo(where=(Kind.HUMAN,)), CrossEntropy(where=(Kind.EXTERNAL,)))
     mixed = pack(pairs(Kind.EXTERNAL, 2) + read, needs=column_readers(terms), max_tokens=10_000)
     objective = Objective(terms)
     assert objective.counts(mixed)[0] == 3
@@ -359,7 +350,6 @@ def test_only_keeps_sequences_and_pairs_that_are_whole():
 
 
 def test_a_reference_beside_a_mix_scores_only_its_readers():
-    from posttrain.composition import ReferenceKL
 
     both = composed(IMITATE, EXPLORE, ReferenceKL(), signals=(*JUDGED, ReferenceLogprobs()))
     check_composition(both, stage="s")

@@ -7,13 +7,14 @@ import pytest
 import yaml
 
 from posttrain import JsonlTasks, Recipe, Stage, api
-from posttrain.composition import Dataset, Mix
 from posttrain.core.config import convert, plain
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 from posttrain.measure.spec import Measure
-from posttrain.methods.distillation import Gkd, Kd, Opsd, SeqKd
-from posttrain.methods.hybrid import Chord
+from posttrain.parts.distillation.presets import Gkd, Kd, Opsd, SeqKd
+from posttrain.parts.guided.hybrid import Chord
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.mix import Mix
 from posttrain.recipe import Budget
 from posttrain.run.ledger import read
 from posttrain.run.plan import make_plan

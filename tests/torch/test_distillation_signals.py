@@ -7,50 +7,43 @@ import pytest
 import torch
 from material import gradients, trajectory
 
-from posttrain.composition import (
-    Dataset,
-    DeltaAdvantage,
-    ForeignTeacher,
-    PolicyGradient,
-    Rollouts,
-    SpanAdvantage,
-    TeacherAdvantage,
-    TeacherDistribution,
-    TeacherLogprobs,
-    TeacherReverseKL,
-)
 from posttrain.core.errors import ConfigError, LegalityError, ModelError, TaskError
 from posttrain.core.provenance import Role
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat
-from posttrain.core.task import Message, Task
+from posttrain.core.task import Message, Task, with_context
 from posttrain.core.trajectory import Column, End, Group, Scored
-from posttrain.legality import check_composition
-from posttrain.methods.distillation import ContextDistillation, Kd, Opsd, Sdft
-from posttrain.methods.distillation_rewards import (
+from posttrain.numerics.batch import pack
+from posttrain.parts.composition import Composition
+from posttrain.parts.distillation.divergences import TeacherReverseKL
+from posttrain.parts.distillation.foreign import (
+    ForeignTeacher,
+    SpanAdvantage,
+    boundaries,
+    common_spans,
+)
+from posttrain.parts.distillation.policy_presets import (
     GOpd,
     IwOpd,
-    MiniLlm,
+    Minillm,
     Opd2,
     OpdSampled,
     SpanOpd,
 )
-from posttrain.numerics.batch import pack
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.foreign import (
-    ForeignTeacherSignal,
-    SpanAdvantageSignal,
-    boundaries,
-    common_spans,
-)
-from posttrain.signals.scoring import TeacherSignal, check_same_tokens, with_context
-from posttrain.signals.teacher_credit import (
-    DeltaAdvantageSignal,
-    TeacherAdvantageSignal,
+from posttrain.parts.distillation.presets import ContextDistillation, Kd, Opsd, Sdft
+from posttrain.parts.distillation.teacher_credit import (
+    DeltaAdvantage,
+    TeacherAdvantage,
     credited,
     delta_advantages,
     early_weights,
 )
-from posttrain.sources.rollout import RolloutSource
+from posttrain.parts.distillation.teachers import TeacherDistribution, TeacherLogprobs
+from posttrain.parts.legality import check_composition
+from posttrain.parts.policy.losses import PolicyGradient
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.run.build import check_same_tokens
 from posttrain.testing import FakeTaskSet, check_signal, tiny_model
 from posttrain.training.objective import Objective
 
@@ -66,7 +59,7 @@ def teacher(engine, tmp_path_factory):
 
 def drawn(learner, *, size=2, groups=3):
     spec = Rollouts(tasks=("letters",), group_size=size, max_new_tokens=6)
-    return RolloutSource(spec, {"letters": TASKS}, learner.policy, 0).draw(groups, step=0)
+    return RolloutStream(spec, {"letters": TASKS}, learner.policy, 0).draw(groups, step=0)
 
 
 def members(groups):
@@ -157,7 +150,6 @@ def test_an_answer_that_no_task_has_is_missed_before_anything_runs(teacher):
 
 def test_rows_of_a_data_set_have_no_task_to_write_a_context_from():
     told = Kd(data=Dataset(path="d.jsonl"), teachers={"*": "base"}).compose()
-    from posttrain.composition import Composition
 
     signal = TeacherDistribution(routes={"*": "base"}, context=CONTEXT)
     with pytest.raises(LegalityError, match="have no task"):
@@ -512,7 +504,7 @@ def test_boundaries_leave_out_the_middle_of_a_character():
         IwOpd(tasks=("letters",), teachers={"*": "base"}),
         GOpd(tasks=("letters",), teachers={"*": "base"}),
         Opd2(tasks=("letters",), teacher="tuned", teacher_base="base"),
-        MiniLlm(tasks=("letters",), teachers={"*": "base"}),
+        Minillm(tasks=("letters",), teachers={"*": "base"}),
         SpanOpd(tasks=("letters",), teacher="base"),
     ],
     ids=lambda m: type(m).__name__,
@@ -522,7 +514,6 @@ def test_named_methods_are_legal(method):
 
 
 def test_sampled_distillation_compares_one_and_the_same_temperature():
-    from posttrain.composition import SamplingSpec
 
     warm = {"tasks": ("letters",), "sampling": SamplingSpec(temperature=0.7)}
     for method in (OpdSampled(teachers={"*": "base"}, **warm), SpanOpd(teacher="base", **warm)):
@@ -538,7 +529,6 @@ def test_methods_that_would_be_another_one_are_refused():
 
 
 def test_a_missing_teacher_log_prob_is_named():
-    from posttrain.composition import Composition
 
     with pytest.raises(LegalityError, match="teacher_advantage needs teacher_logprob"):
         check_composition(

@@ -7,9 +7,14 @@ import pytest
 import torch
 from material import gradients, random_groups, trajectory, with_column
 
-from posttrain.composition import (
+from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.statistics import Divergence, DivergenceKind
+from posttrain.core.trajectory import Column, Group, Scored
+from posttrain.numerics.batch import pack
+from posttrain.numerics.divergence import divergence
+from posttrain.numerics.head import token_stats
+from posttrain.parts.distillation.divergences import (
     EntropyAwareKL,
-    TeacherDistribution,
     TeacherForwardKL,
     TeacherJensenShannon,
     TeacherReverseKL,
@@ -18,17 +23,10 @@ from posttrain.composition import (
     TeacherSortedL1,
     TeacherTotalVariation,
 )
-from posttrain.core.errors import ConfigError, LegalityError
-from posttrain.core.statistics import Divergence, DivergenceKind
-from posttrain.core.trajectory import Column, Group, Scored
-from posttrain.legality import check_composition
-from posttrain.methods.distillation import Gkd, Kd, Opd
-from posttrain.numerics.batch import pack
-from posttrain.numerics.divergence import divergence
-from posttrain.numerics.head import token_stats
-from posttrain.objectives.distillation import divergence_of
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.scoring import TeacherSignal
+from posttrain.parts.distillation.presets import Gkd, Kd, Opd
+from posttrain.parts.distillation.teachers import TeacherDistribution
+from posttrain.parts.legality import check_composition
+from posttrain.parts.sources.dataset import Dataset
 from posttrain.training.objective import Objective
 
 DENSE = [
@@ -356,7 +354,6 @@ def test_options_out_of_range_are_refused(make, message):
 
 def test_a_temperature_on_a_top_k_is_refused():
     """What a temperature does to the tokens that the teacher left out is not known."""
-    from posttrain.composition import Dataset
 
     fine = Kd(data=Dataset(path="d.jsonl"), teachers={"*": "base"}, temperature=2.0)
     check_composition(fine.compose(), stage="kd")

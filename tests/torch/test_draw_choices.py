@@ -5,29 +5,23 @@ import pytest
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 from staging import check_resume, make_world
 
-from posttrain.composition import (
-    ClippedPolicyGradient,
-    Composition,
-    CrossEntropy,
-    GroupAdvantage,
-    ImitateFailures,
-    Limit,
-    MarkCovariance,
-    MarkEntropy,
-    RankPairs,
-    Rollouts,
-    TargetMargin,
-    Verify,
-)
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Column, Discard, Group, Scored
-from posttrain.legality import check_composition, column_readers
-from posttrain.methods.guided import Hpt
-from posttrain.methods.policy import HighEntropy
 from posttrain.numerics.batch import pack
-from posttrain.signals.credit import GroupAdvantageSignal
-from posttrain.signals.selection import ImitateFailuresSignal, MarkEntropySignal
+from posttrain.parts.base import Limit
+from posttrain.parts.composition import Composition
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.credit.selection import ImitateFailures, MarkCovariance, MarkEntropy
+from posttrain.parts.guided.presets import Hpt
+from posttrain.parts.legality import check_composition, column_readers
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.presets import HighEntropy
+from posttrain.parts.preference.ranking import RankPairs
+from posttrain.parts.preference.reference_free import Simpo
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import check_signal, check_term
 from posttrain.training.objective import Objective
 
@@ -120,7 +114,7 @@ def test_marks_that_mean_nothing_are_refused():
         check_composition(composed(term=marked), stage="s")
     with pytest.raises(LegalityError, match="mark_covariance and mark_entropy"):
         check_composition(composed(MarkCovariance(), MarkEntropy(), term=marked), stage="s")
-    pairs = composed(MarkEntropy(), RankPairs(), term=TargetMargin(limit=Limit(marked=True)))
+    pairs = composed(MarkEntropy(), RankPairs(), term=Simpo(limit=Limit(marked=True)))
     with pytest.raises(LegalityError, match="compares whole pairs"):
         check_composition(pairs, stage="s")
     with pytest.raises(ConfigError, match="0 < share < 1"):

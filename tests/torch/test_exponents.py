@@ -11,21 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.composition import (
-    AssumedOwnGradient,
-    ClippedPolicyGradient,
-    ClippedWeightPolicyGradient,
-    GeometricPolicyGradient,
-    PolicyGradient,
-    ProximalCrossEntropy,
-    ReferenceKL,
-    SequencePolicyGradient,
-    ShapedWeightPolicyGradient,
-    SoftGatedPolicyGradient,
-)
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
-from posttrain.objectives.terms import TERMS
+from posttrain.parts.guided.external import AssumedOwnGradient
+from posttrain.parts.policy.losses import (
+    Cispo,
+    ClippedPolicyGradient,
+    Gmpo,
+    Gspo,
+    PolicyGradient,
+    Sapo,
+    Vespo,
+)
+from posttrain.parts.policy.regularisers import ReferenceKL
+from posttrain.parts.supervised.likelihood import Psft
 
 NOW = [-0.1, -1.0, -0.5]
 E20 = math.exp(20)
@@ -59,12 +58,12 @@ def run(term, *, advantage, was):
         PolicyGradient(),
         ClippedPolicyGradient(),
         ClippedPolicyGradient(dual_clip=3.0),
-        SequencePolicyGradient(),
-        GeometricPolicyGradient(),
-        ClippedWeightPolicyGradient(),
-        SoftGatedPolicyGradient(),
-        ShapedWeightPolicyGradient(),
-        ProximalCrossEntropy(),
+        Gspo(),
+        Gmpo(),
+        Cispo(),
+        Sapo(),
+        Vespo(),
+        Psft(),
         AssumedOwnGradient(),
         ReferenceKL(),
         ReferenceKL(estimator="k2"),
@@ -84,7 +83,7 @@ def test_loss_and_gradient_stay_finite(term, was, advantage):
         (ClippedPolicyGradient(), 1.0, -1.2),
         (ClippedPolicyGradient(dual_clip=3.0), -1.0, 3.0),
         (AssumedOwnGradient(), 1.0, -1.2),
-        (ProximalCrossEntropy(), 0.0, -1.28),
+        (Psft(), 0.0, -1.28),
     ],
 )
 def test_a_held_token_has_its_bound_and_gradient_zero(term, advantage, bound):

@@ -8,24 +8,20 @@ import pytest
 import torch
 from material import trajectory
 
-from posttrain.composition import (
-    AssumedCertainGradient,
-    AssumedOwnGradient,
-    BalancedCrossEntropy,
-    ClippedPolicyGradient,
-    Composition,
-    Dataset,
-    GroupAdvantage,
-    OwnLogprobs,
-)
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Group, Scored
-from posttrain.legality import check_composition
-from posttrain.methods.hybrid import ChordPhi
 from posttrain.numerics.batch import pack
-from posttrain.objectives.terms import TERMS
+from posttrain.parts.composition import Composition
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.guided.external import AssumedCertainGradient, AssumedOwnGradient
+from posttrain.parts.guided.hybrid import ChordPhi
+from posttrain.parts.legality import check_composition
+from posttrain.parts.logprobs import OwnLogprobs
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.likelihood import BalancedCrossEntropy
 from posttrain.testing import check_term
 
 P = np.array([0.9, 0.1, 0.02, 0.5, 0.3, 0.6])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from posttrain.core.learner import Optimizer
 from posttrain.engines.local.attention import PackedPlan
 from posttrain.engines.local.footprint import (
     BOUNDS,
@@ -12,7 +13,6 @@ from posttrain.engines.local.footprint import (
     comfortable_tokens,
 )
 from posttrain.numerics.batch import Segment
-from posttrain.recipe import Optimizer
 from posttrain.testing import tiny_model
 
 CPU = torch.device("cpu")

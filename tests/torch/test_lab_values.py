@@ -1,17 +1,18 @@
 """Learnt judges and critics on the lab's base model: short runs that must learn something."""
 
 import numpy as np
+from posttrain.lab.catalogue_judges import STEPPED, write_inputs
 
-from posttrain.composition import BradleyTerry, Dataset, StepClassifier, Steps
+from posttrain.core.learner import Optimizer
 from posttrain.core.protocols import ScalarStart
 from posttrain.core.trajectory import Column
-from posttrain.lab.catalogue_judges import STEPPED, write_inputs
 from posttrain.lab.corpus import preference_pairs, taskset, write_rows
 from posttrain.lab.settings import CHAINS
 from posttrain.lab.tour import BASE
 from posttrain.numerics.batch import pack
-from posttrain.recipe import Optimizer
-from posttrain.sources.dataset import DatasetSource
+from posttrain.parts.rewards.reward_models import BradleyTerry, StepBCE
+from posttrain.parts.rewards.steps import Steps
+from posttrain.parts.sources.dataset import Dataset, Rows
 from posttrain.training.objective import Objective
 
 
@@ -62,9 +63,9 @@ def test_a_process_model_finds_slips_in_answers_it_never_saw(engine, tmp_path):
     def source(name):
         spec = Dataset(path=name, steps=Steps())
         renderer = learner.policy.renderer
-        return DatasetSource(spec, root=tmp_path, renderer=renderer, context=128, seed=0)
+        return Rows(spec, root=tmp_path, renderer=renderer, context=128, seed=0)
 
-    train(learner, source("train.jsonl"), StepClassifier(), steps=90, groups=64)
+    train(learner, source("train.jsonl"), StepBCE(), steps=90, groups=64)
     members = [m for g in source("unseen.jsonl").draw(128, step=0) for m in g.members]
     scores = np.concatenate(learner.policy.scores([m.trajectory for m in members]))
     labels = np.concatenate([m.columns[Column.STEP_LABEL] for m in members])
@@ -83,7 +84,7 @@ def test_a_reward_model_ranks_pairs_it_never_saw(engine, tmp_path):
     def source(name):
         spec = Dataset(path=name, preference=True)
         renderer = learner.policy.renderer
-        return DatasetSource(spec, root=tmp_path, renderer=renderer, context=128, seed=0)
+        return Rows(spec, root=tmp_path, renderer=renderer, context=128, seed=0)
 
     unseen = source("test.jsonl")
     trajectories = [m.trajectory for g in unseen.draw(unseen.num_groups, step=0) for m in g.members]

@@ -6,12 +6,12 @@ import torch
 from material import random_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.composition import CrossEntropy
 from posttrain.core.errors import ModelError
+from posttrain.core.learner import Lora, Optimizer
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.engines.local.model import load_model
 from posttrain.numerics.batch import pack
-from posttrain.recipe import Lora, Optimizer
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import check_learner, tiny_model
 from posttrain.training.objective import Objective
 

@@ -6,33 +6,25 @@ import torch
 from material import random_groups, trajectory, with_column
 from staging import check_resume, make_world, untimed
 
-from posttrain.composition import (
-    MOVING,
-    Composition,
-    CrossEntropy,
-    Dataset,
-    MovingReference,
-    PairwiseLogistic,
-    ReferenceLogprobs,
-    Rollouts,
-    TeacherDistribution,
-    TeacherLogprobs,
-    TeacherReverseKL,
-    Verify,
-)
 from posttrain.core.errors import ConfigError, LegalityError, ModelError
+from posttrain.core.learner import MOVING, Lora, MovingReference, Optimizer
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Discard
 from posttrain.engines.local.engine import LocalEngine
-from posttrain.legality import admit, check_composition
-from posttrain.methods.compose import Compose
-from posttrain.methods.distillation import SUCCESS_SHOWN, Sdft, Sdpo
-from posttrain.methods.moving_preference import TrDpo
-from posttrain.methods.preference import Dpo
 from posttrain.numerics.batch import pack
-from posttrain.recipe import Budget, Lora, Optimizer, Stage
-from posttrain.signals.scoring import TeacherSignal
-from posttrain.sources.rollout import RolloutSource
+from posttrain.parts.composition import Compose, Composition, method
+from posttrain.parts.distillation.divergences import TeacherReverseKL
+from posttrain.parts.distillation.presets import SUCCESS_SHOWN, Sdft, Sdpo
+from posttrain.parts.distillation.teachers import TeacherDistribution, TeacherLogprobs
+from posttrain.parts.legality import admit, check_composition
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.preference.pairs import Dpo
+from posttrain.parts.preference.self_play import TrDpo
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.recipe import Budget, Stage
 from posttrain.testing import FakeTaskSet, check_signal
 from posttrain.training.objective import Objective
 
@@ -151,7 +143,7 @@ def test_a_checkpoint_without_it_is_refused(engine, tiny_folder, tmp_path):
 
 def test_tr_dpo_that_is_never_due_is_dpo(world):
     _, still = world.run(TrDpo(data=PAIRS, every=99), "tr", steps=3)
-    _, plain = world.run(Dpo(data=PAIRS, beta=0.05), "dpo", steps=3)
+    _, plain = world.run(method("dpo", data=PAIRS, beta=0.05), "dpo", steps=3)
     # Only a reference that never moves has log-probs that can be remembered.
     assert [m.pop("logprobs_remembered") for m in plain] == [0.0] * 3
     assert untimed(still) == untimed(plain)
@@ -197,7 +189,7 @@ def test_sdft_from_the_learner_or_from_a_frozen_policy_keeps_no_second_weights()
 def rewarded(learner, *rewards):
     tasks = {"letters": FakeTaskSet()}
     spec = Rollouts(tasks=("letters",), group_size=len(rewards), max_new_tokens=4)
-    (group,) = RolloutSource(spec, tasks, learner.policy, 3).draw(1, step=0)
+    (group,) = RolloutStream(spec, tasks, learner.policy, 3).draw(1, step=0)
     left = iter(rewards)
     (group,) = with_column([group], Column.REWARD, lambda t: np.array(next(left)))
     return group, {t.key: t for t in tasks["letters"].train}
@@ -257,7 +249,7 @@ def test_a_reference_that_could_not_move_is_refused(options):
 
 
 def test_it_must_be_declared_and_used(world):
-    term = (PairwiseLogistic(),)
+    term = (Dpo(),)
     pairs = Dataset(path="pairs.jsonl", preference=True)
     undeclared = Compose(source=pairs, signals=(ReferenceLogprobs(policy=MOVING),), terms=term)
     with pytest.raises(ConfigError, match="has no moving reference"):
@@ -273,7 +265,7 @@ def test_its_name_and_its_options_count_in_the_identity(world):
     identities = {world.plan(TrDpo(data=PAIRS, rate=rate)).identity for rate in (0.6, 0.7)}
     assert len(identities) == 2
     with pytest.raises(ConfigError, match="stage name 'moving'"):
-        Stage(name="moving", method=Dpo(data=PAIRS), budget=Budget(steps=1))
+        Stage(name="moving", method=method("dpo", data=PAIRS), budget=Budget(steps=1))
 
 
 def test_no_stage_starts_from_it(world):
@@ -306,6 +298,6 @@ def test_the_composition_of_tr_dpo_written_out():
     assert TrDpo(data=PAIRS, rate=1.0, every=64).compose() == Composition(
         source=Dataset(path="pairs.jsonl", preference=True),
         signals=(ReferenceLogprobs(policy="moving"),),
-        terms=(PairwiseLogistic(beta=0.05),),
+        terms=(Dpo(beta=0.05),),
         moving=MovingReference(every=64, rate=1.0),
     )

@@ -7,23 +7,20 @@ import pytest
 import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 
-from posttrain.composition import (
-    ClippedPolicyGradient,
-    CrossEntropy,
-    GroupAdvantage,
-    PairwiseLogistic,
-    ReferenceKL,
-    TeacherDistribution,
-    TeacherReverseKL,
-)
 from posttrain.core.provenance import Kind
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.numerics.batch import pack
 from posttrain.numerics.head import reverse_kl
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.credit import GroupAdvantageSignal, group_advantages
-from posttrain.signals.scoring import TeacherSignal
+from posttrain.parts.credit.advantages import GroupAdvantage, group_advantages
+from posttrain.parts.distillation.divergences import TeacherReverseKL
+from posttrain.parts.distillation.teachers import TeacherDistribution
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.regularisers import ReferenceKL
+from posttrain.parts.preference.pairs import Dpo
+from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.training.objective import Objective
 
 
@@ -73,7 +70,7 @@ def test_pairwise_logistic_by_hand(smoothing):
     groups = with_column(groups, Column.PREFERENCE, lambda t: np.array(next(signs)))
     batch = batch_of(groups, frozenset({Column.REFERENCE_LOGPROB, Column.PREFERENCE}))
     logp = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    out = value(PairwiseLogistic(beta=0.5, label_smoothing=smoothing), {Stat.LOGPROB: logp}, batch)
+    out = value(Dpo(beta=0.5, label_smoothing=smoothing), {Stat.LOGPROB: logp}, batch)
     # chosen: -3 + 2.5 = -0.5; rejected: -3 + 2 = -1; margin 0.5 * 0.5
     margin = 0.25
     sigmoid = 1 / (1 + math.exp(-margin))
@@ -123,8 +120,6 @@ def test_on_policy_the_clipped_gradient_is_reinforce(learner):
 
 def test_ratio_is_one_on_fresh_rollouts_at_any_temperature(learner):
     """Sampler and trainer agree, also when the temperature is not 1."""
-    from posttrain.composition import Rollouts, SamplingSpec
-    from posttrain.sources.rollout import RolloutSource
     from posttrain.testing import FakeTaskSet
 
     for temperature in (1.0, 0.7, 1.6):
@@ -134,7 +129,7 @@ def test_ratio_is_one_on_fresh_rollouts_at_any_temperature(learner):
             max_new_tokens=9,
             sampling=SamplingSpec(temperature=temperature),
         )
-        source = RolloutSource(spec, {"letters": FakeTaskSet()}, learner.policy, 0)
+        source = RolloutStream(spec, {"letters": FakeTaskSet()}, learner.policy, 0)
         groups = with_column(
             source.draw(3, step=0), Column.ADVANTAGE, lambda t: np.ones(len(t), np.float32)
         )

@@ -5,24 +5,17 @@ import pytest
 import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
-from posttrain.composition import (
-    AdvantageWeighted,
-    CrossEntropy,
-    Dataset,
-    KeepPositiveAdvantages,
-    LeftoverLunch,
-    RewardGold,
-    WeightedCrossEntropy,
-)
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Group, Scored
-from posttrain.legality import check_composition
-from posttrain.methods.offline import ALol, Awr, RGold
 from posttrain.numerics.batch import pack
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.credit import GroupAdvantageSignal
+from posttrain.parts.legality import check_composition
+from posttrain.parts.offline.filters import KeepPositiveAdvantages
+from posttrain.parts.offline.presets import ALol, Awr, RGold
+from posttrain.parts.offline.weighted import AdvantageWeighted, LeftoverLunch, RewardGold
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.likelihood import CrossEntropy, WeightedCrossEntropy
 from posttrain.training.objective import Objective
 
 LOGP = np.log([0.5, 0.05, 0.9])  # two answers, of 2 and 1 tokens

@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from posttrain.core.events import StepDone
+from posttrain.core.learner import Optimizer
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.lab.settings import PRODUCTS
-from posttrain.methods import Grpo
-from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.parts.policy.presets import Grpo
+from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.build import Workshop
+from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
-from posttrain.tasks.jsonl import JsonlTaskSet
+from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
 from posttrain.tasks.reasoning_gym import ReasoningGymTaskSet
-from posttrain.training.build import Workshop
 from posttrain.training.stage import run_stage
 
 FILE = Path(__file__).parents[2] / "recipes/one_file_grpo.py"
@@ -103,7 +105,7 @@ def composed(folder, spec, taskset, settings, *, root, out) -> Trace:
         trace.rewards.append(event.metrics["reward"])
 
     journal = Journal(
-        out / "stage",
+        StageWriter(out / "stage"),
         ledger=Ledger.open(out / "ledger.jsonl"),
         stage="same",
         identity=planned.identity,
@@ -205,7 +207,7 @@ def test_the_one_file_is_the_library_on_prompts_of_many_lengths(
     assert len({len(a) for step in ours.answers for a in step}) > 2
 
 
-def test_the_one_file_reads_nothing_of_the_machinery_and_fits_a_sitting():
+def test_the_one_file_reads_nothing_of_the_machinery_and_is_short():
     source = FILE.read_text()
     ours = [line.split()[1] for line in source.splitlines() if line.startswith("from posttrain")]
     assert set(ours) <= {

@@ -8,17 +8,15 @@ import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 from transformers import AutoModelForCausalLM
 
-from posttrain.composition import (
-    ClippedPolicyGradient,
-    CrossEntropy,
-    PairwiseLogistic,
-    ReferenceKL,
-)
 from posttrain.core.errors import LegalityError, ModelError
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.engines.local.attention import PackedPlan
 from posttrain.engines.local.model import load_model, prove_packing
 from posttrain.numerics.batch import Segment, pack, pack_trajectories
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.regularisers import ReferenceKL
+from posttrain.parts.preference.pairs import Dpo
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import tiny_model
 from posttrain.training.objective import Objective
 from posttrain.training.stage import micro_batches
@@ -136,7 +134,7 @@ def test_splitting_a_step_into_micro_batches_changes_nothing(learner, terms):
 
 
 def test_splitting_pairs_changes_nothing(learner):
-    objective = Objective((PairwiseLogistic(beta=0.3),))
+    objective = Objective((Dpo(beta=0.3),))
     rng = np.random.default_rng(1)
     groups = random_groups(num_groups=5, size=2)
     groups = with_column(

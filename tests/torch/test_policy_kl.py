@@ -7,22 +7,15 @@ import pytest
 import torch
 from material import trajectory, with_column
 
-from posttrain.composition import (
-    EntropyBonus,
-    GroupAdvantage,
-    KLPenalty,
-    LogRatioPenalty,
-    PolicyGradient,
-    ReferenceKL,
-)
 from posttrain.core.config import checked
 from posttrain.core.errors import ConfigError
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.numerics.batch import pack
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.credit import GroupAdvantageSignal
-from posttrain.signals.shaping import KLPenaltySignal
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.credit.shaping import KLPenalty
+from posttrain.parts.policy.losses import PolicyGradient
+from posttrain.parts.policy.regularisers import EntropyBonus, LogRatioPenalty, ReferenceKL
 from posttrain.testing import check_term
 
 REFERENCE = torch.tensor([0.15, 0.5, 0.25, 0.1], dtype=torch.float64).log()

@@ -8,22 +8,20 @@ import pytest
 import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 
-from posttrain.composition import (
-    ClippedPolicyGradient,
-    ClippedWeightPolicyGradient,
-    GeometricPolicyGradient,
-    GroupAdvantage,
-    PolicyGradient,
-    SequencePolicyGradient,
-    ShapedWeightPolicyGradient,
-    SoftGatedPolicyGradient,
-)
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.numerics.batch import pack
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.credit import GroupAdvantageSignal
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.policy.losses import (
+    Cispo,
+    ClippedPolicyGradient,
+    Gmpo,
+    Gspo,
+    PolicyGradient,
+    Sapo,
+    Vespo,
+)
 from posttrain.testing import check_term
 from posttrain.training.objective import Objective
 from posttrain.training.reduce import count_units, reduce_units
@@ -131,10 +129,10 @@ def test_sequence_mask_drops_bad_sequences_that_the_policy_left():
 def test_sequence_policy_gradient_by_hand():
     s = [math.exp(np.mean(np.log(r))) for r in by_sequence(RATIOS)]
     per_sequence = [ppo(x, a, 0.1, 0.15) for x, a in zip(s, ADVANTAGES, strict=True)]
-    term = SequencePolicyGradient(clip_low=0.1, clip_high=0.15)
+    term = Gspo(clip_low=0.1, clip_high=0.15)
     assert float(loss_of(term, logp_at()).detach()) == pytest.approx(np.mean(per_sequence))
     weighted = np.dot(per_sequence, LENGTHS) / 4  # LUSPO: times the sequence's length
-    luspo = SequencePolicyGradient(clip_low=0.1, clip_high=0.15, aggregate="sequence_sum")
+    luspo = Gspo(clip_low=0.1, clip_high=0.15, aggregate="sequence_sum")
     assert float(loss_of(luspo, logp_at()).detach()) == pytest.approx(weighted)
 
 
@@ -146,13 +144,13 @@ def test_geometric_policy_gradient_by_hand():
         signed = [sign * math.log(r) for r in ratios]
         kept = [sign * min(x, clip(x, -0.3, 0.3)) for x in signed]
         per_sequence.append(-a * math.exp(np.mean(kept)))
-    term = GeometricPolicyGradient(clip_low=0.3, clip_high=0.3)
+    term = Gmpo(clip_low=0.3, clip_high=0.3)
     assert float(loss_of(term, logp_at()).detach()) == pytest.approx(np.mean(per_sequence))
 
 
 def test_clipped_weight_bounds_are_absolute_and_keep_every_gradient():
     logp = logp_at()
-    term = ClippedWeightPolicyGradient(ratio_low=0.6, ratio_high=1.4)
+    term = Cispo(ratio_low=0.6, ratio_high=1.4)
     out = evaluate(term, logp)
     weights = np.clip(RATIOS, 0.6, 1.4)
     want = -weights * np.array(spread(ADVANTAGES))
@@ -164,7 +162,7 @@ def test_clipped_weight_bounds_are_absolute_and_keep_every_gradient():
 
 
 def test_soft_gate_by_hand():
-    term = SoftGatedPolicyGradient(temperature_up=0.8, temperature_down=2.0)
+    term = Sapo(temperature_up=0.8, temperature_down=2.0)
     logp = logp_at()
     out = evaluate(term, logp)
     taus = [0.8 if a > 0 else 2.0 for a in spread(ADVANTAGES)]
@@ -179,7 +177,7 @@ def test_soft_gate_by_hand():
 
 def test_shaped_weight_by_hand():
     logp = logp_at()
-    out = evaluate(ShapedWeightPolicyGradient(), logp)
+    out = evaluate(Vespo(), logp)
     weights = []
     for ratios, a in zip(by_sequence(RATIOS), ADVANTAGES, strict=True):
         w, (k, lam) = np.prod(ratios), (2.0, 3.0) if a > 0 else (3.0, 2.0)
@@ -189,17 +187,17 @@ def test_shaped_weight_by_hand():
     np.testing.assert_allclose(logp.grad, want, rtol=1e-6)
     np.testing.assert_allclose(out.loss.detach(), want * logp.detach().numpy(), rtol=1e-6)
     far = torch.tensor(BEHAVIOUR + 400.0, requires_grad=True)
-    gone = evaluate(ShapedWeightPolicyGradient(), far).loss
+    gone = evaluate(Vespo(), far).loss
     assert (gone == 0).all()  # and not inf or nan
 
 
 DIFFERENTIABLE = [
     PolicyGradient(aggregate="sequence_sum"),
     ClippedPolicyGradient(dual_clip=3.0, sequence_mask=0.1),
-    SequencePolicyGradient(clip_low=0.1, clip_high=0.15),
-    SequencePolicyGradient(clip_low=0.1, clip_high=0.15, aggregate="sequence_sum"),
-    GeometricPolicyGradient(clip_low=0.3, clip_high=0.3),
-    SoftGatedPolicyGradient(),
+    Gspo(clip_low=0.1, clip_high=0.15),
+    Gspo(clip_low=0.1, clip_high=0.15, aggregate="sequence_sum"),
+    Gmpo(clip_low=0.3, clip_high=0.3),
+    Sapo(),
 ]
 
 
@@ -219,11 +217,11 @@ def test_gradients_by_finite_differences(term):
 LOSSES = [
     PolicyGradient(aggregate="sequence_mean"),
     ClippedPolicyGradient(aggregate="sequence_mean", dual_clip=3.0, sequence_mask=0.5),
-    SequencePolicyGradient(),
-    GeometricPolicyGradient(),
-    ClippedWeightPolicyGradient(aggregate="sequence_mean"),
-    SoftGatedPolicyGradient(),
-    ShapedWeightPolicyGradient(aggregate="sequence_mean"),
+    Gspo(),
+    Gmpo(),
+    Cispo(aggregate="sequence_mean"),
+    Sapo(),
+    Vespo(aggregate="sequence_mean"),
 ]
 
 
@@ -313,7 +311,7 @@ def test_every_loss_keeps_the_contract_of_terms(term):
     check_term(term, columns={Column.ADVANTAGE: one_per_sequence})
 
 
-@pytest.mark.parametrize("term", [SequencePolicyGradient(), GeometricPolicyGradient()])
+@pytest.mark.parametrize("term", [Gspo(), Gmpo()])
 def test_a_loss_per_sequence_refuses_an_advantage_per_token(term):
     uneven = material({Column.BEHAVIOUR_LOGPROB: BEHAVIOUR, Column.ADVANTAGE: np.arange(10.0)})
     with pytest.raises(LegalityError, match="different advantages"):
@@ -326,11 +324,11 @@ def test_a_loss_per_sequence_refuses_an_advantage_per_token(term):
         (lambda: ClippedPolicyGradient(clip_low=0.0), "clip_low=0.0"),
         (lambda: ClippedPolicyGradient(dual_clip=1.1), "dual_clip=1.1"),
         (lambda: ClippedPolicyGradient(sequence_mask=-1.0), "sequence_mask=-1.0"),
-        (lambda: SequencePolicyGradient(clip_high=-1.0), "clip_high=-1.0"),
-        (lambda: GeometricPolicyGradient(clip_low=0.0), "clip_low=0.0"),
-        (lambda: ClippedWeightPolicyGradient(ratio_high=0.28), "epsilon of 0.28 is"),
-        (lambda: SoftGatedPolicyGradient(temperature_up=0.0), "temperatures 0.0"),
-        (lambda: ShapedWeightPolicyGradient(up=(0.0, 1.0)), "up="),
+        (lambda: Gspo(clip_high=-1.0), "clip_high=-1.0"),
+        (lambda: Gmpo(clip_low=0.0), "clip_low=0.0"),
+        (lambda: Cispo(ratio_high=0.28), "epsilon of 0.28 is"),
+        (lambda: Sapo(temperature_up=0.0), "temperatures 0.0"),
+        (lambda: Vespo(up=(0.0, 1.0)), "up="),
     ],
 )
 def test_options_that_cannot_work_are_refused(make, words):

@@ -10,28 +10,16 @@ import torch
 from material import gradients, largest_gap, on_policy, random_groups, with_column
 from test_policy_losses import ADVANTAGES, BEHAVIOUR, LENGTHS, RATIOS, by_sequence, material, spread
 
-from posttrain.composition import (
-    ClippedPolicyGradient,
-    ClippedWeightPolicyGradient,
-    Mismatch,
-    PolicyGradient,
-    Rollouts,
-    SequencePolicyGradient,
-)
 from posttrain.core.errors import ConfigError
 from posttrain.core.protocols import Request
 from posttrain.core.provenance import Sampling
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Discard
-from posttrain.legality import admit
-from posttrain.methods import METHODS
-from posttrain.methods.policy import PolicyMethod
 from posttrain.numerics.batch import pack
-from posttrain.objectives.policy_ratio import mismatch_weight
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.mismatch import GreedyBaselineSignal, TrainerLogprobsSignal
-from posttrain.signals.verifier import Verifier
-from posttrain.sources.rollout import RolloutSource
+from posttrain.parts.legality import admit
+from posttrain.parts.policy.losses import Cispo, ClippedPolicyGradient, Gspo, PolicyGradient
+from posttrain.parts.policy.ratio import Mismatch, mismatch_weight
+from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
 from posttrain.testing import FakeTaskSet, check_method, check_signal, check_term
 from posttrain.training.objective import Objective
 from posttrain.training.stage import group_metrics
@@ -80,9 +68,7 @@ def test_a_long_sequence_may_overflow_without_nan():
         assert (mismatch_weight(spec, far) == want).all()
 
 
-@pytest.mark.parametrize(
-    "term", [PolicyGradient, ClippedPolicyGradient, ClippedWeightPolicyGradient]
-)
+@pytest.mark.parametrize("term", [PolicyGradient, ClippedPolicyGradient, Cispo])
 def test_the_correction_multiplies_a_loss_whose_ratio_is_to_the_trainer(term):
     """The weight carries no gradient, and does not replace the ratio."""
     spec = Mismatch(high=1.5)
@@ -103,9 +89,9 @@ def test_the_correction_multiplies_a_loss_whose_ratio_is_to_the_trainer(term):
 
 def test_a_loss_per_sequence_takes_a_weight_per_sequence():
     with pytest.raises(ConfigError, match="per token on a loss per sequence"):
-        SequencePolicyGradient(mismatch=Mismatch())
+        Gspo(mismatch=Mismatch())
     spec = Mismatch(level="geometric", outside="reject", low=0.9, high=1.1)
-    term = SequencePolicyGradient(mismatch=spec)
+    term = Gspo(mismatch=spec)
     stats = {Stat.SAMPLED_LOGPROB: torch.tensor(BEHAVIOUR)}
     kept = TERMS[type(term)].values(term, stats, batch()).loss != 0
     inside = [0.9 <= math.exp(np.mean(part)) <= 1.1 for part in by_sequence(GAPS)]
@@ -134,7 +120,7 @@ def test_bounds_that_cannot_work_are_refused(make):
     [
         ClippedPolicyGradient(mismatch=Mismatch()),
         PolicyGradient(mismatch=Mismatch(level="sequence"), aggregate="sequence_sum"),
-        ClippedWeightPolicyGradient(mismatch=Mismatch(level="geometric")),
+        Cispo(mismatch=Mismatch(level="geometric")),
     ],
 )
 def test_corrected_terms_keep_the_contract_of_terms(term):
@@ -143,7 +129,7 @@ def test_corrected_terms_keep_the_contract_of_terms(term):
 
 def test_on_one_device_there_is_nothing_to_correct(learner):
     """The local sampler is the trainer: w = 1, and the correction changes no gradient."""
-    source = RolloutSource(
+    source = RolloutStream(
         Rollouts(tasks=("letters",), group_size=3, max_new_tokens=7),
         {"letters": FakeTaskSet()},
         learner.policy,
@@ -168,7 +154,7 @@ def test_on_one_device_there_is_nothing_to_correct(learner):
 
 def test_greedy_baseline_is_the_reward_of_the_likeliest_answer(learner):
     letters = FakeTaskSet()
-    source = RolloutSource(
+    source = RolloutStream(
         Rollouts(tasks=("letters",), group_size=2, max_new_tokens=6),
         {"letters": letters},
         learner.policy,

@@ -6,34 +6,22 @@ import numpy as np
 import pytest
 from material import gradients, largest_gap, random_groups, with_column
 
-from posttrain.composition import (
-    Composition,
-    CrossEntropy,
-    Dataset,
-    Limit,
-    OddsRatio,
-    PairwiseHinge,
-    PairwiseLogistic,
-    PairwiseSquared,
-    RankPairs,
-    ReferenceLogprobs,
-    Rollouts,
-    TargetMargin,
-    Verify,
-)
-from posttrain.composition.preference import PreferenceTerm
 from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.learner import Optimizer
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Column, Discard, Group
-from posttrain.legality import admit, check_composition
-from posttrain.methods import METHODS
-from posttrain.methods.preference import PreferenceMethod
 from posttrain.numerics.batch import pack
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.preference import RankPairsSignal
-from posttrain.signals.scoring import ReferenceSignal
-from posttrain.signals.verifier import Verifier
-from posttrain.sources.rollout import RolloutSource
+from posttrain.parts.base import Limit
+from posttrain.parts.composition import Composition
+from posttrain.parts.legality import admit, check_composition
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.preference.pairs import Dpo, Hinge, Ipo
+from posttrain.parts.preference.ranking import RankPairs
+from posttrain.parts.preference.reference_free import OddsRatio, Simpo
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import FakeTaskSet, check_signal
 from posttrain.training.objective import Objective
 
@@ -82,7 +70,7 @@ def test_discarded_members_take_no_part_and_keep_their_reason():
 
 def test_what_makes_no_pair_is_counted_and_costs_nothing(learner):
     draw = RankPairsSignal().score(rewarded([0, 1, 0, 0], [1, 1, 1, 1]))
-    term = TargetMargin()
+    term = Simpo()
     admitted = admit(draw, (term,), version=0, max_age=0)
     assert [len(g.members) for g in admitted.kept] == [2]
     assert sum(len(g.members) for g in admitted.discarded[Discard.UNRANKED]) == 2
@@ -94,7 +82,7 @@ def test_what_makes_no_pair_is_counted_and_costs_nothing(learner):
 
 def test_online_pairs_teach_what_the_same_pairs_in_a_file_teach(learner):
     """Provenance decides the regime, not the loss: same pairs, same gradient."""
-    objective = Objective((TargetMargin(),))
+    objective = Objective((Simpo(),))
     (ranked,) = RankPairsSignal().score(rewarded([0, 1, 0.5]))
     kept = admit([ranked], objective.terms, version=0, max_age=0).kept
     live = pack(kept, needs=objective.needs, max_tokens=9999)
@@ -114,7 +102,7 @@ def test_online_pairs_teach_what_the_same_pairs_in_a_file_teach(learner):
 
 
 def test_a_draw_without_a_pair_changes_no_weight_gradient(learner):
-    objective = Objective((TargetMargin(),))
+    objective = Objective((Simpo(),))
     equal = with_column(
         rewarded([1, 1]), Column.PREFERENCE, lambda t: np.array(0.0)
     )  # as if nothing had been discarded
@@ -127,12 +115,11 @@ def test_a_draw_without_a_pair_changes_no_weight_gradient(learner):
 
 def test_a_step_of_online_dpo_raises_the_best_and_lowers_the_worst(engine, tiny_folder):
     """Rollouts, verifier, ranking, reference, step: the whole chain on a real model."""
-    from posttrain.recipe import Optimizer
 
     learner = engine.learner(str(tiny_folder), name="t", optimizer=Optimizer(lr=1e-3), lora=None)
     tasks = {"letters": FakeTaskSet()}
     spec = METHODS["online_dpo"](tasks=("letters",), group_size=6, max_new_tokens=3).compose()
-    draw = RolloutSource(spec.source, tasks, learner.policy, 0).draw(8, step=0)
+    draw = RolloutStream(spec.source, tasks, learner.policy, 0).draw(8, step=0)
     # a reward that a random model varies in: the first token's id
     draw = with_column(draw, Column.REWARD, lambda t: np.array(float(t.tokens[t.prompt_length])))
     draw = RankPairsSignal().score(draw)
@@ -152,7 +139,7 @@ def test_a_step_of_online_dpo_raises_the_best_and_lowers_the_worst(engine, tiny_
 def test_the_verifier_decides_who_is_chosen(learner):
     tasks = {"letters": FakeTaskSet(answer="a")}
     spec = Rollouts(tasks=("letters",), group_size=8, max_new_tokens=2)
-    draw = RolloutSource(spec, tasks, learner.policy, 1).draw(16, step=0)
+    draw = RolloutStream(spec, tasks, learner.policy, 1).draw(16, step=0)
     judged = Verifier(tasks, learner.policy.renderer).score(draw)
     for group in RankPairsSignal().score(judged):
         for member in group.members:
@@ -193,33 +180,33 @@ def test_every_term_has_code_and_a_method():
 
 def test_compositions_written_out():
     assert build(METHODS["ipo"], tau=0.2).compose() == Composition(
-        source=PAIR_FILE, signals=(ReferenceLogprobs(),), terms=(PairwiseSquared(tau=0.2),)
+        source=PAIR_FILE, signals=(ReferenceLogprobs(),), terms=(Ipo(tau=0.2),)
     )
     assert build(METHODS["hinge"], reference="base").compose() == Composition(
-        source=PAIR_FILE, signals=(ReferenceLogprobs(policy="base"),), terms=(PairwiseHinge(),)
+        source=PAIR_FILE, signals=(ReferenceLogprobs(policy="base"),), terms=(Hinge(),)
     )
     assert build(METHODS["orpo"]).compose() == Composition(
         source=PAIR_FILE, terms=(NLL, OddsRatio(weight=0.1))
     )
     assert build(METHODS["irpo"]).compose() == Composition(
-        source=PAIR_FILE, signals=(ReferenceLogprobs(),), terms=(PairwiseLogistic(beta=0.1), NLL)
+        source=PAIR_FILE, signals=(ReferenceLogprobs(),), terms=(Dpo(beta=0.1), NLL)
     )
     assert build(METHODS["simpo"]).compose() == Composition(
-        source=PAIR_FILE, terms=(TargetMargin(beta=2.5, gamma=1.375),)
+        source=PAIR_FILE, terms=(Simpo(beta=2.5, gamma=1.375),)
     )
     judged = (Verify(), RankPairs(), ReferenceLogprobs())
     live, frozen = (
         Rollouts(tasks=("sums",), group_size=2, policy=policy) for policy in ("learner", "input")
     )
     assert build(METHODS["online_dpo"]).compose() == Composition(
-        source=live, signals=judged, terms=(PairwiseLogistic(beta=0.1),)
+        source=live, signals=judged, terms=(Dpo(beta=0.1),)
     )
     assert build(METHODS["iterative_dpo"]).compose() == Composition(
-        source=frozen, signals=judged, terms=(PairwiseLogistic(beta=0.1), NLL)
+        source=frozen, signals=judged, terms=(Dpo(beta=0.1), NLL)
     )
 
 
-@pytest.mark.parametrize("term", [PairwiseSquared(), PairwiseHinge(), OddsRatio(), TargetMargin()])
+@pytest.mark.parametrize("term", [Ipo(), Hinge(), OddsRatio(), Simpo()])
 def test_any_loss_on_pairs_goes_with_fresh_pairs(term):
     composition = Composition(
         source=Rollouts(tasks=("sums",)),
@@ -233,19 +220,17 @@ def test_any_loss_on_pairs_goes_with_fresh_pairs(term):
     ("composition", "message"),
     [
         (
-            Composition(
-                source=Rollouts(tasks=("sums",)), signals=(RankPairs(),), terms=(TargetMargin(),)
-            ),
+            Composition(source=Rollouts(tasks=("sums",)), signals=(RankPairs(),), terms=(Simpo(),)),
             "rank_pairs needs reward",
         ),
         (
-            Composition(source=Rollouts(tasks=("sums",)), terms=(TargetMargin(),)),
+            Composition(source=Rollouts(tasks=("sums",)), terms=(Simpo(),)),
             "verify and rank_pairs",
         ),
-        (Composition(source=PAIR_FILE, terms=(PairwiseSquared(),)), "needs reference_logprob"),
+        (Composition(source=PAIR_FILE, terms=(Ipo(),)), "needs reference_logprob"),
         (Composition(source=DATA, terms=(NLL,)), "limit of cross_entropy needs preference"),
         (
-            Composition(source=PAIR_FILE, terms=(TargetMargin(limit=Limit(preference="chosen")),)),
+            Composition(source=PAIR_FILE, terms=(Simpo(limit=Limit(preference="chosen")),)),
             "compares whole pairs",
         ),
     ],

@@ -7,33 +7,30 @@ import pytest
 import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
-from posttrain.composition import (
-    ContrastiveLogistic,
-    CrossEntropy,
-    Limit,
-    OddsRatio,
-    PairwiseAnchored,
-    PairwiseDiscovered,
-    PairwiseDivergence,
-    PairwiseExact,
-    PairwiseHinge,
-    PairwiseLogistic,
-    PairwiseMean,
-    PairwiseNoiseContrastive,
-    PairwiseRobust,
-    PairwiseSelfPlay,
-    PairwiseShared,
-    PairwiseSquared,
-    PairwiseWeighted,
-    TargetMargin,
-)
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.numerics.batch import pack
-from posttrain.objectives.terms import TERMS
-from posttrain.objectives.values import capped_exp
+from posttrain.parts.base import Limit
+from posttrain.parts.preference.pairs import (
+    Apo,
+    Discopop,
+    Dpo,
+    Exo,
+    FDpo,
+    Hinge,
+    Ipo,
+    LdDpo,
+    LnDpo,
+    Nca,
+    RobustDpo,
+    Sppo,
+    Wpo,
+)
+from posttrain.parts.preference.reference_free import ContrastiveLogistic, OddsRatio, Simpo
+from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.parts.tensors import capped_exp
 from posttrain.training.objective import Objective
 
 NEEDS = frozenset({Column.REFERENCE_LOGPROB, Column.PREFERENCE})
@@ -116,39 +113,39 @@ def expected(term, p):
     (w, r), (mw, mr), gap = p.rho, p.mean_rho, p.gap
     b = getattr(term, "beta", None)
     match term:
-        case PairwiseLogistic(label_smoothing=e):
+        case Dpo(label_smoothing=e):
             return -(1 - e) * log_sigmoid(b * gap) - e * log_sigmoid(-b * gap)
-        case PairwiseRobust(flip_rate=e):
+        case RobustDpo(flip_rate=e):
             return (-(1 - e) * log_sigmoid(b * gap) + e * log_sigmoid(-b * gap)) / (1 - 2 * e)
-        case PairwiseSquared(tau=t):
+        case Ipo(tau=t):
             return (mw - mr - 1 / (2 * t)) ** 2
-        case PairwiseHinge():
+        case Hinge():
             return max(0, 1 - b * gap)
-        case PairwiseExact(label_smoothing=e):
+        case Exo(label_smoothing=e):
             q = np.array([sigmoid(b * gap), sigmoid(-b * gap)])
             return (q * np.log(q / np.array([1 - e, e]))).sum()
-        case PairwiseNoiseContrastive():
+        case Nca():
             return -log_sigmoid(b * w) - log_sigmoid(-b * w) / 2 - log_sigmoid(-b * r) / 2
-        case PairwiseSelfPlay():
+        case Sppo():
             return (w - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2
-        case PairwiseAnchored(direction="zero"):
+        case Apo(direction="zero"):
             return 1 - sigmoid(b * w) + sigmoid(b * r)
-        case PairwiseAnchored(direction="down"):
+        case Apo(direction="down"):
             return sigmoid(b * w) + 1 - sigmoid(b * gap)
-        case PairwiseDivergence(divergence=kind, alpha=a):
+        case FDpo(divergence=kind, alpha=a):
             prime = {
                 "forward_kl": lambda u: -1 / u,
                 "js": lambda u: np.log(2 * u / (1 + u)),
                 "alpha": lambda u: (1 - u**-a) / a,
             }[kind]
             return -log_sigmoid(b * prime(np.exp(w)) - b * prime(np.exp(r)))
-        case PairwiseMean():
+        case LnDpo():
             return -log_sigmoid(b * (mw - mr))
-        case PairwiseShared(tail=a):
+        case LdDpo(tail=a):
             n = min(len(p.w), len(p.l))
             rw, rl = ((x - y) * np.where(np.arange(len(x)) < n, 1, a) for x, y in zipped(p))
             return -log_sigmoid(b * (rw.sum() - rl.sum()))
-        case PairwiseDiscovered(tau=t):
+        case Discopop(tau=t):
             z = b * gap
             m = sigmoid(z / t)
             return -(1 - m) * log_sigmoid(z) + m * np.exp(-z)
@@ -157,7 +154,7 @@ def expected(term, p):
             return -np.log(odds[0] / (odds[0] + odds[1]))  # sigmoid of a difference of logs
         case ContrastiveLogistic():
             return -log_sigmoid(b * (p.w.sum() - p.l.sum()))
-        case TargetMargin(gamma=g, alpha=a):
+        case Simpo(gamma=g, alpha=a):
             r = [x.mean() if a == 0 else (1 - np.exp(x.mean()) ** -a) / a for x in (p.w, p.l)]
             return -np.log(1 / (1 + np.exp(-(b * (r[0] - r[1]) - g))))
     raise AssertionError(term)
@@ -168,27 +165,27 @@ def zipped(p):
 
 
 ALL = [
-    PairwiseLogistic(beta=0.7),
-    PairwiseLogistic(beta=0.7, label_smoothing=0.2),
-    PairwiseRobust(beta=0.7, flip_rate=0.2),
-    PairwiseSquared(tau=0.4),
-    PairwiseHinge(beta=0.3),
-    PairwiseExact(beta=0.7, label_smoothing=0.05),
-    PairwiseNoiseContrastive(beta=0.7),
-    PairwiseSelfPlay(beta=0.5),
-    PairwiseAnchored(direction="zero", beta=0.7),
-    PairwiseAnchored(direction="down", beta=0.7),
-    PairwiseDivergence(divergence="forward_kl", beta=0.7),
-    PairwiseDivergence(divergence="js", beta=0.7),
-    PairwiseDivergence(divergence="alpha", alpha=0.3, beta=0.7),
-    PairwiseMean(beta=2.0),
-    PairwiseShared(beta=0.7, tail=0.25),
-    PairwiseDiscovered(beta=0.7, tau=0.3),
+    Dpo(beta=0.7),
+    Dpo(beta=0.7, label_smoothing=0.2),
+    RobustDpo(beta=0.7, flip_rate=0.2),
+    Ipo(tau=0.4),
+    Hinge(beta=0.3),
+    Exo(beta=0.7, label_smoothing=0.05),
+    Nca(beta=0.7),
+    Sppo(beta=0.5),
+    Apo(direction="zero", beta=0.7),
+    Apo(direction="down", beta=0.7),
+    FDpo(divergence="forward_kl", beta=0.7),
+    FDpo(divergence="js", beta=0.7),
+    FDpo(divergence="alpha", alpha=0.3, beta=0.7),
+    LnDpo(beta=2.0),
+    LdDpo(beta=0.7, tail=0.25),
+    Discopop(beta=0.7, tau=0.3),
     OddsRatio(),
     ContrastiveLogistic(beta=0.7),
-    TargetMargin(beta=2.0, gamma=0.5),
-    TargetMargin(beta=2.0, gamma=0.5, alpha=0.25),
-    TargetMargin(beta=2.0, gamma=0.5, alpha=-0.5),
+    Simpo(beta=2.0, gamma=0.5),
+    Simpo(beta=2.0, gamma=0.5, alpha=0.25),
+    Simpo(beta=2.0, gamma=0.5, alpha=-0.5),
 ]
 NAMES = [f"{t.__struct_config__.tag}-{i}" for i, t in enumerate(ALL)]
 
@@ -229,8 +226,7 @@ def slopes(term, pair):
 WELL_BEHAVED = [
     t
     for t in ALL
-    if not isinstance(t, PairwiseDiscovered)
-    and not (isinstance(t, PairwiseAnchored) and t.direction == "down")
+    if not isinstance(t, Discopop) and not (isinstance(t, Apo) and t.direction == "down")
 ]
 
 
@@ -243,28 +239,28 @@ def test_at_the_reference_chosen_goes_up_and_rejected_down(term):
 
 def test_apo_down_lowers_both_and_the_rejected_more_than_it_lowers_the_chosen():
     at_reference = Pair(EVEN.rw, EVEN.rl, EVEN.rw, EVEN.rl)
-    rejected, chosen = slopes(PairwiseAnchored(direction="down", beta=1.0), at_reference)
+    rejected, chosen = slopes(Apo(direction="down", beta=1.0), at_reference)
     # σ'(0) = 1/4 for each of the two sigmoids: the chosen side's two parts cancel at the start
     assert chosen == pytest.approx(0, abs=1e-12)
     assert rejected == pytest.approx(0.25)
     apart = Pair(EVEN.rw + 2, EVEN.rl - 2, EVEN.rw, EVEN.rl)
-    rejected, chosen = slopes(PairwiseAnchored(direction="down", beta=1.0), apart)
+    rejected, chosen = slopes(Apo(direction="down", beta=1.0), apart)
     assert 0 < rejected < chosen, "once the pair is told apart, the chosen is lowered"
 
 
 def test_discopop_starts_on_the_wrong_side_of_its_hump():
     at_reference = Pair(PAIR.rw, PAIR.rl, PAIR.rw, PAIR.rl)
-    rejected, chosen = slopes(PairwiseDiscovered(), at_reference)
+    rejected, chosen = slopes(Discopop(), at_reference)
     # dL/dz = −¾ + (1 − log 2) / (4 τ), times β
     slope = 0.05 * (-0.75 + (1 - math.log(2)) / (4 * 0.05))
     assert chosen == pytest.approx(slope)
     assert chosen > 0 > rejected
-    rejected, chosen = slopes(PairwiseDiscovered(tau=0.1024), at_reference)
+    rejected, chosen = slopes(Discopop(tau=0.1024), at_reference)
     assert chosen < 0 < rejected, "from here on the way up is open"
-    assert slopes(PairwiseDiscovered(tau=0.1022), at_reference)[1] > 0
+    assert slopes(Discopop(tau=0.1022), at_reference)[1] > 0
 
 
-ANTISYMMETRIC = [PairwiseLogistic(beta=0.7), PairwiseMean(beta=2.0), PairwiseShared(beta=0.7)]
+ANTISYMMETRIC = [Dpo(beta=0.7), LnDpo(beta=2.0), LdDpo(beta=0.7)]
 ANTISYMMETRIC += [ContrastiveLogistic(beta=0.7), OddsRatio()]
 
 
@@ -276,16 +272,16 @@ def test_swapping_the_sides_mirrors_a_logistic_loss(term):
 
 
 def test_smoothing_is_a_mixture_of_the_pair_and_its_mirror():
-    plain = [number(PairwiseLogistic(beta=0.7), p) for p in (PAIR, PAIR.swapped())]
-    smooth = number(PairwiseLogistic(beta=0.7, label_smoothing=0.3), PAIR)
+    plain = [number(Dpo(beta=0.7), p) for p in (PAIR, PAIR.swapped())]
+    smooth = number(Dpo(beta=0.7, label_smoothing=0.3), PAIR)
     assert smooth == pytest.approx(0.7 * plain[0] + 0.3 * plain[1])
 
 
 def test_robust_dpo_is_unbiased_under_flips():
     """E over flips of the robust loss is DPO's loss on the clean pair."""
-    term, rate = PairwiseRobust(beta=0.7, flip_rate=0.3), 0.3
+    term, rate = RobustDpo(beta=0.7, flip_rate=0.3), 0.3
     seen = [number(term, p) for p in (PAIR, PAIR.swapped())]
-    clean = number(PairwiseLogistic(beta=0.7), PAIR)
+    clean = number(Dpo(beta=0.7), PAIR)
     assert (1 - rate) * seen[0] + rate * seen[1] == pytest.approx(clean)
 
 
@@ -293,49 +289,43 @@ def test_robust_dpo_is_unbiased_under_flips():
 
 
 def test_without_noise_the_smoothed_and_robust_losses_are_dpo():
-    dpo = number(PairwiseLogistic(beta=0.7), PAIR)
-    assert number(PairwiseLogistic(beta=0.7, label_smoothing=0.0), PAIR) == dpo
-    assert number(PairwiseRobust(beta=0.7, flip_rate=0.0), PAIR) == dpo
+    dpo = number(Dpo(beta=0.7), PAIR)
+    assert number(Dpo(beta=0.7, label_smoothing=0.0), PAIR) == dpo
+    assert number(RobustDpo(beta=0.7, flip_rate=0.0), PAIR) == dpo
 
 
 def test_length_normalised_dpo_is_dpo_at_equal_lengths():
-    dpo = number(PairwiseLogistic(beta=0.7 / 2), EVEN)
-    assert number(PairwiseMean(beta=0.7), EVEN) == pytest.approx(dpo)
-    assert number(PairwiseMean(beta=0.7), PAIR) != pytest.approx(
-        number(PairwiseLogistic(beta=0.7 / 2), PAIR)
-    )
+    dpo = number(Dpo(beta=0.7 / 2), EVEN)
+    assert number(LnDpo(beta=0.7), EVEN) == pytest.approx(dpo)
+    assert number(LnDpo(beta=0.7), PAIR) != pytest.approx(number(Dpo(beta=0.7 / 2), PAIR))
 
 
 def test_ld_dpo_is_dpo_at_equal_lengths_and_forgets_the_tail_at_zero():
-    assert number(PairwiseShared(beta=0.7, tail=0.2), EVEN) == pytest.approx(
-        number(PairwiseLogistic(beta=0.7), EVEN)
-    )
+    assert number(LdDpo(beta=0.7, tail=0.2), EVEN) == pytest.approx(number(Dpo(beta=0.7), EVEN))
     shortened = Pair(LONG.w, LONG.l[:2], LONG.rw, LONG.rl[:2])
-    assert number(PairwiseShared(beta=0.7, tail=0.0), LONG) == pytest.approx(
-        number(PairwiseLogistic(beta=0.7), shortened)
+    assert number(LdDpo(beta=0.7, tail=0.0), LONG) == pytest.approx(
+        number(Dpo(beta=0.7), shortened)
     )
 
 
 def test_alpha_divergences_lie_between_dpo_and_forward_kl():
-    near_zero = PairwiseDivergence(divergence="alpha", alpha=1e-7, beta=0.7)
-    assert number(near_zero, PAIR) == pytest.approx(
-        number(PairwiseLogistic(beta=0.7), PAIR), rel=1e-6
-    )
-    near_one = PairwiseDivergence(divergence="alpha", alpha=1 - 1e-9, beta=0.7)
-    forward = PairwiseDivergence(divergence="forward_kl", beta=0.7)
+    near_zero = FDpo(divergence="alpha", alpha=1e-7, beta=0.7)
+    assert number(near_zero, PAIR) == pytest.approx(number(Dpo(beta=0.7), PAIR), rel=1e-6)
+    near_one = FDpo(divergence="alpha", alpha=1 - 1e-9, beta=0.7)
+    forward = FDpo(divergence="forward_kl", beta=0.7)
     assert number(near_one, PAIR) == pytest.approx(number(forward, PAIR), rel=1e-6)
 
 
 def test_alphapo_tends_to_simpo():
-    simpo = number(TargetMargin(beta=2.0, gamma=0.5), PAIR)
-    near = number(TargetMargin(beta=2.0, gamma=0.5, alpha=1e-7), PAIR)
+    simpo = number(Simpo(beta=2.0, gamma=0.5), PAIR)
+    near = number(Simpo(beta=2.0, gamma=0.5, alpha=1e-7), PAIR)
     assert near == pytest.approx(simpo, rel=1e-5)
 
 
 def test_cpo_is_dpo_under_a_uniform_reference_at_equal_lengths():
     uniform = Pair(EVEN.w, EVEN.l, [-3.0, -3.0], [-3.0, -3.0])
     assert number(ContrastiveLogistic(beta=0.7), EVEN) == pytest.approx(
-        number(PairwiseLogistic(beta=0.7), uniform)
+        number(Dpo(beta=0.7), uniform)
     )
 
 
@@ -346,8 +336,8 @@ def test_minima_are_where_the_papers_say():
         """A pair with one token a side and these log-ratios."""
         return Pair([chosen - 9.0], [rejected - 9.0], [-9.0], [-9.0])
 
-    ipo, exo = PairwiseSquared(tau=tau), PairwiseExact(beta=beta, label_smoothing=eps)
-    sppo, nca = PairwiseSelfPlay(beta=beta), PairwiseNoiseContrastive(beta=beta)
+    ipo, exo = Ipo(tau=tau), Exo(beta=beta, label_smoothing=eps)
+    sppo, nca = Sppo(beta=beta), Nca(beta=beta)
     best = {
         ipo: at(1 / (2 * tau)),
         exo: at(math.log((1 - eps) / eps) / beta),
@@ -357,7 +347,7 @@ def test_minima_are_where_the_papers_say():
         assert number(term, pair) == pytest.approx(0, abs=1e-12)
         assert slopes(term, pair) == pytest.approx((0, 0), abs=1e-9)
     assert slopes(nca, at(math.log(2) / beta))[1] == pytest.approx(0, abs=1e-12)
-    hinge = PairwiseHinge(beta=beta)
+    hinge = Hinge(beta=beta)
     assert slopes(hinge, at(1 / beta + 0.01)) == (0, 0), "beyond the margin nothing is left"
     assert slopes(hinge, at(1 / beta - 0.01)) == (beta, -beta)
 
@@ -396,22 +386,22 @@ def test_orpo_survives_an_answer_that_is_certain():
 
 def test_wpo_weights_by_how_likely_the_policy_writes_the_pair():
     logp = PAIR.logp
-    value = loss(PairwiseWeighted(beta=0.7), PAIR, logp=logp, collision=COLLISION)
+    value = loss(Wpo(beta=0.7), PAIR, logp=logp, collision=COLLISION)
     surprise = logp.detach() - COLLISION
     log_weight = float(surprise[:2].mean() + surprise[2:].mean())
     assert log_weight < 0
-    dpo = number(PairwiseLogistic(beta=0.7), PAIR)
+    dpo = number(Dpo(beta=0.7), PAIR)
     assert float(value.detach()) == pytest.approx(math.exp(log_weight) * dpo)
     value.backward()
     plain = PAIR.logp
-    loss(PairwiseLogistic(beta=0.7), PAIR, logp=plain).backward()
+    loss(Dpo(beta=0.7), PAIR, logp=plain).backward()
     np.testing.assert_allclose(logp.grad, math.exp(log_weight) * plain.grad, rtol=1e-12)
 
 
 def test_wpo_never_counts_a_pair_more_than_once():
     unlikely = COLLISION - 9  # every token is far likelier than a random agreement
-    value = loss(PairwiseWeighted(beta=0.7), PAIR, collision=unlikely)
-    assert float(value.detach()) == number(PairwiseLogistic(beta=0.7), PAIR)
+    value = loss(Wpo(beta=0.7), PAIR, collision=unlikely)
+    assert float(value.detach()) == number(Dpo(beta=0.7), PAIR)
 
 
 def test_log_collision_is_the_chance_that_two_samples_agree(learner):
@@ -448,7 +438,7 @@ CHOSEN = CrossEntropy(limit=Limit(preference="chosen"))
 
 @pytest.mark.parametrize(
     "terms",
-    [(t,) for t in ALL] + [(PairwiseWeighted(),), (PairwiseLogistic(), CHOSEN)],
+    [(t,) for t in ALL] + [(Wpo(),), (Dpo(), CHOSEN)],
     ids=lambda terms: terms[-1].__struct_config__.tag,
 )
 def test_splitting_a_step_into_micro_batches_changes_nothing(learner, terms):
@@ -493,8 +483,8 @@ def test_a_sequence_in_several_pairs_shares_a_length_with_each():
     )
     (batch,) = pack([Group(task="test/0", members=members)], needs=NEEDS, max_tokens=99)
     stats = {Stat.LOGPROB: torch.tensor([x for logp, _ in answers for x in logp])}
-    term = PairwiseShared(beta=1.0, tail=0.1)
-    got = TERMS[PairwiseShared].values(term, stats, batch).loss
+    term = LdDpo(beta=1.0, tail=0.1)
+    got = TERMS[LdDpo].values(term, stats, batch).loss
     chosen = np.array([-1.0 - 0.1 * 5.0, -3.0 - 0.1 * 3.0])
     np.testing.assert_allclose(got, -log_sigmoid(chosen - np.array([-1.5, -1.2])), rtol=1e-6)
 
@@ -504,7 +494,7 @@ def test_a_pair_counts_only_when_both_sides_are_of_the_wanted_author(learner):
         Group(task="t", members=(a.members[0], b.members[1]))
         for a, b in zip(pairs(3), pairs(3, seed=1), strict=True)
     ]
-    objective = Objective((PairwiseLogistic(where=(Kind.EXTERNAL,)),))
+    objective = Objective((Dpo(where=(Kind.EXTERNAL,)),))
     batches = pack(mixed, needs=objective.needs, max_tokens=9999)
     assert objective.counts(batches) == (0,)
 
@@ -515,21 +505,21 @@ def test_a_pair_counts_only_when_both_sides_are_of_the_wanted_author(learner):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: PairwiseLogistic(beta=0), "beta > 0"),
-        (lambda: PairwiseLogistic(label_smoothing=0.5), "label_smoothing < 0.5"),
-        (lambda: PairwiseRobust(flip_rate=0.5), "flip_rate < 0.5"),
-        (lambda: PairwiseRobust(flip_rate=-0.1), "flip_rate=-0.1"),
-        (lambda: PairwiseExact(label_smoothing=0), "0 < label_smoothing"),
-        (lambda: PairwiseExact(label_smoothing=0.5), "label_smoothing < 0.5"),
-        (lambda: PairwiseSquared(tau=0), "tau > 0"),
-        (lambda: PairwiseSquared(tau=math.inf), "finite"),
-        (lambda: PairwiseHinge(beta=math.nan), "beta > 0"),
-        (lambda: PairwiseDivergence(divergence="alpha"), "alpha=None"),
-        (lambda: PairwiseDivergence(divergence="js", alpha=0.5), "no alpha with the others"),
-        (lambda: PairwiseDivergence(divergence="alpha", alpha=1.0), "alpha < 1"),
-        (lambda: PairwiseShared(tail=1.0), "1 is pairwise_logistic"),
-        (lambda: PairwiseDiscovered(tau=0), "tau > 0"),
-        (lambda: TargetMargin(gamma=-1), "gamma >= 0"),
+        (lambda: Dpo(beta=0), "beta > 0"),
+        (lambda: Dpo(label_smoothing=0.5), "label_smoothing < 0.5"),
+        (lambda: RobustDpo(flip_rate=0.5), "flip_rate < 0.5"),
+        (lambda: RobustDpo(flip_rate=-0.1), "flip_rate=-0.1"),
+        (lambda: Exo(label_smoothing=0), "0 < label_smoothing"),
+        (lambda: Exo(label_smoothing=0.5), "label_smoothing < 0.5"),
+        (lambda: Ipo(tau=0), "tau > 0"),
+        (lambda: Ipo(tau=math.inf), "finite"),
+        (lambda: Hinge(beta=math.nan), "beta > 0"),
+        (lambda: FDpo(divergence="alpha"), "alpha=None"),
+        (lambda: FDpo(divergence="js", alpha=0.5), "no alpha with the others"),
+        (lambda: FDpo(divergence="alpha", alpha=1.0), "alpha < 1"),
+        (lambda: LdDpo(tail=1.0), "1 is pairwise_logistic"),
+        (lambda: Discopop(tau=0), "tau > 0"),
+        (lambda: Simpo(gamma=-1), "gamma >= 0"),
     ],
 )
 def test_values_without_a_meaning_are_refused(build, message):

@@ -10,26 +10,18 @@ import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
 from posttrain.chat import ChatRenderer
-from posttrain.composition import (
-    BinaryClassifier,
-    Composition,
-    Dataset,
-    LogRatioCentre,
-    MismatchedKL,
-    PairwiseLogistic,
-    ProspectValue,
-    ReferenceLogprobs,
-)
 from posttrain.core.errors import ConfigError, DataError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Group, Scored
-from posttrain.legality import check_composition
 from posttrain.numerics.batch import pack
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.preference import LogRatioCentreSignal, MismatchedKLSignal, mismatched
-from posttrain.signals.scoring import ReferenceSignal
-from posttrain.sources.dataset import DatasetSource
+from posttrain.parts.composition import Compose, Composition
+from posttrain.parts.legality import check_composition
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.preference.pairs import Dpo
+from posttrain.parts.preference.ranking import LogRatioCentre, MismatchedKL, mismatched
+from posttrain.parts.preference.unpaired import Bco, Kto
+from posttrain.parts.sources.dataset import Dataset, Rows
 from posttrain.testing import FakePolicy, check_signal, check_source, tiny_model, tiny_tokenizer
 from posttrain.training.objective import Objective
 
@@ -76,7 +68,7 @@ def run(term, *, baseline=0.0, rho=RHO):
 @pytest.mark.parametrize("baseline", [-0.4, 0.0, 0.9])
 def test_kto_by_hand(baseline):
     """The zero point is never below 0, and shifts every answer alike."""
-    term = ProspectValue(beta=0.5, desirable_weight=1.3, undesirable_weight=0.7)
+    term = Kto(beta=0.5, desirable_weight=1.3, undesirable_weight=0.7)
     losses, slopes = run(term, baseline=baseline)
     zero = max(0.0, baseline)
     good, bad = RHO[:2] - zero, zero - RHO[2:]
@@ -90,21 +82,21 @@ def test_kto_by_hand(baseline):
 def test_kto_saturates_on_both_sides():
     """Unlike a logistic loss it gives up on hopeless answers, and on won ones."""
     far = np.array([40.0, -40.0, 40.0, -40.0])
-    losses, slopes = run(ProspectValue(beta=1.0), rho=far)
+    losses, slopes = run(Kto(beta=1.0), rho=far)
     np.testing.assert_allclose(losses, [0, 1, 1, 0], atol=1e-9)
     np.testing.assert_allclose(slopes, 0, atol=1e-9)
 
 
 def test_kto_mirrors_when_labels_and_log_ratios_are_turned_round():
-    losses, slopes = run(ProspectValue(beta=0.5))
-    mirrored, back = run(ProspectValue(beta=0.5), rho=-RHO[[2, 3, 0, 1]])
+    losses, slopes = run(Kto(beta=0.5))
+    mirrored, back = run(Kto(beta=0.5), rho=-RHO[[2, 3, 0, 1]])
     np.testing.assert_allclose(losses[[2, 3, 0, 1]], mirrored, rtol=1e-6)
     np.testing.assert_allclose(slopes[[2, 3, 0, 1]], -back, rtol=1e-6)
 
 
 @pytest.mark.parametrize("centre", [-0.4, 0.0, 0.9])
 def test_bco_by_hand(centre):
-    losses, slopes = run(BinaryClassifier(beta=0.5), baseline=centre)
+    losses, slopes = run(Bco(beta=0.5), baseline=centre)
     logit = 0.5 * (RHO - centre)
     np.testing.assert_allclose(losses, np.log1p(np.exp(-LABELS * logit)), rtol=1e-6)
     np.testing.assert_allclose(slopes, -LABELS * 0.5 * sigmoid(-LABELS * logit), rtol=1e-6)
@@ -122,7 +114,7 @@ def labelled(num_groups=6, seed=0):
     return with_column(groups, Column.LOG_RATIO_CENTRE, lambda t: np.array(-0.2))
 
 
-@pytest.mark.parametrize("term", [ProspectValue(), BinaryClassifier(beta=0.3)])
+@pytest.mark.parametrize("term", [Kto(), Bco(beta=0.3)])
 def test_splitting_a_step_into_micro_batches_changes_nothing(learner, term):
     objective, groups = Objective((term,)), labelled()
     whole = pack(groups, needs=objective.needs, max_tokens=9999)
@@ -153,7 +145,7 @@ def test_where_keeps_answers_of_one_author(learner):
         )
         for g in own
     ]
-    objective = Objective((ProspectValue(where=(Kind.EXTERNAL,)),))
+    objective = Objective((Kto(where=(Kind.EXTERNAL,)),))
     mixed = pack([*labelled(3), *own], needs=objective.needs, max_tokens=9999)
     alone = pack(labelled(3), needs=objective.needs, max_tokens=9999)
     assert objective.counts(mixed) == (3,)
@@ -166,10 +158,10 @@ def test_where_keeps_answers_of_one_author(learner):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: ProspectValue(beta=0),
-        lambda: ProspectValue(desirable_weight=0),
-        lambda: ProspectValue(undesirable_weight=-1),
-        lambda: BinaryClassifier(beta=math.inf),
+        lambda: Kto(beta=0),
+        lambda: Kto(desirable_weight=0),
+        lambda: Kto(undesirable_weight=-1),
+        lambda: Bco(beta=math.inf),
     ],
 )
 def test_values_without_a_meaning_are_refused(build):
@@ -278,7 +270,7 @@ def test_the_zero_point_is_scored_with_the_weights_of_the_moment(learner, engine
 def source(tmp_path, rows, **options):
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     spec = Dataset(**{"path": "d.jsonl", **options})
-    return DatasetSource(spec, root=tmp_path, renderer=TINY, context=99, seed=0)
+    return Rows(spec, root=tmp_path, renderer=TINY, context=99, seed=0)
 
 
 def refused(tmp_path, rows, **options):
@@ -368,13 +360,13 @@ REFERENCE, ZERO = ReferenceLogprobs(), MismatchedKL()
 @pytest.mark.parametrize(
     ("source", "signals", "term", "message"),
     [
-        (LABELS_FILE, (REFERENCE,), ProspectValue(), "needs mismatched_kl"),
-        (LABELS_FILE, (ZERO,), ProspectValue(), "needs reference_logprob"),
-        (PAIRS_FILE, (REFERENCE, ZERO), ProspectValue(), "needs label"),
-        (LABELS_FILE, (REFERENCE,), PairwiseLogistic(), "needs preference"),
-        (LABELS_FILE, (REFERENCE,), BinaryClassifier(), "needs log_ratio_centre"),
-        (LABELS_FILE, (LogRatioCentre(), REFERENCE), BinaryClassifier(), "reference_logprob"),
-        (LABELS_FILE, (REFERENCE, MismatchedKL(policy="base")), ProspectValue(), "one reference"),
+        (LABELS_FILE, (REFERENCE,), Kto(), "needs mismatched_kl"),
+        (LABELS_FILE, (ZERO,), Kto(), "needs reference_logprob"),
+        (PAIRS_FILE, (REFERENCE, ZERO), Kto(), "needs label"),
+        (LABELS_FILE, (REFERENCE,), Dpo(), "needs preference"),
+        (LABELS_FILE, (REFERENCE,), Bco(), "needs log_ratio_centre"),
+        (LABELS_FILE, (LogRatioCentre(), REFERENCE), Bco(), "reference_logprob"),
+        (LABELS_FILE, (REFERENCE, MismatchedKL(policy="base")), Kto(), "one reference"),
     ],
 )
 def test_compositions_that_cannot_work_are_refused(source, signals, term, message):
@@ -383,7 +375,6 @@ def test_compositions_that_cannot_work_are_refused(source, signals, term, messag
 
 
 def test_the_plan_knows_the_policy_behind_the_zero_point(tmp_path):
-    from posttrain.methods import Compose
     from posttrain.recipe import Budget, Recipe, Stage
     from posttrain.run.plan import make_plan
 
@@ -391,7 +382,7 @@ def test_the_plan_knows_the_policy_behind_the_zero_point(tmp_path):
     method = Compose(
         source=Dataset(path="x.jsonl", unpaired=True),
         signals=(ReferenceLogprobs(), MismatchedKL(policy="nobody")),
-        terms=(ProspectValue(),),
+        terms=(Kto(),),
     )
     stage = Stage(name="s", method=method, budget=Budget(steps=1))
     with pytest.raises(ConfigError, match="nobody"):
@@ -399,7 +390,7 @@ def test_the_plan_knows_the_policy_behind_the_zero_point(tmp_path):
 
 
 def test_a_missing_label_is_not_a_bad_one():
-    term = ProspectValue()
+    term = Kto()
     bare = labelled(1)[0].members[0]
     columns = {c: v for c, v in bare.columns.items() if c is not Column.LABEL}
     with pytest.raises(LegalityError, match="has no label"):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from material import random_groups
 
-from posttrain.composition import CrossEntropy
 from posttrain.core.errors import ConfigError, ModelError
+from posttrain.core.learner import Lora, Optimizer
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.engines.local.model import load_model
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.numerics.batch import pack
-from posttrain.recipe import Lora, Optimizer
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import tiny_model
 from posttrain.training.objective import Objective
 

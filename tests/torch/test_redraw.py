@@ -7,26 +7,20 @@ import pytest
 from material import random_groups, with_column
 from staging import check_resume, make_world
 
-from posttrain.composition import (
-    ClippedPolicyGradient,
-    Composition,
-    DropCutOff,
-    GroupAdvantage,
-    Guided,
-    KeepInformative,
-    KeepRewards,
-    Redraw,
-    Rollouts,
-    Verify,
-)
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.trajectory import Column, Discard
-from posttrain.legality import admit, check_composition
-from posttrain.methods.policy import Dapo
+from posttrain.parts.composition import Composition
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.credit.selection import DropCutOff, KeepInformative
+from posttrain.parts.legality import admit, check_composition
+from posttrain.parts.offline.filters import KeepRewards
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.presets import Dapo
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.members import Guided
+from posttrain.parts.sources.redraw import Redraw, RedrawStream
+from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.run.store import read_uses
-from posttrain.signals.offline import KeepRewardsSignal
-from posttrain.signals.selection import KeepInformativeSignal
-from posttrain.sources.redraw import RedrawSource
 from posttrain.training.stage import group_metrics
 
 INNER = Rollouts(tasks=("rows",), group_size=2, max_new_tokens=4)
@@ -62,7 +56,7 @@ EQUAL, SURPLUS = float(Discard.EQUAL_REWARDS.code), float(Discard.SURPLUS.code)
 
 def test_it_draws_until_a_step_is_full():
     inner = Scripted([[YES, NO, NO], [NO, YES, NO], [YES, YES, NO], [YES, YES, YES]])
-    drawn = RedrawSource(SPEC, inner, KEEP).draw(3, step=0)
+    drawn = RedrawStream(SPEC, inner, KEEP).draw(3, step=0)
     assert inner.asked == [(3, 0), (3, 1), (3, 2)]
     # three that count, the fourth that came too much, then the five useless ones
     assert verdicts(drawn) == [(0, 0)] * 3 + [(SURPLUS, SURPLUS)] + [(EQUAL, EQUAL)] * 5
@@ -77,14 +71,14 @@ def test_it_draws_until_a_step_is_full():
 
 def test_the_number_of_draws_is_bounded():
     inner = Scripted([[NO, NO], [NO, YES], [NO, NO], [NO, NO]])
-    drawn = RedrawSource(SPEC, inner, KEEP).draw(2, step=0)
+    drawn = RedrawStream(SPEC, inner, KEEP).draw(2, step=0)
     assert len(inner.asked) == 4
     assert verdicts(drawn) == [(0, 0)] + [(EQUAL, EQUAL)] * 7
 
 
 def test_one_draw_is_enough_when_it_is():
     inner = Scripted([[YES, YES], [NO, NO], [NO, NO], [NO, NO]])
-    assert verdicts(RedrawSource(SPEC, inner, KEEP).draw(2, step=3)) == [(0, 0)] * 2
+    assert verdicts(RedrawStream(SPEC, inner, KEEP).draw(2, step=3)) == [(0, 0)] * 2
     assert inner.asked == [(2, 12)], "a step has a block of draws of its own"
 
 
@@ -92,12 +86,12 @@ def test_a_group_counts_when_something_of_it_is_left():
     keep = KeepRewards(at_least=1.0)
     spec = Redraw(source=INNER, keep=(Verify(), keep), max_draws=2)
     inner = Scripted([[YES, (0, 0)], [NO, NO]])
-    drawn = RedrawSource(spec, inner, (KeepRewardsSignal(keep),)).draw(2, step=0)
+    drawn = RedrawStream(spec, inner, (KeepRewardsSignal(keep),)).draw(2, step=0)
     low = float(Discard.LOW_REWARD.code)
     assert verdicts(drawn) == [(0, low), (0, 0), (SURPLUS, SURPLUS), (low, low)]
     # a verdict that a member has stays, also in a group that came too much
     inner = Scripted([[(0, 0), YES], [YES, YES]])
-    drawn = RedrawSource(spec, inner, (KeepRewardsSignal(keep),)).draw(2, step=0)
+    drawn = RedrawStream(spec, inner, (KeepRewardsSignal(keep),)).draw(2, step=0)
     assert verdicts(drawn)[2] == (SURPLUS, low)
 
 

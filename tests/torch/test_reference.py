@@ -7,17 +7,18 @@ import pytest
 import torch
 from material import random_groups
 
-from posttrain.composition import CrossEntropy, Dataset
+from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.protocols import Request
 from posttrain.core.provenance import Kind, Producer, Sampling
 from posttrain.core.trajectory import Column
-from posttrain.methods import Dpo
 from posttrain.numerics.batch import pack
-from posttrain.recipe import Budget, Lora, Optimizer, Recipe, Stage
+from posttrain.parts.composition import method
+from posttrain.parts.memory import Memory
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.build import Workshop
 from posttrain.run.plan import make_plan
-from posttrain.signals.memory import Memory
-from posttrain.signals.scoring import ReferenceSignal
-from posttrain.training.build import Workshop
 from posttrain.training.objective import Objective
 
 
@@ -179,8 +180,8 @@ def test_a_data_set_with_a_reference_has_a_memory_in_its_checkpoints(engine, wor
     learner = learner_with_adapters(engine, world / "model")
     shop = Workshop(root=world, seed=0, tasksets={}, policy=None)
     parts = shop.parts(planned, learner)
-    assert [type(k) for k in parts.kept] == [Memory]
-    assert parts.signals[0].memory is parts.kept[0]
+    assert [type(k) for k in parts.stateful] == [Memory]
+    assert parts.signals[0].memory is parts.stateful[0]
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def world(tmp_path, tiny_folder):
 
 
 def stage_with_reference(root):
-    method = Dpo(data=Dataset(path="pairs.jsonl"))
+    method = method("dpo", data=Dataset(path="pairs.jsonl"))
     stage = Stage(name="dpo", method=method, budget=Budget(steps=1), lora=Lora(rank=4))
     recipe = Recipe(name="r", model="model", stages=(stage,))
     (planned,) = make_plan(recipe, root=root, base="-").stages

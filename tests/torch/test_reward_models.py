@@ -7,30 +7,21 @@ import pytest
 import torch
 from material import random_groups, trajectory, with_column
 
-from posttrain.composition import (
-    BradleyTerry,
-    Dataset,
-    OutcomeClassifier,
-    ProcessReward,
-    RewardModel,
-    StepClassifier,
-    Steps,
-)
 from posttrain.core.errors import DataError, LegalityError, ModelError
+from posttrain.core.learner import Optimizer
 from posttrain.core.protocols import ScalarStart
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
 from posttrain.numerics.batch import pack
-from posttrain.objectives.reward_models import bradley_terry, last_scores, outcome_bce, step_bce
-from posttrain.recipe import Optimizer
-from posttrain.signals.process import ProcessScores
-from posttrain.signals.reward_model import RewardModelScores
-from posttrain.signals.scoring import check_same_tokens
-from posttrain.sources.dataset import DatasetSource
+from posttrain.parts.rewards.judges import RewardModel
+from posttrain.parts.rewards.process import ProcessReward
+from posttrain.parts.rewards.reward_models import BradleyTerry, OutcomeBCE, StepBCE, last_scores
+from posttrain.parts.rewards.steps import Steps
+from posttrain.parts.sources.dataset import Dataset, Rows
+from posttrain.run.build import Workshop, check_same_tokens
 from posttrain.testing import as_group, tiny_model
 from posttrain.testing.contracts import check_term
-from posttrain.training.build import Workshop
 from posttrain.training.objective import Objective
 
 
@@ -139,7 +130,7 @@ def test_outcome_loss_by_hand(at, target):
     column = Column.LABEL if target == "label" else Column.REWARD
     said = iter(rng.choice([1.0, -1.0], 12) if target == "label" else rng.choice([0, 0.25, 1], 12))
     groups = with_column(random_groups(seed=1), column, lambda t: np.array(next(said)))
-    term = OutcomeClassifier(at=at, target=target)
+    term = OutcomeBCE(at=at, target=target)
     (batch,) = packed(groups, term)
     scores, sequence = scores_of(batch), batch.sequence_N.numpy()
     truth = batch.columns[column].double().numpy()
@@ -156,7 +147,7 @@ def test_outcome_loss_by_hand(at, target):
 
 
 def test_step_loss_reads_step_ends_only():
-    term = StepClassifier()
+    term = StepBCE()
     (batch,) = packed(labelled_steps(), term)
     head = torch.zeros(len(batch.target_N), 2)
     scores = scores_of(batch)
@@ -181,7 +172,7 @@ def test_labels_between_are_met_between():
     """Soft labels: the loss is least where σ(s) is the label."""
     grid = torch.linspace(-4, 4, 801, dtype=torch.float64)
     batch = type("B", (), {"columns": {Column.STEP_LABEL: torch.full_like(grid, 0.25)}})()
-    best = grid[step_bce(StepClassifier(), {Stat.SCORE: grid}, batch).loss.argmin()]
+    best = grid[step_bce(StepBCE(), {Stat.SCORE: grid}, batch).loss.argmin()]
     assert float(torch.sigmoid(best)) == pytest.approx(0.25, abs=2e-3)
 
 
@@ -190,11 +181,11 @@ def test_labels_between_are_met_between():
     [
         BradleyTerry(),
         BradleyTerry(margin="column", centring=0.1),
-        OutcomeClassifier(),
-        OutcomeClassifier(at="every", aggregate="token_mean"),
-        OutcomeClassifier(target="reward"),
-        StepClassifier(),
-        StepClassifier(aggregate="sequence_mean"),
+        OutcomeBCE(),
+        OutcomeBCE(at="every", aggregate="token_mean"),
+        OutcomeBCE(target="reward"),
+        StepBCE(),
+        StepBCE(aggregate="sequence_mean"),
     ],
 )
 def test_contract(term):
@@ -213,7 +204,7 @@ def make(engine, folder, lr=3e-3):
 
 @pytest.mark.parametrize(
     ("term", "groups"),
-    [(BradleyTerry(), paired), (StepClassifier(), labelled_steps)],
+    [(BradleyTerry(), paired), (StepBCE(), labelled_steps)],
 )
 def test_splitting_a_step_changes_nothing(engine, tiny_folder, term, groups):
     objective, moved = Objective((term,)), []
@@ -291,7 +282,7 @@ def test_a_judge_without_a_head_is_refused_when_the_stage_is_built(engine, tiny_
 def source(folder, rows, renderer, **options):
     (folder / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     spec = Dataset(path="s.jsonl", steps=Steps(), **options)
-    return DatasetSource(spec, root=folder, renderer=renderer, context=128, seed=0)
+    return Rows(spec, root=folder, renderer=renderer, context=128, seed=0)
 
 
 def test_steps_from_a_file_are_where_the_signal_finds_them(engine, tiny_folder, tmp_path):
@@ -332,8 +323,8 @@ def test_margins_from_a_file(engine, tiny_folder, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
     spec = Dataset(path="p.jsonl", preference=True, margin="by")
     options = {"root": tmp_path, "renderer": renderer, "context": 128, "seed": 0}
-    (group,) = DatasetSource(spec, **options).draw(1, step=0)
+    (group,) = Rows(spec, **options).draw(1, step=0)
     assert [float(m.columns[Column.MARGIN]) for m in group.members] == [0.5, 0.5]
     (tmp_path / "p.jsonl").write_text(json.dumps({**row, "by": -1}) + "\n")
     with pytest.raises(DataError, match="margin by=-1"):
-        DatasetSource(spec, **options)
+        Rows(spec, **options)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.core.errors import TaskError
+from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.protocols import Request
 from posttrain.core.provenance import Sampling
 from posttrain.core.task import Task
@@ -404,7 +405,6 @@ def test_a_recording_is_the_stock_forward_and_follows_the_weights(learner):
 
 
 def test_adapters_are_not_recorded(engine, tiny_folder):
-    from posttrain.recipe import Lora, Optimizer
 
     lora = Lora(rank=2)
     adapted = engine.learner(str(tiny_folder), name="test", optimizer=Optimizer(lr=1e-3), lora=lora)

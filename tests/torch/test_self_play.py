@@ -8,42 +8,32 @@ import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 from staging import check_resume, make_world
 
-from posttrain.composition import (
-    Composition,
-    CrossEntropy,
-    Dataset,
-    ExplorationBonus,
-    Guided,
-    Hinted,
-    KeepRewards,
-    MatchQuantiles,
-    MovingReference,
-    PairwiseLogistic,
-    PairwiseTransport,
-    PreferDemonstration,
-    RankPairs,
-    ReferenceLogprobs,
-    Rival,
-    Rollouts,
-    TransportedReward,
-    Verify,
-)
 from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.learner import MovingReference
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Discard, Group, Scored
-from posttrain.legality import admit, check_composition, column_readers
-from posttrain.methods.moving_preference import Aot, AotUnpaired, Spin, Xpo
-from posttrain.methods.preference import Dpo
-from posttrain.methods.rejection import Star
 from posttrain.numerics.batch import pack
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.offline import KeepRewardsSignal
-from posttrain.signals.transport import (
-    MatchQuantilesSignal,
-    PreferDemonstrationSignal,
+from posttrain.parts.composition import Composition, method
+from posttrain.parts.guided.external import ExplorationBonus
+from posttrain.parts.legality import admit, check_composition, column_readers
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.offline.filters import KeepRewards
+from posttrain.parts.preference.pairs import Aot, Dpo
+from posttrain.parts.preference.ranking import (
+    MatchQuantiles,
+    PreferDemonstration,
+    RankPairs,
     quantiles,
 )
+from posttrain.parts.preference.self_play import Spin, Xpo
+from posttrain.parts.preference.unpaired import AotUnpaired
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.members import Guided, Hinted, Rival
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.parts.supervised.rejection import Star
 from posttrain.testing import check_signal, check_term
 from posttrain.training.objective import Objective
 
@@ -111,7 +101,7 @@ def batch_with(columns_of):
 def test_aot_is_the_cost_between_sorted_samples_and_has_its_gradient(paired):
     """From the ranks of the signal, term by term, against the paper's batch formula in float64."""
     beta, of = 0.8, "margins" if paired else "rewards"
-    term = PairwiseTransport(beta=beta) if paired else TransportedReward(beta=beta)
+    term = Aot(beta=beta) if paired else AotUnpaired(beta=beta)
     matched = quantiles(summed(TOKENS), summed(REFERENCE), of=of)
     groups = batch_with(
         lambda i, side: {
@@ -153,7 +143,7 @@ def pairs(learner, *, groups=5, seed=2):
 @pytest.mark.parametrize("of", ["margins", "rewards"])
 def test_micro_batches_change_nothing_about_ranks(learner, of):
     spec = MatchQuantiles(of=of)
-    term = (PairwiseTransport(beta=0.5),) if of == "margins" else (TransportedReward(beta=0.5),)
+    term = (Aot(beta=0.5),) if of == "margins" else (AotUnpaired(beta=0.5),)
     signal = MatchQuantilesSignal(spec, learner.policy)
     check_signal(signal, pairs(learner), provides=spec.provides)
     groups = signal.score(pairs(learner))
@@ -171,8 +161,8 @@ def test_on_one_pair_it_is_dpo(learner, of):
     (group,) = MatchQuantilesSignal(MatchQuantiles(of=of), learner.policy).score(
         pairs(learner, groups=1)
     )
-    term = PairwiseTransport(beta=0.3) if of == "margins" else TransportedReward(beta=0.3)
-    both = (term, PairwiseLogistic(beta=0.3))
+    term = Aot(beta=0.3) if of == "margins" else AotUnpaired(beta=0.3)
+    both = (term, Dpo(beta=0.3))
     batches = pack([group], needs=column_readers(both), max_tokens=999)
     value, grads = gradients(learner, batches, Objective((term,)))
     plain, expected = gradients(learner, batches, Objective((both[1],)))
@@ -207,8 +197,8 @@ def test_aot_learns_and_resumes_exactly(world, paired):
 
 
 def test_aot_in_draws_of_one_pair_is_dpo(world):
-    _, ranked = world.run(Aot(data=PAIRS, beta=0.1), "aot", steps=3, groups_per_step=1)
-    _, plain = world.run(Dpo(data=PAIRS, beta=0.1), "dpo", steps=3, groups_per_step=1)
+    _, ranked = world.run(method("aot", data=PAIRS, beta=0.1), "aot", steps=3, groups_per_step=1)
+    _, plain = world.run(method("dpo", data=PAIRS, beta=0.1), "dpo", steps=3, groups_per_step=1)
     assert [m["loss"] for m in ranked] == pytest.approx([m["loss"] for m in plain], abs=1e-5)
     assert [m["grad_norm"] for m in ranked] == pytest.approx(
         [m["grad_norm"] for m in plain], rel=1e-3
@@ -241,7 +231,7 @@ def test_demonstrations_are_chosen_and_repetitions_are_left_out():
     duplicate, unranked = Discard.DUPLICATE.code, Discard.UNRANKED.code
     assert read(same, Column.DISCARD) == [duplicate, unranked]
     assert read(alone, Column.DISCARD) == [unranked, unranked]
-    kept = admit([first, same, alone], (PairwiseLogistic(),), version=0, max_age=0).kept
+    kept = admit([first, same, alone], (Dpo(),), version=0, max_age=0).kept
     assert len(kept) == 1
 
 
@@ -269,7 +259,7 @@ def test_spin_written_out():
         assert composition == Composition(
             source=Rollouts(tasks=("t",), policy=opponent, group_size=2, company=company),
             signals=(PreferDemonstration(), ReferenceLogprobs(policy=opponent)),
-            terms=(PairwiseLogistic(beta=0.1),),
+            terms=(Dpo(beta=0.1),),
             moving=None if every is None else MovingReference(every=50),
         )
         check_composition(composition, stage="s")
@@ -299,7 +289,7 @@ def test_without_its_bonus_xpo_is_online_dpo_in_company():
     assert plain == Composition(
         source=Rollouts(tasks=("t",), group_size=2, company=Rival(policy="input")),
         signals=(Verify(), RankPairs(), ReferenceLogprobs()),
-        terms=(PairwiseLogistic(beta=0.1),),
+        terms=(Dpo(beta=0.1),),
     )
     full = Xpo(tasks=("t",)).compose()
     assert full.terms[1:] == (ExplorationBonus(weight=1e-5),)

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from posttrain.diagnosis.spending import expected
-from posttrain.methods import Grpo
-from posttrain.methods.rejection import Raft
-from posttrain.recipe import Budget, JsonlTasks, Recipe, Stage
+from posttrain.parts.policy.presets import Grpo
+from posttrain.parts.supervised.rejection import Raft
+from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.tasks.jsonl import JsonlTasks
 from posttrain.testing import tiny_model
 
 

@@ -7,29 +7,27 @@ import pytest
 import torch
 from material import random_groups, trajectory, with_column
 
-from posttrain.composition import (
-    CrossEntropy,
-    Dataset,
-    KeepPositiveAdvantages,
-    KeepRewards,
-    WeightSchedule,
-)
 from posttrain.core.errors import ConfigError, DataError, LegalityError
+from posttrain.core.learner import Optimizer
 from posttrain.core.trajectory import Column, Discard, Group, Scored
 from posttrain.engines.local.engine import LocalEngine
-from posttrain.legality import admit, check_composition
-from posttrain.methods import METHODS, Compose
-from posttrain.methods.rejection import Raft, RestEm, Rft, Ssd, Star
-from posttrain.recipe import Budget, JsonlTasks, Optimizer, Recipe, Stage
+from posttrain.parts.base import WeightSchedule
+from posttrain.parts.composition import Compose
+from posttrain.parts.legality import admit, check_composition
+from posttrain.parts.offline.filters import KeepPositiveAdvantages, KeepRewards
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.formats import row_numbers
+from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.parts.supervised.rejection import Raft, RestEm, Rft, Ssd, Star
+from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.build import Workshop
+from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
 from posttrain.run.store import UseRole, read_uses
-from posttrain.signals.offline import KeepRewardsSignal, offline_signal
-from posttrain.sources.numbers import row_numbers
-from posttrain.tasks.jsonl import JsonlTaskSet
+from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
 from posttrain.testing import check_signal
-from posttrain.training.build import Workshop
 from posttrain.training.stage import Interrupted, run_stage
 
 
@@ -203,7 +201,7 @@ def world(tmp_path, tiny_folder):
 
         folder = tmp_path / out
         journal = Journal(
-            folder / "stage",
+            StageWriter(folder / "stage"),
             ledger=Ledger.open(folder / "ledger.jsonl"),
             stage="s",
             identity=planned.identity,

@@ -8,27 +8,21 @@ import pytest
 import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
-from posttrain.composition import (
-    Composition,
-    CrossEntropy,
-    Dataset,
-    DynamicCrossEntropy,
-    Limit,
-    PairwiseLogistic,
-    ReferenceLogprobs,
-    Rollouts,
-    Term,
-    TermSpec,
-    Verify,
-    WeightSchedule,
-)
-from posttrain.composition.preference import ProspectValue
 from posttrain.core.config import convert
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Column, Group, Scored
-from posttrain.legality import check_composition, column_readers
 from posttrain.numerics.batch import pack
+from posttrain.parts.base import Limit, Term, WeightSchedule
+from posttrain.parts.composition import Composition
+from posttrain.parts.legality import check_composition, column_readers
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.preference.pairs import Dpo
+from posttrain.parts.preference.unpaired import Kto
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.parts.supervised.likelihood import CrossEntropy, Dft
 from posttrain.training.limits import kept_units, top_entropy
 from posttrain.training.objective import Objective
 
@@ -149,7 +143,7 @@ def test_a_limit_that_keeps_nothing_gives_no_gradient(learner):
 )
 def test_micro_batches_change_nothing_under_a_limit(learner, limit, aggregate):
     terms = (
-        DynamicCrossEntropy(limit=limit, aggregate=aggregate),
+        Dft(limit=limit, aggregate=aggregate),
         CrossEntropy(weight=0.3, limit=Limit(entropy_share=0.5)),
     )
     objective = Objective(terms)
@@ -217,7 +211,7 @@ def test_a_reward_limit_needs_rewards():
 def test_pairs_have_no_tokens_to_choose_from():
     pairs = Dataset(path="pairs.jsonl", preference=True)
     for limit in (Limit(entropy_share=0.2), Limit(rewards="positive")):
-        term = PairwiseLogistic(limit=limit)
+        term = Dpo(limit=limit)
         with pytest.raises(LegalityError, match=r"compares whole pairs|needs reward"):
             check_composition(of(term, ReferenceLogprobs(), source=pairs), stage="s")
 
@@ -255,7 +249,7 @@ def test_yaml_reads_the_options_and_names_mistakes():
 
 
 def test_every_term_has_the_options():
-    assert [t.__name__ for t in get_args(TermSpec) if not issubclass(t, Term)] == []
+    assert [t.__name__ for t in get_args(Term) if not issubclass(t, Term)] == []
 
 
 def test_sequences_without_a_readable_token_are_no_trouble():
@@ -270,7 +264,7 @@ def test_sequences_without_a_readable_token_are_no_trouble():
 
 def test_a_term_over_sequences_is_limited_by_reward():
     groups = rewarded(random_groups())
-    term = ProspectValue(limit=Limit(rewards="positive"))
+    term = Kto(limit=Limit(rewards="positive"))
     (batch,) = pack(groups, needs=term.limit.needs, max_tokens=10_000)
     rewards = [m.scalar(Column.REWARD) for g in groups for m in g.members]
     assert kept_units(term, batch).tolist() == [r > 0 for r in rewards]

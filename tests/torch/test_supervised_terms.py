@@ -7,25 +7,23 @@ import pytest
 import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
-from posttrain.composition import (
-    Composition,
-    CrossEntropy,
-    Dataset,
-    DynamicCrossEntropy,
-    OwnLogprobs,
-    ProbabilityLoss,
-    ProximalCrossEntropy,
-    WeightedCrossEntropy,
-)
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Group, Scored
-from posttrain.legality import check_composition
-from posttrain.methods.supervised import Asft, Dft
 from posttrain.numerics.batch import pack
-from posttrain.objectives.terms import TERMS
-from posttrain.signals.offline import offline_signal
+from posttrain.parts.composition import Composition, method
+from posttrain.parts.legality import check_composition
+from posttrain.parts.logprobs import OwnLogprobs
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.likelihood import (
+    CrossEntropy,
+    Dft,
+    ProbabilitySft,
+    Psft,
+    WeightedCrossEntropy,
+)
+from posttrain.parts.supervised.presets import Asft
 from posttrain.training.objective import Objective
 
 P = np.array([0.5, 0.05, 0.9])  # π(y) of two answers, of 2 and 1 tokens
@@ -116,14 +114,14 @@ def test_weights_of_one_are_cross_entropy(learner):
 
 
 def test_dynamic_cross_entropy_by_hand():
-    loss, grad, _ = evaluate(DynamicCrossEntropy())
+    loss, grad, _ = evaluate(Dft())
     np.testing.assert_allclose(loss, -P * np.log(P))
     np.testing.assert_allclose(grad, -P)  # sg: no − log π in it
 
 
 def test_dft_is_cross_entropy_reweighted_by_the_constant_probability(learner):
     """∇ DFT = Σ_t sg(π_t) ∇ NLL_t, for a real model."""
-    _, grads = objective_gradients(learner, DynamicCrossEntropy(), external())
+    _, grads = objective_gradients(learner, Dft(), external())
     model = learner.policy.model
     model.causal.zero_grad(set_to_none=True)
     (batch,) = pack(external(), needs=frozenset(), max_tokens=10_000)
@@ -139,29 +137,29 @@ def test_dft_is_cross_entropy_reweighted_by_the_constant_probability(learner):
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0, 10.0])
 def test_probability_loss_by_hand(alpha):
-    loss, grad, _ = evaluate(ProbabilityLoss(alpha=alpha))
+    loss, grad, _ = evaluate(ProbabilitySft(alpha=alpha))
     np.testing.assert_allclose(loss, (1 - P**alpha) / alpha)
     np.testing.assert_allclose(grad, -(P**alpha), rtol=1e-12, atol=1e-15)
     step = 1e-6
     for i in range(3):  # and by finite differences of the value
         up, down = (P * np.exp(s * step * np.eye(3)[i]) for s in (1, -1))
         change = (
-            evaluate(ProbabilityLoss(alpha=alpha), p=up)[0]
-            - evaluate(ProbabilityLoss(alpha=alpha), p=down)[0]
+            evaluate(ProbabilitySft(alpha=alpha), p=up)[0]
+            - evaluate(ProbabilitySft(alpha=alpha), p=down)[0]
         )
         assert change[i] / (2 * step) == pytest.approx(grad[i], rel=1e-6, abs=1e-9)
 
 
 def test_probability_loss_meets_its_neighbours():
-    tiny, _, _ = evaluate(ProbabilityLoss(alpha=1e-9))
+    tiny, _, _ = evaluate(ProbabilitySft(alpha=1e-9))
     np.testing.assert_allclose(tiny, -np.log(P), rtol=1e-6)  # α → 0 is cross-entropy
-    _, one, _ = evaluate(ProbabilityLoss(alpha=1.0))
-    _, dft, _ = evaluate(DynamicCrossEntropy())
+    _, one, _ = evaluate(ProbabilitySft(alpha=1.0))
+    _, dft, _ = evaluate(Dft())
     np.testing.assert_allclose(one, dft)  # α = 1 has the gradient of DFT
 
 
 def test_probability_threshold_keeps_likely_tokens_only():
-    loss, grad, shown = evaluate(ProbabilityLoss(alpha=0.0, at_least=0.5))
+    loss, grad, shown = evaluate(ProbabilitySft(alpha=0.0, at_least=0.5))
     np.testing.assert_allclose(loss, [math.log(2), 0, -math.log(0.9)])
     np.testing.assert_array_equal(grad, [-1, 0, -1])
     np.testing.assert_array_equal(shown["trusted"], [1, 0, 1])
@@ -172,7 +170,7 @@ def test_probability_threshold_keeps_likely_tokens_only():
 
 def test_asft_without_an_anchor_is_dft():
     data = Dataset(path="rows.jsonl")
-    assert Asft(data=data, kl_weight=0.0).compose() == Dft(data=data).compose()
+    assert Asft(data=data, kl_weight=0.0).compose() == method("dft", data=data).compose()
     check_composition(Asft(data=data).compose(), stage="s")
     with pytest.raises(ConfigError, match="0 or more"):
         Asft(data=data, kl_weight=-0.1)
@@ -201,7 +199,7 @@ def test_asft_is_dft_where_it_starts_and_adds_the_forward_kl_elsewhere(learner):
     _, at_anchor = gradients(
         learner, pack(anchored(own), needs=objective.needs, max_tokens=10_000), objective
     )
-    _, dft = objective_gradients(learner, DynamicCrossEntropy(), external())
+    _, dft = objective_gradients(learner, Dft(), external())
     assert largest_gap(at_anchor, dft) < 1e-5
 
     vocab = learner.policy.model.vocab_size
@@ -226,7 +224,7 @@ def test_asft_is_dft_where_it_starts_and_adds_the_forward_kl_elsewhere(learner):
 def test_proximal_cross_entropy_by_hand():
     old = np.log(P) - np.log([1.1, 0.5, 2.0])  # ratios 1.1, 0.5 and 2
     groups = per_token(two_answers(), Column.TRAINER_LOGPROB, [list(old[:2]), [old[2]]])
-    loss, grad, shown = evaluate(ProximalCrossEntropy(clip_high=0.28), groups)
+    loss, grad, shown = evaluate(Psft(clip_high=0.28), groups)
     np.testing.assert_allclose(loss, [-1.1, -0.5, -1.28], rtol=1e-6)
     np.testing.assert_allclose(grad, [-1.1, -0.5, 0], rtol=1e-6)
     np.testing.assert_array_equal(shown["clipped"], [0, 0, 1])
@@ -240,7 +238,7 @@ def test_proximal_cross_entropy_by_hand():
 def test_psft_starts_as_cross_entropy_and_leaves_it_after_an_update(learner):
     """At the snapshot r = 1 and the gradient is that of NLL; the draw's next update is not."""
     groups = offline_signal(OwnLogprobs(), live=learner.policy).score(external())
-    proximal = ProximalCrossEntropy(clip_high=0.2)
+    proximal = Psft(clip_high=0.2)
     loss, grads = objective_gradients(learner, proximal, groups)
     _, plain = objective_gradients(learner, CrossEntropy(), groups)
     assert loss == pytest.approx(-1, abs=1e-5)
@@ -262,9 +260,9 @@ def test_psft_starts_as_cross_entropy_and_leaves_it_after_an_update(learner):
     [
         WeightedCrossEntropy(by="weight"),
         WeightedCrossEntropy(by="reward", aggregate="sequence_mean"),
-        DynamicCrossEntropy(),
-        ProbabilityLoss(alpha=2.0, at_least=0.01),
-        ProximalCrossEntropy(),
+        Dft(),
+        ProbabilitySft(alpha=2.0, at_least=0.01),
+        Psft(),
     ],
     ids=lambda t: type(t).__name__,
 )
@@ -295,16 +293,16 @@ def refused(term, *signals, **data):
 def test_columns_that_nobody_named_are_asked_for():
     assert "weight: <column>" in refused(WeightedCrossEntropy(by="weight"), reward="score")
     assert "needs reward" in refused(WeightedCrossEntropy(by="reward"), weight="w")
-    assert "own_logprobs" in refused(ProximalCrossEntropy())
+    assert "own_logprobs" in refused(Psft())
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: ProbabilityLoss(alpha=-1.0), "alpha >= 0"),
-        (lambda: ProbabilityLoss(at_least=1.0), "at_least < 1"),
-        (lambda: ProbabilityLoss(alpha=0.0), "cross_entropy"),
-        (lambda: ProximalCrossEntropy(clip_high=0.0), "above 0"),
+        (lambda: ProbabilitySft(alpha=-1.0), "alpha >= 0"),
+        (lambda: ProbabilitySft(at_least=1.0), "at_least < 1"),
+        (lambda: ProbabilitySft(alpha=0.0), "cross_entropy"),
+        (lambda: Psft(clip_high=0.0), "above 0"),
         (lambda: Dataset(path="x", preference=True, reward="r"), "single answers"),
     ],
 )

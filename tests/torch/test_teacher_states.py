@@ -10,29 +10,27 @@ from material import gradients, largest_gap, random_groups
 from staging import make_world, untimed
 from test_distillation_terms import DENSE, name
 
-from posttrain.composition import (
-    Composition,
-    EntropyAwareKL,
-    Rollouts,
-    TeacherDistribution,
-    TeacherForwardKL,
-    TeacherReverseKL,
-    TeacherTotalVariation,
-)
 from posttrain.core.errors import LegalityError
+from posttrain.core.learner import Lora, MovingReference, Optimizer
 from posttrain.core.statistics import Divergence, DivergenceKind, Stat
 from posttrain.core.trajectory import Column, Group
 from posttrain.engines.local.policy import LocalPolicy
-from posttrain.legality import compared_in_the_loss
-from posttrain.methods.distillation import Opd
 from posttrain.numerics import fused, logits
 from posttrain.numerics.batch import pack
 from posttrain.numerics.divergence import LogitSides, divergence, sloped
 from posttrain.numerics.head import token_stats
 from posttrain.numerics.logits import LinearHead
-from posttrain.objectives.distillation import divergence_of
-from posttrain.recipe import Lora, Optimizer
-from posttrain.signals.scoring import TeacherSignal
+from posttrain.parts.composition import Composition
+from posttrain.parts.distillation.divergences import (
+    EntropyAwareKL,
+    TeacherForwardKL,
+    TeacherReverseKL,
+    TeacherTotalVariation,
+)
+from posttrain.parts.distillation.presets import Opd
+from posttrain.parts.distillation.teachers import TeacherDistribution
+from posttrain.parts.legality import compared_in_the_loss
+from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.testing import check_signal, tiny_model
 from posttrain.training import stage as stages
 from posttrain.training.objective import Objective
@@ -299,7 +297,6 @@ def test_only_what_never_changes_has_hidden_states(engine, tiny_folder, world):
     assert engine.policy(str(tiny_folder)).hidden is not None
     plain = engine.learner(str(tiny_folder), name="x", optimizer=Optimizer(), lora=None)
     assert plain.policy.hidden is None
-    from posttrain.composition.moving import MovingReference
 
     follows = engine.learner(
         str(tiny_folder), name="x", optimizer=Optimizer(), lora=None, moving=MovingReference()

@@ -8,18 +8,18 @@ import torch
 
 from posttrain.catalogue import known_methods
 from posttrain.catalogue.example import legal_example
-from posttrain.composition import ANYONE, CrossEntropy, Limit, ReferenceKL, Term, TermSpec
 from posttrain.core.errors import LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
-from posttrain.objectives.terms import TERMS
-from posttrain.objectives.values import TermCode, Values
+from posttrain.parts.base import ANYONE, Limit, Term, Values
+from posttrain.parts.policy.regularisers import ReferenceKL
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import check_term
 
 
-def terms_in_use() -> dict[str, TermSpec]:
-    found: dict[str, TermSpec] = {}
+def terms_in_use() -> dict[str, Term]:
+    found: dict[str, Term] = {}
     for name, kind in known_methods(packages=False).items():
         for term in legal_example(name, kind)[1].compose().terms:
             if term not in found.values():

@@ -11,15 +11,16 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from posttrain.composition import ClippedPolicyGradient, CrossEntropy, ValueLoss
 from posttrain.core.errors import LegalityError, ModelError
+from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.protocols import ScalarStart
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
 from posttrain.engines.local.scalar import FILE
 from posttrain.numerics.batch import pack
-from posttrain.objectives.value_terms import value_loss
-from posttrain.recipe import Lora, Optimizer
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.value import ValueLoss
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import tiny_model
 from posttrain.testing.contracts import check_term
 from posttrain.training.objective import Objective

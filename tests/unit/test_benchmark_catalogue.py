@@ -17,8 +17,6 @@ from posttrain.core.errors import ConfigError, ModelError
 ROOT = Path(__file__).parents[2]
 FAMILY = """
 from pathlib import Path
-from posttrain.composition import Dataset
-from posttrain.methods import Sft
 from posttrain.recipe import Budget, JsonlTasks, Recipe, Stage
 
 def stage(name, **more):
@@ -168,7 +166,6 @@ def test_unknown_and_doubled_names(bench, lab, tmp_path):
 
 def test_every_method_has_a_situation(bench):
     """Read off the lab itself: the recipes are made, nothing is run."""
-    from posttrain.methods import METHODS
 
     known = bench.situations()
     assert len(known) >= len(METHODS) - 1

@@ -16,21 +16,14 @@ from posttrain import catalogue, methods
 from posttrain.catalogue import example, words
 from posttrain.catalogue.example import legal_example, rows_of
 from posttrain.cli.tables import method_page, methods_table
-from posttrain.composition import (
-    Aggregate,
-    Composition,
-    CrossEntropy,
-    Dataset,
-    PolicyRef,
-    ReferenceLogprobs,
-    SignalSpec,
-    SourceSpec,
-    TeacherReverseKL,
-    TermSpec,
-)
 from posttrain.core.config import Config, convert
 from posttrain.core.errors import ConfigError
-from posttrain.methods import METHODS
+from posttrain.parts.base import Aggregate, PolicyRef, Signal, Term
+from posttrain.parts.composition import Composition
+from posttrain.parts.distillation.divergences import TeacherReverseKL
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.recipe import Recipe
 from posttrain.run.plan import make_plan
 from posttrain.testing import check_method
@@ -59,7 +52,7 @@ def test_the_page_has_everything():
         formula = kind.formula.replace("`", "")
         assert f"* **minimises** `{formula}`" in text
         assert f"`{formula}`".replace("|", "\\|") in text, "in the table"
-    for role, union in (("source", SourceSpec), ("signal", SignalSpec), ("term", TermSpec)):
+    for role, union in (("source", SourceSpec), ("signal", Signal), ("term", Term)):
         for spec in get_args(union):
             assert f"{role} {spec.__struct_config__.tag}" in headings
     assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= {h.replace(" ", "-") for h in headings}

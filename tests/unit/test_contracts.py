@@ -5,16 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from posttrain.composition import GroupAdvantage, Rollouts
 from posttrain.core.errors import LegalityError, TaskError
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Column
 from posttrain.measure.measure import measure_policy
 from posttrain.measure.spec import Measure
-from posttrain.signals.credit import GroupAdvantageSignal
-from posttrain.signals.scoring import ReferenceSignal
-from posttrain.signals.verifier import Verifier
-from posttrain.sources.rollout import RolloutSource
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
 from posttrain.testing import (
     FakePolicy,
     FakeTaskSet,
@@ -35,7 +32,7 @@ def live(**answers):
 
 
 def rollouts(policy=None, seed=0):
-    return RolloutSource(SPEC, {"letters": TASKS}, policy or live(), seed)
+    return RolloutStream(SPEC, {"letters": TASKS}, policy or live(), seed)
 
 
 def test_fakes_keep_the_contracts():
@@ -100,7 +97,7 @@ def test_rollouts_know_their_author_version_and_distribution():
 def test_rollouts_share_task_sets_and_cover_an_epoch():
     other = FakeTaskSet(name="others", size=4)
     spec = Rollouts(tasks=("letters", "others"), group_size=1, max_new_tokens=3)
-    source = RolloutSource(spec, {"letters": TASKS, "others": other}, live(), 0)
+    source = RolloutStream(spec, {"letters": TASKS, "others": other}, live(), 0)
     keys = [g.task for step in range(4) for g in source.draw(4, step=step)]
     assert sum(k.startswith("letters") for k in keys) == 8
     assert len({k for k in keys if k.startswith("letters")}) == 8, "each prompt once per epoch"
@@ -158,7 +155,7 @@ def test_measuring_an_exactly_known_policy():
 def test_every_update_of_a_draw_sees_every_task_set():
     other = FakeTaskSet(name="others", size=8)
     spec = Rollouts(tasks=("letters", "others"), group_size=1, max_new_tokens=3)
-    source = RolloutSource(spec, {"letters": TASKS, "others": other}, live(), 0)
+    source = RolloutStream(spec, {"letters": TASKS, "others": other}, live(), 0)
     for step in range(3):
         groups = source.draw(8, step=step)
         for update in range(2):

@@ -7,43 +7,30 @@ import itertools
 import numpy as np
 import pytest
 
-from posttrain.composition import (
-    BestOfKAdvantage,
-    ClipCovariance,
-    ClippedPolicyGradient,
-    Composition,
-    DecoupledAdvantage,
-    GroupAdvantage,
-    KeepInformative,
-    KLPenalty,
-    MarkCovariance,
-    ReferenceLogprobs,
-    Rollouts,
-    SamplingSpec,
-    SoftLengthPenalty,
-    TrainerLogprobs,
-    Verify,
-)
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind, Producer, Role, Span
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
-from posttrain.legality import admit, check_composition
-from posttrain.methods import METHODS
-from posttrain.signals.credit import (
-    BestOfKSignal,
-    DecoupledSignal,
-    GroupAdvantageSignal,
+from posttrain.parts.composition import Composition
+from posttrain.parts.credit.advantages import (
+    BestOfKAdvantage,
+    DecoupledAdvantage,
+    GroupAdvantage,
     best_of_k,
 )
-from posttrain.signals.mismatch import mismatch_metrics
-from posttrain.signals.selection import (
-    ClipCovarianceSignal,
-    DropCutOffSignal,
-    KeepInformativeSignal,
-    MarkCovarianceSignal,
+from posttrain.parts.credit.selection import (
+    ClipCovariance,
+    KeepInformative,
+    MarkCovariance,
     covariances,
 )
-from posttrain.signals.shaping import KLPenaltySignal, SoftLengthPenaltySignal
+from posttrain.parts.credit.shaping import KLPenalty, SoftLengthPenalty
+from posttrain.parts.legality import admit, check_composition
+from posttrain.parts.logprobs import ReferenceLogprobs, TrainerLogprobs
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.training.draw_metrics import mismatch_metrics
 
 EPS = 1e-6
 ME = Producer(kind=Kind.LEARNER, name="me")

@@ -21,8 +21,9 @@ from posttrain.diagnosis.prescribe import (
 )
 from posttrain.diagnosis.rules import load_rules
 from posttrain.measure.spec import Measure
-from posttrain.recipe import JsonlTasks, Recipe
+from posttrain.recipe import Recipe
 from posttrain.run.plan import make_plan
+from posttrain.tasks.jsonl import JsonlTasks
 
 BOOK = load_rules()
 ROOT = Path("/nowhere")

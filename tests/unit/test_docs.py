@@ -11,7 +11,7 @@ from test_house_rules import LAYERS
 
 from posttrain.cli.main import cli
 from posttrain.core.config import convert
-from posttrain.legality import check_composition
+from posttrain.parts.legality import check_composition
 from posttrain.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

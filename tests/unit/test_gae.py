@@ -3,28 +3,24 @@
 import numpy as np
 import pytest
 
-from posttrain.composition import (
-    ClippedPolicyGradient,
-    Composition,
-    CrossEntropy,
-    Dataset,
-    Gae,
-    GroupAdvantage,
-    Rollouts,
-    ScalarHead,
-    ValueLoss,
-    Verify,
-)
-from posttrain.composition.scalar_heads import readouts
 from posttrain.core.config import convert, plain
 from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.learner import ScalarHead
 from posttrain.core.provenance import Kind, Producer, Role, Sampling, Span
 from posttrain.core.trajectory import Column, Group, Trajectory
-from posttrain.legality import check_composition
-from posttrain.methods.compose import Compose
-from posttrain.methods.ppo import Ppo, ValuePretraining, Vapo
-from posttrain.signals.gae import GaeSignal, gae, value_metrics
+from posttrain.parts.composition import Compose, Composition
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.credit.gae import Gae, gae
+from posttrain.parts.legality import check_composition, readouts
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.ppo import Ppo, ValuePretraining, Vapo
+from posttrain.parts.policy.value import ValueLoss
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import FakePolicy, as_group, check_signal, example_trajectory
+from posttrain.training.draw_metrics import value_metrics
 
 LIVE = Rollouts(tasks=("sums",))
 

@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.errors import ConfigError, RunError
+from posttrain.core.sampling import SamplingSpec
 from posttrain.measure.columns import raw_columns
 from posttrain.measure.diversity import answer_entropies
 from posttrain.measure.gates import (

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import posttrain
-from posttrain.methods import METHODS
 
 ROOT = Path(posttrain.__file__).parent
 LAYERS = [
@@ -32,7 +31,7 @@ LAYERS = [
         "extensions",
     },
     {"sources", "signals", "objectives", "probes", "engines", "tasks"},
-    {"journal", "gates", "judges", "stage", "plan", "leftovers", "monitors"},
+    {"journal", "gates", "judges", "stage", "plan", "monitors"},
     {
         "build",
         "records",
@@ -47,7 +46,7 @@ LAYERS = [
         "contracts",
         "tiny",
     },
-    {"console", "lab", "api", "clinic", "cli"},
+    {"console", "lab", "api", "cli"},
 ]
 LAYER = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 SIBLINGS = LAYERS[4]

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.errors import ConfigError, ModelError
+from posttrain.core.sampling import SamplingSpec
 from posttrain.diagnosis.drift import drift
 from posttrain.diagnosis.unbounded import mean_of, ratio_of
 from posttrain.testing import RuleTaskSet, TablePolicy

@@ -12,8 +12,8 @@ import math
 import numpy as np
 import pytest
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.errors import ConfigError, ModelError
+from posttrain.core.sampling import SamplingSpec
 from posttrain.diagnosis.drawing import Demonstration
 from posttrain.diagnosis.exposure import exposure_to_demonstrations, exposure_to_teacher
 from posttrain.testing import RuleTaskSet, TablePolicy

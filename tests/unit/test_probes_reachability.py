@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.errors import ConfigError, ModelError, TaskError
+from posttrain.core.sampling import SamplingSpec
 from posttrain.diagnosis.drawing import (
     NOTHING,
     answer_seeds,

@@ -85,7 +85,7 @@ def test_handoff_counts_gained_prompts_that_stay() -> None:
     later = counted([20, 0, 6, 64, 0, 7])
     r = handoff(before, gained, later, epsilon=epsilon)
     assert r is not None
-    # Gained: prompts 0, 1, 2 and 5 (3 is not IN, 4 was). Kept: 0 and 5.
+    # Gained: prompts 0, 1, 2 and 5 (3 is not IN, 4 was). Stateful: 0 and 5.
     assert (r.value, r.units) == (0.5, 4)
     assert handoff(gained, before, later, epsilon=epsilon) is None
 

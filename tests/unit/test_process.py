@@ -7,46 +7,33 @@ import numpy as np
 import pytest
 
 from posttrain.chat import ChatRenderer
-from posttrain.composition import (
-    BradleyTerry,
-    Composition,
-    Dataset,
-    Gae,
-    GroupAdvantage,
-    OutcomeClassifier,
-    PolicyGradient,
-    ProcessReward,
-    RewardModel,
-    Rollouts,
-    ScalarHead,
-    StepClassifier,
-    StepLabels,
-    Steps,
-    Verify,
-)
 from posttrain.core.errors import ConfigError, DataError, LegalityError, TaskError
+from posttrain.core.learner import ScalarHead
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Group
-from posttrain.legality import check_composition
-from posttrain.methods.moving_preference import Xpo
-from posttrain.methods.policy import Dapo, Grpo
-from posttrain.methods.ppo import Ppo
-from posttrain.methods.preference import OnlineDpo
-from posttrain.methods.reward_models import (
-    BradleyTerryReward,
-    MathShepherd,
-    Orm,
-    OrmOnRollouts,
-    Prm,
-)
-from posttrain.recipe import Budget, JsonlTasks, Recipe, Stage
+from posttrain.parts.composition import Composition, method
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.credit.gae import Gae
+from posttrain.parts.legality import check_composition
+from posttrain.parts.policy.losses import PolicyGradient
+from posttrain.parts.policy.ppo import Ppo
+from posttrain.parts.policy.presets import Dapo, Grpo
+from posttrain.parts.policy.value import ValueLoss
+from posttrain.parts.preference.presets import OnlineDpo
+from posttrain.parts.preference.self_play import Xpo
+from posttrain.parts.rewards.judges import RewardModel, sigmoid
+from posttrain.parts.rewards.presets import MathShepherd, Orm, OrmOnRollouts, Prm
+from posttrain.parts.rewards.process import ProcessReward, StepLabels, aggregated
+from posttrain.parts.rewards.reward_models import BradleyTerry, OutcomeBCE, StepBCE
+from posttrain.parts.rewards.steps import NO_STEP, Steps, step_ends
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.formats import joined, step_labels
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.plan import make_plan
-from posttrain.signals.process import ProcessScores, StepLabelsByRollout, aggregated
-from posttrain.signals.reward_model import InTurn, RewardModelScores, sigmoid
-from posttrain.signals.verifier import Verifier
-from posttrain.sources.step_rows import joined, step_labels
-from posttrain.steps import NO_STEP, step_ends
+from posttrain.tasks.jsonl import JsonlTasks
 from posttrain.testing import (
     CharRenderer,
     FakePolicy,
@@ -390,12 +377,12 @@ ROWS = Dataset(path="x.jsonl", preference=True)
             Composition(source=ROWS, terms=(BradleyTerry(margin="column"),), scalar_head=HEAD),
             "margin",
         ),
-        (Composition(source=LIVE, terms=(StepClassifier(),), scalar_head=HEAD), "step_labels"),
+        (Composition(source=LIVE, terms=(StepBCE(),), scalar_head=HEAD), "step_labels"),
         (
             Composition(
                 source=Dataset(path="x.jsonl"),
                 signals=(StepLabels(),),
-                terms=(StepClassifier(),),
+                terms=(StepBCE(),),
                 scalar_head=HEAD,
             ),
             "have no task",
@@ -424,7 +411,6 @@ def test_what_cannot_work_is_refused_when_planned(composition, words):
 
 
 def test_dense_process_rewards_feed_a_critic():
-    from posttrain.composition import ValueLoss
 
     check_composition(
         Composition(
@@ -442,7 +428,7 @@ def test_dense_process_rewards_feed_a_critic():
     [
         (lambda: BradleyTerry(margin=-1.0), "0 or more"),
         (lambda: BradleyTerry(centring=-1.0), "0 or more"),
-        (lambda: OutcomeClassifier(aggregate="token_mean"), "sequence_mean"),
+        (lambda: OutcomeBCE(aggregate="token_mean"), "sequence_mean"),
         (lambda: RewardModel(model="m", weight=0.0), "other than 0"),
         (lambda: ProcessReward(model="m", use="dense", add=True), "add up by themselves"),
         (lambda: StepLabels(samples=0), "at least 1"),
@@ -460,19 +446,24 @@ def test_options_that_mean_nothing(make, words):
 def test_methods_spelt_out():
     data = Dataset(path="x.jsonl")
     pairs = Dataset(path="x.jsonl", margin="m", preference=True)
-    assert BradleyTerryReward(data=data).compose() == Composition(
+    assert method("bradley_terry", data=data).compose() == Composition(
         source=Dataset(path="x.jsonl", preference=True),
         terms=(BradleyTerry(margin=0.0, centring=0.01),),
         scalar_head=HEAD,
     )
-    assert BradleyTerryReward(data=pairs).compose().terms == (BradleyTerry(margin="column"),)
-    assert Orm(data=data).compose().terms == (OutcomeClassifier(at="last", target="label"),)
+    assert method("bradley_terry", data=pairs).compose().terms == (BradleyTerry(margin="column"),)
+    assert Orm(data=data).compose().terms == (OutcomeBCE(at="last", target="label"),)
     own = OrmOnRollouts(tasks=("t",)).compose()
     assert (own.source.policy, own.signals) == ("input", (Verify(),))
     assert Prm(data=data).compose().source.steps == Steps()
     shepherd = MathShepherd(tasks=("t",), samples=4).compose()
     assert shepherd.signals == (StepLabels(samples=4, max_new_tokens=256),)
-    for made in (own, shepherd, Prm(data=data).compose(), BradleyTerryReward(data=pairs).compose()):
+    for made in (
+        own,
+        shepherd,
+        Prm(data=data).compose(),
+        method("bradley_terry", data=pairs).compose(),
+    ):
         check_composition(made, stage="s")
 
 
@@ -498,7 +489,7 @@ def stage(name, method, **options):
     return Stage(name=name, method=method, budget=Budget(steps=1), **options)
 
 
-RM = BradleyTerryReward(data=Dataset(path="p.jsonl"))
+RM = method("bradley_terry", data=Dataset(path="p.jsonl"))
 
 
 def asking(model):

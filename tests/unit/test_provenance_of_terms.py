@@ -4,32 +4,29 @@ from typing import get_args
 
 import pytest
 
-from posttrain.composition import (
-    AdaptiveEntropyBonus,
-    AdvantageWeighted,
-    Composition,
-    Dataset,
-    GroupAdvantage,
-    KLPenalty,
-    MarkEntropy,
-    ReferenceLogprobs,
-    Rollouts,
-    SamplingSpec,
-    TermSpec,
-    TrainerLogprobs,
-    Verify,
-    WeightedCrossEntropy,
-)
 from posttrain.core.errors import LegalityError
 from posttrain.core.provenance import Kind
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.trajectory import Column
-from posttrain.legality import check_composition
+from posttrain.parts.base import Term
+from posttrain.parts.composition import Composition
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.credit.selection import MarkEntropy
+from posttrain.parts.credit.shaping import KLPenalty
+from posttrain.parts.legality import check_composition
+from posttrain.parts.logprobs import ReferenceLogprobs, TrainerLogprobs
+from posttrain.parts.offline.weighted import AdvantageWeighted
+from posttrain.parts.policy.regularisers import AdaptiveEntropyBonus
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.parts.supervised.likelihood import WeightedCrossEntropy
 
 GIVEN = {AdaptiveEntropyBonus: {"target": 0.5}, WeightedCrossEntropy: {"by": "weight"}}
 
 
 def every_term():
-    return [kind(**GIVEN.get(kind, {})) for kind in get_args(TermSpec)]
+    return [kind(**GIVEN.get(kind, {})) for kind in get_args(Term)]
 
 
 RATIOS = [t for t in every_term() if Column.BEHAVIOUR_LOGPROB in t.needs]

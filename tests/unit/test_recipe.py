@@ -22,23 +22,20 @@ from posttrain import (
     Stage,
     load_recipe,
 )
-from posttrain.composition import (
-    ClippedPolicyGradient,
-    Composition,
-    CrossEntropy,
-    GroupAdvantage,
-    PairwiseLogistic,
-    ReferenceKL,
-    ReferenceLogprobs,
-    TeacherDistribution,
-    TeacherReverseKL,
-    Verify,
-)
 from posttrain.core.config import checked, convert, differences, digest, plain
 from posttrain.core.errors import ConfigError, DataError, LegalityError
 from posttrain.core.provenance import Kind
-from posttrain.legality import admit, check_composition
-from posttrain.methods import Compose
+from posttrain.parts.composition import Compose, Composition
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.distillation.divergences import TeacherReverseKL
+from posttrain.parts.distillation.teachers import TeacherDistribution
+from posttrain.parts.legality import admit, check_composition
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.regularisers import ReferenceKL
+from posttrain.parts.preference.pairs import Dpo
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.run.plan import make_plan
 from posttrain.testing import as_group, example_trajectory
 
@@ -244,7 +241,7 @@ CREDIT = (Verify(), GroupAdvantage())
         ),
         (Composition(source=LIVE, signals=(GroupAdvantage(),), terms=(CrossEntropy(),)), "reward"),
         (
-            Composition(source=LIVE, terms=(PairwiseLogistic(),), signals=(ReferenceLogprobs(),)),
+            Composition(source=LIVE, terms=(Dpo(),), signals=(ReferenceLogprobs(),)),
             "needs preference",
         ),
         (Composition(source=LIVE, terms=(TeacherReverseKL(),)), "teacher_distribution"),

@@ -1,4 +1,4 @@
-"""A treatment's folder told round by round, and what later stages left of what was gained."""
+"""A treatment's folder shown round by round, and what later stages left of what was gained."""
 
 import json
 
@@ -24,6 +24,7 @@ from posttrain.measure.spec import Measure
 from posttrain.recipe import Stage
 from posttrain.report.retained import own_stages, retained
 from posttrain.report.rounds import treatment
+from posttrain.run.folder import RunFolder, StageRecord, StageWriter
 
 SPEC = Measure(samples=64)
 
@@ -76,7 +77,7 @@ def test_the_rounds_of_a_treatment(tmp_path):
         words="it rose",
     )
     chart = Chart(ground="g", budget=900, rounds=(done,), ended="nothing is left to treat")
-    assert treatment(tmp_path) is None
+    assert treatment(RunFolder(tmp_path)) is None
     (tmp_path / "treat.json").write_bytes(msgspec.json.encode(chart))
     for folder in ("diagnoses", "measurements", "stages/1-x-abc"):
         (tmp_path / folder).mkdir(parents=True)
@@ -88,9 +89,12 @@ def test_the_rounds_of_a_treatment(tmp_path):
     lines = [json.dumps({"step": i, "tokens": 7}) for i in range(3)]
     (tmp_path / "stages/1-x-abc/metrics.jsonl").write_text("\n".join(lines))
 
-    told = treatment(tmp_path)
-    assert told is not None
-    first, last = told.rounds
+    stage_record = StageRecord(name="1-x", identity="abc", init="base", inputs={})
+    StageWriter(tmp_path / "stages/1-x-abc").write_record(stage_record)
+
+    view = treatment(RunFolder(tmp_path))
+    assert view is not None
+    first, last = view.rounds
     assert (first.title, first.why, first.start) == (
         "imitate the best",
         "success is in reach",
@@ -99,7 +103,7 @@ def test_the_rounds_of_a_treatment(tmp_path):
     assert (first.looking, first.sampled, first.trained) == (100 + 40, 0, 21)  # 20 answers of 2
     assert (first.steps, first.decision, first.kept, first.helped) == (40, "it rose", True, True)
     assert (last.stage, last.looking, last.trained, last.kept) == ("", 30, 0, None)
-    assert told.spent == 100 + 30 + 2 * 40 + 21
+    assert view.spent == 100 + 30 + 2 * 40 + 21
     (found,) = first.found
     assert (found.first.value, found.reach.value, found.tries) == (0.2, 0.8, 64)
 

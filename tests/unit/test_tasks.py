@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from posttrain.core.errors import DataError, TaskError
 from posttrain.core.provenance import Role
 from posttrain.core.task import Message, ReadsAnswers, Task
-from posttrain.recipe import JsonlTasks, ReasoningGym
-from posttrain.tasks import build_taskset
+from posttrain.tasks.jsonl import JsonlTasks
+from posttrain.tasks.reasoning_gym import ReasoningGym
 from posttrain.tasks.rewards import is_number, last_number, load_reward
 
 PRIMES = ReasoningGym(

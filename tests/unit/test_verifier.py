@@ -12,7 +12,6 @@ from posttrain.core.protocols import Prompt
 from posttrain.core.provenance import Kind, Producer, Role, Span
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
-from posttrain.signals.verifier import Verifier
 
 ME = Producer(kind=Kind.LEARNER, name="run")
 

@@ -4,12 +4,12 @@
 
 Nothing here knows a method by name. What a method asks for, composes and accepts is read off its
 class, off the composition that it makes with its defaults, and off what its options change. A
-method that is added to :data:`posttrain.methods.METHODS` appears by itself.
+method that registers appears by itself.
 """
 
-from posttrain.catalogue.gather import (
+from posttrain.catalogue.entries import (
     Entry,
-    Part,
+    ExplainedPart,
     entries,
     entry,
     families,
@@ -23,8 +23,8 @@ from posttrain.catalogue.words import Option, options
 
 __all__ = [
     "Entry",
+    "ExplainedPart",
     "Option",
-    "Part",
     "entries",
     "entry",
     "families",

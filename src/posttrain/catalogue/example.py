@@ -10,11 +10,11 @@ from typing import Any, get_args
 from msgspec import structs
 
 from posttrain.catalogue.words import flow, written_types
-from posttrain.composition import Composition, Dataset, parts_of
 from posttrain.core.config import convert
 from posttrain.core.errors import ConfigError, LegalityError, PosttrainError
-from posttrain.legality import check_composition
-from posttrain.methods import Method
+from posttrain.parts.base import Source
+from posttrain.parts.composition import Composition, Method
+from posttrain.parts.legality import check_composition
 
 MODEL, TEACHER, TASKS = "org/model", "path:org/teacher", "sums"
 """What the examples call the things that only a user has."""
@@ -63,7 +63,7 @@ def legal_example(name: str, kind: type[Method]) -> tuple[dict[str, object], Met
         given = {
             f.name: _example(f, written_types(kind).get(f.name, ""), columns)
             for f in structs.fields(kind)
-            if f.required or f.name in COMPOSED or (with_data and Dataset in get_args(f.type))
+            if f.required or f.name in COMPOSED or (with_data and _is_data(f.type))
         }
         try:
             method = convert({"name": name, **given}, kind, origin=f"the example of {name}")
@@ -73,8 +73,8 @@ def legal_example(name: str, kind: type[Method]) -> tuple[dict[str, object], Met
             continue
         for data in datasets_of(method.compose()):
             for option in given.values():
-                if isinstance(option, dict) and option.get("path") == data.path:
-                    option["path"] = FILES[rows_of(data)]
+                if isinstance(option, dict) and option.get("path") in data.files:
+                    option["path"] = FILES[data.row_columns]
         return given, method
     assert refusal is not None
     raise refusal
@@ -88,7 +88,7 @@ def _example(option: structs.FieldInfo, written: str, columns: Mapping[str, obje
     """
     if option.name in COMPOSED:
         return COMPOSED[option.name]
-    if option.type is Dataset or Dataset in get_args(option.type):
+    if _is_data(option.type):
         return {"path": f"{option.name}.jsonl", **columns}
     if "PolicyRef" in written:
         return f"path:org/{option.name}" if option.type is str else {"*": TEACHER}
@@ -98,30 +98,26 @@ def _example(option: structs.FieldInfo, written: str, columns: Mapping[str, obje
         return PLAIN[option.type]
     raise ConfigError(
         f"option {option.name} is required, and nothing says what an example would be",
-        expected="a Dataset, a PolicyRef, a tuple of task sets, a number or a text; or a default",
+        expected="a data set, a PolicyRef, a tuple of task sets, a number or a text; or a default",
         fix="give it a default, or teach posttrain.catalogue the type",
     )
 
 
-def datasets_of(composition: Composition) -> list[Dataset]:
-    return [p for p in parts_of(composition.source) if isinstance(p, Dataset)]
+def _is_data(kind: Any) -> bool:
+    """True for the type of an option that is a data set, or may be one."""
+    return any(
+        isinstance(k, type) and issubclass(k, Source) and k.has_end for k in (kind, *get_args(kind))
+    )
 
 
-def rows_of(data: Dataset) -> tuple[str, ...]:
-    """Columns that a file must have."""
-    if data.steps:
-        return ("prompt", "completions", "labels")
-    if data.preference:
-        return ("prompt", "chosen", "rejected")
-    if data.unpaired:
-        return ("prompt", "completion", "label")
-    numbers = [name for name in (data.reward, data.weight) if name is not None]
-    return ("prompt", "completion", *numbers)
+def datasets_of(composition: Composition) -> list[Source]:
+    """The sources that read files."""
+    return [leaf for leaf in composition.source.leaves if leaf.files]
 
 
 def recipe_of(name: str, given: Mapping[str, object], composition: Composition) -> str:
     """A recipe that runs as soon as its model and files are there."""
-    budget = "epochs: 1" if isinstance(composition.source, Dataset) else "steps: 100"
+    budget = "epochs: 1" if composition.source.has_end else "steps: 100"
     return "\n".join(
         [
             f"name: try-{name.replace('_', '-')}",

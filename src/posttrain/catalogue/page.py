@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-from posttrain.catalogue.gather import Entry, Part, entries, known_groups, known_parts
+from posttrain.catalogue.entries import Entry, ExplainedPart, entries, known_groups, known_parts
 from posttrain.catalogue.words import Option
 
 HEAD = """# Methods
@@ -143,7 +143,9 @@ def _unconfirmed(every: Sequence[Entry]) -> Iterator[str]:
             yield f"* [{part.tag}](#{name}): {prose(part.unconfirmed)}"
 
 
-def _part_section(part: Part, options: Sequence[Option], users: Sequence[str]) -> Iterator[str]:
+def _part_section(
+    part: ExplainedPart, options: Sequence[Option], users: Sequence[str]
+) -> Iterator[str]:
     yield f"### {part.role} {part.tag}"
     yield ""
     yield prose(part.doc)

@@ -11,8 +11,8 @@ import msgspec
 import yaml
 from msgspec import structs
 
-from posttrain.composition import Dataset
 from posttrain.core.config import Config
+from posttrain.parts.base import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,8 @@ def _type_words(kind: Any, written: str = "") -> str:
         return f"{_type_words(inner[1])} by {_type_words(inner[0])}"
     if inner:
         return " | ".join(_type_words(t) for t in inner)
+    if issubclass(kind, Part) and kind.in_words:
+        return str(kind.in_words)
     if issubclass(kind, Enum):
         return " | ".join(str(member.value) for member in kind)
     tag = kind.__struct_config__.tag
@@ -96,7 +98,6 @@ _SIMPLE: Mapping[Any, str] = {
     float: "number",
     bool: "true | false",
     type(None): "null",
-    Dataset: "data set: {path, …}",
 }
 
 

@@ -22,7 +22,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-def _supplied(command: Callable[..., None]) -> Callable[..., None]:
+def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that both commands have: what to look at, and what there is to work with."""
     for option in reversed(
         [
@@ -52,7 +52,7 @@ def _supplied(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@_supplied
+@_shared_options
 @click.option("--budget", type=click.IntRange(min=1), help="Rollouts to spend.  [default: 60000]")
 @click.option("--out", type=FOLDER, default=Path("out/diagnosis"), show_default=True)
 def diagnose(
@@ -102,7 +102,7 @@ def diagnose(
 
 
 @click.command()
-@_supplied
+@_shared_options
 @click.option(
     "--budget",
     type=click.IntRange(min=1),
@@ -158,21 +158,22 @@ def treat(
         click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
         sys.exit(INTERRUPTED)
     Terminal(highlight=False).print(course(done))
-    for page in _pages(out / "diagnoses"):
+    for page in _write_pages(out):
         click.echo(f"diagnosis: {page.resolve()}")
     click.echo(f"report: {write_report(out).resolve()}")
 
 
-def _pages(folder: Path) -> list[Path]:
+def _write_pages(out: Path) -> list[Path]:
     """Write the page of every diagnosis of a treatment, beside its numbers."""
-    from posttrain.core.files import write_atomic
     from posttrain.diagnosis.card import Diagnosis
     from posttrain.report.card import render_card
+    from posttrain.run.folder import RunFolder
 
+    folder = RunFolder(out)
     pages = []
-    for found in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
-        pages.append(found.with_suffix(".html"))
-        write_atomic(pages[-1], render_card(Diagnosis.from_json(found.read_text(encoding="utf-8"))))
+    for number in folder.diagnoses():
+        found = Diagnosis.from_json(folder.diagnosis_file(number).read_text(encoding="utf-8"))
+        pages.append(folder.write_diagnosis_page(number, render_card(found)))
     return pages
 
 

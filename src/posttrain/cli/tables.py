@@ -20,7 +20,6 @@ from posttrain.catalogue import (
     paper_words,
     prose,
 )
-from posttrain.composition import TermSpec
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.diagnosis.reachability import TaskReach
 from posttrain.measure.attribution import Attribution, ChangeKind, PolicyChange, attribute_changes
@@ -34,8 +33,9 @@ from posttrain.measure.registry import Estimation, metrics
 from posttrain.measure.rescoring import verifier_words
 from posttrain.measure.spec import Measure
 from posttrain.measure.support import Label, labels, support_change
-from posttrain.recipe import load_recipe
+from posttrain.parts.base import Term
 from posttrain.report.view import RetentionView
+from posttrain.run.folder import RunFolder
 
 WIDTH = 100
 CUT_OFF, LOOPED = 0.05, 0.05
@@ -131,8 +131,8 @@ def _warnings(task: TaskMeasurement) -> list[str]:
             f"  ! {task.taskset}: {len(task.prompts)} prompts are too few to judge by; "
             f"compare and diagnose ask for {FEWEST}"
         )
-    if told := verifier_words(task):
-        found.append(f"  ! {told}")
+    if doubts := verifier_words(task):
+        found.append(f"  ! {doubts}")
     cut, looped = float(task.truncated.mean()), task.find(repetition_column)
     if cut >= CUT_OFF:
         found.append(f"  ! {task.taskset}: {cut:.0%} of samples were cut off by the token budget")
@@ -241,13 +241,13 @@ def retention_table(kept: Sequence[RetentionView]) -> str:
         numbers = (row.forward, row.backward, row.forgetting, row.handoff)
         cells = ("–" if e.value is None else e.words for e in numbers)
         table.add_row(row.task, row.learned, *cells)
-    told = (
+    legend = (
         "first gained in: the first stage clearly above the base. before that: gain over the base\n"
         "by earlier stages (forward transfer). since then: change of pass@1 by later stages\n"
         "(backward transfer). forgotten: best pass@1 so far less the last. handed on: of the\n"
         "prompts its stage brought into reach, the share still there."
     )
-    return f"{_text(table)}\n{told}"
+    return f"{_text(table)}\n{legend}"
 
 
 def reach_words(reached: Sequence[TaskReach], *, most: int = 4) -> str:
@@ -294,7 +294,7 @@ def _bare(x: float) -> str:
 
 
 def _named(policy: str) -> str:
-    """A policy's name; of a path the last two parts, which tell runs of one name apart."""
+    """A policy's name; of a path the last two parts, which distinguish runs of one name."""
     return "/".join(Path(policy).parts[-2:]) if Path(policy).is_absolute() else policy
 
 
@@ -308,13 +308,13 @@ def _note(task: Attribution) -> str:
 
 def outcome_table(out: Path, *, final: str) -> str:
     """Base to final policy of a run."""
-    recipe = load_recipe(out / "recipe.json")
+    folder = RunFolder(out)
+    recipe = folder.recipe()
     if final == "base":
         return "the run ended with the base: every stage was rolled back, or there was none"
-    files = [out / "measurements" / f"{name}.json" for name in ("base", final)]
-    if not all(f.is_file() for f in files):
+    if not {"base", final} <= set(folder.measured()):
         return "nothing was measured: the recipe has no task sets"
-    base, result = (Measurement.from_json(f.read_text("utf-8")) for f in files)
+    base, result = folder.measurement("base"), folder.measurement(final)
     if not base.tasks:
         return "nothing was measured: the recipe has no task sets"
     spec = recipe.measure
@@ -396,7 +396,7 @@ def _part_page(name: str) -> str:
     raise ConfigError(f"no method {name!r}", fix=nearest(name, known_methods()))
 
 
-def terms_words(terms: Sequence[TermSpec]) -> str:
+def terms_words(terms: Sequence[Term]) -> str:
     """An objective as a sum: ``1 cross_entropy + 0.1 reference_kl``."""
     return " + ".join(f"{t.weight:g} {t.__struct_config__.tag}" for t in terms)
 

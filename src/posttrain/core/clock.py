@@ -36,7 +36,7 @@ Name = Literal[
     "journal",  # metrics, shards, checkpoints
     "idle",  # the rest of the wall time
 ]
-"""What is told apart. Stable: reports and ``metrics.jsonl`` use these words."""
+"""What is measured apart. Stable: reports and ``metrics.jsonl`` use these words."""
 
 NAMES: tuple[str, ...] = get_args(Name)
 PREFIX = "seconds/"

@@ -270,6 +270,20 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def content_of(path: str, root: Path) -> str:
+    """Digest of a data file: what it holds matters, not where it lies.
+
+    Raises:
+        DataError: no such file.
+    """
+    full = root / path
+    if not full.is_file():
+        raise DataError(
+            f"no file {full}", fix="check the path; it is relative to the recipe's folder"
+        )
+    return hash_file(full)
+
+
 def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, 64 hex digits. Reads in pieces, so any size fits in memory."""
     with path.open("rb") as file:

@@ -3,7 +3,7 @@
 metrics of a step ──Watch.see──▶ window of the last steps ──▶ Alarm, once until it has calmed down
 
 An alarm is a pure function of the metrics in order, so a report reads the same ones off
-``metrics.jsonl`` that the run showed. Alarms change nothing: gates decide, monitors tell.
+``metrics.jsonl`` that the run showed. Alarms change nothing: gates decide, monitors report.
 """
 
 from __future__ import annotations

@@ -10,18 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from posttrain.core.learner import Lora, MovingReference, Optimizer
 from posttrain.core.provenance import FloatArray, IntArray, Producer, Sampling, Span
-from posttrain.core.task import Task
+from posttrain.core.statistics import Stat, Wanted
+from posttrain.core.task import Message, Task
 from posttrain.core.trajectory import IN_PLACE, Column, End, Group, Trajectory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from posttrain.composition.moving import MovingReference
-    from posttrain.core.statistics import Stat, Wanted
     from posttrain.numerics.batch import PackedBatch
     from posttrain.numerics.logits import Head
-    from posttrain.recipe import Lora, Optimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,6 +53,33 @@ class Renderer(Protocol):
         """One token, special ones by name."""
         ...
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a turn."""
+        ...
+
+    def completion(
+        self, prompt: str, completion: str, *, producer: Producer, task: str
+    ) -> Trajectory:
+        """Plain text by its author after plain text, with the token that ends it."""
+        ...
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        *,
+        producer: Producer,
+        task: str,
+        assistant_mask: Literal["template", "prefix"] = "template",
+        num_prompt: int | None = None,
+    ) -> Trajectory:
+        """Messages in the model's template; the assistant's turns are the author's."""
+        ...
+
+    def show(self, trajectory: Trajectory) -> str:
+        """The text as the learner sees it, each trained stretch in ⟦ ⟧."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
@@ -83,8 +109,8 @@ class Hidden:
     where the token stands; NaN elsewhere."""
 
 
-class Policy(Protocol):
-    """A model that can be sampled and asked for log-probs, live or frozen."""
+class Author(Protocol):
+    """Who writes or scores tokens: a model, live or frozen."""
 
     @property
     def producer(self) -> Producer: ...
@@ -107,7 +133,15 @@ class Policy(Protocol):
         """Digest of its token ids: only policies with equal vocabularies can grade each other."""
         ...
 
+
+class Sampler(Author, Protocol):
+    """A model that can be sampled. An engine that only generates, such as a server, is one."""
+
     def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
+
+
+class Scorer(Author, Protocol):
+    """A model that can be asked what it thinks of tokens that are there."""
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory: log-probs of trainable tokens at temperature 1, NaN elsewhere."""
@@ -153,16 +187,75 @@ class Policy(Protocol):
         ...
 
 
-class Source(Protocol):
-    """Where trajectories come from. A pure function of the step: it holds no cursor."""
+class Policy(Sampler, Scorer, Protocol):
+    """A model that can be sampled and asked for log-probs."""
+
+
+class Stateful(Protocol):
+    """Something that a checkpoint must hold for a resumed stage to go on bit for bit."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFile:
+    """What the ledger says of a data file that is drawn from."""
+
+    name: str
+    producer: Producer  # the author of its rows, with the file's digest
+    digest: str  # sha256 of the file, 64 hex digits
+    licence: str | None
+    rows: int  # those that are drawn
+    skipped: int  # those left out for their length
+
+
+class Stream(Protocol):
+    """A source at work. What it draws is a function of the step and of its recorded state."""
+
+    @property
+    def files(self) -> Sequence[DataFile]:
+        """The data files that it draws from."""
+        ...
+
+    @property
+    def num_groups(self) -> int | None:
+        """Groups of an epoch; None for a source without an end."""
+        ...
+
+    @property
+    def state(self) -> Stateful | None:
+        """What must be recorded with a checkpoint; None where a draw depends on the step alone."""
+        ...
+
+    def publish(self, version: int) -> None:
+        """The learner has new weights, after so many updates. Called after every update."""
+        ...
 
     def draw(self, num_groups: int, *, step: int) -> Sequence[Group]: ...
 
 
-class Signal(Protocol):
-    """An opinion: reads groups, returns them with columns added, in the same order."""
+class PureStream:
+    """A base for streams whose draws depend on the step alone, whatever the weights are."""
 
-    def score(self, groups: Sequence[Group]) -> Sequence[Group]: ...
+    @property
+    def files(self) -> Sequence[DataFile]:
+        """None."""
+        return ()
+
+    @property
+    def num_groups(self) -> int | None:
+        """No end."""
+        return None
+
+    @property
+    def state(self) -> Stateful | None:
+        """Nothing."""
+        return None
+
+    def publish(self, version: int) -> None:
+        """Nothing to do: on one device the sampler is the learner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,14 +314,6 @@ class Objective(Protocol):
     ) -> tuple[Tensor, Mapping[str, float]]:
         """The micro-batch's share of the loss and of the metrics; shares add up."""
         ...
-
-
-class Kept(Protocol):
-    """Something that a checkpoint must hold for a resumed stage to go on bit for bit."""
-
-    def save(self, folder: Path) -> None: ...
-
-    def load(self, folder: Path) -> None: ...
 
 
 class Learner(Protocol):

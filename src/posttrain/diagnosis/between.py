@@ -59,7 +59,7 @@ def between(
         after: a folder or hub id.
         root: folder that the recipe's paths are relative to.
         engine: makes the policies.
-        observe: told about progress.
+        observe: called with every event.
 
     Raises:
         RunError: the templates of the two differ, so that they answer different prompts.

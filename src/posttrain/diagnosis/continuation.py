@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.errors import ConfigError
 from posttrain.core.protocols import Policy
 from posttrain.core.provenance import IntArray
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
 from posttrain.diagnosis.drawing import Demonstration, check_prompts, draw_answers
 from posttrain.measure.bootstrap import Interval, mean_interval

@@ -22,11 +22,10 @@ from posttrain.diagnosis.examine import SAMPLES, Examination
 from posttrain.diagnosis.prescribe import NOTHING, Supplies, prescribe
 from posttrain.diagnosis.rules import RuleBook, load_rules
 from posttrain.measure.measurement import Measurement
-from posttrain.recipe import JsonlTasks, Recipe, TaskSetSpec
+from posttrain.recipe import Recipe
 from posttrain.report.card import render_card
 from posttrain.run.plan import is_hub_id, model_path, protocol_of
 from posttrain.run.preview import read_shape
-from posttrain.tasks import build_taskset
 
 BUDGET = 60_000
 """Rollouts of a diagnosis unless said otherwise: five task sets of 32 prompts with 64 samples
@@ -75,7 +74,7 @@ def find_bottleneck(
         budget: the most rollouts to spend.
         known: samples that were taken before.
         labels: spend what is left of the budget on which prompts are in reach.
-        observe: told about progress.
+        observe: called with every event.
         stop: asked between probes.
 
     Raises:
@@ -123,7 +122,7 @@ def _examination(
     if supplies.before is not None and known.before is None:
         before = engine.policy(supplies.before)
     tasksets = [
-        build_taskset(n, spec, root=root, chat=policy.renderer.has_template)
+        spec.build(n, root=root, chat=policy.renderer.has_template)
         for n, spec in ground.tasks.items()
     ]
     asked = {n: supplies.teacher_for(n) for n in ground.tasks}
@@ -150,18 +149,10 @@ def grounded(recipe: Recipe, *, root: Path) -> Recipe:
     return msgspec.structs.replace(
         recipe,
         model=str(Path(model).resolve()) if Path(model).exists() else model,
-        tasks={n: _absolute(t, root) for n, t in recipe.tasks.items()},
+        tasks={n: t.located(root) for n, t in recipe.tasks.items()},
         stages=(),
         measure=msgspec.structs.replace(recipe.measure, tasks=(), samples=samples),
     )
-
-
-def _absolute(spec: TaskSetSpec, root: Path) -> TaskSetSpec:
-    if not isinstance(spec, JsonlTasks):
-        return spec
-    file, colon, function = spec.reward.rpartition(":")
-    reward = f"{(root / file).resolve()}:{function}" if colon else spec.reward
-    return msgspec.structs.replace(spec, path=str((root / spec.path).resolve()), reward=reward)
 
 
 def _size(model: str) -> int | None:

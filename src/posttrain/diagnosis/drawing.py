@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.errors import ConfigError, ModelError, TaskError
 from posttrain.core.protocols import Completion, Policy, Prompt, Request
 from posttrain.core.provenance import IntArray, Kind, Producer, Role, Span
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import End, Trajectory
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.protocols import Policy
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
 from posttrain.diagnosis.drawing import (
     Answer,

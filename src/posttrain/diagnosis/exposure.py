@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.errors import ConfigError
 from posttrain.core.protocols import Policy
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
 from posttrain.core.trajectory import Trajectory
 from posttrain.diagnosis.drawing import (

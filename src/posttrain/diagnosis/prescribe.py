@@ -14,14 +14,12 @@ from types import MappingProxyType
 import msgspec
 import yaml
 
-from posttrain.composition import Dataset
-from posttrain.composition.sources import parts_of
 from posttrain.core import config
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.diagnosis.card import Bottleneck, Choice, Prescription, TaskDiagnosis
 from posttrain.diagnosis.rules import Need, Rule, RuleBook, Treatment
-from posttrain.methods import Method
-from posttrain.methods.compose import Compose
+from posttrain.parts.composition import Method
+from posttrain.parts.registry import tag_of
 from posttrain.recipe import Recipe, Stage
 
 ROLLOUTS = 512
@@ -370,8 +368,8 @@ def _choices(
     treatment: Treatment, stage: Stage, together: Sequence[TaskDiagnosis], *, group: int
 ) -> tuple[Choice, ...]:
     method = stage.method
-    composed = isinstance(method, Compose)
-    terms = " + ".join(str(t.__struct_config__.tag) for t in method.compose().terms)
+    composed = method.spelt_out
+    terms = " + ".join(tag_of(t) for t in method.compose().terms)
     by_comparison = "group size" in treatment.because
     settings = {
         "provenance": _authors(method) if composed else str(method.provenance),
@@ -389,9 +387,8 @@ def _choices(
 
 def _authors(method: Method) -> str:
     """Who wrote what a composed method learns from."""
-    parts = parts_of(method.compose().source)
-    rows = ("rows of the demonstrations" if isinstance(p, Dataset) else "its own answers"
-            for p in parts)  # fmt: skip
+    leaves = method.compose().source.leaves
+    rows = ("rows of the demonstrations" if leaf.files else "its own answers" for leaf in leaves)
     return " and ".join(dict.fromkeys(rows))
 
 

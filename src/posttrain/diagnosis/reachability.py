@@ -16,9 +16,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.errors import ConfigError
 from posttrain.core.protocols import Policy
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import Task, TaskSet
 from posttrain.diagnosis.drawing import (
     Answer,

@@ -17,7 +17,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
-from posttrain.recipe import ReasoningGym
+from posttrain.tasks.reasoning_gym import ReasoningGym
 
 Entry = Mapping[str, Any]
 Habit = Callable[[Entry], str]

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import yaml
 
-from posttrain.composition import Dataset
 from posttrain.core import config
 from posttrain.core.files import write_atomic
+from posttrain.core.learner import Optimizer
 from posttrain.lab.corpus import demonstrations, preference_pairs, write_rows
 from posttrain.lab.settings import CHAINS, REVERSE, SETTINGS
 from posttrain.measure.spec import Measure
-from posttrain.methods import Dpo, Grpo, Opd, Sft
-from posttrain.recipe import Budget, Optimizer, Recipe, Stage
+from posttrain.parts.composition import method
+from posttrain.parts.distillation.presets import Opd
+from posttrain.parts.policy.presets import Grpo
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.supervised.presets import Sft
+from posttrain.recipe import Budget, Recipe, Stage
 
 BASE = Path(__file__).parent / "base"
 """The lab's base model, in ordinary Hugging Face format."""
@@ -67,8 +71,9 @@ def tour_recipe(*, seed: int = 0, model: str = str(BASE)) -> Recipe:
             Stage(
                 name="prefer",
                 intends="reshaping",
-                method=Dpo(
-                    data=Dataset(path="preferences.jsonl", name="lab-pairs", licence="CC0-1.0")
+                method=method(
+                    "dpo",
+                    data=Dataset(path="preferences.jsonl", name="lab-pairs", licence="CC0-1.0"),
                 ),
                 budget=Budget(steps=100),
                 groups_per_step=32,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.protocols import Completion, Policy, Prompt
 from posttrain.core.provenance import Role, Span
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.trajectory import Trajectory
 from posttrain.measure.bootstrap import Floats
 from posttrain.measure.estimators import per_prompt, seen_range

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from posttrain.composition import PolicyRef, SamplingSpec
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError
+from posttrain.core.sampling import SamplingSpec
 from posttrain.measure.bootstrap import Interval
 from posttrain.measure.measurement import TaskMeasurement
 from posttrain.measure.registry import Asked, Estimation, find_metric, metrics
 from posttrain.measure.spec import Measure
+from posttrain.parts.base import PolicyRef
 
 
 class Gate(Config):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from posttrain.composition import SamplingSpec
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError
+from posttrain.core.sampling import SamplingSpec
 
 
 class Measure(Config):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,14 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.chat import ChatRenderer
-from posttrain.composition import TeacherDistribution
 from posttrain.core import config
 from posttrain.core.clock import GROUPS, seconds_in
 from posttrain.core.errors import LedgerBroken
-from posttrain.core.files import write_atomic
 from posttrain.core.monitors import alarms
 from posttrain.core.provenance import Kind
-from posttrain.core.trajectory import Trajectory
+from posttrain.core.trajectory import Column, Trajectory
 from posttrain.measure.attribution import (
     Attribution,
     ChangeKind,
@@ -34,7 +31,7 @@ from posttrain.measure.distance import kl_base_column
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import curve, pass_interval
 from posttrain.measure.support import labels
-from posttrain.recipe import Recipe, load_recipe
+from posttrain.recipe import Recipe
 from posttrain.report.render import render
 from posttrain.report.retained import retained
 from posttrain.report.rounds import treatment
@@ -67,8 +64,8 @@ from posttrain.report.view import (
     TokenCount,
     Totals,
 )
-from posttrain.run.ledger import GENESIS, Record, RecordKind, read, verify
-from posttrain.run.pipeline import read_done
+from posttrain.run.folder import RunFolder, StageFolder
+from posttrain.run.ledger import GENESIS, Record, RecordKind, verify
 from posttrain.run.plan import PlannedStage
 from posttrain.run.store import UseRole, read_trajectories, read_uses, tokens_by_producer
 
@@ -89,31 +86,26 @@ def write_report(out: Path) -> Path:
     Raises:
         ConfigError: ``out`` is not a run folder.
     """
-    path = out / "report.html"
-    write_atomic(path, render(load_view(out)))
-    return path
+    return RunFolder(out).write_report(render(load_view(out)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Run:
     """A run folder, read."""
 
-    out: Path
+    out: RunFolder
     recipe: Recipe
     measurements: tuple[Measurement, ...]  # base first
     stages: tuple[PlannedStage, ...]  # those that have started
     records: tuple[Record, ...]
 
-    def folder(self, planned: PlannedStage) -> Path:
-        return self.out / "stages" / planned.folder
-
-    def shards(self, planned: PlannedStage, kind: str) -> list[Path]:
-        return sorted((self.folder(planned) / "shards").glob(f"*.{kind}.parquet"))
+    def folder(self, planned: PlannedStage) -> StageFolder:
+        return self.out.stage(planned.spec.name, planned.identity)
 
 
 def load_view(out: Path) -> RunView:
     """Everything the report of a run folder shows, finished or not."""
-    run = _open(out)
+    run = _open(RunFolder(out))
     spec = run.recipe.measure
     measured, changes = {m.policy: m for m in run.measurements}, _changes(run)
     last = measured[_final(run)] if measured else None
@@ -126,7 +118,7 @@ def load_view(out: Path) -> RunView:
         base_model=Path(run.recipe.model).name,
         machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         totals=_totals(run, accounts),
-        ledger=_seal(out),
+        ledger=_seal(run.out),
         recipe_digest=config.digest(run.recipe),
         versions=_versions(newest),
         seeds=(run.recipe.seed,),
@@ -147,13 +139,13 @@ def load_view(out: Path) -> RunView:
         samples=tuple(sample for s in run.stages for sample in _samples(run, s)),
         warnings=tuple(_warnings(run, whole)),
         retention=_retained(run, changes),
-        treatment=treatment(out),
+        treatment=treatment(run.out),
     )
 
 
 def load_retention(out: Path) -> tuple[RetentionView, ...]:
     """What later stages of a run left of what each task set had; nothing for a single stage."""
-    run = _open(out)
+    run = _open(RunFolder(out))
     return _retained(run, _changes(run)) if len(run.measurements) > 2 else ()
 
 
@@ -176,28 +168,24 @@ def _changes(run: _Run) -> list[PolicyChange]:
     ]
 
 
-def _open(out: Path) -> _Run:
-    recipe = load_recipe(out / "recipe.json")
-    names = ["base", *(s.name for s in recipe.stages)]
-    paths = [out / "measurements" / f"{n}.json" for n in names]
-    measurements = tuple(Measurement.from_json(p.read_text("utf-8")) for p in paths if p.is_file())
-    records = tuple(read(out / "ledger.jsonl"))
-    return _Run(out, recipe, measurements, tuple(_started(out, recipe)), records)
+def _open(out: RunFolder) -> _Run:
+    recipe = out.recipe()
+    names, measured = ["base", *(s.name for s in recipe.stages)], out.measured()
+    measurements = tuple(out.measurement(n) for n in names if n in measured)
+    return _Run(out, recipe, measurements, tuple(_started(out, recipe)), tuple(out.records()))
 
 
-def _started(out: Path, recipe: Recipe) -> Iterable[PlannedStage]:
+def _started(out: RunFolder, recipe: Recipe) -> Iterable[PlannedStage]:
     """Stages with a folder. What they were is read from the folder: data may have moved since."""
     for spec in recipe.stages:
-        for about in sorted((out / "stages").glob(f"{spec.name}-*/stage.json")):
-            recorded = json.loads(about.read_text(encoding="utf-8"))
-            if recorded["name"] == spec.name:
-                yield PlannedStage(
-                    spec=spec,
-                    composition=spec.method.compose(),
-                    init=recorded["init"],
-                    inputs=recorded["inputs"],
-                    identity=recorded["identity"],
-                )
+        for record in filter(None, (stage.record() for stage in out.stages(spec.name))):
+            yield PlannedStage(
+                spec=spec,
+                composition=spec.method.compose(),
+                init=record.init,
+                inputs=record.inputs,
+                identity=record.identity,
+            )
 
 
 def _final(run: _Run) -> str:
@@ -234,13 +222,13 @@ def _effects(run: _Run, stage: PlannedStage) -> Iterable[TaskEffect]:
 
 def _stage(run: _Run, planned: PlannedStage) -> StageView:
     folder, spec = run.folder(planned), planned.spec
-    done = read_done(folder)
-    lines = _metrics(folder)
+    done = folder.result()
+    lines = folder.metrics()
     teachers = [
         ref
         for signal in planned.composition.signals
-        if isinstance(signal, TeacherDistribution)
-        for ref in dict.fromkeys(signal.routes.values())
+        if Column.TEACHER_LOGPROBS in signal.provides
+        for ref in dict.fromkeys(signal.references())
     ]
     return StageView(
         name=spec.name,
@@ -260,19 +248,12 @@ def _stage(run: _Run, planned: PlannedStage) -> StageView:
                 tokens=t.completion_tokens,
                 discarded=t.role is UseRole.DISCARDED,
             )
-            for t in tokens_by_producer(run.shards(planned, "uses"))
+            for t in tokens_by_producer(folder.use_files())
         ),
         series=tuple(_series(lines)),
         gates=tuple(_gates(run, planned)),
         times=tuple(_times(lines)),
     )
-
-
-def _metrics(folder: Path) -> list[Mapping[str, float]]:
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
 
 
 def _elapsed(lines: Sequence[Mapping[str, float]]) -> float:
@@ -409,7 +390,7 @@ def _support(run: _Run) -> Iterable[SupportMap]:
 
 def _accounts(run: _Run, planned: PlannedStage) -> Iterable[Account]:
     counts: dict[str, list[int]] = {}
-    for row in tokens_by_producer(run.shards(planned, "uses")):
+    for row in tokens_by_producer(run.folder(planned).use_files()):
         both = counts.setdefault(row.kind, [0, 0])
         both[row.role is not UseRole.TRAIN] += row.completion_tokens
     for kind, (trained, discarded) in counts.items():
@@ -420,8 +401,9 @@ def _accounts(run: _Run, planned: PlannedStage) -> Iterable[Account]:
 
 def _samples(run: _Run, planned: PlannedStage) -> Iterable[Sample]:
     """Trajectories of the last shard: one of each reward where there are several."""
-    shards, uses = run.shards(planned, "trajectories"), run.shards(planned, "uses")
-    models = [run.folder(s) / "model" for s in run.stages]
+    stage = run.folder(planned)
+    shards, uses = stage.trajectory_files(), stage.use_files()
+    models = [run.folder(s).model for s in run.stages]
     # All stages share one tokenizer; before the first export there is none in the run folder.
     folder = next((m for m in models if m.is_dir()), None)
     if not shards or folder is None:
@@ -461,7 +443,7 @@ def _pieces(trajectory: Trajectory, renderer: ChatRenderer) -> Iterable[Piece]:
 def _totals(run: _Run, accounts: Sequence[Account]) -> Totals:
     sampled = sum(int(t.lengths.sum()) for m in run.measurements for t in m.tasks)
     live = sum(a.trained + a.discarded for a in accounts if a.kind in ("learner", "teacher"))
-    seconds = [read_done(run.folder(s)) for s in run.stages]
+    seconds = [run.folder(s).result() for s in run.stages]
     return Totals(
         wall_seconds=sum(d.seconds for d in seconds if d),
         tokens_generated=sampled + live,
@@ -469,10 +451,9 @@ def _totals(run: _Run, accounts: Sequence[Account]) -> Totals:
     )
 
 
-def _seal(out: Path) -> Seal:
-    path = out / "ledger.jsonl"
+def _seal(out: RunFolder) -> Seal:
     try:
-        return Seal(head=verify(path).head, verified=True)
+        return Seal(head=verify(out.ledger_file).head, verified=True)
     except LedgerBroken:
         return Seal(head=GENESIS, verified=False)
 
@@ -485,7 +466,7 @@ def _versions(record: Record | None) -> tuple[tuple[str, str], ...]:
 
 def _warnings(run: _Run, whole: PolicyChange | None) -> Iterable[str]:
     for planned in run.stages:
-        lines = _metrics(run.folder(planned))
+        lines = run.folder(planned).metrics()
         for alarm in alarms(planned.spec.monitors, lines):
             where = f"{planned.spec.name}, step {alarm.step + 1}"
             yield f"{where}: {alarm.words}. Try: {alarm.advice}"

@@ -1,13 +1,9 @@
 """From a treatment's folder to its rounds: what was found, what was done, and whether it helped.
 
-treat.json, diagnoses/*.json, shards ──▶ TreatmentView
+RunFolder ──▶ record of the treatment, diagnoses, shards ──▶ TreatmentView
 """
 
 from __future__ import annotations
-
-from pathlib import Path
-
-import msgspec
 
 from posttrain.diagnosis.card import Diagnosis, TaskDiagnosis
 from posttrain.diagnosis.spending import spent
@@ -15,38 +11,36 @@ from posttrain.diagnosis.treat import Chart, Round
 from posttrain.measure.reading import Reading
 from posttrain.measure.registry import plain_words
 from posttrain.report.view import UNMEASURED, Estimate, FoundView, RoundView, TreatmentView
+from posttrain.run.folder import RunFolder
 
 
-def treatment(out: Path) -> TreatmentView | None:
+def treatment(out: RunFolder) -> TreatmentView | None:
     """The rounds of a treatment, finished or not; None for a run of any other kind."""
-    path = out / "treat.json"
-    if not path.is_file():
+    chart = out.treatment(Chart)
+    if chart is None:
         return None
-    chart = msgspec.json.decode(path.read_bytes(), type=Chart)
-    cards = sorted((out / "diagnoses").glob("*.json"), key=lambda p: int(p.stem))
+    numbers = out.diagnoses()
     begun = {r.number - 1: r for r in chart.rounds}
-    looks = [p.stem for p in sorted((out / "measurements").glob("*.json"))]
     return TreatmentView(
         budget=chart.budget,
-        spent=spent(out, looks=looks, diagnoses=cards).total,
+        spent=spent(out, looks=out.measured(), diagnoses=numbers).total,
         ended=chart.ended or "",
-        rounds=tuple(_round(out, card, begun.get(int(card.stem))) for card in cards),
+        rounds=tuple(_round(out, number, begun.get(number)) for number in numbers),
     )
 
 
-def _round(out: Path, card: Path, done: Round | None) -> RoundView:
+def _round(out: RunFolder, number: int, done: Round | None) -> RoundView:
     """One look, and the stage that followed from it where one did."""
-    found = Diagnosis.from_json(card.read_text(encoding="utf-8"))
+    found = Diagnosis.from_json(out.diagnosis_file(number).read_text(encoding="utf-8"))
     name = done.stage.name if done else ""
-    measured = (out / "measurements" / f"{name}.json").is_file()
-    cost = spent(
-        out, looks=[name] if measured else [], diagnoses=[card], stages=f"{name}-*" if done else ""
-    )
+    looks = [name] if name in out.measured() else []
+    stages = out.stages(name) if done else ()
+    cost = spent(out, looks=looks, diagnoses=[number], stages=stages)
     action = next((p for p in found.prescriptions if done and p.treatment == done.treatment
                    and p.tasks == done.tasks), None)  # fmt: skip
     return RoundView(
-        number=int(card.stem) + 1,
-        page=f"diagnoses/{card.stem}.html",
+        number=number + 1,
+        page=out.diagnosis_page(number).relative_to(out.path).as_posix(),
         found=tuple(_found(t) for t in found.tasks),
         stage=name,
         start=done.stage.init if done else "",

@@ -14,7 +14,6 @@ from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Recipe
 from posttrain.run.plan import model_path, protocol_of, protocol_parts
-from posttrain.tasks import build_taskset
 
 
 def measure_model(
@@ -26,7 +25,7 @@ def measure_model(
         recipe: its stages are ignored.
         root: folder that the recipe's paths are relative to.
         engine: makes the policy.
-        observe: told about progress.
+        observe: called with every event.
     """
     policy = engine.policy(model_path(recipe.model, root))
     return measure_for_recipe(recipe, policy, root=root, observe=observe)
@@ -51,4 +50,4 @@ def measure_for_recipe(
 def measured_tasksets(recipe: Recipe, policy: Policy, *, root: Path) -> list[TaskSet]:
     """The task sets that a recipe measures, with prompts for this policy's kind."""
     chat = policy.renderer.has_template
-    return [build_taskset(n, recipe.tasks[n], root=root, chat=chat) for n in recipe.measured_tasks]
+    return [recipe.tasks[n].build(n, root=root, chat=chat) for n in recipe.measured_tasks]

@@ -15,39 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from posttrain import extensions
-from posttrain.composition import (
-    MOVING,
-    Composition,
-    Dataset,
-    MismatchedKL,
-    Mix,
-    ProcessReward,
-    Redraw,
-    ReferenceLogprobs,
-    RewardModel,
-    Rollouts,
-    SamplingSpec,
-    StepLabels,
-    TeacherDistribution,
-    TeacherLogprobs,
-    parts_of,
-)
-from posttrain.composition.company import Rival
-from posttrain.composition.teaching import TeachingSpec, teachers_of
 from posttrain.core.config import digest, plain
-from posttrain.core.errors import ConfigError, DataError, nearest
-from posttrain.core.files import hash_file, hash_folder
+from posttrain.core.errors import ConfigError, nearest
+from posttrain.core.files import hash_folder
+from posttrain.core.learner import MOVING
+from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
-from posttrain.legality import check_composition, scopes
 from posttrain.measure.gates import Detour, check_gate
-from posttrain.recipe import JsonlTasks, Recipe, Stage
-from posttrain.run.judges import check_judges
+from posttrain.parts.base import LEARNER
+from posttrain.parts.composition import Composition
+from posttrain.parts.legality import check_composition
+from posttrain.parts.registry import code_of
+from posttrain.recipe import Recipe, Stage
+from posttrain.run.scorers import check_scorers
 
 MAX_PATHS = 64
 """Most ways that the gates of one recipe may lead."""
 
-SEMANTICS = 1
+SEMANTICS = 2
 """Raised when the same configuration comes to mean another computation."""
 
 
@@ -62,25 +47,14 @@ class PlannedStage:
     identity: str
 
     @property
-    def folder(self) -> str:
-        """Name of its folder in a run: ``<name>-<first 8 digits of the identity>``."""
-        return f"{self.spec.name}-{self.identity[:8]}"
-
-    @property
     def references(self) -> frozenset[str]:
         """Policies that its parts refer to, the one it starts from aside."""
-        return frozenset(_references(self.composition))
+        return frozenset(self.composition.references())
 
     @property
     def provenance(self) -> str:
         """In words, where its trajectories come from."""
-        source = self.composition.source
-        if isinstance(source, Redraw):
-            return f"{_drawn_from(source.source)}, drawn up to {source.max_draws} times"
-        if not isinstance(source, Mix):
-            return _drawn_from(source)
-        shares = zip(source.shares, source.parts, strict=True)
-        return "mixed: " + "; ".join(f"{share:.0%} {_drawn_from(part)}" for share, part in shares)
+        return str(self.composition.source.origin)
 
     def steps(self, num_rows: int | None) -> int:
         """The budget in optimiser steps; ``num_rows`` is the length of its data set.
@@ -97,15 +71,6 @@ class PlannedStage:
             )
         draws = budget.epochs * num_rows / spec.groups_per_step
         return max(1, math.ceil(draws * spec.updates_per_draw))
-
-
-def _drawn_from(part: Dataset | Rollouts) -> str:
-    if isinstance(part, Dataset):
-        return f"off-policy: {part.name or Path(part.path).name} ({part.author})"
-    company = f", {part.company.__struct_config__.tag}" if part.company is not None else ""
-    if part.policy == "learner":
-        return f"on-policy: the learner's own rollouts{company}"
-    return f"off-policy: rollouts of {part.policy}{company}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +110,7 @@ def make_plan(
     for spec in stages_of(recipe, detours):
         composition = spec.method.compose()
         init = previous if spec.init == "previous" else spec.init
-        outside = [r for r in (init, *_references(composition)) if r.startswith("path:")]
+        outside = [r for r in (init, *composition.references()) if r.startswith("path:")]
         known = {**identities, "learner": "learner"} | {r: _outside(r, root) for r in outside}
         known["input"] = known.get(init, init)
         if composition.moving is not None:
@@ -155,7 +120,7 @@ def make_plan(
         _check_tasks(composition, recipe, stage=spec.name)
         check_composition(composition, stage=spec.name)
         heads = {s.spec.name: s.composition.scalar_head for s in planned}
-        check_judges(composition, heads, recipe.model, init=init, root=root, stage=spec.name)
+        check_scorers(composition, heads, recipe.model, init=init, root=root, stage=spec.name)
         inputs = _inputs(spec, composition, recipe, known, init=init, root=root)
         identity = digest(inputs)
         planned.append(
@@ -163,7 +128,7 @@ def make_plan(
                 spec=spec, composition=composition, init=init, inputs=inputs, identity=identity
             )
         )
-        if not isinstance(composition.source, Dataset):
+        if not composition.source.has_end:
             planned[-1].steps(None)
         identities[spec.name] = identity
         previous = init if detours.get(spec.name, Detour()).rolled_back else spec.name
@@ -215,43 +180,11 @@ def all_plans(recipe: Recipe, *, root: Path, base: str) -> list[Plan]:
     return list(reversed(known.values()))
 
 
-def _references(composition: Composition) -> Iterator[str]:
-    """Every policy a composition names."""
-    for part in parts_of(composition.source):
-        if isinstance(part, Rollouts):
-            yield part.policy
-            yield from (part.company.policy,) if isinstance(part.company, Rival) else ()
-    yield from _graders(composition)
-    yield from _teachers(composition)
-
-
-def _teachers(composition: Composition) -> Iterator[str]:
-    """Policies that teach: frozen ones, or the learner itself with more to read."""
-    for signal in composition.signals:
-        if isinstance(signal, TeachingSpec):
-            yield from teachers_of(signal)
-        elif isinstance(signal, StepLabels):
-            yield signal.policy
-
-
-def _graders(composition: Composition) -> Iterator[str]:
-    """Policies that judge what a source drew, or that a critic starts from: frozen ones."""
-    if composition.scalar_head is not None:
-        yield composition.scalar_head.start
-    for signal in composition.signals:
-        if isinstance(signal, ReferenceLogprobs | MismatchedKL):
-            yield signal.policy
-        elif isinstance(signal, RewardModel | ProcessReward):
-            yield signal.model
-        elif not isinstance(signal, TeachingSpec | StepLabels):
-            yield from extensions.references(signal)
-
-
 def _check_references(
     init: str, composition: Composition, known: Mapping[str, str], *, stage: str
 ) -> None:
-    """Every policy exists, and only a source may draw from the live learner."""
-    named = set(_references(composition))
+    """Every policy exists, and only who may asks the live learner."""
+    named = set(composition.references())
     if (MOVING in named) != (composition.moving is not None):
         raise ConfigError(
             f"stage {stage}: {'' if MOVING in named else 'no '}part refers to policy {MOVING!r}, "
@@ -259,10 +192,13 @@ def _check_references(
             expected="both or neither",
             fix="moving: {every: ..., rate: ...} in the composition, or another policy",
         )
-    graders = set(known) - {"learner"}
-    asked = [(init, graders - {"input", MOVING}), *((r, graders) for r in _graders(composition))]
-    drawn = [p.policy for p in parts_of(composition.source) if isinstance(p, Rollouts)]
-    asked.extend((policy, set(known)) for policy in (*drawn, *_teachers(composition)))
+    frozen = set(known) - {LEARNER}
+    asked = [(init, frozen - {"input", MOVING})]
+    if composition.scalar_head is not None:
+        asked.append((composition.scalar_head.start, frozen))
+    for part in composition.parts:
+        usable = set(known) if part.may_ask_learner else frozen
+        asked.extend((ref, usable) for ref in part.references())
     for ref, usable in asked:
         if ref not in usable:
             raise ConfigError(
@@ -331,32 +267,13 @@ def _check_since(spec: Stage, known: Mapping[str, str]) -> None:
 
 
 def _check_tasks(composition: Composition, recipe: Recipe, *, stage: str) -> None:
-    parts = parts_of(composition.source)
-    drawn = {t for p in parts if isinstance(p, Rollouts) for t in p.tasks}
-    for name in sorted(drawn):
+    for name in sorted(composition.source.draws_from):
         if name not in recipe.tasks:
             raise ConfigError(
                 f"stage {stage} draws from task set {name!r}",
                 expected="a task set of this recipe",
                 fix=nearest(name, recipe.tasks),
             )
-    for signal, kinds in zip(composition.signals, scopes(composition), strict=True):
-        if not isinstance(signal, TeacherDistribution | TeacherLogprobs):
-            continue
-        routed = set(signal.routes)
-        asked = {name for p in parts if p.writes & kinds for name in _row_names(p)}
-        if ("*" not in routed and asked - routed) or routed - asked - {"*"}:
-            raise ConfigError(
-                f"stage {stage}: teachers for {sorted(routed)}, groups of {sorted(asked)}",
-                expected='one route per task set or data set, or a default "*", and no other',
-            )
-
-
-def _row_names(part: Dataset | Rollouts) -> tuple[str, ...]:
-    """First halves of the task keys that a source draws."""
-    if isinstance(part, Dataset):
-        return (part.name or Path(part.path).stem,)
-    return part.tasks
 
 
 def _inputs(
@@ -369,19 +286,12 @@ def _inputs(
     root: Path,
 ) -> dict[str, object]:
     """What the stage's weights depend on, as plain data."""
-    resolved = plain(composition)
-    mixed, again = (isinstance(composition.source, kind) for kind in (Mix, Redraw))
-    plain_parts = resolved["source"]["parts"] if mixed else [resolved["source"]]
-    plain_parts = [resolved["source"]["source"]] if again else plain_parts
-    tasks: dict[str, object] = {}
-    for part, as_plain in zip(parts_of(composition.source), plain_parts, strict=True):
-        if isinstance(part, Dataset):
-            as_plain["path"] = _content(part.path, root)
-        else:
-            tasks |= {t: resolved_taskset(recipe, t, root) for t in part.tasks}
-    references = {r: known[r] for r in _references(composition)}
-    # The code of an extension counts as its version; ours counts in `semantics`.
-    packages = extensions.used_by(composition)
+    source = composition.source
+    resolved = {**plain(composition), "source": source.identity(root)}
+    tasks = {name: recipe.tasks[name].identity(root) for name in source.draws_from}
+    references = {r: known[r] for r in composition.references()}
+    # The code of parts that are not ours counts by itself; ours counts in `semantics`.
+    packages = code_of(composition.parts)
     return {
         **({"extensions": packages} if packages else {}),
         "semantics": SEMANTICS,
@@ -412,7 +322,7 @@ def protocol_of(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> s
         root: folder that the recipe's paths are relative to.
     """
     keys = {t.name: [task.key for task in t.held_out] for t in tasksets}
-    judged = {t.name: resolved_taskset(recipe, t.name, root) for t in tasksets}
+    judged = {t.name: recipe.tasks[t.name].identity(root) for t in tasksets}
     spec = plain(recipe.measure)
     # How counts are read, not how they are taken; and names, which `keys` repeats.
     del spec["epsilon"], spec["confidence"], spec["tasks"]
@@ -420,7 +330,7 @@ def protocol_of(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> s
 
 
 def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> dict[str, str]:
-    """What :func:`protocol_of` digests, part by part, so that people can be told what differs.
+    """What :func:`protocol_of` digests, part by part, so that people see what differs.
 
     See :class:`posttrain.measure.measurement.Measurement`; the template is added by who measures.
     """
@@ -434,36 +344,10 @@ def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -
         "seeds": f"from {spec.seed}",
     }
     for taskset in tasksets:
-        judged = resolved_taskset(recipe, taskset.name, root)
+        judged = recipe.tasks[taskset.name].identity(root)
         parts[f"prompts of {taskset.name}"] = digest([t.key for t in taskset.held_out])
-        # Where its prompts come from is told by the prompts.
+        # Where its prompts come from shows in the prompts.
         parts[f"verifier of {taskset.name}"] = digest(
             {k: v for k, v in judged.items() if k not in ("path", "train", "held_out", "seed")}
         )
     return parts
-
-
-def resolved_taskset(recipe: Recipe, name: str, root: Path) -> dict[str, object]:
-    """A task set as plain data, with the content of its files in place of their paths.
-
-    Raises:
-        DataError: a file that does not exist.
-    """
-    spec = recipe.tasks[name]
-    resolved = plain(spec)
-    if isinstance(spec, JsonlTasks):
-        resolved["path"] = _content(spec.path, root)
-        file, _, function = spec.reward.rpartition(":")
-        if file:
-            resolved["reward"] = f"{_content(file, root)}:{function}"
-    return resolved
-
-
-def _content(path: str, root: Path) -> str:
-    """Digest of a data file: what it holds matters, not where it lies."""
-    full = root / path
-    if not full.is_file():
-        raise DataError(
-            f"no file {full}", fix="check the path; it is relative to the recipe's folder"
-        )
-    return hash_file(full)

@@ -12,28 +12,28 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import yaml
 from msgspec import structs
 
 from posttrain.chat import ChatRenderer, Tokenizer
-from posttrain.composition import Dataset, Mix, Rollouts, TeacherDistribution, parts_of
 from posttrain.core import config
 from posttrain.core.errors import ModelError
 from posttrain.core.files import hash_folder
-from posttrain.legality import compared_in_the_loss
+from posttrain.core.trajectory import Column
+from posttrain.parts.base import Ground, Signal, Source
+from posttrain.parts.legality import compared_in_the_loss
+from posttrain.parts.registry import tag_of
 from posttrain.recipe import Recipe
+from posttrain.run.folder import stage_folder_name
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
-
-if TYPE_CHECKING:
-    from posttrain.sources.dataset import DatasetSource
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelShape:
     """What the headers of a model folder say."""
 
     num_weights: int
@@ -95,13 +95,14 @@ def preview(recipe: Recipe, *, root: Path) -> str:
 
 
 def _stage_lines(
-    number: int, planned: PlannedStage, plan: Plan, shape: Shape | None, folder: Path
+    number: int, planned: PlannedStage, plan: Plan, shape: ModelShape | None, folder: Path
 ) -> list[str]:
     spec, composition = planned.spec, planned.composition
-    signals = " → ".join(str(s.__struct_config__.tag) for s in composition.signals)
-    terms = " + ".join(f"{t.weight:g} {t.__struct_config__.tag}" for t in composition.terms)
+    folder_name = stage_folder_name(spec.name, planned.identity)
+    signals = " → ".join(tag_of(s) for s in composition.signals)
+    terms = " + ".join(f"{t.weight:g} {tag_of(t)}" for t in composition.terms)
     lines = [
-        f"{number}. {spec.name}  {spec.method.__struct_config__.tag}  ({planned.folder})",
+        f"{number}. {spec.name}  {tag_of(spec.method)}  ({folder_name})",
         f"   provenance  {planned.provenance}",
         f"   starts from {planned.init}",
         f"   signals     {signals or 'none'}",
@@ -138,7 +139,7 @@ def _detours(plan: Plan, others: Sequence[Plan]) -> list[str]:
     return ["", "if gates decide otherwise:", *(f"   {way}" for way in ways)]
 
 
-def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
+def _memory(planned: PlannedStage, recipe: Recipe, shape: ModelShape) -> str:
     """Weights, gradients and optimiser state; activations depend on the micro-batch."""
     width = BYTES[recipe.dtype]
     weights = shape.num_weights * width
@@ -159,90 +160,68 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: Shape) -> str:
     held = "".join(
         f"; teacher {_heard(signal, planned, shape)} per step"
         for signal in planned.composition.signals
-        if isinstance(signal, TeacherDistribution)
+        if Column.TEACHER_LOGPROBS in signal.provides
     )
     return f"{parts}{extra}; logits up to {_size(logits)}{held}"
 
 
-def _heard(signal: TeacherDistribution, planned: PlannedStage, shape: Shape) -> str:
+def _heard(signal: Signal, planned: PlannedStage, shape: ModelShape) -> str:
     """What teachers say of a draw: distributions, or the hidden states behind them."""
     # A row of a data set has no limit of its own but the context.
     longest = max(
-        p.group_size * p.max_new_tokens if isinstance(p, Rollouts) else shape.context
-        for p in parts_of(planned.composition.source)
+        shape.context if s.longest is None else s.group_size * s.longest
+        for s in planned.composition.source.leaves
     )
     rows = planned.spec.groups_per_step * longest
-    if set(signal.routes.values()) <= set(compared_in_the_loss(planned.composition)):
+    if set(signal.references()) <= set(compared_in_the_loss(planned.composition)):
         # Teachers are taken to be as wide as the learner.
         return f"hidden states up to {_size(rows * shape.hidden_size * 4)}"
-    return f"distributions up to {_size(rows * (signal.top_k or shape.vocab_size) * 4)}"
+    return f"distributions up to {_size(rows * (signal.num_entries or shape.vocab_size) * 4)}"
 
 
 def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
     """Count what a stage will draw; reads data files and the tokenizer."""
     source, spec = planned.composition.source, planned.spec
-    if isinstance(source, Dataset):
-        data = _dataset(source, plan, folder)
-        steps = planned.steps(data.num_groups)
+    ground = ground_of(plan, folder)
+    rows = source.rows(root=ground.root, renderer=ground.renderer, context=ground.context)
+    num_rows = None if rows is None else rows.num_groups
+    steps = planned.steps(num_rows)
+    if num_rows is not None:
         groups = steps * spec.groups_per_step / spec.updates_per_draw
-        prompts, completions = _dataset_tokens(data, groups)
-        return Volume(steps, round(prompts), round(completions), rows=data.num_groups, exact=True)
-    steps = planned.steps(None)
-    drawn = math.ceil(steps / spec.updates_per_draw) * spec.groups_per_step
-    tokens = [amounts for _, amounts in part_tokens(planned, plan, folder, groups=drawn)]
-    return Volume(steps, *(round(sum(side)) for side in zip(*tokens, strict=True)))
+    else:
+        groups = math.ceil(steps / spec.updates_per_draw) * spec.groups_per_step
+    tokens = [amounts for _, amounts in leaf_tokens(planned, ground, groups=groups)]
+    prompts, completions = (round(sum(side)) for side in zip(*tokens, strict=True))
+    return Volume(steps, prompts, completions, rows=num_rows, exact=num_rows is not None)
 
 
-def part_tokens(
-    planned: PlannedStage, plan: Plan, folder: Path, *, groups: float
-) -> list[tuple[Dataset | Rollouts, tuple[float, float]]]:
-    """What each part of a source gives to so many groups: (prompt, completion) tokens.
+def leaf_tokens(
+    planned: PlannedStage, ground: Ground, *, groups: float
+) -> list[tuple[Source, tuple[float, float]]]:
+    """What each leaf of a source gives to so many groups: (prompt, completion) tokens.
 
     Exact on average for data; of rollouts the most that they can have.
     """
     source = planned.composition.source
-    shares = source.shares if isinstance(source, Mix) else (1.0,)
-    return [
-        (
-            part,
-            _dataset_tokens(_dataset(part, plan, folder), share * groups)
-            if isinstance(part, Dataset)
-            else _rollout_tokens(part, share * groups, plan, folder),
-        )
-        for part, share in zip(parts_of(source), shares, strict=True)
-    ]
+    leaves = zip(source.leaves, source.leaf_shares, strict=True)
+    return [(leaf, leaf.tokens(share * groups, ground)) for leaf, share in leaves]
 
 
-def _dataset(source: Dataset, plan: Plan, folder: Path) -> DatasetSource:
-    from posttrain.sources.dataset import DatasetSource
-
-    context = read_shape(folder).context
-    return DatasetSource(
-        source, root=plan.root, renderer=_renderer(folder), context=context, seed=0
-    )
-
-
-def _dataset_tokens(data: DatasetSource, groups: float) -> tuple[float, float]:
-    """(prompt, completion) tokens of so many rows, on average."""
-    passes = groups / data.num_groups
-    return (data.num_tokens - data.num_trainable) * passes, data.num_trainable * passes
-
-
-def _rollout_tokens(
-    source: Rollouts, groups: float, plan: Plan, folder: Path
-) -> tuple[float, float]:
-    """(prompt, completion) tokens of so many groups, at most."""
-    from posttrain.tasks import build_taskset
-
+def ground_of(plan: Plan, folder: Path) -> Ground:
+    """What is known of a model folder and of the task sets without loading weights."""
     renderer = _renderer(folder)
-    lengths = list[int]()
-    for name in source.tasks:
-        tasks = build_taskset(
-            name, plan.recipe.tasks[name], root=plan.root, chat=renderer.has_template
-        ).train
-        lengths += [len(renderer.prompt(t).tokens) for t in tasks[:64]]
-    prompts = groups * sum(lengths) / len(lengths)
-    return prompts, groups * source.group_size * source.max_new_tokens
+
+    def prompt_lengths(name: str) -> list[int]:
+        spec = plan.recipe.tasks[name]
+        tasks = spec.build(name, root=plan.root, chat=renderer.has_template).train
+        return [len(renderer.prompt(t).tokens) for t in tasks[:64]]
+
+    return Ground(
+        root=plan.root,
+        renderer=renderer,
+        context=read_shape(folder).context,
+        prompt_lengths=prompt_lengths,
+    )
 
 
 def _renderer(folder: Path) -> ChatRenderer:
@@ -261,7 +240,7 @@ def _renderer(folder: Path) -> ChatRenderer:
     return ChatRenderer(tokenizer, end_tokens=tuple(known))
 
 
-def read_shape(folder: Path) -> Shape:
+def read_shape(folder: Path) -> ModelShape:
     """Count weights from safetensors headers, without reading any weight.
 
     Raises:
@@ -279,7 +258,7 @@ def read_shape(folder: Path) -> Shape:
                 header = json.loads(stream.read(length))
             total += sum(math.prod(t["shape"]) for n, t in header.items() if n != "__metadata__")
         settings = AutoConfig.from_pretrained(folder).get_text_config()
-        return Shape(
+        return ModelShape(
             total, settings.max_position_embeddings, settings.vocab_size, settings.hidden_size
         )
     except (OSError, ValueError, KeyError, AttributeError, struct.error, OverflowError) as error:

@@ -1,6 +1,6 @@
-"""What a run tells its ledger. Every row is appended exactly once, whatever was cut off before.
+"""The ledger rows of a run. Each is appended exactly once, whatever was cut off before.
 
-A sitting that adds nothing leaves no row: the ``run`` row is written before the first other one.
+A process that adds nothing leaves no row: the ``run`` row is written before the first other one.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ import msgspec
 
 from posttrain.core import config
 from posttrain.core.files import hash_file
+from posttrain.core.protocols import DataFile
 from posttrain.measure.gates import GateDecision
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.recipe import Recipe
 from posttrain.run.ledger import Ledger, RecordKind, read
 from posttrain.run.plan import PlannedStage
-from posttrain.sources.dataset import DatasetSource
 
 LIBRARIES = ("posttrain", "torch", "transformers", "numpy")
 
 
 @final
 class Records:
-    """Writes the rows of one sitting, apart from those of optimiser steps (see journal.py)."""
+    """Writes the rows of one process, apart from those of optimiser steps (see journal.py)."""
 
     def __init__(self, ledger: Ledger, recipe: Recipe) -> None:
         self._ledger, self._recipe = ledger, recipe
-        self._began = False
+        self._has_run_row = False
 
-    def began(self) -> None:
-        """Something is about to be done in this sitting: say with what, once."""
-        if self._began:
+    def run(self) -> None:
+        """The software and the seed that this process works with; written before its first work."""
+        if self._has_run_row:
             return
-        self._began = True
+        self._has_run_row = True
         self._ledger.append(
             RecordKind.RUN,
             {
@@ -58,17 +58,17 @@ class Records:
         """A model that this run did not make: the base, or a policy from outside."""
         self._once(RecordKind.MODEL, {"digest": digest, "name": name, "role": role})
 
-    def dataset(self, source: DatasetSource) -> None:
+    def dataset(self, file: DataFile) -> None:
         """A data set, by content."""
         self._once(
             RecordKind.SOURCE,
             {
-                "name": source.name,
-                "category": source.producer.kind,
-                "digest": source.digest,
-                "licence": source.licence,
-                "rows": source.num_groups,
-                "skipped": source.skipped,
+                "name": file.name,
+                "category": file.producer.kind,
+                "digest": file.digest,
+                "licence": file.licence,
+                "rows": file.rows,
+                "skipped": file.skipped,
             },
         )
 
@@ -126,7 +126,7 @@ class Records:
     def _once(self, kind: RecordKind, body: Mapping[str, object]) -> None:
         same = msgspec.json.decode(msgspec.json.encode(body))
         if not any(r.kind is kind and r.body == same for r in read(self._ledger.path)):
-            self.began()
+            self.run()
             self._ledger.append(kind, body)
 
 

@@ -12,16 +12,52 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import final
 
+from msgspec.structs import replace
+
 from posttrain.chat import messages_from
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import DataError, TaskError
-from posttrain.core.files import read_jsonl
+from posttrain.core.files import content_of, read_jsonl
 from posttrain.core.provenance import Role
 from posttrain.core.task import Message, Task
-from posttrain.recipe import JsonlTasks
+from posttrain.parts.registry import part
+from posttrain.tasks.base import TaskSetSpec
 from posttrain.tasks.rewards import BUILTINS, call_reward, is_number, last_number, load_reward
 
 _RESERVED = frozenset({"prompts", "completions"})
+
+
+@part
+class JsonlTasks(TaskSetSpec, tag="jsonl"):
+    """Rows of prompt (text or messages) and answer, judged by a reward function.
+
+    ``reward`` is a built-in name (``exact``, ``number``) or ``file.py:function``, a function
+    ``(prompts, completions, **columns) -> list[float]``. The last ``held_out`` rows, after
+    removing duplicates, are kept for measuring.
+    """
+
+    path: str
+    reward: str = "exact"
+    held_out: int = 32
+    success: float = 1.0
+
+    def identity(self, root: Path) -> dict[str, object]:
+        """Its options, with the content of the file and of the reward's file."""
+        resolved = {**plain(self), "path": content_of(self.path, root)}
+        file, _, function = self.reward.rpartition(":")
+        if file:
+            resolved["reward"] = f"{content_of(file, root)}:{function}"
+        return resolved
+
+    def located(self, root: Path) -> JsonlTasks:
+        """The same with absolute paths."""
+        file, colon, function = self.reward.rpartition(":")
+        reward = f"{(root / file).resolve()}:{function}" if colon else self.reward
+        return replace(self, path=str((root / self.path).resolve()), reward=reward)
+
+    def build(self, name: str, *, root: Path, chat: bool) -> JsonlTaskSet:
+        """The rows of the file, split."""
+        return JsonlTaskSet(name, self, root=root, chat=chat)
 
 
 @final

@@ -13,14 +13,18 @@ import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, cast, final
+
+import msgspec
 
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import TaskError, nearest
 from posttrain.core.provenance import Role
 from posttrain.core.task import Message, Task
-from posttrain.recipe import ReasoningGym
+from posttrain.parts.registry import part
+from posttrain.tasks.base import TaskSetSpec
 
 _OWN_OPTIONS = frozenset({"size", "seed"})
 _PATIENCE = 20  # items looked at per task wanted, before a question space counts as too small
@@ -38,6 +42,28 @@ _LIBRARY_ERRORS = (
     TypeError,
     ValueError,
 )
+
+PlainValue = str | int | float | bool | None
+
+
+@part
+class ReasoningGym(TaskSetSpec):
+    """A generator of the reasoning-gym library, judged by the library's own scorer."""
+
+    dataset: str
+    config: dict[str, PlainValue | list[PlainValue]] = msgspec.field(default_factory=dict)
+    train: int = 1000
+    held_out: int = 32
+    seed: int = 0
+    success: float = 1.0
+
+    def identity(self, root: Path) -> dict[str, object]:
+        """Its options: the library's version is pinned by whoever installs it."""
+        return plain(self)
+
+    def build(self, name: str, *, root: Path, chat: bool) -> ReasoningGymTaskSet:
+        """The generator's questions, split."""
+        return ReasoningGymTaskSet(name, self, chat=chat)
 
 
 class _Generator(Protocol):

@@ -18,6 +18,7 @@ from posttrain.testing.seams import (
     check_source,
     check_taskset,
     example_trajectory,
+    fake_tools,
 )
 from posttrain.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -36,6 +37,7 @@ __all__ = [
     "check_taskset",
     "check_term",
     "example_trajectory",
+    "fake_tools",
     "tiny_model",
     "tiny_tokenizer",
 ]

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from msgspec import structs
 
-from posttrain.composition import ANYONE, Composition, TermSpec
 from posttrain.core.config import checked, convert, plain
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind, Producer, Role, Sampling, Span
 from posttrain.core.trajectory import Array, Column, Group, Scored, Trajectory
-from posttrain.legality import check_composition, readable
-from posttrain.methods import Method
+from posttrain.parts.base import ANYONE, Term
+from posttrain.parts.composition import Composition, Method
+from posttrain.parts.legality import check_composition
+from posttrain.parts.registry import tag_of
 from posttrain.recipe import Stage
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ DASHES = frozenset({"-", "–"})
 
 
 def check_term(
-    term: TermSpec,
+    term: Term,
     *,
     gradient: Literal["flows", "zero"] = "flows",
     columns: Mapping[Column, Fill] | None = None,
@@ -63,7 +64,7 @@ def check_term(
     """
     again = convert(plain(term), type(term), origin="the term's own YAML")
     assert again == term, f"read back from YAML the term is {again}"
-    mine = _preferred(readable(term))
+    mine = _preferred(term.readable)
     other = _preferred(ANYONE - {mine})
     own = _material(term, mine, columns or {}, seed=seed)
     foreign = _material(term, other, columns or {}, seed=seed + 1)
@@ -108,7 +109,7 @@ def check_method(method: Method) -> None:
         AssertionError: the broken promise in words.
         LegalityError: the composition cannot work.
     """
-    name = str(method.__struct_config__.tag)
+    name = tag_of(method)
     written = {"name": "check", "method": plain(method), "budget": {"steps": 1}}
     try:
         again = convert(written, Stage, origin=name).method
@@ -154,7 +155,7 @@ class _Evaluated:
     num_batches: int
 
 
-def _evaluate(term: TermSpec, groups: Sequence[Group], *, max_tokens: int) -> _Evaluated:
+def _evaluate(term: Term, groups: Sequence[Group], *, max_tokens: int) -> _Evaluated:
     """Loss and gradient of a step that consists of these groups."""
     import torch
 
@@ -216,9 +217,7 @@ def _preferred(kinds: frozenset[Kind]) -> Kind:
     return Kind.LEARNER if Kind.LEARNER in kinds else min(kinds)
 
 
-def _material(
-    term: TermSpec, kind: Kind, columns: Mapping[Column, Fill], *, seed: int
-) -> list[Group]:
+def _material(term: Term, kind: Kind, columns: Mapping[Column, Fill], *, seed: int) -> list[Group]:
     """Groups by one author with every column that the term declares."""
     rng = np.random.default_rng(seed)
     needs = term.needs | term.limit.needs

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from types import MappingProxyType
+from typing import Any, Literal, final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +19,15 @@ from posttrain.core.protocols import (
     Policy,
     Prompt,
     Request,
-    Signal,
-    Source,
     StepReport,
+    Stream,
     provided,
 )
 from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
-from posttrain.core.task import Task, TaskSet
-from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
+from posttrain.core.task import Message, Task, TaskSet
+from posttrain.core.trajectory import End, Group, Scored, Trajectory
+from posttrain.parts.base import Signal, Source, bound
+from posttrain.parts.tools import Tools
 
 # --- fakes -----------------------------------------------------------------------------------
 
@@ -56,6 +58,47 @@ class CharRenderer:
     def token_text(self, token: int) -> str:
         """The character; the end token by name."""
         return chr(token) if token else "<end>"
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Token 0."""
+        return frozenset({0})
+
+    def completion(
+        self, prompt: str, completion: str, *, producer: Producer, task: str
+    ) -> Trajectory:
+        """Two texts, the second by its author and trained."""
+        asked = self.prompt(Task(taskset="text", prompt=prompt))
+        written = self.answer(Task(taskset="text", prompt=prompt), completion)
+        span = Span(length=len(written), role=Role.ASSISTANT, producer=producer)
+        return Trajectory(
+            task=task,
+            tokens=np.concatenate([asked.tokens, written]).astype(np.int32),
+            prompt_length=len(asked.tokens),
+            spans=(*asked.spans, span),
+        )
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        *,
+        producer: Producer,
+        task: str,
+        assistant_mask: Literal["template", "prefix"] = "template",
+        num_prompt: int | None = None,
+    ) -> Trajectory:
+        """The last message after all others, without a template."""
+        *before, last = messages
+        prompt = "".join(m.content for m in before)
+        return self.completion(prompt, last.content, producer=producer, task=task)
+
+    def show(self, trajectory: Trajectory) -> str:
+        """Trained characters in ⟦ ⟧."""
+        pairs = zip(trajectory.tokens, trajectory.trainable, strict=True)
+        marked = (
+            f"⟦{self.token_text(int(t))}⟧" if on else self.token_text(int(t)) for t, on in pairs
+        )
+        return "".join(marked).replace("⟧⟦", "")
 
 
 @final
@@ -374,30 +417,99 @@ def example_trajectory(
 # --- contract suites -------------------------------------------------------------------------
 
 
-def check_source(source: Source, *, provides: frozenset[Column], num_groups: int = 3) -> None:
-    """A source is a pure function of the step, and carries what its specification provides."""
-    first, again = source.draw(num_groups, step=0), source.draw(num_groups, step=0)
+def fake_tools(
+    live: Policy | None = None,
+    *,
+    policies: Mapping[str, Policy] = MappingProxyType({}),
+    tasksets: Mapping[str, TaskSet] = MappingProxyType({}),
+    **more: Any,
+) -> Tools:
+    """What a part may use of a stage, without one.
+
+    Args:
+        live: the policy being trained; by default one that answers ``a`` or ``b``.
+        policies: by reference, those that the part asks; ``learner`` is ``live``.
+        tasksets: by name; all of them are drawn from.
+        more: other fields of :class:`~posttrain.parts.tools.Tools`.
+
+    Example:
+        >>> fake_tools().live.producer.name
+        'fake'
+    """
+    live = live or FakePolicy({"a": 0.5, "b": 0.5}, version=0)
+    found = {"learner": live, **policies}
+    usual: dict[str, Any] = {"drawn": tuple(tasksets), "stage": "fake", "longest": live.context}
+    return Tools(
+        live=live,
+        policy=found.__getitem__,
+        any_policy=found.__getitem__,
+        sampler=found.__getitem__,
+        tasksets=tasksets,
+        **{**usual, **more},
+    )
+
+
+def check_source(
+    source: Source, tools: Tools | None = None, *, num_groups: int = 3, seed: int = 0
+) -> Stream:
+    """A source draws what it says, and the same whenever it is asked for the same step.
+
+    Args:
+        source: the part.
+        tools: what it may use; by default those of :func:`fake_tools`.
+        num_groups: of a draw.
+        seed: of the source.
+
+    Returns:
+        The opened source, for further tests.
+
+    Raises:
+        AssertionError: the broken promise in words.
+    """
+    stream = source.open(tools or fake_tools(), seed=seed)
+    first, again = stream.draw(num_groups, step=0), stream.draw(num_groups, step=0)
     assert len(first) == num_groups, f"draw({num_groups}) gave {len(first)} groups"
     assert _ids(first) == _ids(again), "drawing the same step twice gave other trajectories"
-    later = source.draw(num_groups, step=1)
+    later = stream.draw(num_groups, step=1)
     assert _ids(first) != _ids(later), "two steps gave the same trajectories"
+    authors = {a for g in first for m in g.members for a in m.trajectory.authors}
+    assert authors <= source.writes, f"tokens by {sorted(authors - source.writes)}, unannounced"
     for group in first:
-        missing = provides - provided(group)
-        assert not missing, f"a group lacks {sorted(missing)}, which the specification provides"
+        missing = source.provides - provided(group)
+        assert not missing, f"a group lacks {sorted(missing)}, which the source provides"
         assert all(m.trajectory.trainable.any() for m in group.members), "nothing to train on"
+    return stream
 
 
-def check_signal(signal: Signal, groups: Sequence[Group], *, provides: frozenset[Column]) -> None:
-    """A signal adds its columns, keeps order and trajectories, and removes nothing."""
-    scored = signal.score(groups)
+def check_signal(
+    signal: Signal, groups: Sequence[Group], tools: Tools | None = None
+) -> Sequence[Group]:
+    """A signal adds its columns, keeps order and trajectories, and removes nothing.
+
+    Args:
+        signal: the part.
+        groups: with the columns that it needs.
+        tools: what it may use; by default those of :func:`fake_tools`.
+
+    Returns:
+        The scored groups, for further tests.
+
+    Raises:
+        AssertionError: the broken promise in words.
+    """
+    for group in groups:
+        lacking = signal.needs - provided(group)
+        assert not lacking, f"the groups lack {sorted(lacking)}, which the signal needs"
+    scored = bound(signal, tools or fake_tools())(groups)
     assert len(scored) == len(groups), f"{len(groups)} groups in, {len(scored)} out"
     for before, after in zip(groups, scored, strict=True):
         assert after.task == before.task, "the order of groups changed"
         for old, new in zip(before.members, after.members, strict=True):
             assert new.trajectory is old.trajectory, "a signal must not copy or change the record"
             assert old.columns.keys() <= new.columns.keys(), "a column disappeared"
-        missing = provides - provided(after)
+        missing = signal.provides - provided(after)
         assert not missing, f"columns {sorted(missing)} were promised and not written"
+    return scored
 
 
 def check_taskset(tasks: TaskSet) -> None:

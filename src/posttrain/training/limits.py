@@ -10,21 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.composition import TermSpec
-from posttrain.composition.base import Limit, Term
 from posttrain.core.trajectory import Column
 from posttrain.numerics.batch import PackedBatch
+from posttrain.parts.base import Limit, Term
 from posttrain.training.reduce import mask_units
 
 
-def limit_of(term: TermSpec) -> Limit:
-    """The term's limit; one that keeps everything for a term without the shared options."""
-    return term.limit if isinstance(term, Term) else Limit()
-
-
-def kept_units(
-    term: TermSpec, batch: PackedBatch, *, entropy_N: Tensor | None = None
-) -> Tensor | None:
+def kept_units(term: Term, batch: PackedBatch, *, entropy_N: Tensor | None = None) -> Tensor | None:
     """Bool mask over the term's units, or None when the term has no limit.
 
     Args:
@@ -33,7 +25,7 @@ def kept_units(
         entropy_N: [N] the policy's entropies. Without them the mask has the right number of
             tokens in every sequence, and is good for counting only.
     """
-    limit = limit_of(term)
+    limit = term.limit
     if limit == Limit():
         return None
     keep = mask_units(term, batch)

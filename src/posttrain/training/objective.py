@@ -13,15 +13,15 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from posttrain.composition import AdaptiveEntropyBonus, Term, TermSpec
 from posttrain.core.statistics import SCALARS, Stat, Wanted
 from posttrain.core.trajectory import Column
 from posttrain.numerics.batch import PackedBatch
 from posttrain.numerics.head import token_stats
 from posttrain.numerics.logits import Head
-from posttrain.objectives.terms import TERMS
+from posttrain.parts.base import Term
+from posttrain.parts.registry import tag_of
 from posttrain.training.authors import author_sums
-from posttrain.training.limits import kept_units, limit_of
+from posttrain.training.limits import kept_units
 from posttrain.training.reading import as_read, read_tokens
 from posttrain.training.reduce import count_units, reduce_units
 
@@ -32,7 +32,7 @@ NO_SCALARS: Mapping[Wanted, Tensor] = MappingProxyType({})
 class Objective:
     """The terms of a stage, ready to be evaluated on packed batches."""
 
-    terms: tuple[TermSpec, ...]
+    terms: tuple[Term, ...]
     progress: float = 0.0  # share of the stage's updates done, for weights that move
     state: Mapping[str, float] = field(default_factory=dict)  # what terms remember, by name
     teachers: tuple[Head, ...] = ()  # of the teachers that signals know by these numbers
@@ -40,7 +40,7 @@ class Objective:
     @property
     def needs(self) -> frozenset[Column]:
         """Columns that ``pack`` must bring along."""
-        return frozenset().union(*(t.needs | limit_of(t).needs for t in self.terms))
+        return frozenset().union(*(t.needs | t.limit.needs for t in self.terms))
 
     def at(self, *, step: int, steps: int, state: Mapping[str, float] | None = None) -> Objective:
         """The objective of one update: the first has the initial weights, the last the final.
@@ -48,7 +48,8 @@ class Objective:
         ``state`` is what the learner keeps of earlier updates; see :meth:`after`.
 
         Example:
-            >>> from posttrain.composition import CrossEntropy, WeightSchedule
+            >>> from posttrain.parts.base import WeightSchedule
+            >>> from posttrain.parts.supervised.likelihood import CrossEntropy
             >>> moving = CrossEntropy(weight=2.0, weight_schedule=WeightSchedule(end=0.0))
             >>> [Objective((moving,)).at(step=s, steps=5).weights for s in (0, 2, 4)]
             [(2.0,), (1.0,), (0.0,)]
@@ -57,38 +58,35 @@ class Objective:
 
     def after(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
         """What terms remember once an update gave these metrics: names and numbers."""
-        state = dict(self.state)
+        state: dict[str, float] = {}
         for name, term in zip(self.names, self.terms, strict=True):
-            measured = metrics.get(f"{name}/entropy")
-            if isinstance(term, AdaptiveEntropyBonus) and measured is not None:
-                coefficient = state.get(f"{name}/coefficient", term.initial)
-                state[f"{name}/coefficient"] = term.moved(coefficient, entropy=measured)
-                state[f"{name}/entropy"] = measured
+            kept = term.remember(_own(self.state, name), _own(metrics, name))
+            state |= {f"{name}/{key}": value for key, value in kept.items()}
         return state
 
     @property
     def weights(self) -> tuple[float, ...]:
         """Every term's weight now."""
-        named = zip(self.names, self.terms, strict=True)
-        return tuple(_weight(t, self.progress) * self._factor(n, t) for n, t in named)
+        return tuple(
+            self._scheduled(term) * term.factor(_own(self.state, name))
+            for name, term in zip(self.names, self.terms, strict=True)
+        )
 
-    def _factor(self, name: str, term: TermSpec) -> float:
-        """What a weight is multiplied by, for what the term remembers."""
-        if not isinstance(term, AdaptiveEntropyBonus):
-            return 1.0
-        coefficient = self.state.get(f"{name}/coefficient", term.initial)
-        return term.acts(coefficient, entropy=self.state.get(f"{name}/entropy"))
+    def _scheduled(self, term: Term) -> float:
+        if term.weight_schedule is None:
+            return term.weight
+        return term.weight_schedule.at(term.weight, progress=self.progress)
 
     @property
     def moving(self) -> Mapping[str, float]:
         """The weights that follow a schedule or a measurement, by metric name."""
         now = zip(self.names, self.terms, self.weights, strict=True)
-        return {f"{n}/weight": w for n, t, w in now if _moves(t)}
+        return {f"{n}/weight": w for n, t, w in now if t.moves}
 
     @property
     def names(self) -> tuple[str, ...]:
         """A metric name per term: its tag, numbered where two terms have the same one."""
-        tags = [str(t.__struct_config__.tag) for t in self.terms]
+        tags = [tag_of(t) for t in self.terms]
         return tuple(
             tag if tags.count(tag) == 1 else f"{tag}-{tags[: i + 1].count(tag)}"
             for i, tag in enumerate(tags)
@@ -97,8 +95,8 @@ class Objective:
     @property
     def reads(self) -> frozenset[Wanted]:
         """Statistics of the policy, and divergences from a teacher, that some term reads."""
-        own = frozenset[Wanted]().union(*(TERMS[type(t)].wants(t) for t in self.terms))
-        by_entropy = any(limit_of(t).entropy_share is not None for t in self.terms)
+        own = frozenset[Wanted]().union(*(t.reads for t in self.terms))
+        by_entropy = any(t.limit.entropy_share is not None for t in self.terms)
         return own | {Stat.ENTROPY} if by_entropy else own
 
     @property
@@ -144,7 +142,6 @@ class Objective:
         metrics: dict[str, float] = author_sums(batch, stats)
         parts = zip(self.names, self.terms, self.weights, counts, strict=True)
         for name, term, weight, count in parts:
-            code = TERMS[type(term)]
             seen, seen_stats = as_read(term, batch, stats)
             if len(seen.target_N) == 0:
                 total, metrics[name] = total + 0.0 * hidden_NX.sum(), 0.0
@@ -153,7 +150,7 @@ class Objective:
 
             def share(
                 per_unit: Tensor,
-                term: TermSpec = term,
+                term: Term = term,
                 seen: PackedBatch = seen,
                 count: int = count,
                 keep: Tensor | None = keep,
@@ -161,29 +158,27 @@ class Objective:
             ) -> Tensor:
                 return reduce_units(term, per_unit, seen, count=count, keep=keep, shown=shown)
 
-            values = code.values(term, seen_stats, seen)
+            values = term.values(seen_stats, seen)
             own = share(values.loss, shown=False)
             total = total + weight * own
             metrics[name] = float(own.detach())
             for shown, per_unit in values.shown.items():
                 metrics[f"{name}/{shown}"] = float(share(per_unit.detach()))
-            if Stat.ENTROPY in code.reads:
+            if Stat.ENTROPY in term.reads:
                 metrics["entropy"] = float(share(seen_stats[Stat.ENTROPY].detach()))
         return total, metrics
 
 
-def _count(term: TermSpec, batches: Sequence[PackedBatch]) -> int:
+def _count(term: Term, batches: Sequence[PackedBatch]) -> int:
     seen = [b.only(read_tokens(term, b)) for b in batches]
     seen = [b for b in seen if len(b.target_N)]
     return count_units(term, seen, keep=[kept_units(term, b) for b in seen])
 
 
-def _moves(term: TermSpec) -> bool:
-    scheduled = isinstance(term, Term) and term.weight_schedule is not None
-    return scheduled or isinstance(term, AdaptiveEntropyBonus)
-
-
-def _weight(term: TermSpec, progress: float) -> float:
-    if not isinstance(term, Term) or term.weight_schedule is None:
-        return term.weight
-    return term.weight_schedule.at(term.weight, progress=progress)
+def _own(values: Mapping[str, float], name: str) -> Mapping[str, float]:
+    """Those of one term, without its name."""
+    return {
+        key.removeprefix(f"{name}/"): value
+        for key, value in values.items()
+        if key.startswith(f"{name}/")
+    }

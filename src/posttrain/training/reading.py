@@ -10,14 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.composition import TermSpec
 from posttrain.core.trajectory import Column
-from posttrain.legality import readable
 from posttrain.numerics.batch import PackedBatch
-from posttrain.objectives.values import Stats
+from posttrain.parts.base import Stats, Term
 
 
-def as_read(term: TermSpec, batch: PackedBatch, stats: Stats) -> tuple[PackedBatch, Stats]:
+def as_read(term: Term, batch: PackedBatch, stats: Stats) -> tuple[PackedBatch, Stats]:
     """The batch and the statistics, reduced to the tokens that the term reads.
 
     A term over tokens reads those of its authors, and one over steps those at which a labelled
@@ -30,9 +28,9 @@ def as_read(term: TermSpec, batch: PackedBatch, stats: Stats) -> tuple[PackedBat
     return batch.only(kept_N), {stat: values_N[kept_N] for stat, values_N in stats.items()}
 
 
-def read_tokens(term: TermSpec, batch: PackedBatch) -> Tensor:
+def read_tokens(term: Term, batch: PackedBatch) -> Tensor:
     """[N] bool: tokens that the term reads."""
-    allowed_N = batch.where(readable(term))
+    allowed_N = batch.where(term.readable)
     if term.unit == "token":
         return allowed_N
     if term.unit == "step":

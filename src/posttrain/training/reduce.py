@@ -11,23 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from posttrain.composition import TermSpec
-from posttrain.legality import readable
 from posttrain.numerics.batch import PackedBatch
+from posttrain.parts.base import Term
 
 
-def per_unit(term: TermSpec) -> bool:
+def per_unit(term: Term) -> bool:
     """True when the count is of units; False when it is of sequences."""
     return term.aggregate not in ("sequence_mean", "sequence_sum")
 
 
-def mask_units(term: TermSpec, batch: PackedBatch) -> Tensor:
+def mask_units(term: Term, batch: PackedBatch) -> Tensor:
     """Bool mask over the units the term reads: [N] tokens, [S] sequences, or [P] pairs.
 
     A sequence or pair counts only when everything trained in it was written by the kinds in
     ``where``; a sequence without a trained token never does.
     """
-    allowed_N = batch.where(readable(term))
+    allowed_N = batch.where(term.readable)
     if term.unit not in ("pair", "sequence"):
         return allowed_N
     barred_S = torch.zeros(batch.num_sequences, dtype=torch.bool, device=allowed_N.device)
@@ -40,7 +39,7 @@ def mask_units(term: TermSpec, batch: PackedBatch) -> Tensor:
 
 
 def count_units(
-    term: TermSpec, batches: Sequence[PackedBatch], *, keep: Sequence[Tensor | None] = ()
+    term: Term, batches: Sequence[PackedBatch], *, keep: Sequence[Tensor | None] = ()
 ) -> int:
     """How many tokens, sequences or pairs the term averages over in this step.
 
@@ -59,7 +58,7 @@ def count_units(
 
 
 def reduce_units(
-    term: TermSpec,
+    term: Term,
     values: Tensor,
     batch: PackedBatch,
     *,

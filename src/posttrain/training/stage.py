@@ -19,20 +19,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from posttrain.composition import TermSpec
-from posttrain.composition.scalar_heads import readouts
 from posttrain.core import clock
 from posttrain.core.events import AlarmRang, Observer, StepDone
+from posttrain.core.learner import Optimizer
 from posttrain.core.monitors import Watch
-from posttrain.core.protocols import Kept, Learner, Objective, Signal, Source
+from posttrain.core.protocols import Learner, Objective, Stateful, Stream
+from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, End, Group
-from posttrain.legality import Admission, admit, column_readers
 from posttrain.numerics.batch import PackedBatch, pack
-from posttrain.recipe import Optimizer, Stage
+from posttrain.parts.base import Term
+from posttrain.parts.legality import Admission, admit, column_readers, readouts
+from posttrain.parts.tools import Score
+from posttrain.recipe import Stage
 from posttrain.run.journal import Journal
-from posttrain.signals.gae import value_metrics
-from posttrain.signals.mismatch import mismatch_metrics
 from posttrain.training.authors import author_metrics
+from posttrain.training.draw_metrics import mismatch_metrics, value_metrics
 
 STRETCH = 2
 """A group stays together up to so many times the learner's own micro-batch: memory has that much
@@ -43,12 +44,12 @@ room, and a split prompt is computed twice. A number that the stage names is kep
 class Parts:
     """A stage made concrete: live objects behind a composition's specifications."""
 
-    source: Source
-    signals: Sequence[Signal]
-    terms: Sequence[TermSpec]
+    source: Stream
+    signals: Sequence[Score]
+    terms: Sequence[Term]
     objective: Objective
     learner: Learner
-    kept: Sequence[Kept] = ()  # what else a checkpoint must hold
+    stateful: Sequence[Stateful] = ()  # what else a checkpoint must hold
 
 
 class Interrupted(KeyboardInterrupt):
@@ -71,14 +72,14 @@ def run_stage(
         parts: what it was built into.
         steps: the budget in optimiser steps.
         journal: checkpoints, trajectories and ledger rows of this stage.
-        observe: told about every step.
+        observe: called with every event.
         stop: asked after every draw; True commits and raises :class:`Interrupted`.
     """
     run = _Run(stage, parts, steps, journal, observe, Watch(stage.monitors))
     updates = stage.updates_per_draw
-    step = committed = journal.resume(parts.learner, *parts.kept)
+    step = committed = journal.resume(parts.learner, *parts.stateful)
     for line in journal.metrics():
-        run.watch.see(int(line["step"]), line)  # alarms of earlier sittings have been told
+        run.watch.see(int(line["step"]), line)  # alarms of earlier processes have been shown
     clock.drain()  # what happened before the first step is none of its time
     clock.drain_counts()
     while step < steps:
@@ -86,15 +87,16 @@ def run_stage(
             groups = parts.source.draw(stage.groups_per_step, step=step // updates)
         with clock.measure("score"):
             for signal in parts.signals:
-                groups = signal.score(groups)
+                groups = signal(groups)
         # A draw cannot be repeated with newer weights, so it is committed whole or not at all.
         for update in range(min(updates, steps - step)):
             run.update(groups[update::updates], step=step)
             step += 1
+            parts.source.publish(step)
         halt = stop()
         if step - committed >= stage.checkpoint_every or step >= steps or halt:
             with clock.measure("journal"):
-                journal.commit(step, parts.learner, *parts.kept)
+                journal.commit(step, parts.learner, *parts.stateful)
             committed = step
         if halt and step < steps:
             raise Interrupted(f"stage {stage.name} at step {step} of {steps}")
@@ -164,7 +166,7 @@ def micro_batches(stage: Stage, parts: Parts, groups: Sequence[Group]) -> list[P
         needs=column_readers(parts.terms),
         max_tokens=named or own,
         group_tokens=named or STRETCH * own,
-        whole="score" in readouts(parts.terms),
+        whole=Stat.SCORE in readouts(parts.terms),
     )
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posttrain.composition.moving import MOVING, MovingReference
 from posttrain.core import clock
 from posttrain.core.errors import LegalityError, ModelError
+from posttrain.core.learner import MOVING, Lora, MovingReference, Optimizer
 from posttrain.core.protocols import Objective, ScalarStart, StepReport
 from posttrain.core.provenance import Kind, Producer
 from posttrain.core.statistics import Wanted
@@ -32,7 +32,6 @@ from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.engines.local.scalar import CRITIC, Scalar
 from posttrain.numerics.batch import PackedBatch
-from posttrain.recipe import Lora, Optimizer
 
 
 @final

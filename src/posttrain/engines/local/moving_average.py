@@ -14,8 +14,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from posttrain.composition.moving import MovingReference
 from posttrain.core.errors import ModelError
+from posttrain.core.learner import MovingReference
 from posttrain.engines.local.master_weights import MasterWeights
 from posttrain.engines.local.model import Model
 

@@ -1,0 +1,109 @@
+"""What decides how a learner's weights move, and which weights it has: plain options."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
+
+MOVING = "moving"
+"""The policy reference under which signals and sources find it."""
+
+
+class MovingReference(Config):
+    """Weights φ that start as the stage's input and follow the learner's θ.
+
+    φ ← (1 − ``rate``) φ + ``rate`` θ, after every ``every`` optimiser steps. Rate 1 is a copy.
+    Signals and sources refer to it as policy ``moving``. With adapters it is their factors that
+    are averaged, not their product, which is the same only for a copy. It is kept in float32 and
+    saved with the learner, so a resumed stage goes on with the very same φ.
+
+    Known as a moving reference (TR-DPO, arXiv 2404.09656: rate 0.6 every 512 steps, or a copy),
+    and as a mean teacher (every step, small rates).
+
+    Example:
+        >>> MovingReference(every=512, rate=0.6).due(1024), MovingReference(every=512).due(1)
+        (True, False)
+    """
+
+    every: int = 1
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 < self.rate <= 1:
+            raise ConfigError(
+                f"a moving reference with every={self.every}, rate={self.rate}",
+                expected="every at least 1, and 0 < rate <= 1: at rate 0 it would never move",
+                fix="for a reference that stays, name the policy `input`",
+            )
+
+    def due(self, step: int) -> bool:
+        """True when it moves after the optimiser step of this number, counted from 1."""
+        return step % self.every == 0
+
+
+class ScalarHead(Config):
+    """A linear map from a decoder's final hidden state to one number.
+
+    ``trunk: shared`` reads the hidden states of the model being trained: a reward model, or a
+    critic that moves the policy as it learns. ``trunk: separate`` is a second decoder that the
+    learner owns beside the policy, so that fitting a value leaves the policy alone.
+
+    ``start`` refers to the policy that a separate trunk is a copy of; its own critic is taken
+    where it has one. The head starts as the named model's, or at zero where it has none. ``lr`` is
+    the rate of a separate trunk and its head; null takes the stage's.
+    """
+
+    trunk: Literal["shared", "separate"] = "separate"
+    start: str = "input"
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.start in ("learner", MOVING):
+            raise ConfigError(
+                f"scalar_head with start={self.start}", expected="a model that stands still"
+            )
+        if self.lr is not None and (self.lr < 0 or self.trunk == "shared"):
+            raise ConfigError(
+                f"scalar_head with trunk={self.trunk}, lr={self.lr}",
+                expected="0 or more, and only for a separate trunk: a shared one has one rate",
+                fix="drop lr, or use trunk: separate",
+            )
+
+
+class Optimizer(Config):
+    """AdamW and its schedule."""
+
+    lr: float = 1e-5
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        betas = all(0 <= b < 1 for b in self.betas)
+        # "not >=" rather than "<", so that NaN is refused too.
+        if not (self.lr >= 0 and self.max_grad_norm > 0 and self.warmup_steps >= 0 and betas):
+            raise ConfigError(
+                f"optimizer with lr={self.lr}, max_grad_norm={self.max_grad_norm}, "
+                f"warmup_steps={self.warmup_steps}, betas={self.betas}",
+                expected="lr >= 0, max_grad_norm > 0, warmup_steps >= 0, 0 <= betas < 1",
+            )
+
+
+class Lora(Config):
+    """Low-rank adapters through peft, merged into the weights when the stage ends."""
+
+    rank: int = 16
+    alpha: int = 32
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha < 1 or not self.target_modules:
+            raise ConfigError(
+                f"lora with rank={self.rank}, alpha={self.alpha}, "
+                f"target_modules={self.target_modules!r}",
+                expected="rank >= 1, alpha >= 1 and at least one module",
+            )

@@ -1,0 +1,49 @@
+"""How a policy is sampled, as options of a recipe."""
+
+from __future__ import annotations
+
+from posttrain.core.config import Config
+from posttrain.core.provenance import Sampling
+
+
+class SamplingSpec(Config):
+    """How a policy is sampled. Defaults are the policy's own distribution, untouched.
+
+    An answer also ends after a token that completes one of the ``stop`` strings, which stays in
+    its text.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.with_seed(0)  # refuses what no sampler could draw from
+
+    def with_seed(self, seed: int) -> Sampling:
+        """The exact distribution of one request."""
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=seed,
+            stop=self.stop,
+        )
+
+    @property
+    def is_truncated(self) -> bool:
+        """True when ratios against the model's own distribution would be wrong."""
+        return self.with_seed(0).is_truncated
+
+    @property
+    def is_plain(self) -> bool:
+        """True when samples are those of the policy itself.
+
+        Example:
+            >>> SamplingSpec().is_plain, SamplingSpec(temperature=0.7).is_plain
+            (True, False)
+        """
+        return self.temperature == 1 and not self.is_truncated

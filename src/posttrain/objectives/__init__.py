@@ -1,1 +1,0 @@
-"""Objectives: what each term computes, and how its values become one number."""

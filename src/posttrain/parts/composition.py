@@ -1,0 +1,189 @@
+"""A composition, and the methods that make one.
+
+    method: {name: dpo, data: ..., beta: 0.2} ──compose()──▶ Composition: source, signals, terms
+
+A method is the short name of a composition with its paper's defaults. Most are classes of a few
+lines beside the parts that they use. Where one paper *is* the term, the term's class is the method
+too: ``@part(method=SHAPE)`` fills a shape with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, Union
+
+import msgspec
+
+from posttrain.core.config import Config, ConfigMeta, convert
+from posttrain.core.learner import MovingReference, ScalarHead
+from posttrain.parts import unions
+from posttrain.parts.base import Part, PolicyRef, Source, Term
+from posttrain.parts.registry import find, known, part, tag_of
+
+
+class Composition(Config):
+    """A method spelt out: where trajectories come from, who judges them, what is minimised.
+
+    ``moving`` gives the learner a reference that follows it, for parts that name policy ``moving``.
+    ``scalar_head`` is there exactly when a term reads one.
+    """
+
+    source: unions.AnySource
+    terms: tuple[unions.AnyTerm, ...]
+    signals: tuple[unions.AnySignal, ...] = ()
+    moving: MovingReference | None = None
+    scalar_head: ScalarHead | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Source, signals and terms, also those inside of the source."""
+        source: Source = self.source
+        inner = tuple(leaf for leaf in source.leaves if leaf is not source)
+        return (source, *inner, *source.judged_by, *self.signals, *self.terms)
+
+    def references(self) -> tuple[PolicyRef, ...]:
+        """Every policy that a part names, or that a critic starts from, each once."""
+        head = () if self.scalar_head is None else (self.scalar_head.start,)
+        named = (ref for p in self.parts for ref in p.references())
+        return tuple(dict.fromkeys((*head, *named)))
+
+
+class Method(Part, tag_field="name"):
+    """A named composition.
+
+    Class variables are its row in ``posttrain methods``: ``provenance`` (``on-policy``,
+    ``off-policy``, ``mixed``), ``interface`` (what teaches: token targets, preferences, rewards)
+    and ``tendency`` (the role it is meant for; the role is measured).
+    """
+
+    role: ClassVar[str] = "method"
+    provenance: ClassVar[str]
+    interface: ClassVar[str]
+    tendency: ClassVar[str]
+    spelt_out: ClassVar[bool] = False  # its options are the parts themselves
+
+    def compose(self) -> Composition:
+        """The composition that these options stand for."""
+        raise NotImplementedError
+
+
+COMMON = frozenset(Term.__struct_fields__)
+"""Options that every term has. A method that is one term leaves them at their defaults."""
+
+
+class TermMethod(Method):
+    """A shape of methods that are one term on the data it is made for.
+
+    A shape has the options that say which data, and ``around`` composes them with the term.
+    :meth:`of` makes the method of a term: the options of both under the term's name.
+    """
+
+    term: ClassVar[type[Term]]
+
+    def around(self, term: Term) -> Composition:
+        """The term with its data and the signals it needs."""
+        raise NotImplementedError
+
+    def compose(self) -> Composition:
+        """The term with its own options, on its data."""
+        own = {n: getattr(self, n) for n in _own_options(self.term)}
+        return self.around(self.term(**own))
+
+    @classmethod
+    def of(cls, term: type[Term]) -> type[TermMethod]:
+        """The method that consists of one term."""
+        written = _annotations(term)
+        fields = {n: d for n, d in _own_options(term).items() if n not in cls.__struct_fields__}
+        namespace: dict[str, Any] = {
+            "__module__": term.__module__,
+            "__qualname__": term.__name__,
+            "__doc__": term.__doc__,
+            "__annotations__": {name: written[name] for name in fields},
+            "term": term,
+            "formula": term.formula,
+            "paper": term.paper,
+            **{n: d for n, d in fields.items() if d is not msgspec.NODEFAULT},
+        }
+        made = ConfigMeta(term.__name__, (cls,), namespace, tag=tag_of(term))
+        assert issubclass(made, TermMethod)
+        return made
+
+
+def _own_options(term: type[Term]) -> dict[str, Any]:
+    """Defaults by name; types are not looked at, since a recipe's are open until it is read."""
+    names, defaults = term.__struct_fields__, term.__struct_defaults__
+    required = [msgspec.NODEFAULT] * (len(names) - len(defaults))
+    every = zip(names, (*required, *defaults), strict=True)
+    return {name: default for name, default in every if name not in COMMON}
+
+
+def _annotations(term: type[Term]) -> dict[str, Any]:
+    """Types by name: as they are written in the term's module, and evaluated from any other.
+
+    A written type is looked up in the module of the class that it stands in, and the method's
+    class stands in the term's.
+    """
+    found: dict[str, Any] = {}
+    for base in reversed(term.__mro__):
+        found |= inspect.get_annotations(base, eval_str=base.__module__ != term.__module__)
+    return found
+
+
+def method(name: str, **options: Any) -> Method:
+    """The method of that name, as a recipe writes it.
+
+    Args:
+        name: as in ``method: {name: ...}``.
+        options: of the method.
+
+    Raises:
+        ConfigError: no such method or option, or an ill-typed value; names the nearest.
+
+    Example:
+        >>> from posttrain import Dataset
+        >>> dpo = method("dpo", data=Dataset(path="pairs.jsonl"), beta=0.2)
+        >>> [type(term).__name__ for term in dpo.compose().terms]
+        ['Dpo']
+    """
+    written = {"name": name, **{k: msgspec.to_builtins(v) for k, v in options.items()}}
+    made: Method = convert(written, find("method", name), origin=f"method {name}")
+    return made
+
+
+@part
+class Compose(Method):
+    """Any legal composition, spelt out."""
+
+    spelt_out: ClassVar[bool] = True
+
+    source: unions.AnySource
+    terms: tuple[unions.AnyTerm, ...]
+    signals: tuple[unions.AnySignal, ...] = ()
+    moving: MovingReference | None = None
+    scalar_head: ScalarHead | None = None
+
+    provenance: ClassVar[str] = "as composed"
+    interface: ClassVar[str] = "as composed"
+    tendency: ClassVar[str] = "measure it"
+    formula: ClassVar[str] = "the weighted sum of the terms"
+
+    def compose(self) -> Composition:
+        """Itself."""
+        return Composition(
+            source=self.source,
+            signals=self.signals,
+            terms=self.terms,
+            moving=self.moving,
+            scalar_head=self.scalar_head,
+        )
+
+
+if TYPE_CHECKING:
+    AnyMethod: TypeAlias = Method
+else:
+
+    def __getattr__(name: str) -> object:
+        """``AnyMethod``: the union of all methods, ours and those of installed packages."""
+        if name != "AnyMethod":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return Union[tuple(known("method").values())]  # noqa: UP007

@@ -1,0 +1,110 @@
+"""Rewards of single tokens: penalties that stand beside the verifier's reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from posttrain.core.errors import ConfigError
+from posttrain.core.trajectory import Array, Column, Group, Scored
+from posttrain.parts.base import (
+    Columns,
+    Signal,
+)
+from posttrain.parts.registry import part
+from posttrain.parts.tools import Tools
+
+
+@part
+class KLPenalty(Signal):
+    """−β (log π_behaviour − log π_ref) as a reward of every token: k1 in the reward.
+
+    The gradient of E[R − β Σ k1] is that of the reward minus β times the sequence KL(π ‖ π_ref),
+    exactly (RLOO, REINFORCE++; survey section 5, trap 11).
+    """
+
+    beta: float = 0.05
+    untempered: ClassVar[bool] = True
+    needs: ClassVar[Columns] = frozenset({Column.BEHAVIOUR_LOGPROB, Column.REFERENCE_LOGPROB})
+    provides: ClassVar[Columns] = frozenset({Column.TOKEN_REWARD})
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ConfigError(f"kl_penalty with beta={self.beta}", expected="above 0")
+
+    def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
+        """The same groups with the penalty added to ``TOKEN_REWARD``."""
+        return add_token_rewards(groups, [[self._penalty(m) for m in g.members] for g in groups])
+
+    def _penalty(self, member: Scored) -> Array:
+        own, ref = (
+            member.columns[c].astype(np.float64)
+            for c in (Column.BEHAVIOUR_LOGPROB, Column.REFERENCE_LOGPROB)
+        )
+        # Prompts have neither log-prob; a NaN at a trained token must survive and be refused.
+        return np.where(member.trajectory.trainable, -self.beta * (own - ref), 0.0)
+
+
+@part
+class SoftLengthPenalty(Signal):
+    """DAPO's soft overlong punishment, as a reward of the last token (arXiv 2503.14476).
+
+    0 up to ``max_tokens − cache_tokens`` tokens, then falling linearly to −``weight`` at
+    ``max_tokens`` and beyond.
+    """
+
+    max_tokens: int
+    cache_tokens: int
+    weight: float = 1.0
+    sieves: ClassVar[bool] = True
+    provides: ClassVar[Columns] = frozenset({Column.TOKEN_REWARD})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cache_tokens <= self.max_tokens or self.weight <= 0:
+            raise ConfigError(
+                f"soft_length_penalty with max_tokens={self.max_tokens}, "
+                f"cache_tokens={self.cache_tokens}, weight={self.weight}",
+                expected="0 < cache_tokens <= max_tokens, weight > 0",
+            )
+
+    def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
+        """The same groups with the penalty added to ``TOKEN_REWARD``."""
+        return add_token_rewards(groups, [[self._penalty(m) for m in g.members] for g in groups])
+
+    def _penalty(self, member: Scored) -> Array:
+        out = np.zeros(len(member.trajectory))
+        trained = np.flatnonzero(member.trajectory.trainable)
+        if len(trained):
+            out[trained[-1]] = soft_length_penalty(len(trained), self)
+        return out
+
+
+def soft_length_penalty(length: int, spec: SoftLengthPenalty) -> float:
+    """The penalty of an answer of ``length`` tokens, between −weight and 0.
+
+    Example:
+        >>> spec = SoftLengthPenalty(max_tokens=10, cache_tokens=4)
+        >>> [soft_length_penalty(n, spec) for n in (6, 7, 10, 12)]
+        [0.0, -0.25, -1.0, -1.0]
+    """
+    over = length - (spec.max_tokens - spec.cache_tokens)
+    return spec.weight * max(min(-over / spec.cache_tokens, 0.0), -1.0)
+
+
+def add_token_rewards(groups: Sequence[Group], extra: Sequence[Sequence[Array]]) -> list[Group]:
+    """The groups with [T] values added to the token rewards that are there already."""
+    return [
+        Group(
+            task=g.task,
+            members=tuple(_added(m, v) for m, v in zip(g.members, vs, strict=True)),
+        )
+        for g, vs in zip(groups, extra, strict=True)
+    ]
+
+
+def _added(member: Scored, values: Array) -> Scored:
+    before = member.columns.get(Column.TOKEN_REWARD, np.zeros(len(values)))
+    # float64: returns are compared for equality, and rounding would make equal ones differ.
+    return member.with_columns({Column.TOKEN_REWARD: before + values})

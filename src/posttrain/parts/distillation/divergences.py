@@ -1,0 +1,234 @@
+"""Terms that compare the policy's next-token distribution with a teacher's, token by token.
+
+π is the policy, π_T the teacher. Every term takes the full vocabulary or the teacher's top-k; with
+a top-k the rest of the vocabulary is one more outcome, "any other token". An f-divergence never
+grows when outcomes are merged, so each is then a lower bound of the full one, and still zero when
+both agree. ``temperature`` τ softens both sides first (π^(1/τ), renormalised) and needs the full
+vocabulary; gradients shrink about as 1/τ², which a weight of τ² undoes (arXiv 1503.02531).
+
+The code behind a term is in ``objectives/distillation.py``, the formulas in ``divergence.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from posttrain.core.errors import ConfigError
+from posttrain.core.lazy import torch
+from posttrain.core.statistics import Divergence, DivergenceKind, Wanted
+from posttrain.core.trajectory import Column
+from posttrain.parts.base import (
+    Columns,
+    Scene,
+    Stats,
+    TokenTerm,
+    Values,
+)
+from posttrain.parts.distillation.teachers import TeacherDistribution
+from posttrain.parts.registry import part, tag_of
+
+if TYPE_CHECKING:
+    from posttrain.numerics.batch import PackedBatch
+
+
+TEACHER = frozenset({Column.TEACHER_IDS, Column.TEACHER_LOGPROBS})
+FORWARD = Divergence(DivergenceKind.FORWARD_KL)
+REVERSE = Divergence(DivergenceKind.REVERSE_KL)
+BY_RANK = Divergence(DivergenceKind.SORTED_L1)
+LEAST_REST = 1e-10
+"""Least probability outside of a teacher's top-k, which may sum to 1."""
+
+
+class TeacherDivergence(TokenTerm):
+    """What losses share that compare the next-token distribution with a teacher's."""
+
+    temperature: float = 1.0
+    needs: ClassVar[Columns] = TEACHER
+    by_divergence: ClassVar[bool] = True
+    name_shown: ClassVar[str] = "divergence"
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"temperature={self.temperature}", expected="above 0; 1 changes nothing"
+            )
+
+    @property
+    def divergence(self) -> Divergence:
+        """What the output head computes at every token."""
+        raise NotImplementedError
+
+    @property
+    def reads(self) -> frozenset[Wanted]:
+        """The divergence."""
+        return frozenset({self.divergence})
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] the divergence over the next token."""
+        values_N = stats[self.divergence]
+        return Values(values_N, {self.name_shown: values_N.detach()})
+
+    def check(self, scene: Scene) -> None:
+        """What a temperature does to tokens that a teacher left out is not known."""
+        tops = [s.top_k for s in scene.signals if isinstance(s, TeacherDistribution) and s.top_k]
+        if tops and self.temperature != 1:
+            raise scene.refuse(
+                f"{tag_of(self)} at temperature {self.temperature} with a teacher's top "
+                f"{min(tops)}",
+                expected="temperature 1, or the full vocabulary: what a temperature does to the "
+                "tokens that the teacher left out is not known",
+                fix="drop top_k, or drop temperature",
+            )
+
+
+@part
+class TeacherForwardKL(TeacherDivergence):
+    """Σ_v π_T(v) log(π_T(v) / π(v)): knowledge distillation (arXiv 1503.02531).
+
+    Covers whatever the teacher might say.
+    """
+
+    name_shown: ClassVar[str] = "kl"
+
+    @property
+    def divergence(self) -> Divergence:
+        """As written above."""
+        return Divergence(DivergenceKind.FORWARD_KL, temperature=self.temperature)
+
+
+@part
+class TeacherReverseKL(TeacherDivergence):
+    """Σ_v π(v) log(π(v) / π_T(v)) (MiniLLM, GKD; arXiv 2306.13649).
+
+    Avoids whatever the teacher would not say.
+    """
+
+    name_shown: ClassVar[str] = "kl"
+
+    @property
+    def divergence(self) -> Divergence:
+        """As written above."""
+        return Divergence(DivergenceKind.REVERSE_KL, temperature=self.temperature)
+
+
+@part
+class TeacherJensenShannon(TeacherDivergence):
+    """β KL(π_T ‖ M) + (1−β) KL(π ‖ M), M = β π_T + (1−β) π (GKD, arXiv 2306.13649).
+
+    It goes to 0 as β → 0 (divided by β: to the forward KL) and as β → 1 (divided by 1−β: to the
+    reverse KL). At exactly 0 and 1 it is the forward and the reverse KL, as in GKD's code: the
+    scale jumps there, so a learning rate found at β = 0.1 is not one for β = 0.
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.beta <= 1:
+            raise ConfigError(f"beta={self.beta}", expected="from 0 (forward KL) to 1 (reverse KL)")
+
+    @property
+    def divergence(self) -> Divergence:
+        """As written above."""
+        return Divergence(
+            DivergenceKind.JENSEN_SHANNON, coefficient=self.beta, temperature=self.temperature
+        )
+
+
+@part
+class TeacherSkewKL(TeacherDivergence):
+    """KL(π_T ‖ α π_T + (1−α) π) (DistiLLM, arXiv 2402.03898): at most −log α, whatever π is."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_alpha(self.alpha, "teacher_forward_kl")
+
+    @property
+    def divergence(self) -> Divergence:
+        """As written above."""
+        return Divergence(
+            DivergenceKind.SKEW_KL, coefficient=self.alpha, temperature=self.temperature
+        )
+
+
+@part
+class TeacherSkewReverseKL(TeacherDivergence):
+    """KL(π ‖ (1−α) π_T + α π) (DistiLLM, arXiv 2402.03898): at most −log α, whatever π is."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_alpha(self.alpha, "teacher_reverse_kl")
+
+    @property
+    def divergence(self) -> Divergence:
+        """As written above."""
+        return Divergence(
+            DivergenceKind.SKEW_REVERSE_KL, coefficient=self.alpha, temperature=self.temperature
+        )
+
+
+@part
+class TeacherTotalVariation(TeacherDivergence):
+    """½ Σ_v |π_T(v) − π(v)|, from 0 to 1 (f-divergence distillation, arXiv 2307.15190)."""
+
+    @property
+    def divergence(self) -> Divergence:
+        """As written above."""
+        return Divergence(DivergenceKind.TOTAL_VARIATION, temperature=self.temperature)
+
+
+@part
+class EntropyAwareKL(TokenTerm):
+    """KL(π ‖ π_T), plus KL(π_T ‖ π) where the teacher's entropy is above ``threshold`` nats.
+
+    Where the teacher is unsure the reverse KL alone would settle on one of its answers (arXiv
+    2603.07079). With a top-k the entropy is that of the merged outcomes.
+    """
+
+    threshold: float = 0.8
+    needs: ClassVar[Columns] = TEACHER
+    reads: ClassVar[frozenset[Wanted]] = frozenset({FORWARD, REVERSE})
+
+    def __post_init__(self) -> None:
+        if self.threshold < 0:
+            raise ConfigError(f"threshold={self.threshold}", expected="0 nats or more")
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] reverse KL, plus forward KL where the teacher is unsure."""
+        teacher_NK = batch.columns[Column.TEACHER_LOGPROBS]
+        rest_N = (1 - teacher_NK.exp().sum(-1)).clamp_min(LEAST_REST)
+        entropy_N = -(teacher_NK.exp() * teacher_NK).sum(-1) - rest_N * rest_N.log()
+        unsure_N = entropy_N > self.threshold
+        loss_N = stats[REVERSE] + torch.where(unsure_N, stats[FORWARD], 0.0)
+        return Values(loss_N, {"kl": stats[REVERSE].detach(), "unsure": unsure_N.float()})
+
+
+@part
+class TeacherSortedL1(TokenTerm):
+    """Σ_i |π_(i) − π_T(i)|, both sorted from the largest: ULD across tokenizers (2402.12030).
+
+    Only the shapes of the distributions are compared, not which token is likely: use it beside
+    another term (the paper: cross-entropy + 1.5 times this). It is read where both tokenizations
+    have a boundary after the same text and is 0 elsewhere; those tokens count in the mean. The
+    paper pairs the i-th tokens whatever they follow.
+    """
+
+    weight: float = 1.5
+    needs: ClassVar[Columns] = frozenset({Column.TEACHER_SORTED, Column.TEACHER_ALIGNED})
+    reads: ClassVar[frozenset[Wanted]] = frozenset({BY_RANK})
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] L1 of sorted probabilities where the teacher stands after the same text."""
+        aligned_N = batch.columns[Column.TEACHER_ALIGNED]
+        return Values(aligned_N * stats[BY_RANK], {"aligned": aligned_N})
+
+
+def _check_alpha(alpha: float, at_zero: str) -> None:
+    if not 0 < alpha < 1:
+        raise ConfigError(
+            f"alpha={alpha}", expected="above 0 and below 1", fix=f"alpha 0 is {at_zero}"
+        )

@@ -1,0 +1,193 @@
+"""Distillation as a policy gradient: a teacher's log-probs are the rewards of sampled tokens."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from posttrain.core.errors import ConfigError
+from posttrain.core.sampling import SamplingSpec
+from posttrain.parts.base import Aggregate, PolicyRef, Signal, Term
+from posttrain.parts.composition import Composition, Method
+from posttrain.parts.distillation.divergences import TeacherReverseKL
+from posttrain.parts.distillation.foreign import SpanAdvantage
+from posttrain.parts.distillation.teacher_credit import DeltaAdvantage, TeacherAdvantage
+from posttrain.parts.distillation.teachers import TeacherDistribution, TeacherLogprobs
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.policy.losses import ClippedPolicyGradient, PolicyGradient
+from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.registry import part
+
+
+class Sampled(Method):
+    """The learner's own rollouts, and how they are averaged. Fields only."""
+
+    tasks: tuple[str, ...]
+    group_size: int = 4
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "on-policy"
+    interface: ClassVar[str] = "teacher targets"
+    tendency: ClassVar[str] = "reshaping or consolidation"
+
+
+def _sampled(method: Sampled, signals: tuple[Signal, ...], terms: tuple[Term, ...]) -> Composition:
+    return Composition(source=rollouts(method), signals=signals, terms=terms)
+
+
+@part
+class OpdSampled(Sampled):
+    """OPD from one log-prob per token: the expected gradient of opd, with the noise of sampling.
+
+    Needs of the teacher what every server can give. The form of Thinking Machines' write-up: no
+    discount, importance sampling, no clip.
+    """
+
+    teachers: dict[str, PolicyRef]
+
+    formula: ClassVar[str] = "-r A, A = log pi_teacher(y_t) - log pi(y_t)"
+    paper: ClassVar[str] = "-"
+
+    def compose(self) -> Composition:
+        """Live rollouts; teacher log-probs as advantages; policy gradient."""
+        signals = (TeacherLogprobs(routes=self.teachers), TeacherAdvantage())
+        return _sampled(self, signals, (PolicyGradient(aggregate=self.aggregate),))
+
+
+@part
+class IwOpd(Sampled):
+    """Sampled OPD with more weight on early tokens, where a wrong turn costs what follows.
+
+    Unconfirmed: the formula was read at second hand.
+    """
+
+    teachers: dict[str, PolicyRef]
+    early: float = 0.5
+
+    formula: ClassVar[str] = "-r w A, w_t = 1 + early (1 - sum_{s<t} |A_s| / sum_s |A_s|)"
+    paper: ClassVar[str] = "2606.22600"
+
+    def __post_init__(self) -> None:
+        if self.early <= 0:
+            raise ConfigError(
+                f"iw_opd with early={self.early}", expected="above 0", fix="0 is opd_sampled"
+            )
+
+    def compose(self) -> Composition:
+        """Live rollouts; weighted advantages; policy gradient."""
+        signals = (TeacherLogprobs(routes=self.teachers), TeacherAdvantage(early=self.early))
+        return _sampled(self, signals, (PolicyGradient(aggregate=self.aggregate),))
+
+
+@part
+class GOpd(Sampled):
+    """Sampled OPD that goes on where the teacher stopped: λ above 1 extrapolates.
+
+    ``reference`` is where the teacher started from; by default where this stage does.
+
+    Unconfirmed: the formula was read at second hand.
+    """
+
+    teachers: dict[str, PolicyRef]
+    extrapolation: float = 1.25
+    reference: PolicyRef = "input"
+
+    formula: ClassVar[str] = "-r A, A = lambda log(pi_T / pi_ref) - log(pi / pi_ref)"
+    paper: ClassVar[str] = "2602.12125"
+
+    def __post_init__(self) -> None:
+        if self.extrapolation == 1:
+            raise ConfigError(
+                "g_opd with extrapolation=1, which no reference enters",
+                expected="above 1 to go beyond the teacher, below 1 to stop short of it",
+                fix="use opd_sampled",
+            )
+
+    def compose(self) -> Composition:
+        """Live rollouts; teacher and reference log-probs; policy gradient."""
+        signals: tuple[Signal, ...] = (
+            TeacherLogprobs(routes=self.teachers),
+            ReferenceLogprobs(policy=self.reference),
+            TeacherAdvantage(extrapolation=self.extrapolation),
+        )
+        return _sampled(self, signals, (PolicyGradient(aggregate=self.aggregate),))
+
+
+@part
+class Opd2(Sampled):
+    """Distils what a teacher's tuning added to its base, where plain OPD agrees in sign.
+
+    Unconfirmed: the formula was read at second hand.
+    """
+
+    teacher: PolicyRef
+    teacher_base: PolicyRef
+    scale: float = 0.1
+    group_size: int = 1
+    sampling: SamplingSpec = SamplingSpec(temperature=0.7)
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    formula: ClassVar[str] = "-min(r A, clip(r) A), A = centred log(pi_T / pi_base) if OPD agrees"
+    paper: ClassVar[str] = "2607.15161"
+
+    def compose(self) -> Composition:
+        """Live rollouts; the teacher's delta as advantage; clipped policy gradient."""
+        signal = DeltaAdvantage(teacher=self.teacher, base=self.teacher_base, scale=self.scale)
+        term = ClippedPolicyGradient(
+            clip_low=self.clip_low, clip_high=self.clip_high, aggregate=self.aggregate
+        )
+        return _sampled(self, (signal,), (term,))
+
+
+@part
+class SpanOpd(Sampled):
+    """Sampled OPD from a teacher with another tokenizer, by spans of text that both can cut out.
+
+    The alignment is that of GOLD. ``uld`` compares whole distributions instead, by rank.
+    """
+
+    teacher: PolicyRef
+
+    formula: ClassVar[str] = "-r A, A = log pi_T(span) - log pi(span), the span of y_t"
+    paper: ClassVar[str] = "GOLD, Hugging Face 2025"
+
+    def compose(self) -> Composition:
+        """Live rollouts; a foreign teacher's log-probs of spans as advantages; policy gradient."""
+        signals = (SpanAdvantage(teacher=self.teacher),)
+        return _sampled(self, signals, (PolicyGradient(aggregate=self.aggregate),))
+
+
+@part
+class Minillm(Sampled):
+    """The reverse KL between whole sequences: one step exactly, the rest by policy gradient.
+
+    The exact part is the next-token reverse KL; the rest credits a token with the mean log-ratio
+    of those after it, which is the paper's length normalisation. Left out of the paper: sampling
+    from a blend of teacher and learner, and a pre-training loss (mix a data set in for that).
+    """
+
+    teachers: dict[str, PolicyRef]
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    top_k: int | None = None
+
+    formula: ClassVar[str] = "KL(pi || pi_T) per token, - clip(r) mean_{s>t} log(pi_T / pi)(y_s)"
+    paper: ClassVar[str] = "2306.08543"
+
+    def compose(self) -> Composition:
+        """Live rollouts; teacher distributions and log-probs; reverse KL and policy gradient."""
+        signals: tuple[Signal, ...] = (
+            TeacherDistribution(routes=self.teachers, top_k=self.top_k),
+            TeacherLogprobs(routes=self.teachers),
+            TeacherAdvantage(credit="future_mean"),
+        )
+        exact = TeacherReverseKL(aggregate=self.aggregate)
+        rest = ClippedPolicyGradient(
+            clip_low=self.clip_low, clip_high=self.clip_high, aggregate=self.aggregate
+        )
+        return _sampled(self, signals, (exact, rest))
+
+
+RewardedDistillation = OpdSampled | IwOpd | GOpd | Opd2 | SpanOpd | Minillm

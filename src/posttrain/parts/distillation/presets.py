@@ -1,0 +1,478 @@
+"""Distillation with a distribution as the target."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from msgspec.structs import replace
+
+from posttrain.core.errors import ConfigError
+from posttrain.core.learner import MOVING, MovingReference
+from posttrain.core.provenance import Kind
+from posttrain.core.sampling import SamplingSpec
+from posttrain.parts.base import Aggregate, PolicyRef, Source, Term, WeightSchedule
+from posttrain.parts.composition import Composition, Method
+from posttrain.parts.distillation.divergences import (
+    EntropyAwareKL,
+    TeacherForwardKL,
+    TeacherJensenShannon,
+    TeacherReverseKL,
+    TeacherSkewKL,
+    TeacherSkewReverseKL,
+    TeacherSortedL1,
+    TeacherTotalVariation,
+)
+from posttrain.parts.distillation.foreign import ForeignTeacher
+from posttrain.parts.distillation.teachers import TeacherDistribution
+from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.registry import part
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.mix import Mix
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.parts.supervised.likelihood import CrossEntropy
+
+ANSWER_SHOWN = "{question}\nThe correct answer is {answer}. Answer in your own words."
+
+
+DEMONSTRATION_SHOWN = (
+    "{question}\nThis is an example of a response to the question:\n{answer}\n"
+    "Now answer with a response of your own."
+)
+
+
+SUCCESS_SHOWN = (
+    "{question}\nThis answer to the question was correct:\n{success}\n"
+    "Now solve the question in your own words."
+)
+
+
+class OnTasks(Method):
+    """Whose prompts are answered, and how. Fields only."""
+
+    tasks: tuple[str, ...]
+    group_size: int = 1
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+
+    tendency: ClassVar[str] = "reshaping or consolidation"
+    interface: ClassVar[str] = "teacher targets"
+
+
+@part
+class SeqKd(OnTasks):
+    """Sequence-level distillation: the likelihood of a teacher's own answers."""
+
+    teacher: PolicyRef
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "off-policy"
+    interface: ClassVar[str] = "token targets"
+    formula: ClassVar[str] = "-log pi(y_t), y ~ pi_teacher"
+    paper: ClassVar[str] = "1606.07947"
+
+    def compose(self) -> Composition:
+        """Rollouts of the teacher; no signals; cross-entropy."""
+        source = rollouts(self, policy=self.teacher)
+        return Composition(source=source, terms=(CrossEntropy(aggregate=self.aggregate),))
+
+
+@part
+class Kd(Method):
+    """Logit distillation: the teacher's distribution at every token of given answers.
+
+    With ``temperature`` τ the loss is multiplied by τ², so that its gradient keeps its size.
+    """
+
+    data: Dataset
+    teachers: dict[str, PolicyRef]
+    temperature: float = 1.0
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "off-policy"
+    interface: ClassVar[str] = "teacher targets"
+    tendency: ClassVar[str] = "consolidation"
+    formula: ClassVar[str] = "tau^2 KL(pi_teacher || pi) per token, both at temperature tau"
+    paper: ClassVar[str] = "1503.02531"
+
+    def compose(self) -> Composition:
+        """Data set; teacher distributions; forward KL."""
+        term = TeacherForwardKL(
+            temperature=self.temperature, weight=self.temperature**2, aggregate=self.aggregate
+        )
+        signal = TeacherDistribution(routes=self.teachers, top_k=self.top_k)
+        return Composition(source=self.data, signals=(signal,), terms=(term,))
+
+
+@part
+class Opd(OnTasks):
+    """On-policy distillation: the teacher grades every token of the learner's own rollouts.
+
+    Several teachers, each for its own task sets, make it MOPD (arXiv 2601.02780):
+    ``teachers: {sums: path:adder, "*": base}``.
+    """
+
+    teachers: dict[str, PolicyRef]
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "on-policy"
+    formula: ClassVar[str] = "KL(pi || pi_teacher) per token, on samples of pi"
+    paper: ClassVar[str] = "2306.13649"
+
+    def compose(self) -> Composition:
+        """Live rollouts; teacher distributions routed by task set; reverse KL."""
+        return _taught(self, TeacherReverseKL(aggregate=self.aggregate))
+
+
+@part
+class EntropyAwareOpd(OnTasks):
+    """OPD that also covers the teacher's answers where the teacher is unsure.
+
+    Unconfirmed: read at second hand; the threshold's unit and the second part's weight are ours.
+    """
+
+    teachers: dict[str, PolicyRef]
+    top_k: int | None = 16
+    threshold: float = 0.8
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "on-policy"
+    formula: ClassVar[str] = "KL(pi || pi_T) + [H(pi_T) > threshold] KL(pi_T || pi)"
+    paper: ClassVar[str] = "2603.07079"
+
+    def compose(self) -> Composition:
+        """Live rollouts; teacher distributions; both KLs."""
+        term = EntropyAwareKL(threshold=self.threshold, aggregate=self.aggregate)
+        return _taught(self, term)
+
+
+@part
+class TvDistillation(OnTasks):
+    """Total variation to a teacher on the learner's own rollouts: a bounded loss per token.
+
+    Unconfirmed: the divergence is standard; that the paper uses it so is from general knowledge.
+    """
+
+    teachers: dict[str, PolicyRef]
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "on-policy"
+    formula: ClassVar[str] = "1/2 sum_v |pi_teacher - pi|, on samples of pi"
+    paper: ClassVar[str] = "2307.15190"
+
+    def compose(self) -> Composition:
+        """Live rollouts; teacher distributions; total variation."""
+        return _taught(self, TeacherTotalVariation(aggregate=self.aggregate))
+
+
+def _taught(method: Opd | EntropyAwareOpd | TvDistillation, term: Term) -> Composition:
+    signal = TeacherDistribution(routes=method.teachers, top_k=method.top_k)
+    return Composition(source=rollouts(method), signals=(signal,), terms=(term,))
+
+
+@part
+class Gkd(OnTasks):
+    """Generalised distillation: a share λ of the learner's own rollouts, the rest given answers.
+
+    ``own`` is λ; at 1 there is no data, at 0 there are no rollouts. ``beta`` goes from the forward
+    KL at 0 to the reverse KL at 1; between them the loss is smaller, see teacher_jensen_shannon.
+    """
+
+    teachers: dict[str, PolicyRef]
+    data: Dataset | None = None
+    own: float = 0.5
+    beta: float = 0.5
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = (
+        "beta KL(pi_T || M) + (1-beta) KL(pi || M), M = beta pi_T + (1-beta) pi"
+    )
+    paper: ClassVar[str] = "2306.13649"
+
+    def __post_init__(self) -> None:
+        check_share(self.own, self.data)
+
+    def compose(self) -> Composition:
+        """A mix of data and live rollouts; teacher distributions; generalised Jensen-Shannon."""
+        return Composition(
+            source=mixed(self.data, rollouts(self), own=self.own),
+            signals=(TeacherDistribution(routes=self.teachers, top_k=self.top_k),),
+            terms=(TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate),),
+        )
+
+
+@part
+class Distillm(OnTasks):
+    """Skewed KL on a mix of given answers and the learner's own rollouts.
+
+    The paper also replays old rollouts and adapts their share; here they are fresh, and the share
+    is fixed.
+    """
+
+    teachers: dict[str, PolicyRef]
+    data: Dataset | None = None
+    own: float = 0.5
+    alpha: float = 0.1
+    reverse: bool = True
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "KL(pi || (1-alpha) pi_T + alpha pi); or KL(pi_T || alpha pi_T + ...)"
+    paper: ClassVar[str] = "2402.03898"
+
+    def __post_init__(self) -> None:
+        check_share(self.own, self.data)
+
+    def compose(self) -> Composition:
+        """A mix of data and live rollouts; teacher distributions; a skew KL."""
+        kind = TeacherSkewReverseKL if self.reverse else TeacherSkewKL
+        return Composition(
+            source=mixed(self.data, rollouts(self), own=self.own),
+            signals=(TeacherDistribution(routes=self.teachers, top_k=self.top_k),),
+            terms=(kind(alpha=self.alpha, aggregate=self.aggregate),),
+        )
+
+
+@part
+class Distillm2(OnTasks):
+    """Raise what the teacher says, lower what only the learner says.
+
+    Skew KL on the teacher's rollouts with weight 2 − β, skew reverse KL on the learner's with β,
+    and β moving from ``beta`` to ``beta_end``. The paper also fits α to every sample; here it is
+    constant. Each half is averaged over its own tokens.
+
+    Unconfirmed: the formula is that of the authors' code; the paper was not opened.
+    """
+
+    teacher: PolicyRef
+    alpha: float = 0.1
+    beta: float = 1.0
+    beta_end: float = 1.5
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "(2-beta) SKL on y ~ pi_T, plus beta SRKL on y ~ pi"
+    paper: ClassVar[str] = "2503.07067"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.beta < 2 and 0 < self.beta_end < 2 and self.beta != self.beta_end):
+            raise ConfigError(
+                f"distillm2 with beta={self.beta}, beta_end={self.beta_end}",
+                expected="two different numbers between 0 and 2",
+            )
+
+    def compose(self) -> Composition:
+        """Half teacher, half learner; teacher distributions; one skew KL on each."""
+        first, last = self.beta, self.beta_end
+        raised = _skewed(self, TeacherSkewKL, Kind.TEACHER, weight=2 - first, end=2 - last)
+        lowered = _skewed(self, TeacherSkewReverseKL, Kind.LEARNER, weight=first, end=last)
+        parts = (rollouts(self, policy=self.teacher), rollouts(self))
+        return Composition(
+            source=Mix(parts=parts, shares=(0.5, 0.5)),
+            signals=(TeacherDistribution(routes={"*": self.teacher}, top_k=self.top_k),),
+            terms=(raised, lowered),
+        )
+
+
+def _skewed(
+    method: Distillm2,
+    kind: type[TeacherSkewKL] | type[TeacherSkewReverseKL],
+    author: Kind,
+    *,
+    weight: float,
+    end: float,
+) -> Term:
+    """A skew KL on what one of the two wrote, its weight moving."""
+    return kind(
+        alpha=method.alpha,
+        aggregate=method.aggregate,
+        weight=weight,
+        weight_schedule=WeightSchedule(end=end),
+        where=(author,),
+    )
+
+
+@part
+class Uld(OnTasks):
+    """Distillation from a teacher with another tokenizer, by sorted probabilities.
+
+    Cross-entropy on given answers, and on the learner's own rollouts the L1 distance of sorted
+    probabilities where both tokenizers have a boundary. The paper compares on the given answers,
+    token by token from the start, whether or not the same text stands before.
+    """
+
+    teacher: PolicyRef
+    data: Dataset
+    own: float = 0.5
+    top_k: int = 100
+    weight: float = 1.5
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "-log pi(y_t) on data, + weight sum_i |pi_(i) - pi_T(i)| on rollouts"
+    paper: ClassVar[str] = "2402.12030"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.own < 1:
+            raise ConfigError(f"uld with own={self.own}", expected="above 0 and below 1")
+
+    def compose(self) -> Composition:
+        """Data and live rollouts; a foreign teacher on the rollouts; both losses."""
+        by_rank = TeacherSortedL1(
+            weight=self.weight, aggregate=self.aggregate, where=(Kind.LEARNER,)
+        )
+        written = CrossEntropy(aggregate=self.aggregate, where=(self.data.author,))
+        return Composition(
+            source=mixed(self.data, rollouts(self), own=self.own),
+            signals=(ForeignTeacher(teacher=self.teacher, top_k=self.top_k),),
+            terms=(written, by_rank),
+        )
+
+
+class Told(OnTasks):
+    """A teacher with more to read than the learner. Fields only."""
+
+    teacher: PolicyRef = "input"
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "on-policy"
+    tendency: ClassVar[str] = "reshaping, or consolidation of what a prompt can do"
+
+
+@part
+class ContextDistillation(Told):
+    """What a policy says with an instruction becomes what it says without.
+
+    On the learner's own rollouts (OPCD, arXiv 2602.12275); the first form of it (2209.15189)
+    imitates the instructed policy's answers, which is seq_kd from such data.
+    """
+
+    context: str
+
+    formula: ClassVar[str] = "KL(pi(. | x) || pi_teacher(. | context, x)), on samples of pi"
+    paper: ClassVar[str] = "2602.12275"
+
+    def compose(self) -> Composition:
+        """Live rollouts; the distribution of a teacher that reads more; reverse KL."""
+        return _told(self, self.context, TeacherReverseKL(aggregate=self.aggregate))
+
+
+@part
+class Opsd(Told):
+    """On-policy self-distillation: the teacher is the policy that knows the right answer.
+
+    The teacher is frozen where the stage begins; ``teacher: learner`` lets it move along.
+
+    Unconfirmed: the divergence and its ``beta`` are those of ``sdft``, the paper was not opened.
+    """
+
+    context: str = ANSWER_SHOWN
+    beta: float = 0.5
+
+    formula: ClassVar[str] = "JSD_beta(pi_teacher(. | x, answer), pi(. | x)), on samples of pi"
+    paper: ClassVar[str] = "2601.18734"
+
+    def compose(self) -> Composition:
+        """Live rollouts; the distribution of a teacher that reads more; Jensen-Shannon."""
+        term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
+        return _told(self, self.context, term)
+
+
+@part
+class Sdft(Told):
+    """Self-distillation fine-tuning: the learner itself, shown a demonstration, is the teacher.
+
+    The demonstration is the task's ``answer``. The teacher is a moving average of the learner
+    (``rate`` per step); ``teacher: learner`` is the learner at every draw, and any other policy
+    stays as it is.
+
+    Unconfirmed: the default of ``rate``.
+    """
+
+    teacher: PolicyRef = MOVING
+    rate: float = 0.05
+    context: str = DEMONSTRATION_SHOWN
+    beta: float = 0.5
+
+    formula: ClassVar[str] = "JSD_beta(pi(. | x, demonstration), pi(. | x)), on samples of pi"
+    paper: ClassVar[str] = "2601.19897"
+
+    def compose(self) -> Composition:
+        """Live rollouts; the learner's own distribution after a demonstration; Jensen-Shannon."""
+        term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
+        return _told(self, self.context, term, rate=self.rate)
+
+
+@part
+class Sdpo(Told):
+    """Self-distillation policy optimisation: the teacher is shown a sibling that succeeded.
+
+    The teacher, a moving average of the learner, reads the first other answer of the group with a
+    reward of at least ``success``; answers without one are left out. The paper also shows
+    feedback in words where an environment gives any; here a reward is all there is.
+    """
+
+    teacher: PolicyRef = MOVING
+    rate: float = 0.05
+    group_size: int = 8
+    success: float = 1.0
+    top_k: int | None = 100
+    context: str = SUCCESS_SHOWN
+    beta: float = 0.5
+
+    interface: ClassVar[str] = "verifier reward, then teacher targets"
+    formula: ClassVar[str] = "JSD_beta(pi_ema(. | x, a sibling that succeeded), pi(. | x))"
+    paper: ClassVar[str] = "2601.20802"
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ConfigError(
+                f"sdpo with group_size={self.group_size}",
+                expected="at least 2: a single answer has no sibling",
+            )
+
+    def compose(self) -> Composition:
+        """Live rollouts; verifier; an averaged teacher that reads a sibling; Jensen-Shannon."""
+        term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
+        plain = _told(self, self.context, term, rate=self.rate, success=self.success)
+        return replace(plain, signals=(Verify(), *plain.signals))
+
+
+def _told(
+    method: Told, context: str, term: Term, *, rate: float = 1.0, success: float = 1.0
+) -> Composition:
+    signal = TeacherDistribution(
+        routes={"*": method.teacher}, top_k=method.top_k, context=context, success=success
+    )
+    moving = MovingReference(rate=rate) if method.teacher == MOVING else None
+    return Composition(source=rollouts(method), signals=(signal,), terms=(term,), moving=moving)
+
+
+def check_share(own: float, data: Dataset | None) -> None:
+    """Refuse a share that leaves the data unused, or asks for data that is not named.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if not 0 <= own <= 1 or (own < 1) != (data is not None):
+        raise ConfigError(
+            f"own={own} with {'data' if data else 'no data'}",
+            expected="a share of rollouts from 0 to 1, and data exactly when it is below 1",
+        )
+
+
+def mixed(data: Dataset | None, drawn: Rollouts, *, own: float) -> Source:
+    """A share ``own`` of rollouts, the rest data; one of the two alone at 1 and 0."""
+    if data is None:
+        return drawn
+    if own == 0:
+        return data
+    return Mix(parts=(data, drawn), shares=(1 - own, own))

@@ -1,0 +1,122 @@
+"""Policy gradients on text that somebody else wrote, each under an assumption that it names.
+
+A ratio needs the probability with which its author wrote a token. Nobody knows it for a
+demonstration, and a missing log-prob is refused everywhere else. These terms put an assumption in
+its place, and carry it in their names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from posttrain.core.errors import ConfigError
+from posttrain.core.lazy import torch
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat
+from posttrain.core.trajectory import Column
+from posttrain.parts.base import (
+    ANYONE,
+    Aggregate,
+    Columns,
+    Stats,
+    Term,
+    TokenTerm,
+    Values,
+)
+from posttrain.parts.registry import part
+from posttrain.parts.tensors import capped_exp
+
+if TYPE_CHECKING:
+    from posttrain.numerics.batch import PackedBatch
+
+
+OTHERS = ANYONE - {Kind.LEARNER}
+"""Everybody but the model being trained."""
+
+
+@part
+class AssumedCertainGradient(TokenTerm):
+    """−f(π(y_t)) A, f(p) = p / (p + γ): assumes that the author was certain of every token.
+
+    With a behaviour probability of 1 the ratio is π itself, and f is its shape: the gradient is
+    −A γ p / (p + γ)² ∇log π, largest at p = γ, so tokens that the policy does not expect are not
+    lost as they would be under p ∇log π. No clip (LUFFY, arXiv 2504.14945).
+    """
+
+    gamma: float = 0.1
+    where: tuple[Kind, ...] = (Kind.EXTERNAL,)
+    needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
+    accepts: ClassVar[frozenset[Kind]] = OTHERS
+
+    def __post_init__(self) -> None:
+        if self.gamma <= 0:
+            raise ConfigError(
+                f"assumed_certain_gradient with gamma={self.gamma}",
+                expected="above 0: at 0 the shaped ratio is constant, and has no gradient",
+            )
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] −p / (p + γ) A."""
+        probability_N = stats[Stat.LOGPROB].exp()
+        loss_N = -probability_N / (probability_N + self.gamma) * batch.columns[Column.ADVANTAGE]
+        return Values(loss_N, {"probability": probability_N.detach()})
+
+
+@part
+class AssumedOwnGradient(TokenTerm):
+    """−min(r A, clip(r) A), r = π / π_drawn: assumes that the policy itself wrote the tokens.
+
+    π_drawn is the learner when the text was drawn, so r is 1 at the first update of a draw and the
+    gradient is that of A log π (Prefix-RFT, arXiv 2507.01679). The assumption is false, and a
+    negative advantage then lowers a right beginning for a wrong end; the paper limits the term to
+    the fifth of the tokens of highest entropy.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    where: tuple[Kind, ...] = (Kind.EXTERNAL,)
+    needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE, Column.TRAINER_LOGPROB})
+    accepts: ClassVar[frozenset[Kind]] = OTHERS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_low <= 1 or self.clip_high <= 0:
+            raise ConfigError(
+                f"clip_low={self.clip_low}, clip_high={self.clip_high}",
+                expected="0 < clip_low <= 1 and clip_high > 0",
+            )
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] −min(r A, clip(r) A)."""
+        advantage_N = batch.columns[Column.ADVANTAGE]
+        ratio_N = capped_exp(stats[Stat.LOGPROB] - batch.columns[Column.TRAINER_LOGPROB])
+        gain_N = ratio_N * advantage_N
+        kept_N = torch.minimum(
+            gain_N, ratio_N.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage_N
+        )
+        shown = {"ratio": ratio_N.detach(), "clipped": (kept_N < gain_N).float()}
+        return Values(-kept_N, shown)
+
+
+@part
+class ExplorationBonus(Term):
+    """+log π(y), summed over answers that the reference wrote (XPO, arXiv 2405.21046).
+
+    Minimised, it lowers what the reference says anyway, which is optimism about everything else.
+    It has no lower bound: weights of the size of 1e-5 are meant.
+    """
+
+    aggregate: Aggregate = "sequence_sum"
+    weight: float = 1e-5
+    where: tuple[Kind, ...] = (Kind.TEACHER,)
+    accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.TEACHER})
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ConfigError(
+                f"exploration_bonus with weight={self.weight}",
+                expected="above 0: a negative one would imitate the reference",
+            )
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] log π(y)."""
+        return Values(stats[Stat.LOGPROB])

@@ -1,0 +1,237 @@
+"""Guided methods: demonstrations inside the learner's own rollouts."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from msgspec.structs import replace
+
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.sampling import SamplingSpec
+from posttrain.parts import unions
+from posttrain.parts.base import Limit, Signal, Term
+from posttrain.parts.composition import Composition, Method
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.credit.selection import ImitateFailures
+from posttrain.parts.guided.external import AssumedCertainGradient, AssumedOwnGradient
+from posttrain.parts.logprobs import OwnLogprobs
+from posttrain.parts.policy.building import clipped
+from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.regularisers import EntropyBonus
+from posttrain.parts.policy.rollouts import demonstrated, rollouts
+from posttrain.parts.registry import part, tag_of
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.members import Guided
+from posttrain.parts.supervised.likelihood import CrossEntropy
+
+
+class OnGuided(Method):
+    """Whose prompts are answered, and where the demonstrations are. Fields only.
+
+    ``demonstration`` is the column of a task that holds one: its ``answer``, or another.
+    """
+
+    tasks: tuple[str, ...]
+    demonstration: str = "answer"
+    author: Kind = Kind.EXTERNAL
+    group_size: int = 8
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+    rewards: tuple[unions.AnyJudge, ...] = (Verify(),)
+
+    interface: ClassVar[str] = "verifier reward and demonstrations"
+    tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
+
+
+def _guided(
+    method: OnGuided, members: Guided, signals: tuple[Signal, ...], *terms: Term
+) -> Composition:
+    """Guided rollouts, judged by its ``rewards`` and then by ``signals``, under ``terms``."""
+    if method.group_size < 2:
+        raise ConfigError(
+            f"{tag_of(method)} with group_size={method.group_size}",
+            expected="at least 2: a group of one has no baseline",
+        )
+    source = rollouts(method, members=members)
+    return Composition(source=source, signals=(*method.rewards, *signals), terms=terms)
+
+
+def _beginning(
+    method: GuidedGrpo | Uft | PrefixRft,
+    *,
+    end: float,
+    length: Literal["share", "binomial", "uniform"],
+    slices: int = 5,
+    count: int | None = None,
+    learn: bool = False,
+) -> Guided:
+    """A demonstration's beginning, which gets shorter over the method's ``draws``."""
+    return Guided(
+        column=method.demonstration,
+        author=method.author,
+        count=count,
+        start=method.start,
+        end=end,
+        draws=method.draws,
+        length=length,
+        slices=slices,
+        learn=learn,
+    )
+
+
+@part
+class GuidedGrpo(OnGuided):
+    """GRPO on what the learner writes after the beginning of a right answer.
+
+    All of a group start from the same beginning, which is not trained on. Its share falls from
+    ``start`` to ``end`` over ``draws`` draws, so that hard prompts are met from where they can be
+    solved. ``length: binomial`` draws the beginning's length anew for every prompt, so that short
+    and long ones are met together. A schedule in place of what the papers do: QuestA has two
+    levels (one half, then one quarter), BREAD (arXiv 2506.17211) searches the shortest beginning
+    that helps.
+
+    Unconfirmed: the papers were read at second hand, the schedule is ours.
+    """
+
+    start: float = 0.75
+    end: float = 0.0
+    draws: int = 100
+    length: Literal["share", "binomial"] = "share"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    provenance: ClassVar[str] = "on-policy, after the beginning of a demonstration"
+    formula: ClassVar[str] = "GRPO on y_{>L} given y*_{<=L}, L = floor(share |y*|)"
+    paper: ClassVar[str] = "2507.13266"
+
+    def compose(self) -> Composition:
+        """Rollouts from given beginnings; group advantage; clipped policy gradient."""
+        members = _beginning(self, end=self.end, length=self.length)
+        return _guided(self, members, (GroupAdvantage(),), clipped(self, aggregate="sequence_mean"))
+
+
+@part
+class Uft(OnGuided):
+    """Unified fine-tuning: guided GRPO, and a little likelihood of what was given.
+
+    The number of given slices is drawn per prompt. A slice is a fifth of the demonstration's
+    tokens; the paper cuts at steps of the solution. Its KL term is left out.
+    """
+
+    group_size: int = 4
+    start: float = 0.95
+    end: float = 0.05
+    draws: int = 300
+    slices: int = 5
+    nll_weight: float = 0.001
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "GRPO on y_{>L} - nll_weight log pi(y*_{<=L}), L by Binomial(5, p)"
+    paper: ClassVar[str] = "2505.16984"
+
+    def compose(self) -> Composition:
+        """Rollouts from beginnings of random length; GRPO, and cross-entropy on the beginnings."""
+        members = _beginning(self, end=self.end, length="binomial", slices=self.slices, learn=True)
+        given = CrossEntropy(weight=self.nll_weight, where=(self.author,))
+        grpo = ClippedPolicyGradient(aggregate="sequence_mean")
+        return _guided(self, members, (GroupAdvantage(),), grpo, given)
+
+
+@part
+class PrefixRft(OnGuided):
+    """One rollout of a group begins like a demonstration, and the beginning is trained as well.
+
+    Its tokens are treated as if the learner had written them, at the fifth of highest entropy.
+    Both terms are sums over tokens divided by the same constant.
+
+    Unconfirmed: read from the authors' code and notes; the constant is ours.
+    """
+
+    start: float = 0.95
+    draws: int = 100
+    entropy_share: float = 0.2
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "-min(r A, clip(r) A), also on y*_{<=L}, L ~ U(low, .95) |y*|"
+    paper: ClassVar[str] = "2507.01679"
+
+    def compose(self) -> Composition:
+        """One guided member; group advantage; a clipped policy gradient for either author."""
+        members = _beginning(self, end=0.0, length="uniform", count=1, learn=True)
+        # Each term is divided by its own number of sequences: G per group, and one per group.
+        own = clipped(self, aggregate="sequence_sum", weight=1 / self.max_new_tokens)
+        given = AssumedOwnGradient(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            aggregate="sequence_sum",
+            weight=1 / (self.max_new_tokens * self.group_size),
+            where=(self.author,),
+            limit=Limit(entropy_share=self.entropy_share),
+        )
+        return _guided(self, members, (OwnLogprobs(), GroupAdvantage()), own, given)
+
+
+@part
+class Luffy(OnGuided):
+    """One demonstration stands among the rollouts of a group, and shares their baseline.
+
+    Its ratio assumes that its author was certain of every token, and is shaped so that unlikely
+    tokens keep a gradient. Both terms are sums over tokens divided by the same constant.
+    """
+
+    gamma: float = 0.1
+    entropy_weight: float = 0.001
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "-min(r A, clip(r) A) on own, -pi / (pi + gamma) A on given tokens"
+    paper: ClassVar[str] = "2504.14945"
+
+    def compose(self) -> Composition:
+        """One demonstration per group; group mean without std; a term for either author."""
+        size, longest = self.group_size, self.max_new_tokens
+        own = clipped(self, aggregate="sequence_sum", weight=(size - 1) / (size * longest))
+        given = AssumedCertainGradient(
+            gamma=self.gamma,
+            aggregate="sequence_sum",
+            weight=1 / (size * longest),
+            where=(self.author,),
+        )
+        bonus = (EntropyBonus(weight=self.entropy_weight),) if self.entropy_weight else ()
+        mean = GroupAdvantage(scale="none")
+        return _guided(self, demonstrated(self), (mean,), own, given, *bonus)
+
+
+@part
+class Hpt(OnGuided):
+    """Hybrid post-training: prompts that fail are imitated, all others are explored.
+
+    Where at most ``gate`` of a group's rollouts are right, the demonstration is learnt and the
+    rollouts are left out; elsewhere the opposite.
+
+    Unconfirmed: that the policy gradient is Dr.GRPO's.
+    """
+
+    group_size: int = 8
+    gate: int = 0
+    success: float = 1.0
+    nll_weight: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    provenance: ClassVar[str] = "mixed"
+    formula: ClassVar[str] = "-log pi(y*) where at most gate rollouts are right, else Dr.GRPO"
+    paper: ClassVar[str] = "2509.04419"
+
+    def compose(self) -> Composition:
+        """Rollouts and a demonstration; one of the two is discarded; a loss for each."""
+        imitate = CrossEntropy(weight=self.nll_weight, where=(self.author,))
+        explore = clipped(self, aggregate="sequence_sum", weight=1 / self.max_new_tokens)
+        gate = ImitateFailures(gate=self.gate, success=self.success, author=self.author)
+        signals = (gate, GroupAdvantage(scale="none", kept_only=True))
+        more = replace(self, group_size=self.group_size + 1)  # group_size counts the rollouts
+        return _guided(more, demonstrated(self), signals, imitate, explore)

@@ -1,0 +1,174 @@
+"""Terms that hold a policy back: towards a reference, towards entropy, towards where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from posttrain.core.errors import ConfigError
+from posttrain.core.provenance import Kind
+from posttrain.core.statistics import Stat, Wanted
+from posttrain.core.trajectory import Column
+from posttrain.parts.base import (
+    Columns,
+    Scene,
+    Stats,
+    TokenTerm,
+    Values,
+)
+from posttrain.parts.policy.ratio import log_ratio
+from posttrain.parts.registry import part
+from posttrain.parts.tensors import capped_exp
+
+if TYPE_CHECKING:
+    from posttrain.numerics.batch import PackedBatch
+
+
+@part
+class ReferenceKL(TokenTerm):
+    """KL(π ‖ π_ref) on the learner's own tokens, with u = log π − log π_ref, r = π / behaviour.
+
+    * ``k3``: r·(e^{−u} + u − 1); value and gradient are those of the KL (arXiv 2512.02556);
+    * ``k2``: sg(r)·u²/2; the gradient is that of the KL, the value is not;
+    * ``k3_without_ratio``: e^{−u} + u − 1 as GRPO wrote it (arXiv 2402.03300); the value is the
+      KL, the gradient that of KL(π_ref ‖ π), another divergence.
+
+    k1 = u is not offered: as a loss its expected gradient is zero (survey section 5, trap 11).
+    In the reward it is right: that is the ``kl_penalty`` signal.
+    """
+
+    estimator: Literal["k3", "k2", "k3_without_ratio"] = "k3"
+    weight: float = 0.001
+    where: tuple[Kind, ...] = (Kind.LEARNER,)
+    needs: ClassVar[Columns] = frozenset({Column.BEHAVIOUR_LOGPROB, Column.REFERENCE_LOGPROB})
+    accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
+    reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.LOGPROB, Stat.SAMPLED_LOGPROB})
+
+    def check(self, scene: Scene) -> None:
+        """The estimate is over samples of the policy itself."""
+        for source in scene.drawn:
+            if source.sampled is not None and source.sampled.temperature != 1:
+                raise scene.refuse(
+                    f"reference_kl on samples at temperature {source.sampled.temperature}",
+                    expected="temperature 1: the estimate is over samples of the policy itself, "
+                    "and at another temperature its gradient is not that of the KL",
+                    fix="sample at temperature 1, or drop kl_weight",
+                )
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] an estimate of KL(π ‖ π_ref) at samples of the behaviour policy."""
+        u_N = stats[Stat.LOGPROB] - batch.columns[Column.REFERENCE_LOGPROB]
+        # exp(-u) overflows when the reference is much surer than the policy; 20 nats is e^20.
+        k3_N = (-u_N).clamp(max=20).exp() + u_N - 1
+        ratio_N = capped_exp(log_ratio(None, stats, batch))
+        if self.estimator == "k3_without_ratio":
+            loss_N = k3_N
+        elif self.estimator == "k2":
+            loss_N = ratio_N.detach() * u_N.square() / 2
+        else:
+            loss_N = ratio_N * k3_N
+        return Values(loss_N, {"kl": k3_N.detach()})
+
+
+@part
+class EntropyBonus(TokenTerm):
+    """−H(π) of the next token, at the learner's own tokens (arXiv 1602.01783)."""
+
+    weight: float = 0.01
+    where: tuple[Kind, ...] = (Kind.LEARNER,)
+    accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
+    reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.ENTROPY})
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] −H(π)."""
+        return Values(-stats[Stat.ENTROPY])
+
+
+@part
+class AdaptiveEntropyBonus(TokenTerm):
+    """−c H(π), c moving so that the entropy stays at ``target`` (Skywork-OR1, arXiv 2505.22312).
+
+    c starts at ``initial``. After each update with mean entropy H, c grows by ``step`` where
+    H < ``target`` and shrinks by it elsewhere, never below 0. The bonus acts only while the last H
+    measured was at most ``target``; the paper compares the H of the same update. The first update
+    has none to compare with, and acts. c and H are kept with the learner and saved with it.
+
+    Entropies are in nats per token. Choose the target a little below that of the policy at the
+    start: a bonus that can never be satisfied grows without end.
+    """
+
+    target: float
+    initial: float = 0.01
+    step: float = 0.005
+    weight: float = 1.0  # of c H, for a schedule; c itself moves as described
+    where: tuple[Kind, ...] = (Kind.LEARNER,)
+    accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
+
+    def __post_init__(self) -> None:
+        if self.target <= 0 or self.initial < 0 or self.step <= 0:
+            raise ConfigError(
+                f"adaptive_entropy_bonus with target={self.target}, initial={self.initial}, "
+                f"step={self.step}",
+                expected="target and step above 0, initial 0 or more",
+            )
+
+    @property
+    def moves(self) -> bool:
+        """Always: the coefficient follows the entropy."""
+        return True
+
+    def factor(self, memory: Mapping[str, float]) -> float:
+        """The coefficient in force: 0 while the entropy measured last is above the target.
+
+        Example:
+            >>> bonus = AdaptiveEntropyBonus(target=0.5)
+            >>> bonus.factor({}), bonus.factor({"coefficient": 0.02, "entropy": 0.6})
+            (0.01, 0.0)
+        """
+        entropy = memory.get("entropy")
+        acts = entropy is None or entropy <= self.target
+        return memory.get("coefficient", self.initial) if acts else 0.0
+
+    def remember(
+        self, memory: Mapping[str, float], metrics: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        """The coefficient after an update, and the entropy that moved it.
+
+        Example:
+            >>> bonus = AdaptiveEntropyBonus(target=0.5)
+            >>> round(bonus.remember({"coefficient": 0.01}, {"entropy": 0.4})["coefficient"], 3)
+            0.015
+            >>> bonus.remember({"coefficient": 0.002}, {"entropy": 0.6})["coefficient"]
+            0.0
+        """
+        entropy = metrics.get("entropy")
+        if entropy is None:
+            return memory
+        change = self.step if entropy < self.target else -self.step
+        coefficient = max(memory.get("coefficient", self.initial) + change, 0.0)
+        return {"coefficient": coefficient, "entropy": entropy}
+
+    reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.ENTROPY})
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] −H(π), before its coefficient."""
+        return Values(-stats[Stat.ENTROPY], {"entropy": stats[Stat.ENTROPY].detach()})
+
+
+@part
+class LogRatioPenalty(TokenTerm):
+    """|log r| at marked tokens, r = π / behaviour (KL-Cov, arXiv 2505.22617).
+
+    Zero, with zero gradient, until the policy has moved: it acts from the second update on a
+    draw. Unmarked tokens count as zeros in the mean.
+    """
+
+    where: tuple[Kind, ...] = (Kind.LEARNER,)
+    needs: ClassVar[frozenset[Column]] = frozenset({Column.BEHAVIOUR_LOGPROB, Column.MARK})
+    accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
+    reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.SAMPLED_LOGPROB})
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] |log r| where marked, else 0."""
+        mark_N = batch.columns[Column.MARK]
+        return Values(mark_N * log_ratio(None, stats, batch).abs(), {"marked": mark_N})

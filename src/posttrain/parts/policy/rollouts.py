@@ -1,0 +1,106 @@
+"""What methods on the learner's own rollouts have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from posttrain.core.learner import ScalarHead
+from posttrain.core.provenance import Kind
+from posttrain.core.sampling import SamplingSpec
+from posttrain.parts import unions
+from posttrain.parts.base import PolicyRef, Signal, Term
+from posttrain.parts.composition import Composition, Method, TermMethod
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.logprobs import TrainerLogprobs
+from posttrain.parts.policy.ratio import Mismatch, RatioTerm
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.members import AnyMember, Guided
+from posttrain.parts.sources.rollouts import Rollouts
+
+
+class Answering(Protocol):
+    """Whose prompts are answered, and how."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def sampling(self) -> SamplingSpec: ...
+
+
+class Demonstrating(Protocol):
+    """Which column of a task holds a demonstration, and who wrote it."""
+
+    @property
+    def demonstration(self) -> str: ...
+    @property
+    def author(self) -> Kind: ...
+
+
+class OnRollouts(Method):
+    """Which prompts are drawn, how they are answered, and who judges. Methods add what they do."""
+
+    tasks: tuple[str, ...]
+    group_size: int = 8
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+    rewards: tuple[unions.AnyJudge, ...] = (Verify(),)
+
+    provenance: ClassVar[str] = "on-policy"
+    interface: ClassVar[str] = "verifier reward"
+    tendency: ClassVar[str] = "reshaping"
+
+
+def rollouts(
+    method: Answering, *, policy: PolicyRef = "learner", members: AnyMember | None = None
+) -> Rollouts:
+    """The method's prompts, answered by a policy."""
+    return Rollouts(
+        tasks=method.tasks,
+        policy=policy,
+        group_size=method.group_size,
+        max_new_tokens=method.max_new_tokens,
+        sampling=method.sampling,
+        members=members,
+    )
+
+
+def demonstrated(method: Demonstrating) -> Guided:
+    """One member of every group is a whole demonstration, and is trained on."""
+    return Guided(
+        column=method.demonstration, author=method.author, count=1, start=1, end=1, learn=True
+    )
+
+
+def on_rollouts(
+    method: OnRollouts,
+    signals: tuple[Signal, ...],
+    terms: tuple[Term, ...],
+    *,
+    mismatch: Mismatch | None = None,
+    scalar_head: ScalarHead | None = None,
+) -> Composition:
+    """Live rollouts, judged by the method's ``rewards`` and then by ``signals``, under ``terms``.
+
+    ``mismatch`` is that of the terms: it needs the trainer's log-probs. ``scalar_head`` is what
+    terms on values read.
+    """
+    trainer: tuple[Signal, ...] = (TrainerLogprobs(),) if mismatch else ()
+    return Composition(
+        source=rollouts(method),
+        signals=(*method.rewards, *signals, *trainer),
+        terms=terms,
+        scalar_head=scalar_head,
+    )
+
+
+class GroupedRollouts(OnRollouts, TermMethod):
+    """A loss in the ratio and in the advantage over the group, on live rollouts."""
+
+    def around(self, term: Term) -> Composition:
+        """Live rollouts; judges and group advantage; the term."""
+        assert isinstance(term, RatioTerm)
+        return on_rollouts(self, (GroupAdvantage(),), (term,), mismatch=term.mismatch)

@@ -1,0 +1,125 @@
+"""Preference methods in which more moves than the learner: references and opponents."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from msgspec.structs import replace
+
+from posttrain.core.learner import MOVING, MovingReference
+from posttrain.core.provenance import Kind
+from posttrain.core.sampling import SamplingSpec
+from posttrain.parts import unions
+from posttrain.parts.base import PolicyRef
+from posttrain.parts.composition import Composition, Method
+from posttrain.parts.guided.external import ExplorationBonus
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.policy.rollouts import demonstrated, rollouts
+from posttrain.parts.preference.pairs import Dpo
+from posttrain.parts.preference.ranking import PreferDemonstration, RankPairs
+from posttrain.parts.registry import part
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.members import Rival
+
+
+@part
+class TrDpo(Method):
+    """DPO whose reference follows the learner: trust-region DPO.
+
+    ``rate: 1`` is the paper's hard update, a copy. A stage of fewer than ``every`` steps is DPO.
+    """
+
+    data: Dataset
+    beta: float = 0.05
+    every: int = 512
+    rate: float = 0.6
+
+    provenance: ClassVar[str] = "off-policy"
+    interface: ClassVar[str] = "preference pairs"
+    tendency: ClassVar[str] = "reshaping"
+    formula: ClassVar[str] = "DPO; ref <- (1-rate) ref + rate pi, after each `every` steps"
+    paper: ClassVar[str] = "2404.09656"
+
+    def compose(self) -> Composition:
+        """Pairs; log-probs of a reference that moves; pairwise logistic loss."""
+        return Composition(
+            source=replace(self.data, preference=True),
+            signals=(ReferenceLogprobs(policy=MOVING),),
+            terms=(Dpo(beta=self.beta),),
+            moving=MovingReference(every=self.every, rate=self.rate),
+        )
+
+
+@part
+class Spin(Method):
+    """Self-play fine-tuning: demonstrations against the answers of an earlier self.
+
+    One stage is one iteration: the opponent, who is the reference too, is the policy that the
+    stage started from, and a pipeline of such stages is the method. With ``every`` the opponent is
+    a copy of the learner taken every so many steps: several iterations in one stage.
+
+    Unconfirmed: the formula was read at second hand.
+    """
+
+    tasks: tuple[str, ...]
+    demonstration: str = "answer"
+    author: Kind = Kind.EXTERNAL
+    every: int | None = None
+    beta: float = 0.1
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+
+    group_size: ClassVar[int] = 2  # a demonstration and an answer
+    provenance: ClassVar[str] = "off-policy: demonstrations, and an earlier self's answers"
+    interface: ClassVar[str] = "demonstrations"
+    tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
+    formula: ClassVar[str] = "DPO on (demonstration, answer of pi_t), pi_t also the reference"
+    paper: ClassVar[str] = "2401.01335"
+
+    def compose(self) -> Composition:
+        """Demonstrations and an opponent's rollouts; chosen by author; pairwise logistic loss."""
+        opponent = "input" if self.every is None else MOVING
+        return Composition(
+            source=rollouts(self, policy=opponent, members=demonstrated(self)),
+            signals=(PreferDemonstration(author=self.author), ReferenceLogprobs(policy=opponent)),
+            terms=(Dpo(beta=self.beta),),
+            moving=None if self.every is None else MovingReference(every=self.every),
+        )
+
+
+@part
+class Xpo(Method):
+    """Exploratory preference optimisation: the learner against the reference, with a bonus.
+
+    Every group has one answer of the reference; the best of a group is chosen and the worst
+    rejected. What the reference says is made less likely as such, by ``bonus``; at 0 this is
+    online DPO in that company. Pairs without a winner teach nothing, the bonus included.
+
+    Unconfirmed: the bonus's sign is derived: what is minimised must make the reference's own
+    answers less likely, or it would not explore.
+    """
+
+    tasks: tuple[str, ...]
+    beta: float = 0.1
+    bonus: float = 1e-5
+    reference: PolicyRef = "input"
+    group_size: int = 2
+    max_new_tokens: int = 64
+    sampling: SamplingSpec = SamplingSpec()
+    rewards: tuple[unions.AnyJudge, ...] = (Verify(),)
+
+    provenance: ClassVar[str] = "mixed"
+    interface: ClassVar[str] = "verifier reward"
+    tendency: ClassVar[str] = "reshaping, with exploration"
+    formula: ClassVar[str] = "DPO on (best, worst) + bonus log pi(y~), y~ of the reference"
+    paper: ClassVar[str] = "2405.21046"
+
+    def compose(self) -> Composition:
+        """Rollouts of learner and reference; verifier and ranking; DPO and the bonus."""
+        bonus = (ExplorationBonus(weight=self.bonus),) if self.bonus else ()
+        return Composition(
+            source=rollouts(self, members=Rival(policy=self.reference)),
+            signals=(*self.rewards, RankPairs(), ReferenceLogprobs(policy=self.reference)),
+            terms=(Dpo(beta=self.beta), *bonus),
+        )

@@ -1,0 +1,202 @@
+"""Where parts register, and where everybody else finds them: by role and name, never by class.
+
+    @part                                       known("term") ──▶ {"exo": Exo, ...}
+    class Exo(PairTerm): ...    ──registers──▶  unions.AnyTerm ──▶ what a recipe may name
+
+Our own parts are in the modules below ``HOMES``; those of installed packages are in the modules
+that packages name as entry points of the group ``posttrain.parts``. All are imported when the first
+recipe is read, not before: a package may import posttrain freely.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar, overload
+
+from posttrain.core.config import Config, digest
+from posttrain.core.errors import ConfigError, nearest
+
+HOMES = ("posttrain.parts", "posttrain.tasks")
+"""Our packages with parts."""
+
+GROUP = "posttrain.parts"
+"""The entry points by which installed packages name their modules with parts."""
+
+OURS = "posttrain."
+
+P = TypeVar("P", bound=Config)
+
+_parts: dict[str, dict[str, type[Any]]] = {}  # by role, then by tag
+_loaded: list[str] = []  # what load() has imported; parts that come later come too late
+
+
+def snake_case(name: str) -> str:
+    """The tag of a class of this name.
+
+    Example:
+        >>> snake_case("KLPenalty"), snake_case("FDpo"), snake_case("TeacherSortedL1")
+        ('kl_penalty', 'f_dpo', 'teacher_sorted_l1')
+    """
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def tag_of(part: Config | type[Config]) -> str:
+    """The name by which recipes know a part."""
+    return str(part.__struct_config__.tag)
+
+
+class MakesMethods(Protocol):
+    """A shape of methods that a single term can fill."""
+
+    @classmethod
+    def of(cls, term: type[Any]) -> type[Any]: ...
+
+
+@overload
+def part(cls: type[P]) -> type[P]: ...
+@overload
+def part(*, method: type[MakesMethods]) -> Callable[[type[P]], type[P]]: ...
+def part(
+    cls: type[P] | None = None, *, method: type[MakesMethods] | None = None
+) -> type[P] | Callable[[type[P]], type[P]]:
+    """Register a class, so that recipes can name it.
+
+    Args:
+        cls: a frozen configuration with a docstring; its base says which role it has.
+        method: for a term that is a whole method by itself, the shape of that method. Recipes
+            then know it under both ``terms`` and ``method``, by the same name.
+
+    Raises:
+        ConfigError: the name is taken, the class breaks a rule, or it comes too late.
+    """
+
+    def register(made: type[P]) -> type[P]:
+        _register(made)
+        if method is not None:
+            _register(method.of(made))
+        return made
+
+    return register if cls is None else register(cls)
+
+
+def _register(cls: type[Config]) -> None:
+    role, tag = str(cls.role), tag_of(cls)  # type: ignore[attr-defined]
+    config = cls.__struct_config__
+    if not config.frozen or not config.forbid_unknown_fields or not (cls.__doc__ or "").strip():
+        raise ConfigError(
+            f"{role} {cls.__name__} is not frozen, allows unknown options, or has no docstring",
+            expected="a frozen Config with a docstring that says what it computes",
+        )
+    taken = _parts.setdefault(role, {}).get(tag)
+    if taken is not None and (taken.__module__, taken.__name__) != (cls.__module__, cls.__name__):
+        raise ConfigError(
+            f"{role} {tag} of {cls.__module__} takes a name that {taken.__module__} has",
+            expected="a name of its own: the tag is the class's name in snake case",
+        )
+    if _loaded and taken is None:
+        raise ConfigError(
+            f"{role} {tag} of {cls.__module__} is registered after the first recipe was read",
+            expected="parts that are imported before",
+            fix="import the module first, or name it as an entry point of posttrain.parts",
+        )
+    _parts[role][tag] = cls
+
+
+def known(role: str) -> Mapping[str, type[Any]]:
+    """Every part of a role by its tag: ours, and those of installed packages.
+
+    Example:
+        >>> "verify" in known("signal"), "dataset" in known("source")
+        (True, True)
+    """
+    load()
+    return MappingProxyType(_parts.get(role, {}))
+
+
+def find(role: str, tag: str) -> type[Any]:
+    """The part of that name.
+
+    Raises:
+        ConfigError: no such part; names the nearest.
+    """
+    found = known(role)
+    if tag not in found:
+        raise ConfigError(f"no {role} {tag!r}", fix=nearest(tag, found))
+    return found[tag]
+
+
+@functools.cache
+def load() -> None:
+    """Import every module with parts, once.
+
+    Raises:
+        ConfigError: an installed package cannot be imported or breaks a rule; names it.
+    """
+    for name in HOMES:
+        for module in pkgutil.walk_packages(import_module(name).__path__, f"{name}."):
+            import_module(module.name)
+    for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, _package(p))):
+        _load(point)
+    _loaded.append(GROUP)
+
+
+def _load(point: EntryPoint) -> None:
+    """A package's module with its parts, all of which must be sound."""
+    try:
+        point.load()
+    except ConfigError as error:
+        raise _broken(point, error.found, error.expected) from error
+    except Exception as error:  # an import may fail in any way, and the package must be named
+        found = f"cannot be loaded: {type(error).__name__}: {error}"
+        raise _broken(point, found, "a module that imports, and registers its parts") from error
+    root = point.module.partition(".")[0]
+    mine = [c for by_tag in _parts.values() for c in by_tag.values() if _root(c) == root]
+    if not mine:
+        raise _broken(point, "registers no part", "classes under @part")
+
+
+def _root(cls: type[Config]) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed package"
+
+
+def _broken(point: EntryPoint, found: str, expected: str | None) -> ConfigError:
+    return ConfigError(
+        f"package {_package(point)}: entry point {point.name} = {point.value} of {GROUP}: {found}",
+        expected=expected,
+        fix="mend the package, or uninstall it",
+    )
+
+
+def package_of(cls: type[Config]) -> str | None:
+    """What identifies the code of a part that is not ours; None for what we ship.
+
+    ``"<package> <version>"`` of an installed package. A class from anywhere else, such as a
+    script, is known by the content of its file.
+    """
+    if cls.__module__.startswith(OURS):
+        return None
+    for point in entry_points(group=GROUP):
+        if point.module.partition(".")[0] == _root(cls):
+            return _package(point)
+    try:
+        source = Path(inspect.getfile(cls)).read_text(encoding="utf-8")
+    except (OSError, TypeError):  # typed into an interpreter: nothing to read it from
+        source = repr(cls.__dict__.keys())
+    return f"{cls.__module__} {digest(source)[:16]}"
+
+
+def code_of(parts: Iterable[Config]) -> dict[str, str]:
+    """By tag, what identifies the code of those parts that are not ours."""
+    return {tag_of(p): name for p in parts if (name := package_of(type(p))) is not None}

@@ -1,0 +1,253 @@
+"""Judges of steps: process models, and labels by roll-outs from prefixes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from posttrain.core.errors import ConfigError, LegalityError, TaskError
+from posttrain.core.protocols import Policy, Request
+from posttrain.core.provenance import IntArray, Role, Sampling, Span
+from posttrain.core.trajectory import Array, Column, Group, Scored, Trajectory
+from posttrain.parts.base import (
+    Columns,
+    PolicyRef,
+    Scene,
+    Signal,
+)
+from posttrain.parts.credit.shaping import add_token_rewards
+from posttrain.parts.registry import part
+from posttrain.parts.rewards.judges import check_weight, rewarded, sigmoid
+from posttrain.parts.rewards.steps import NO_STEP, Steps, step_ends
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.tools import Tools
+
+
+@part
+class ProcessReward(Signal):
+    """``STEP_REWARD``: what a frozen process model gives every step, p_k = σ(s_k) after its end.
+
+    | ``use`` | writes |
+    |---|---|
+    | ``min`` | ``REWARD`` = the least p_k: an answer is as good as its weakest step |
+    | ``product`` | ``REWARD`` = the product of all p_k |
+    | ``last`` | ``REWARD`` = p of the last step |
+    | ``dense`` | ``TOKEN_REWARD`` p_k where step k ends: the more steps, the more reward |
+    | ``progress`` | ``TOKEN_REWARD`` p_k − p_{k−1} where step k ends, p_0 = 0; the sum is p_last |
+
+    All times ``weight``. ``add`` adds to the ``REWARD`` that is there already. Token rewards always
+    add up, and need a reward beside them (0 will do). ``progress`` is a difference of scores, not
+    the advantage under a prover that PAV defines.
+
+    Unconfirmed: ``min`` and ``product`` are from general knowledge.
+    """
+
+    judges: ClassVar[bool] = True
+
+    model: PolicyRef
+    use: Literal["min", "product", "last", "dense", "progress"] = "min"
+    steps: Steps = Steps()
+    weight: float = 1.0
+    add: bool = False
+
+    def __post_init__(self) -> None:
+        check_weight("process_reward", self.weight)
+        if self.add and self.use in ("dense", "progress"):
+            raise ConfigError(
+                f"process_reward with use={self.use} and add",
+                expected="add with min, product or last: token rewards add up by themselves",
+                fix="drop add",
+            )
+
+    def references(self) -> tuple[PolicyRef, ...]:
+        """The process model."""
+        return (self.model,)
+
+    def scorers(self) -> tuple[PolicyRef, ...]:
+        """The process model."""
+        return (self.model,)
+
+    def prepare(self, tools: Tools) -> None:
+        """Refuse a model without a scalar head."""
+        tools.policy(self.model).scores([])
+
+    @property
+    def needs(self) -> Columns:
+        """The reward that it adds to, if it does."""
+        return frozenset({Column.REWARD}) if self.add else frozenset()
+
+    @property
+    def provides(self) -> Columns:
+        """Step rewards, and what is made of them."""
+        dense = self.use in ("dense", "progress")
+        return frozenset({Column.STEP_REWARD, Column.TOKEN_REWARD if dense else Column.REWARD})
+
+    def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
+        """The same groups with step rewards, and rewards or token rewards, on every member."""
+        model = tools.policy(self.model)
+        scores = iter(model.scores([m.trajectory for g in groups for m in g.members]))
+        spec = self
+        judged, dense = list[Group](), list[list[Array]]()
+        for group in groups:
+            members, extra = list[Scored](), list[Array]()
+            for member in group.members:
+                ends, steps_K = self._steps(member.trajectory, next(scores), tools)
+                step_T = np.full(len(member.trajectory), np.nan)
+                step_T[ends] = steps_K
+                scored = member.with_columns({Column.STEP_REWARD: step_T})
+                earned = np.zeros(len(step_T))
+                if spec.use in ("dense", "progress"):
+                    gains = np.diff(steps_K, prepend=0.0) if spec.use == "progress" else steps_K
+                    earned[ends] = spec.weight * gains
+                else:
+                    value = aggregated(steps_K, use=spec.use)
+                    scored = rewarded(scored, value, weight=spec.weight, add=spec.add)
+                members.append(scored)
+                extra.append(earned)
+            judged.append(Group(task=group.task, members=tuple(members)))
+            dense.append(extra)
+        return add_token_rewards(judged, dense) if spec.use in ("dense", "progress") else judged
+
+    def _steps(self, trajectory: Trajectory, scores_T: Array, tools: Tools) -> tuple[Array, Array]:
+        """[K] step ends, and the probabilities that the steps are good."""
+        ends = step_ends(tools.renderer, trajectory, self.steps)
+        if not len(ends):
+            raise LegalityError(
+                f"a trajectory of task {trajectory.task} without a step to judge",
+                expected="at least one trained token",
+            )
+        return ends, np.array([sigmoid(float(s)) for s in scores_T[ends]])
+
+
+@part
+class StepLabels(Signal):
+    """``STEP_LABEL`` by roll-outs from prefixes: Math-Shepherd (arXiv 2312.08935).
+
+    From the end of every step but the last, ``policy`` writes ``samples`` continuations, which the
+    verifier judges. ``soft`` is the share that succeeded, ``hard`` 1 if any did. The last step's
+    label is whether the answer itself succeeded. A score of the task set's ``success`` counts.
+    """
+
+    policy: PolicyRef = "input"
+    samples: int = 8
+    labels: Literal["soft", "hard"] = "soft"
+    steps: Steps = Steps()
+    max_new_tokens: int = 64
+    may_ask_learner: ClassVar[bool] = True
+    provides: ClassVar[Columns] = frozenset({Column.STEP_LABEL})
+
+    def references(self) -> tuple[PolicyRef, ...]:
+        """Who writes the continuations."""
+        return (self.policy,)
+
+    def check(self, scene: Scene) -> None:
+        """Continuations are verified."""
+        for source in scene.rows:
+            raise scene.refuse(
+                f"step_labels on rows of {source.files[0]}",
+                expected="rollouts: continuations are verified, and rows of a file have no task",
+                fix="use rollouts, or a data set that has labels",
+            )
+
+    def prepare(self, tools: Tools) -> None:
+        """Load the policy: its tokens must be the learner's."""
+        tools.policy(self.policy)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.max_new_tokens < 1:
+            raise ConfigError(
+                f"step_labels with samples={self.samples}, max_new_tokens={self.max_new_tokens}",
+                expected="at least 1 of each",
+            )
+
+    def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
+        """The same groups with the column on every member."""
+        members = [m for g in groups for m in g.members]
+        ends = [step_ends(tools.renderer, m.trajectory, self.steps) for m in members]
+        seed, policy = tools.seed_of("step_labels"), tools.policy(self.policy)
+        asked = [self._requests(m.trajectory, e, seed) for m, e in zip(members, ends, strict=True)]
+        done = iter(policy.generate([r for requests in asked for r in requests]))
+        tried: list[Group] = []
+        for member, requests in zip(members, asked, strict=True):
+            # The answer itself stands last: its own success is the label of its last step.
+            whole = [np.concatenate([r.prompt, next(done).tokens]) for r in requests]
+            texts = [*whole, member.trajectory.tokens]
+            tried.append(_attempts(policy, member.trajectory, texts))
+        judged = Verify().score(tried, tools)
+        labelled = iter(
+            member.with_columns(
+                {Column.STEP_LABEL: self._labels(member.trajectory, e, group, tools)}
+            )
+            for member, e, group in zip(members, ends, judged, strict=True)
+        )
+        return [
+            Group(task=g.task, members=tuple(next(labelled) for _ in g.members)) for g in groups
+        ]
+
+    def _requests(self, trajectory: Trajectory, ends: Array, seed: int) -> list[Request]:
+        """``samples`` continuations from every end but the last, step by step."""
+        return [
+            Request(
+                prompt=trajectory.tokens[: end + 1],
+                sampling=Sampling(
+                    seed=zlib.crc32(f"{seed}/{trajectory.id}/{end}/{number}".encode())
+                ),
+                max_new_tokens=self.max_new_tokens,
+            )
+            for end in ends[:-1].tolist()
+            for number in range(self.samples)
+        ]
+
+    def _labels(self, trajectory: Trajectory, ends: Array, judged: Group, tools: Tools) -> Array:
+        """[T] from the rewards of the attempts."""
+        success = {name: tasks.success for name, tasks in tools.tasksets.items()}
+        taskset = trajectory.task.rpartition("/")[0]
+        if taskset not in success:
+            raise TaskError(
+                f"a trajectory of task {trajectory.task}, and no task set {taskset!r}",
+                expected=f"one of {', '.join(sorted(success)) or '(none)'}",
+            )
+        right = [float(m.columns[Column.REWARD]) >= success[taskset] for m in judged.members]
+        *tries, own = right
+        by_step = np.array(tries, np.float64).reshape(len(ends[:-1]), self.samples)
+        labels = np.full(len(trajectory), NO_STEP)
+        if len(ends):
+            shares = by_step.max(-1) if self.labels == "hard" else by_step.mean(-1)
+            labels[ends[:-1]], labels[ends[-1]] = shares, float(own)
+        return labels
+
+
+def aggregated(steps_K: Array, *, use: str) -> float:
+    """One number for an answer from those of its steps: ``min``, ``product`` or ``last``.
+
+    Example:
+        >>> [aggregated(np.array([0.5, 0.25, 1.0]), use=u) for u in ("min", "product", "last")]
+        [0.25, 0.125, 1.0]
+    """
+    if use == "last":
+        return float(steps_K[-1])
+    return float(steps_K.min() if use == "min" else steps_K.prod())
+
+
+def _attempts(policy: Policy, trajectory: Trajectory, texts: Sequence[IntArray]) -> Group:
+    """Prompt and another answer each. They are judged, and then forgotten."""
+    version, cut = policy.version, trajectory.prompt_length
+    members = []
+    for tokens in texts:
+        span = Span(
+            length=len(tokens),
+            role=Role.ASSISTANT,
+            producer=policy.producer,
+            versions=None if version is None else (version, version),
+        )
+        attempt = Trajectory(
+            task=trajectory.task,
+            tokens=tokens.astype(np.int32),
+            prompt_length=cut,
+            spans=(span,),
+        )
+        members.append(Scored(trajectory=attempt))
+    return Group(task=trajectory.task, members=tuple(members))

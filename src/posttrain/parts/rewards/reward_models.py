@@ -1,0 +1,166 @@
+"""Judges that are learnt: terms that train them, and signals that ask them.
+
+    pairs ──bradley_terry──┐                     ┌─reward_model──▶ REWARD
+    labels ─outcome_bce────┼──▶ scalar head ─────┤
+    steps ──step_bce───────┘    (a model folder) └─process_reward─▶ STEP_REWARD, then
+                                                    REWARD (min, product, last) or TOKEN_REWARD
+
+A score stands *after* what it judges: after the last token of an answer, after the last token of
+a step. The code is in ``objectives/reward_models.py``, ``signals/reward_model.py`` and
+``signals/process.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from posttrain.core.errors import ConfigError
+from posttrain.core.lazy import F, torch
+from posttrain.core.statistics import Stat, Wanted
+from posttrain.core.trajectory import Column
+from posttrain.parts.base import (
+    Columns,
+    Stats,
+    Term,
+    Unit,
+    Values,
+)
+from posttrain.parts.registry import part
+from posttrain.parts.rewards.shapes import JudgeOnPairs
+from posttrain.parts.tensors import sequence_sums
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from posttrain.numerics.batch import PackedBatch
+
+
+SCORE: frozenset[Wanted] = frozenset({Stat.SCORE})
+
+
+@part(method=JudgeOnPairs)
+class BradleyTerry(Term):
+    """−log σ(s_w − s_l − m) + η (s_w + s_l)², s the score after the last token of an answer.
+
+    The probability that w is preferred to l is σ(s_w − s_l) (Bradley and Terry; arXiv 2203.02155).
+    ``margin`` m asks for more distance; ``column`` takes each pair's own from the data set, as
+    for ratings of how much better an answer is (arXiv 2307.09288: 1, 2/3, 1/3 and 0).
+    ``centring`` η keeps scores around 0, which the first part leaves open (arXiv 2312.09244).
+
+    As a method it makes a reward model of the stage's model; name the stage as ``model`` of a
+    reward_model signal. Pairs may have margins of their own: name their column in the data set.
+    """
+
+    formula: ClassVar[str] = "-log sigmoid(s_w - s_l - margin) + centring (s_w + s_l)^2"
+    paper: ClassVar[str] = "2203.02155, 2307.09288 (margin), 2312.09244 (centring)"
+
+    margin: float | Literal["column"] = 0.0
+    centring: float = 0.01
+    unit: ClassVar[Unit] = "pair"
+    aggregate: ClassVar[str] = "pair_mean"
+
+    def __post_init__(self) -> None:
+        margin = 0.0 if self.margin == "column" else self.margin
+        if not (0 <= margin < math.inf and 0 <= self.centring < math.inf):
+            raise ConfigError(
+                f"bradley_terry with margin={self.margin}, centring={self.centring}",
+                expected="both 0 or more, and finite; or margin: column",
+            )
+
+    @property
+    def needs(self) -> Columns:
+        """Preferences, and margins where each pair has its own."""
+        return frozenset(
+            {Column.PREFERENCE} | ({Column.MARGIN} if self.margin == "column" else set())
+        )
+
+    reads: ClassVar[frozenset[Wanted]] = SCORE
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[P] −log σ(s_w − s_l − m) + η (s_w + s_l)²."""
+        score_P2 = last_scores(stats, batch)[batch.pairs_P2]
+        gap_P, sum_P = score_P2[:, 0] - score_P2[:, 1], score_P2.sum(-1)
+        if self.margin == "column":
+            margin_P = batch.columns[Column.MARGIN][batch.pairs_P2[:, 0]]
+        else:
+            margin_P = torch.full_like(gap_P, self.margin)
+        loss_P = -F.logsigmoid(gap_P - margin_P) + self.centring * sum_P.square()
+        shown = {"accuracy": (gap_P > 0).float(), "gap": gap_P, "mean_score": sum_P / 2}
+        return Values(loss_P, shown)
+
+
+@part
+class OutcomeBCE(Term):
+    """−y log σ(s) − (1 − y) log σ(−s): is the answer right? (ORM, arXiv 2110.14168)
+
+    ``at: last`` judges the whole answer after its last token; ``at: every`` asks for the same
+    verdict after every token, which teaches to see it coming. ``target: label`` takes y from
+    labelled answers, ``reward`` from rewards between 0 and 1.
+    """
+
+    at: Literal["last", "every"] = "last"
+    target: Literal["label", "reward"] = "label"
+    aggregate: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+
+    def __post_init__(self) -> None:
+        if self.at == "last" and self.aggregate == "token_mean":
+            raise ConfigError(
+                "outcome_bce at the last token, with token_mean",
+                expected="sequence_mean: one verdict per answer must not count by its length",
+                fix="drop aggregate, or use at: every",
+            )
+
+    @property
+    def needs(self) -> Columns:
+        """The verdicts."""
+        return frozenset({Column.LABEL if self.target == "label" else Column.REWARD})
+
+    reads: ClassVar[frozenset[Wanted]] = SCORE
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] the loss of each token's sequence, or of each token."""
+        if self.target == "label":
+            target_S = (batch.columns[Column.LABEL] + 1) / 2
+        else:
+            target_S = batch.columns[Column.REWARD].clamp(0, 1)
+        target_N = target_S[batch.sequence_N]
+        if self.at == "last":
+            score_N = last_scores(stats, batch)[batch.sequence_N]
+        else:
+            score_N = stats[Stat.SCORE]
+        return _classified(score_N, target_N)
+
+
+@part
+class StepBCE(Term):
+    """−y_k log σ(s_k) − (1 − y_k) log σ(−s_k) after the last token of every labelled step k.
+
+    A process reward model (arXiv 2211.14275, 2305.20050). y may be anything from 0 to 1: a share
+    of continuations that succeeded is a label too (Math-Shepherd, arXiv 2312.08935).
+    ``token_mean`` is over steps, ``sequence_mean`` over the steps of each answer first.
+    """
+
+    aggregate: Literal["token_mean", "sequence_mean"] = "token_mean"
+    unit: ClassVar[Unit] = "step"
+    needs: ClassVar[Columns] = frozenset({Column.STEP_LABEL})
+    reads: ClassVar[frozenset[Wanted]] = SCORE
+
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] the loss at the end of each step: the self sees no other tokens."""
+        return _classified(stats[Stat.SCORE], batch.columns[Column.STEP_LABEL])
+
+
+def last_scores(stats: Stats, batch: PackedBatch) -> Tensor:
+    """[S] the score after the last trained token of each sequence."""
+    ones_N = torch.ones_like(batch.sequence_N)
+    # A sequence's tokens stand together and in order.
+    lasts_S = sequence_sums(ones_N, batch).cumsum(0) - 1
+    return stats[Stat.SCORE][lasts_S.clamp_min(0)]
+
+
+def _classified(score_N: Tensor, target_N: Tensor) -> Values:
+    target_N = target_N.to(score_N.dtype)
+    loss_N = F.binary_cross_entropy_with_logits(score_N, target_N, reduction="none")
+    right_N = (score_N > 0) == (target_N > 0.5)
+    return Values(loss_N, {"accuracy": right_N.float(), "mean_target": target_N})

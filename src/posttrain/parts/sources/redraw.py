@@ -1,0 +1,139 @@
+"""Drawing again until a step has enough to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from posttrain.core.config import plain
+from posttrain.core.errors import ConfigError
+from posttrain.core.protocols import DataFile, Stateful, Stream
+from posttrain.core.provenance import Kind
+from posttrain.core.trajectory import Column, Discard, Group
+from posttrain.parts import unions
+from posttrain.parts.base import Columns, Signal, Source, bound
+from posttrain.parts.columns import discarded, with_verdicts
+from posttrain.parts.credit.selection import KeepInformative
+from posttrain.parts.registry import part, tag_of
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.parts.tools import Score, Tools
+
+
+@part
+class Redraw(Source):
+    """Draws again until enough groups are worth training on (DAPO, arXiv 2503.14476).
+
+    Every draw is judged by ``keep``. A group of which something is left counts; groups are drawn,
+    as many as a step has each time, until a step's worth count or ``max_draws`` draws are over.
+    All that was drawn stays in the record: what was judged useless, and what came too much, is
+    discarded with its reason. The step is smaller when the last draw does not suffice.
+
+    Draw n of a stage takes its prompts from the n-th block of ``max_draws`` draws, whether all of
+    them are needed or not, so that what is drawn stays a function of the step.
+    """
+
+    source: Rollouts
+    keep: tuple[unions.AnySieve, ...] = (Verify(), KeepInformative())
+    max_draws: int = 10
+
+    def __post_init__(self) -> None:
+        if self.max_draws < 2 or not any(Column.DISCARD in s.provides for s in self.keep):
+            raise ConfigError(
+                f"redraw with max_draws={self.max_draws}, keep={[tag_of(s) for s in self.keep]}",
+                expected="at least 2 draws, and a signal that discards, such as keep_informative",
+                fix="for a single draw use its source alone",
+            )
+        if self.source.members is not None and self.source.members.moves:
+            raise ConfigError(
+                "redraw of guided rollouts whose share moves",
+                expected="start and end equal: the share moves by the draw, and draws repeat here",
+            )
+
+    @property
+    def leaves(self) -> tuple[Source, ...]:
+        """The source inside."""
+        return (self.source,)
+
+    @property
+    def judged_by(self) -> tuple[Signal, ...]:
+        """The signals of ``keep``."""
+        return self.keep
+
+    @property
+    def writes(self) -> frozenset[Kind]:
+        """Who writes the source."""
+        return self.source.writes
+
+    def provides_for(self, kind: Kind) -> Columns:
+        """What the source provides, and what its judges write."""
+        return self.source.provides_for(kind).union(*(s.provides for s in self.keep))
+
+    @property
+    def draws_from(self) -> tuple[str, ...]:
+        """The task sets of the source inside."""
+        return self.source.draws_from
+
+    @property
+    def origin(self) -> str:
+        """That of the source inside."""
+        return f"{self.source.origin}, drawn up to {self.max_draws} times"
+
+    def identity(self, root: Path) -> dict[str, object]:
+        """Its options, with the identity of the source inside."""
+        return {**plain(self), "source": self.source.identity(root)}
+
+    def open(self, tools: Tools, *, seed: int) -> RedrawStream:
+        """The source inside and its judges at work."""
+        judges = [bound(signal, tools) for signal in self.keep]
+        return RedrawStream(self, self.source.open(tools, seed=seed), judges)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class RedrawStream:
+    """Groups of which something is worth training on, then all others, with their verdicts."""
+
+    spec: Redraw
+    source: Stream
+    signals: Sequence[Score]  # those of ``spec.keep``
+
+    @property
+    def files(self) -> Sequence[DataFile]:
+        """Those drawn from inside."""
+        return self.source.files
+
+    @property
+    def num_groups(self) -> int | None:
+        """No end."""
+        return None
+
+    @property
+    def state(self) -> Stateful | None:
+        """That of the source inside."""
+        return self.source.state
+
+    def publish(self, version: int) -> None:
+        """Pass on to the source inside."""
+        self.source.publish(version)
+
+    def draw(self, num_groups: int, *, step: int) -> Sequence[Group]:
+        """The groups that count, at most ``num_groups`` of them, and what else was drawn.
+
+        The groups that count come first: a stage that takes several updates on a draw deals them
+        out one by one, so every update gets its share.
+        """
+        kept, useless = list[Group](), list[Group]()
+        for number in range(self.spec.max_draws):
+            groups = self.source.draw(num_groups, step=step * self.spec.max_draws + number)
+            for signal in self.signals:
+                groups = signal(groups)
+            for group in groups:
+                counts = any(discarded(m) == 0 for m in group.members)
+                (kept if counts else useless).append(group)
+            if len(kept) >= num_groups:
+                break
+        surplus = [with_verdicts(g, lambda _: Discard.SURPLUS) for g in kept[num_groups:]]
+        return [*kept[:num_groups], *surplus, *useless]

@@ -1,0 +1,83 @@
+"""What a part may use of the stage that it works in: policies, task sets, files, randomness."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from posttrain.core.errors import TaskError
+from posttrain.core.protocols import Policy, Renderer, Sampler
+from posttrain.core.task import Task, TaskSet
+from posttrain.core.trajectory import Group
+from posttrain.parts.memory import Memory
+
+Score = Callable[[Sequence[Group]], Sequence[Group]]
+"""Groups in, the same groups with columns added out."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tools:
+    """Handed to a part when it scores or is opened. One per stage.
+
+    ``policy`` finds the policy behind a reference and refuses one whose token ids are not the
+    learner's; ``any_policy`` takes any tokenizer; ``sampler`` asks for no more than samples, which
+    an engine that only generates can give. References are those that the part names in
+    ``references()``.
+    """
+
+    live: Policy  # the policy being trained
+    policy: Callable[[str], Policy]
+    any_policy: Callable[[str], Policy]
+    sampler: Callable[[str], Sampler]
+    tasksets: Mapping[str, TaskSet]
+    root: Path = Path()  # the recipe's folder
+    stage: str = ""
+    seed: int = 0  # of the run
+    drawn: tuple[str, ...] = ()  # task sets that the stage draws from
+    longest: int = 0  # tokens of the longest answer that the stage draws
+    judge: Score = lambda groups: groups  # what the stage's judges say, in turn
+    memory: Memory | None = None  # of log-probs, where trajectories come again
+    heads: Mapping[str, int] = field(default_factory=dict)
+    """By reference, the numbers of teachers whose output heads the loss has."""
+
+    @property
+    def renderer(self) -> Renderer:
+        """The learner's."""
+        return self.live.renderer
+
+    def seed_of(self, *names: str | int) -> int:
+        """A seed for a part's own randomness: a function of the run's seed, stage and names.
+
+        Example:
+            >>> from posttrain.testing import fake_tools
+            >>> fake_tools(seed=1).seed_of("labels") == fake_tools(seed=1).seed_of("labels")
+            True
+        """
+        return zlib.crc32("/".join(map(str, (self.seed, self.stage, *names))).encode())
+
+    @cached_property
+    def tasks(self) -> Mapping[str, tuple[str, Task]]:
+        """(task set, task) by task key, held-out tasks included.
+
+        Raises:
+            TaskError: two different tasks have one key.
+        """
+        found: dict[str, tuple[str, Task]] = {}
+        for name, taskset in self.tasksets.items():
+            for task in (*taskset.train, *taskset.held_out):
+                _, first = found.setdefault(task.key, (name, task))
+                if first.prompt != task.prompt:
+                    raise TaskError(
+                        f"task key {task.key} stands for two prompts: {first.text[:60]!r} and "
+                        f"{task.text[:60]!r}",
+                        fix="remove one of them",
+                    )
+        return found
+
+    @cached_property
+    def drawn_tasks(self) -> Mapping[str, Task]:
+        """The training tasks that the stage may draw, by key."""
+        return {task.key: task for name in self.drawn for task in self.tasksets[name].train}

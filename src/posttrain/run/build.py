@@ -1,0 +1,174 @@
+"""From a planned stage to live objects: parts get their tools, the objective its terms.
+
+    PlannedStage ──▶ Tools: policies, task sets, memory ──▶ source.open, bound(signal) ──▶ Parts
+
+Nothing here knows a part by name: what a part asks for, it says itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from posttrain.core.errors import ModelError
+from posttrain.core.learner import MOVING
+from posttrain.core.protocols import Author, Learner, Policy
+from posttrain.core.provenance import Kind
+from posttrain.core.task import Task, TaskSet
+from posttrain.core.trajectory import Group
+from posttrain.numerics.logits import Head
+from posttrain.parts.base import LEARNER, Source, bound
+from posttrain.parts.legality import compared_in_the_loss, scopes
+from posttrain.parts.memory import Memory
+from posttrain.parts.tools import Score, Tools
+from posttrain.run.plan import PlannedStage
+from posttrain.training.objective import Objective
+from posttrain.training.stage import Parts
+
+PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2  # naïve 数学 🙂"
+"""Text on which tokenizers differ if they differ at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Workshop:
+    """What building a stage needs from its run."""
+
+    root: Path
+    seed: int
+    tasksets: Mapping[str, TaskSet]
+    policy: Callable[[str], Policy]  # frozen policy behind a reference
+
+    def parts(self, planned: PlannedStage, learner: Learner) -> Parts:
+        """Build a stage around its learner."""
+        composition, source = planned.composition, planned.composition.source
+        memory = Memory() if _comes_again(planned) else None
+        policy = self._finder(planned, learner)
+        heads = _teacher_heads(planned, policy)
+        alike = functools.cache(lambda ref: _same_tokens(policy(ref), learner.policy))
+        tools = Tools(
+            live=learner.policy,
+            policy=alike,
+            any_policy=policy,
+            sampler=alike,
+            tasksets=self.tasksets,
+            root=self.root,
+            stage=planned.spec.name,
+            seed=self.seed,
+            drawn=source.draws_from,
+            longest=_longest(source, learner.policy.context),
+            memory=memory,
+            heads={ref: number for number, ref in enumerate(heads)},
+        )
+        # What a judge says of an answer that a signal drew for itself, it says as for the group's.
+        judges = [bound(s, tools) for s in composition.signals if s.judges]
+        tools = replace(tools, judge=lambda groups: _in_turn(judges, groups))
+        stream = source.open(tools, seed=tools.seed_of())
+        return Parts(
+            source=stream,
+            signals=_signals(planned, tools),
+            terms=composition.terms,
+            objective=Objective(composition.terms, teachers=tuple(heads.values())),
+            learner=learner,
+            stateful=tuple(s for s in (memory, stream.state) if s is not None),
+        )
+
+    def _finder(self, planned: PlannedStage, learner: Learner) -> Callable[[str], Policy]:
+        """Finds the policy behind a reference of the stage."""
+        own = {LEARNER: learner.policy, MOVING: learner.moving, planned.init: learner.start}
+        found = {ref: policy for ref, policy in own.items() if policy is not None}
+
+        def policy(ref: str) -> Policy:
+            ref = planned.init if ref == "input" else ref
+            return found[ref] if ref in found else self.policy(ref)
+
+        return policy
+
+
+def _longest(source: Source, context: int) -> int:
+    bounds = [s.longest for s in source.leaves if s.longest is not None]
+    return max(bounds, default=context)
+
+
+def _in_turn(judges: Sequence[Score], groups: Sequence[Group]) -> Sequence[Group]:
+    """Several judges, each of whom sees what those before it wrote."""
+    for judge in judges:
+        groups = judge(groups)
+    return groups
+
+
+def _signals(planned: PlannedStage, tools: Tools) -> list[Score]:
+    composition = planned.composition
+    scores = [bound(s, tools) for s in composition.signals]
+    if not composition.source.mixed:
+        return scores
+    return [scoped(s, k) for s, k in zip(scores, scopes(composition), strict=True)]
+
+
+def scoped(score: Score, kinds: frozenset[Kind]) -> Score:
+    """A signal that judges the groups in which one of ``kinds`` wrote; the others pass unjudged."""
+
+    def some(groups: Sequence[Group]) -> Sequence[Group]:
+        chosen = [i for i, group in enumerate(groups) if _writers(group) & kinds]
+        judged = score([groups[i] for i in chosen]) if chosen else []
+        out = list(groups)
+        for index, group in zip(chosen, judged, strict=True):
+            out[index] = group
+        return out
+
+    return some
+
+
+def _writers(group: Group) -> frozenset[Kind]:
+    return frozenset().union(*(member.trajectory.authors for member in group.members))
+
+
+def _teacher_heads(planned: PlannedStage, policy: Callable[[str], Policy]) -> Mapping[str, Head]:
+    """Heads of the teachers of whom hidden states are enough, by reference and in order."""
+    heads = dict[str, Head]()
+    for ref in compared_in_the_loss(planned.composition):
+        hidden = policy(ref).hidden
+        if hidden is not None:
+            heads[ref] = hidden.head
+    return heads
+
+
+def _comes_again(planned: PlannedStage) -> bool:
+    """Whether frozen policies read trajectories of a data set, which has epochs."""
+    composition = planned.composition
+    asked = any(s.remembered for s in composition.signals)
+    return asked and any(s.has_end for s in composition.source.leaves)
+
+
+def _same_tokens(judge: Policy, live: Policy) -> Policy:
+    if judge is not live:
+        check_same_tokens(judge, live)
+    return judge
+
+
+def check_same_tokens(judge: Author, live: Author) -> None:
+    """Refuse a judge to whom the learner's token ids mean something else.
+
+    Raises:
+        ModelError: another vocabulary, another number of output rows, or a tokenizer that cuts a
+            probe text in other places.
+    """
+    probe = Task(taskset="probe", prompt=PROBE)
+    ours, theirs = (p.renderer.prompt(probe).tokens.tolist() for p in (live, judge))
+    name = judge.producer.name
+    if judge.vocabulary != live.vocabulary:
+        alike = "the same ids" if ours == theirs else "other ids"
+        raise ModelError(
+            f"{name} and the learner have different vocabularies; they give a probe text {alike}",
+            expected="the same token ids and the same number of output rows",
+            fix="use a teacher or reference of the same family, or the foreign_teacher signal",
+        )
+    if ours != theirs:
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        raise ModelError(
+            f"{name} and the learner share a vocabulary and cut a probe text differently: "
+            f"{len(theirs)} and {len(ours)} tokens, the first difference at {at}",
+            expected="one tokenizer: the judge would rate token sequences it never saw",
+            fix="use the learner's tokenizer files in the other folder, if they belong there",
+        )

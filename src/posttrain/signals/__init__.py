@@ -1,1 +1,0 @@
-"""Signals: opinions about trajectories, written as columns beside them."""

@@ -1,1 +1,0 @@
-"""Sources: where trajectories come from. Each is a pure function of the step."""
