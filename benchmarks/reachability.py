@@ -24,7 +24,7 @@ from posttrain.api import run
 from posttrain.core.learner import Optimizer
 from posttrain.core.task import Task, TaskSet
 from posttrain.diagnosis.drawing import draw_answers
-from posttrain.diagnosis.importance import Evidence, odds_words
+from posttrain.diagnosis.importance import ImportanceSample, odds_words
 from posttrain.diagnosis.reachability import TaskReach, reachability
 from posttrain.engines.local.engine import LocalEngine, LocalPolicy
 from posttrain.lab.corpus import taskset
@@ -189,7 +189,7 @@ def simulated(name: str, first: np.ndarray, second: np.ndarray, *, n: int, trial
     for _ in range(trials):
         counts = rng.multinomial(n, np.append(share, 1 - share.sum()))[:-1]
         seen = np.flatnonzero(counts)
-        one = Evidence(
+        one = ImportanceSample(
             log_base=first[seen], log_later=second[seen], times=counts[seen], num_samples=n
         )
         low = one.low(0.025)

@@ -16,7 +16,7 @@ import numpy as np
 from posttrain.api import run
 from posttrain.cli.console import Console
 from posttrain.lab.tour import write_tour
-from posttrain.measure.attribution import Part, compare
+from posttrain.measure.attribution import ChangeKind, attribute_changes
 from posttrain.measure.bootstrap import student_quantile
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import load_recipe
@@ -62,14 +62,14 @@ def main() -> None:
         print(f"| {policy} | {' | '.join(over_seeds(r) for r in rates)} |")
 
     spec = RunFolder(arguments.out / str(arguments.seeds[0])).recipe().measure
-    changes = [compare(r[0], r[-1], epsilon=spec.threshold) for r in runs]
+    changes = [attribute_changes(r[0], r[-1], epsilon=spec.threshold) for r in runs]
     print("\nbase to final: parts of the change, mean ± 95 % interval over seeds;")
     print("in brackets, in how many seeds the part's own interval over prompts excludes zero\n")
-    print(f"| task | {' | '.join(Part)} |")
-    print(f"|---|{'---|' * len(Part)}")
+    print(f"| task | {' | '.join(ChangeKind)} |")
+    print(f"|---|{'---|' * len(ChangeKind)}")
     for task in tasks:
         cells = []
-        for part in Part:
+        for part in ChangeKind:
             intervals = [c.task(task).parts[part] for c in changes]
             shown = sum(i.is_positive for i in intervals)
             cells.append(f"{over_seeds([i.value for i in intervals])} ({shown}/{len(intervals)})")

@@ -36,6 +36,7 @@ from posttrain.diagnosis.spending import spent
 from posttrain.lab.corpus import demonstrations, preference_pairs, taskset, write_rows
 from posttrain.lab.settings import SETTINGS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.parts.composition import Method, method
 from posttrain.parts.distillation.presets import Opd, Opsd
 from posttrain.parts.policy.presets import Grpo
@@ -43,7 +44,7 @@ from posttrain.parts.preference.presets import OnlineDpo
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
 from posttrain.parts.supervised.rejection import Raft
-from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.folder import RunFolder
 
 LOOK = Measure(samples=64, max_new_tokens=ANSWER, seed=7)

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from posttrain.core.learner import Optimizer
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.parts.composition import method
 from posttrain.parts.policy.estimators import (
     Gdpo,
@@ -37,7 +38,7 @@ from posttrain.parts.policy.presets import (
     KlCov,
     Luspo,
 )
-from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 
 ROLLOUTS = 128
 """Answers per draw."""

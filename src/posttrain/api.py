@@ -18,12 +18,10 @@ from posttrain.core.protocols import Engine
 from posttrain.diagnosis.between import Between
 from posttrain.diagnosis.between import between as compare_models
 from posttrain.diagnosis.card import Diagnosis
-from posttrain.diagnosis.diagnose import BUDGET, Practice
-from posttrain.diagnosis.diagnose import diagnose as find_bottleneck
+from posttrain.diagnosis.diagnose import BUDGET, Practice, find_bottleneck
 from posttrain.diagnosis.prescribe import NOTHING, Supplies
 from posttrain.diagnosis.rules import RuleBook, load_rules
-from posttrain.diagnosis.treat import Treated
-from posttrain.diagnosis.treat import treat as close_the_loop
+from posttrain.diagnosis.treat import Treated, run_treatment
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.engines.local.model import pick_device
 from posttrain.measure.measurement import Measurement
@@ -122,7 +120,7 @@ def treat(
         observe: called with every event.
         stop: asked between draws; True commits and raises ``Interrupted``.
     """
-    return close_the_loop(
+    return run_treatment(
         recipe,
         out=out,
         root=root,

@@ -17,7 +17,8 @@ from posttrain.diagnosis.prescribe import Supplies
 from posttrain.lab.settings import PRODUCTS, REVERSE
 from posttrain.lab.tour import ANSWER, BASE
 from posttrain.measure.measurement import Measurement
-from posttrain.recipe import Measure, Recipe
+from posttrain.measure.spec import Measure
+from posttrain.recipe import Recipe
 from posttrain.run.folder import RunFolder
 from posttrain.training.stage import Interrupted
 

@@ -13,14 +13,16 @@ from posttrain.methods import Dpo, Grpo, Opd, Sft
 
 from posttrain.core.provenance import Kind, Producer, Role, Span
 from posttrain.core.trajectory import Trajectory
-from posttrain.measure.attribution import Attribution, Comparison, MeasuredRole, Part
+from posttrain.measure.attribution import Attribution, ChangeKind, MeasuredRole, PolicyChange
 from posttrain.measure.bootstrap import Interval
+from posttrain.measure.gates import Gate
 from posttrain.measure.passk import Curve
 from posttrain.measure.profile import Profile
 from posttrain.measure.reading import Reading
 from posttrain.measure.retained import Retained
+from posttrain.measure.spec import Measure
 from posttrain.measure.support import Label
-from posttrain.recipe import Budget, Gate, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.report.view import PolicyReport, RunReport, Sample, StageReport
 from posttrain.run.history import GateRecord, Metrics, StageHistory
 from posttrain.run.journal import Done
@@ -90,7 +92,7 @@ def profile_of(task: str, curve: Curve, labels: Sequence[Label] = ()) -> Profile
 
 def attribution(
     task: str,
-    parts: dict[Part, Interval],
+    parts: dict[ChangeKind, Interval],
     *,
     before: Interval = ZERO,
     after: Interval = ZERO,
@@ -102,8 +104,8 @@ def attribution(
         before=before,
         after=after,
         change=ZERO,
-        parts={p: parts.get(p, ZERO) for p in Part},
-        undetermined_gain=parts.get(Part.UNDETERMINED, ZERO),
+        parts={p: parts.get(p, ZERO) for p in ChangeKind},
+        undetermined_gain=parts.get(ChangeKind.UNDETERMINED, ZERO),
         undetermined_loss=ZERO,
         gained=ZERO,
         gone=ZERO,
@@ -166,18 +168,18 @@ def measured(task: str, row: list[float]) -> Profile:
 
 def change(task: str, before: list[float], after: list[float]) -> Attribution:
     """Shares of prompts by what happened to them."""
-    count = dict.fromkeys(Part, 0)
+    count = dict.fromkeys(ChangeKind, 0)
     for p, q in zip(before, after, strict=True):
         was, now = support(p), support(q)
         if Label.UNDETERMINED in (was, now):
-            count[Part.UNDETERMINED] += 1
+            count[ChangeKind.UNDETERMINED] += 1
         elif was is Label.OUT:
-            count[Part.NEWLY_REACHABLE if now is Label.IN else Part.UNDETERMINED] += 1
+            count[ChangeKind.NEWLY_REACHABLE if now is Label.IN else ChangeKind.UNDETERMINED] += 1
         elif now is Label.OUT:
-            count[Part.LOST] += 1
+            count[ChangeKind.LOST] += 1
         else:
             rose, fell = q > p + 0.12, q < p - 0.12
-            count[Part.SHARPENED if rose else Part.WEAKENED if fell else Part.KEPT] += 1
+            count[ChangeKind.SHARPENED if rose else ChangeKind.WEAKENED if fell else ChangeKind.KEPT] += 1
     was_in = [i for i, p in enumerate(before) if support(p) is Label.IN]
     still = sum(support(after[i]) is Label.IN for i in was_in)
     return attribution(
@@ -458,9 +460,9 @@ def run_report() -> RunReport:
     dice = random.Random(7)
     table = {t: rates(t, dice) for t in TASKS}
 
-    def compared(i: int, j: int) -> Comparison:
+    def compared(i: int, j: int) -> PolicyChange:
         tasks = tuple(change(t, table[t][i], table[t][j]) for t in TASKS)
-        return Comparison(before=POLICIES[i], after=POLICIES[j], tasks=tasks, support=())
+        return PolicyChange(before=POLICIES[i], after=POLICIES[j], tasks=tasks, support=())
 
     seen = samples()
     stages = tuple(

@@ -17,7 +17,8 @@ from posttrain.core.errors import ConfigError, ModelError
 ROOT = Path(__file__).parents[2]
 FAMILY = """
 from pathlib import Path
-from posttrain.recipe import Budget, JsonlTasks, Recipe, Stage
+from posttrain.tasks.jsonl import JsonlTasks
+from posttrain.recipe import Budget, Recipe, Stage
 
 def stage(name, **more):
     method = Sft(data=Dataset(path="d.jsonl"))

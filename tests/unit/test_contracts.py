@@ -8,10 +8,10 @@ import pytest
 from posttrain.core.errors import LegalityError, TaskError
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Column
-from posttrain.measure.measure import measure
+from posttrain.measure.measure import measure_policy
+from posttrain.measure.spec import Measure
 from posttrain.parts.credit.advantages import GroupAdvantage
 from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
-from posttrain.recipe import Measure
 from posttrain.testing import (
     FakePolicy,
     FakeTaskSet,
@@ -121,7 +121,7 @@ def test_measuring_an_exactly_known_policy():
     """Success rate, entropy and KL of a two-letter policy against their closed forms."""
     policy, base = FakePolicy({"a": 0.3, "b": 0.7}), FakePolicy({"a": 0.6, "b": 0.4})
     seen = []
-    result = measure(
+    result = measure_policy(
         "fake",
         policy,
         [FakeTaskSet(size=40)],
@@ -136,11 +136,11 @@ def test_measuring_an_exactly_known_policy():
     entropy = -(0.3 * np.log(0.3) + 0.7 * np.log(0.7)) / 2  # two tokens, the second is certain
     assert task.nll.mean() == pytest.approx(entropy, abs=0.02)
     kl = 0.3 * np.log(0.3 / 0.6) + 0.7 * np.log(0.7 / 0.4)
-    assert task.kl_base.mean() == pytest.approx(kl, abs=0.08)
+    assert task.raw["kl_base"].mean() == pytest.approx(kl, abs=0.08)
     assert (task.distinct == 2).all()
     assert not task.truncated.any()
     assert [e.done for e in seen] == [0, 1]
-    again = measure(
+    again = measure_policy(
         "fake",
         policy,
         [FakeTaskSet(size=40)],

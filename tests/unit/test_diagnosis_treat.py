@@ -7,8 +7,8 @@ from test_probes_measurement import measured, policy
 
 from posttrain.core.errors import DataError, ResumeRefused
 from posttrain.diagnosis.rounds import Chart
+from posttrain.diagnosis.stage_decision import decide_stage
 from posttrain.diagnosis.treat import _opened
-from posttrain.diagnosis.verdict import judge_stage
 from posttrain.run.folder import RunFolder
 
 
@@ -22,7 +22,7 @@ def rates(**by_task: float):
 
 
 def decided(before, after, treated, counted=None):
-    return judge_stage(
+    return decide_stage(
         before,
         after,
         treated=treated,

@@ -29,7 +29,7 @@ from report_fixture import attribution, curve_of, interval, profile_of, run_repo
 import posttrain.report
 from posttrain.core.provenance import Kind, Producer
 from posttrain.core.trajectory import Trajectory
-from posttrain.measure.attribution import Attribution, Comparison, Part
+from posttrain.measure.attribution import Attribution, ChangeKind, PolicyChange
 from posttrain.measure.bootstrap import Interval
 from posttrain.measure.passk import Curve
 from posttrain.measure.profile import Profile
@@ -143,7 +143,7 @@ SHOWN = {
     Verified: ("head",),
     PolicyReport: ("name",),
     Profile: ("task", "prompts"),
-    Comparison: ("before", "after"),
+    PolicyChange: ("before", "after"),
     Attribution: ("task",),
     StageReport: ("roles",),
     Stage: ("name",),
@@ -238,17 +238,17 @@ def estimate(value: float, margin: float | None = 0.05) -> Interval:
     return interval(value, max(value - margin, 0.0), min(value + margin, 1.0))
 
 
-NEW, SHARP, KEPT = Part.NEWLY_REACHABLE, Part.SHARPENED, Part.KEPT
-WEAK, LOST, OPEN = Part.WEAKENED, Part.LOST, Part.UNDETERMINED
+NEW, SHARP, KEPT = ChangeKind.NEWLY_REACHABLE, ChangeKind.SHARPENED, ChangeKind.KEPT
+WEAK, LOST, OPEN = ChangeKind.WEAKENED, ChangeKind.LOST, ChangeKind.UNDETERMINED
 
 
-def change(parts: dict[Part, Interval] | None = None, *, task: str = "t", **ends) -> Attribution:
+def change(parts: dict[ChangeKind, Interval] | None = None, *, task: str = "t", **ends) -> Attribution:
     """A change; a part that is not given is about zero."""
-    return attribution(task, {**dict.fromkeys(Part, estimate(0.0)), **(parts or {})}, **ends)
+    return attribution(task, {**dict.fromkeys(ChangeKind, estimate(0.0)), **(parts or {})}, **ends)
 
 
-def compared(*changes: Attribution) -> Comparison:
-    return Comparison(before="base", after="last", tasks=changes, support=())
+def compared(*changes: Attribution) -> PolicyChange:
+    return PolicyChange(before="base", after="last", tasks=changes, support=())
 
 
 def policy(name: str, **rates: Interval) -> PolicyReport:

@@ -20,7 +20,7 @@ from posttrain.core.errors import ConfigError, PosttrainError, nearest
 
 if TYPE_CHECKING:
     from posttrain.measure.measurement import Measurement
-    from posttrain.recipe import Measure
+    from posttrain.measure.spec import Measure
     from posttrain.run.pipeline import Outcome
 
 MISTAKE, STOPPED_BY_GATE, INTERRUPTED = 2, 3, 130
@@ -183,9 +183,9 @@ def compare(before: str, after: str | None, tasks: str | None, samples: int | No
 def _comparison(first: Measurement, second: Measurement, spec: Measure) -> str:
     """All that samples of two policies show."""
     from posttrain.cli.tables import change_table, comparison_table, support_table
-    from posttrain.measure.attribution import compare as attribute
+    from posttrain.measure.attribution import attribute_changes
 
-    change = attribute(first, second, epsilon=spec.threshold, confidence=spec.confidence)
+    change = attribute_changes(first, second, epsilon=spec.threshold, confidence=spec.confidence)
     support = support_table(first, second, spec)
     rest = change_table(first, second, confidence=spec.confidence)
     return f"{comparison_table(change)}\n\n{support}\n\n{rest}"
@@ -265,7 +265,7 @@ def _measurement(text: str) -> tuple[Measurement, Measure]:
 
     A file alone is read as :class:`Measure` reads its number of samples by default.
     """
-    from posttrain.recipe import Measure
+    from posttrain.measure.spec import Measure
     from posttrain.run.folder import RunFolder, read_measurement
 
     path = Path(text)

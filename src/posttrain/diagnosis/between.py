@@ -20,8 +20,9 @@ from posttrain.diagnosis.reachability import TaskReach, reachability
 from posttrain.measure.measurement import Measurement, require_comparable
 from posttrain.measure.reading import Reading
 from posttrain.measure.readings import require_prompts
-from posttrain.recipe import Measure, Recipe
-from posttrain.run.measuring import measure_policy, measured_tasksets
+from posttrain.measure.spec import Measure
+from posttrain.recipe import Recipe
+from posttrain.run.measuring import measure_for_recipe, measured_tasksets
 
 DRIFT_SAMPLES = 16
 """Answers per prompt and model from which distances are estimated."""
@@ -65,7 +66,7 @@ def between(
         ConfigError: too few prompts.
     """
     models = [engine.policy(name) for name in (before, after)]
-    sides = [measure_policy(ground, model, root=root, observe=observe) for model in models]
+    sides = [measure_for_recipe(ground, model, root=root, observe=observe) for model in models]
     require_comparable(*sides)
     require_prompts(sides[0])
     found: list[Reading] = []

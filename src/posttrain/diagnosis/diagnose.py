@@ -17,8 +17,8 @@ from posttrain.core.events import Observer, ignore
 from posttrain.core.files import write_atomic
 from posttrain.core.protocols import Engine
 from posttrain.diagnosis.card import Diagnosis
+from posttrain.diagnosis.conditions import diagnose_task
 from posttrain.diagnosis.examine import SAMPLES, Examination
-from posttrain.diagnosis.judge import diagnose_task
 from posttrain.diagnosis.page import render_card
 from posttrain.diagnosis.prescribe import NOTHING, Supplies, prescribe
 from posttrain.diagnosis.rules import RuleBook, load_rules
@@ -50,7 +50,7 @@ class Practice:
     tried: frozenset[tuple[str, str]] = frozenset()
 
 
-def diagnose(
+def find_bottleneck(
     ground: Recipe,
     *,
     root: Path,

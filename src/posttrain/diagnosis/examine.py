@@ -33,15 +33,16 @@ from posttrain.diagnosis.drawing import (
     draw_answers,
     require_same_language,
 )
-from posttrain.diagnosis.drift import divergence
+from posttrain.diagnosis.drift import policy_distance
 from posttrain.diagnosis.exposure import exposure_to_teacher
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.scaffold import amortisation_gap
-from posttrain.measure.measure import measure
+from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement, TaskMeasurement
 from posttrain.measure.reading import FEWEST, Reading
 from posttrain.measure.readings import answer_room, not_taken, take, take_change
-from posttrain.recipe import Measure
+from posttrain.measure.registry import Estimation
+from posttrain.measure.spec import Measure
 
 SAMPLES = 64
 """Samples per prompt of the first look: the rules ask for pass@64."""
@@ -211,7 +212,7 @@ class Examination:
             return known
         assert policy is not None
         self._say(f"sampling {policy.producer.name}")
-        taken = measure(
+        taken = measure_policy(
             policy.producer.name,
             policy,
             self.tasksets,
@@ -231,10 +232,11 @@ class Examination:
     ) -> Evidence:
         if self.stop():
             raise KeyboardInterrupt
-        spec, missing = self.spec, list(not_taken(now))
-        found = [*take(now, epsilon=spec.threshold, confidence=spec.confidence)]
+        missing = list(not_taken(now))
+        how = Estimation(confidence=self.spec.confidence, epsilon=self.spec.threshold)
+        found = [*take(now, how)]
         if was is not None:
-            found += take_change(was, now, epsilon=spec.threshold, confidence=spec.confidence)
+            found += take_change(was, now, how)
             found += self._drifted(taskset, was, missing)
         else:
             missing.append("retention: no earlier policy was given (--before)")
@@ -275,7 +277,7 @@ class Examination:
         tokens = sum(len(a.completion.tokens) for group in answers for a in group)
         self._spent(cost, tokens)
         self.scored += 2 * tokens
-        moved = divergence(
+        moved = policy_distance(
             self.before,
             self.policy,
             answers,
@@ -360,7 +362,7 @@ class Examination:
             missing.append("amortisation: the budget is spent")
             return ()
         told = _Told(taskset, scaffold)
-        (helped,) = measure(
+        (helped,) = measure_policy(
             self.policy.producer.name,
             self.policy,
             [told],

@@ -18,9 +18,9 @@ from posttrain.diagnosis.card import (
     Evidence,
     Prescription,
     TaskDiagnosis,
-    plainly,
 )
 from posttrain.measure.reading import Reading
+from posttrain.measure.registry import plain_words
 from posttrain.pages.svg import duration, figure, label, line, path, polyline, rect
 from posttrain.pages.template import Filter, fill
 
@@ -114,7 +114,7 @@ FILTERS: dict[str, Filter] = {
     "duration": duration,
     "count": lambda n: f"{n:,}",
     "number": number,
-    "plainly": plainly,
+    "plainly": plain_words,
 }
 
 

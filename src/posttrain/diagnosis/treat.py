@@ -24,14 +24,15 @@ from posttrain.core.errors import ResumeRefused
 from posttrain.core.events import Event, Measured, Note, Observer, StageStarted, ignore
 from posttrain.core.protocols import Engine
 from posttrain.diagnosis.card import Diagnosis, Evidence, Prescription
-from posttrain.diagnosis.diagnose import Known, Practice, diagnose, grounded
+from posttrain.diagnosis.diagnose import Known, Practice, find_bottleneck, grounded
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.rounds import Chart, Round
 from posttrain.diagnosis.rules import RuleBook
 from posttrain.diagnosis.spending import Spent, expected, spent
-from posttrain.diagnosis.verdict import judge_stage
+from posttrain.diagnosis.stage_decision import decide_stage
+from posttrain.measure.gates import Gate
 from posttrain.measure.measurement import Measurement
-from posttrain.recipe import Budget, Gate, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.folder import RunFolder, RunWriter
 from posttrain.run.ledger import RecordKind
 from posttrain.run.measuring import measure_model
@@ -75,7 +76,7 @@ class Treated:
     after: Measurement
 
 
-def treat(
+def run_treatment(
     ground: Recipe,
     *,
     out: Path,
@@ -209,7 +210,7 @@ class _Course:
             return Diagnosis.from_json(path.read_text(encoding="utf-8"))
         current = self._current
         best = self._best()
-        found = diagnose(
+        found = find_bottleneck(
             msgspec.structs.replace(self.ground, model=str(self._model(current))),
             root=self.root,
             engine=self.engine,
@@ -319,7 +320,7 @@ class _Course:
 
     def _decide(self) -> None:
         last = self.chart.rounds[-1]
-        decision = judge_stage(
+        decision = decide_stage(
             self.measured[last.stage.init],
             self.measured[last.stage.name],
             treated=last.tasks,

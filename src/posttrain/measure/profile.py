@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.measure.bootstrap import Interval, student_interval
+from posttrain.measure.distance import kl_base_column
 from posttrain.measure.measurement import TaskMeasurement
 from posttrain.measure.passk import Curve, curve
 from posttrain.measure.support import Label, labels
@@ -47,7 +48,9 @@ def profile(task: TaskMeasurement, *, epsilon: float, confidence: float = 0.95) 
         prompts=task.prompts,
         curve=curve(task, confidence=confidence),
         labels=labels(task, epsilon=epsilon, confidence=confidence),
-        kl_base=None if task.kl_base is None else _mean(task.kl_base, confidence),
+        kl_base=None
+        if task.find(kl_base_column) is None
+        else _mean(task.find(kl_base_column), confidence),
         entropy=_mean(task.nll, confidence),
         tokens=_mean(task.lengths, confidence),
     )

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from posttrain.measure.attribution import Comparison, MeasuredRole
+from posttrain.measure.attribution import MeasuredRole
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.measure.reading import Reading
 from posttrain.measure.retention import handoff, transfer
-from posttrain.recipe import Measure
+from posttrain.measure.spec import Measure
 
 TAUGHT = (MeasuredRole.EXPANSION, MeasuredRole.RESHAPING)
 
@@ -35,7 +35,7 @@ class Retained:
     handoff: Reading | None  # of the prompts its stage brought into reach, those still there
 
 
-def own_stages(chain: Sequence[Measurement], changes: Sequence[Comparison]) -> Mapping[str, int]:
+def own_stages(chain: Sequence[Measurement], changes: Sequence[PolicyChange]) -> Mapping[str, int]:
     """By task set, the place in the chain of the first policy that clearly gained on it.
 
     0, the base, for a task set on which no stage got clearly above the base: bringing back what
@@ -58,7 +58,7 @@ def own_stages(chain: Sequence[Measurement], changes: Sequence[Comparison]) -> M
 
 
 def retained(
-    chain: Sequence[Measurement], changes: Sequence[Comparison], *, spec: Measure
+    chain: Sequence[Measurement], changes: Sequence[PolicyChange], *, spec: Measure
 ) -> tuple[Retained, ...]:
     """One entry per task set; none with fewer than two stages, where nothing is earlier."""
     if len(chain) < 3:

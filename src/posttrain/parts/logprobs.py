@@ -34,7 +34,7 @@ class ReferenceLogprobs(Signal):
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``REFERENCE_LOGPROB`` [T] on every member."""
-        with clock.measure("reference"):
+        with clock.timed("reference"):
             policy = tools.policy(self.policy)
             values = remembered_logprobs(policy, trajectories_of(groups), tools.memory)
         return attach(groups, [{Column.REFERENCE_LOGPROB: v} for v in values])

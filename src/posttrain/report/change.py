@@ -11,22 +11,25 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from posttrain.measure.attribution import Attribution, Part
+from posttrain.measure.attribution import Attribution, ChangeKind
 from posttrain.measure.bootstrap import Interval, interval_words
 from posttrain.pages.svg import compact, figure, fit, label, line, rect, tag
 from posttrain.report.numbers import amount, bounds_of, value_of
 
 CLASSES = {
-    Part.NEWLY_REACHABLE: "new",
-    Part.SHARPENED: "sharp",
-    Part.KEPT: "kept",
-    Part.WEAKENED: "weak",
-    Part.LOST: "lost",
-    Part.UNDETERMINED: "undetermined",
+    ChangeKind.NEWLY_REACHABLE: "new",
+    ChangeKind.SHARPENED: "sharp",
+    ChangeKind.KEPT: "kept",
+    ChangeKind.WEAKENED: "weak",
+    ChangeKind.LOST: "lost",
+    ChangeKind.UNDETERMINED: "undetermined",
 }
 """What the style sheet calls the parts."""
 
-LOSSES, GAINS = (Part.WEAKENED, Part.LOST), (Part.SHARPENED, Part.NEWLY_REACHABLE)
+LOSSES, GAINS = (
+    (ChangeKind.WEAKENED, ChangeKind.LOST),
+    (ChangeKind.SHARPENED, ChangeKind.NEWLY_REACHABLE),
+)
 """From the zero line outwards."""
 
 
@@ -64,7 +67,7 @@ def change_chart(
         parts.append(_change_row(c, frame, reach, top + row_height * i))
     told = "; ".join(
         f"{c.task}: "
-        + ", ".join(f"{p} {interval_words(c.parts[p])}" for p in Part)
+        + ", ".join(f"{p} {interval_words(c.parts[p])}" for p in ChangeKind)
         + f", retention {interval_words(c.retention)}"
         for c in changes
     )
@@ -121,7 +124,7 @@ def _change_row(change: Attribution, frame: Frame, reach: float, y: float) -> Ma
 def _listed(change: Attribution, y: float) -> list[Markup]:
     """The numbers below a narrow bar, one line each."""
     parts = []
-    rows = [(str(p), f"part {CLASSES[p]}", change.parts[p]) for p in Part]
+    rows = [(str(p), f"part {CLASSES[p]}", change.parts[p]) for p in ChangeKind]
     for i, (words, class_, interval) in enumerate([*rows, ("retention", "", change.retention)]):
         at = y + 16 * i
         if class_:
@@ -132,7 +135,7 @@ def _listed(change: Attribution, y: float) -> list[Markup]:
 
 
 def _side(
-    change: Attribution, pair: Sequence[Part], frame: Frame, bar: float, sign: int
+    change: Attribution, pair: Sequence[ChangeKind], frame: Frame, bar: float, sign: int
 ) -> list[Markup]:
     """One direction of a row: two stacked parts, their whiskers, and their labels."""
     parts, start = [], 0.0
@@ -172,9 +175,9 @@ def _whisker(x0: float, x1: float, y: float, *, faint: bool = False) -> list[Mar
 
 
 def _stayed(change: Attribution, x: float, width: float, y: float) -> list[Markup]:
-    kept, open_ = change.parts[Part.KEPT], change.parts[Part.UNDETERMINED]
+    kept, open_ = change.parts[ChangeKind.KEPT], change.parts[ChangeKind.UNDETERMINED]
     kept_words, open_words = (
-        f"{p} {interval_words(change.parts[p])}" for p in (Part.KEPT, Part.UNDETERMINED)
+        f"{p} {interval_words(change.parts[p])}" for p in (ChangeKind.KEPT, ChangeKind.UNDETERMINED)
     )
     scale = width / max(1.0, amount(kept) + amount(open_))
     first = scale * max(amount(kept), 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from posttrain.measure.attribution import MATERIAL, Attribution, Part
+from posttrain.measure.attribution import MATERIAL, Attribution, ChangeKind
 from posttrain.measure.bootstrap import Interval, interval_words
 from posttrain.report.numbers import amount, bounds_of, value_of
 from posttrain.report.view import PolicyReport, RunReport
@@ -92,16 +92,16 @@ def _short(interval: Interval | None) -> str:
 def _by_parts(change: Attribution) -> tuple[str, str]:
     parts = change.parts
     gains = (
-        ("became reachable", parts[Part.NEWLY_REACHABLE]),
-        ("sharpened", parts[Part.SHARPENED]),
+        ("became reachable", parts[ChangeKind.NEWLY_REACHABLE]),
+        ("sharpened", parts[ChangeKind.SHARPENED]),
     )
-    losses = (("was partly lost", parts[Part.LOST]), ("weakened", parts[Part.WEAKENED]))
+    losses = (("was partly lost", parts[ChangeKind.LOST]), ("weakened", parts[ChangeKind.WEAKENED]))
     gain, gained = max(gains, key=lambda g: _size(g[1]))
     loss, lost = max(losses, key=lambda g: _size(g[1]))
     if _size(gained) == 0 and _size(lost) == 0:
-        if amount(parts[Part.UNDETERMINED]) >= MOSTLY:
+        if amount(parts[ChangeKind.UNDETERMINED]) >= MOSTLY:
             return "stayed undetermined", "open"
-        kept = parts[Part.KEPT].is_positive
+        kept = parts[ChangeKind.KEPT].is_positive
         return ("was kept" if kept else "showed no clear change"), "same"
     if _size(gained) >= _size(lost):
         extra = f", though {interval_words(lost)} {_noun(loss)}" if _size(lost) > 0 else ""

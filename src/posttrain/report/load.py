@@ -14,8 +14,8 @@ from posttrain.core.errors import LedgerBroken
 from posttrain.core.trajectory import Trajectory
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.profile import profile
+from posttrain.measure.spec import Measure
 from posttrain.pages.template import Section
-from posttrain.recipe import Measure
 from posttrain.report.render import render
 from posttrain.report.view import PolicyReport, RunReport, Sample, StageReport
 from posttrain.run.folder import RunFolder

@@ -18,12 +18,12 @@ from markupsafe import Markup
 from posttrain.core import config
 from posttrain.core.monitors import alarms
 from posttrain.core.provenance import Kind, Span
-from posttrain.measure.attribution import Comparison, MeasuredRole, Part
+from posttrain.measure.attribution import ChangeKind, MeasuredRole, PolicyChange
 from posttrain.measure.bootstrap import Interval, interval_words
 from posttrain.measure.profile import Profile
+from posttrain.measure.spec import Measure
 from posttrain.pages.svg import compact, duration
 from posttrain.pages.template import Filter, Section, fill
-from posttrain.recipe import Measure
 from posttrain.report.change import change_chart
 from posttrain.report.charts import (
     GROUP_OF,
@@ -264,7 +264,7 @@ def _support(policies: Sequence[PolicyReport]) -> Iterator[tuple[str, int, Marku
         yield first.task, len(first.prompts), drawing
 
 
-def _falls(whole: Comparison | None) -> tuple[Fall, ...]:
+def _falls(whole: PolicyChange | None) -> tuple[Fall, ...]:
     if whole is None:
         return ()
     return tuple(
@@ -275,7 +275,7 @@ def _falls(whole: Comparison | None) -> tuple[Fall, ...]:
                 ("before", c.before),
                 *((str(step.part), c.parts[step.part]) for step in STEPS),
                 ("after", c.after),
-                ("kept", c.parts[Part.KEPT]),
+                ("kept", c.parts[ChangeKind.KEPT]),
                 ("retention: kept of before", c.retention),
             ),
         )
@@ -283,7 +283,7 @@ def _falls(whole: Comparison | None) -> tuple[Fall, ...]:
     )
 
 
-def _change(change: Comparison | None, *, ident: str, narrow: bool) -> Markup | None:
+def _change(change: PolicyChange | None, *, ident: str, narrow: bool) -> Markup | None:
     if change is None or not change.tasks:
         return None
     title = f"Change from {change.before} to {change.after}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.core.trajectory import Trajectory
-from posttrain.measure.attribution import Comparison, MeasuredRole
+from posttrain.measure.attribution import MeasuredRole, PolicyChange
 from posttrain.measure.profile import Profile
 from posttrain.measure.retained import Retained
 from posttrain.recipe import Recipe
@@ -37,7 +37,7 @@ class StageReport:
 
     record: StageHistory
     roles: tuple[tuple[str, MeasuredRole], ...] = ()  # by task set, as measured
-    change: Comparison | None = None  # from the policy it started from
+    change: PolicyChange | None = None  # from the policy it started from
     samples: tuple[Sample, ...] = ()
 
 
@@ -63,7 +63,7 @@ class RunReport:
     ledger: Verified | None = None  # None: the chain does not hold
     stages: tuple[StageReport, ...] = ()  # those that have started
     policies: tuple[PolicyReport, ...] = ()
-    whole: Comparison | None = None  # base to final
+    whole: PolicyChange | None = None  # base to final
     retained: tuple[Retained, ...] = ()
     tokens_measured: int = 0  # sampled to measure
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from posttrain.measure.attribution import Attribution, Part
+from posttrain.measure.attribution import Attribution, ChangeKind
 from posttrain.measure.bootstrap import Interval, interval_words
 from posttrain.pages.svg import compact, figure, label, line, rect, tag
 from posttrain.report.change import CLASSES
@@ -30,17 +30,17 @@ BAR = 34.0
 class Step:
     """One column: which way the part goes, and what stands below it, one line per entry."""
 
-    part: Part
+    part: ChangeKind
     sign: int
     words: tuple[str, ...]
 
 
 STEPS = (
-    Step(Part.NEWLY_REACHABLE, 1, ("newly", "reachable")),
-    Step(Part.SHARPENED, 1, ("sharpened",)),
-    Step(Part.WEAKENED, -1, ("weakened",)),
-    Step(Part.LOST, -1, ("lost",)),
-    Step(Part.UNDETERMINED, 1, ("undeter-", "mined")),
+    Step(ChangeKind.NEWLY_REACHABLE, 1, ("newly", "reachable")),
+    Step(ChangeKind.SHARPENED, 1, ("sharpened",)),
+    Step(ChangeKind.WEAKENED, -1, ("weakened",)),
+    Step(ChangeKind.LOST, -1, ("lost",)),
+    Step(ChangeKind.UNDETERMINED, 1, ("undeter-", "mined")),
 )
 """The parts between before and after, in the order they are drawn; together the difference."""
 

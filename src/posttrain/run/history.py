@@ -2,7 +2,7 @@
 
 run folder ──read_history──▶ RunHistory ──record──▶ StageHistory: metrics, tokens, gates
                                  │
-        Measurement per policy ──┴─attribution──▶ Comparison, MeasuredRole, Retained
+        Measurement per policy ──┴─attribution──▶ PolicyChange, MeasuredRole, Retained
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from posttrain.core import config
 from posttrain.core.clock import NAMES, seconds_in
 from posttrain.core.provenance import Regime
 from posttrain.core.trajectory import Column
-from posttrain.measure.attribution import Comparison, MeasuredRole, compare, role_in_run
+from posttrain.measure.attribution import MeasuredRole, PolicyChange, attribute_changes, role_in_run
+from posttrain.measure.gates import Gate
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.retained import Retained, retained
 from posttrain.parts.registry import tag_of
-from posttrain.recipe import Gate, Recipe
+from posttrain.recipe import Recipe
 from posttrain.run.folder import RunFolder, StageFolder, StageResult
 from posttrain.run.ledger import Record, RecordKind
 from posttrain.run.plan import PlannedStage
@@ -158,7 +159,7 @@ class RunHistory:
         return done[-1].init if self._rolled_back(done[-1]) else done[-1].spec.name
 
     @cached_property
-    def changes(self) -> tuple[Comparison, ...]:
+    def changes(self) -> tuple[PolicyChange, ...]:
         """What each measured stage changed, from the policy it started from."""
         measured = self.measured
         return tuple(
@@ -167,7 +168,7 @@ class RunHistory:
             if s.init in measured and s.spec.name in measured
         )
 
-    def whole(self) -> Comparison | None:
+    def whole(self) -> PolicyChange | None:
         """What the run changed from the base to its final policy; None when it cannot be said."""
         measured = self.measured
         ends = ("base", self.final)
@@ -200,9 +201,9 @@ class RunHistory:
         kept = [c for c in self.changes if c.after not in undone]
         return retained(chain, kept, spec=self.recipe.measure)
 
-    def _compare(self, before: Measurement, after: Measurement) -> Comparison:
+    def _compare(self, before: Measurement, after: Measurement) -> PolicyChange:
         spec = self.recipe.measure
-        return compare(before, after, epsilon=spec.threshold, confidence=spec.confidence)
+        return attribute_changes(before, after, epsilon=spec.threshold, confidence=spec.confidence)
 
 
 def read_history(out: Path) -> RunHistory:

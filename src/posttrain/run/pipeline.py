@@ -27,13 +27,13 @@ from posttrain.core.events import (
 from posttrain.core.files import hash_folder
 from posttrain.core.protocols import Engine, Policy, ScalarStart
 from posttrain.core.task import TaskSet
-from posttrain.measure.measure import measure
+from posttrain.measure.gates import Detour, GateDecision, decide, detour
+from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.recipe import Recipe
 from posttrain.run.build import Workshop
 from posttrain.run.folder import RunFolder, RunWriter, StageRecord, StageResult, StageWriter
-from posttrain.run.gates import Decision, Detour, decide, detour
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import (
@@ -387,7 +387,7 @@ class _Run:
     def _measure_now(self, name: str) -> Measurement:
         recipe = self.plan.recipe
         self.records.run()
-        result = measure(
+        result = measure_policy(
             name,
             self.policy(name),
             [self.tasksets[t] for t in recipe.measured_tasks],
@@ -418,7 +418,7 @@ class _Run:
 
     def _decisions(
         self, planned: PlannedStage, measured: Mapping[str, Measurement]
-    ) -> list[Decision]:
+    ) -> list[GateDecision]:
         return [
             decide(
                 gate,

@@ -21,13 +21,12 @@ from posttrain.core.files import hash_folder
 from posttrain.core.learner import MOVING
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
-from posttrain.measure.asked import check_asked
+from posttrain.measure.gates import Detour, check_gate
 from posttrain.parts.base import LEARNER
 from posttrain.parts.composition import Composition
 from posttrain.parts.legality import check_composition
 from posttrain.parts.registry import code_of
 from posttrain.recipe import Recipe, Stage
-from posttrain.run.gates import Detour
 from posttrain.run.scorers import check_scorers
 
 MAX_PATHS = 64
@@ -248,18 +247,13 @@ def _check_gates(recipe: Recipe) -> None:
     for stage in recipe.stages:
         for gate in stage.gates:
             try:
-                check_asked(gate.metric, samples=recipe.measure.samples, change=gate.compares)
+                check_gate(gate, recipe.measure)
             except ConfigError as error:
                 raise ConfigError(
                     f"stage {stage.name}: gate on {error.found}",
                     expected=error.expected,
                     fix=error.fix,
                 ) from None
-            if gate.metric == "kl_base" and recipe.measure.sampling != SamplingSpec():
-                raise ConfigError(
-                    f"stage {stage.name}: gate on kl_base with tempered or truncated sampling",
-                    expected="measure.sampling at temperature 1, without truncation",
-                )
 
 
 def _check_since(spec: Stage, known: Mapping[str, str]) -> None:

@@ -18,10 +18,10 @@ import msgspec
 from posttrain.core import config
 from posttrain.core.files import hash_file
 from posttrain.core.protocols import DataFile
+from posttrain.measure.gates import GateDecision
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.recipe import Recipe
-from posttrain.run.gates import Decision
 from posttrain.run.ledger import Ledger, RecordKind, read
 from posttrain.run.plan import PlannedStage
 
@@ -106,7 +106,7 @@ class Records:
                 },
             )
 
-    def gate(self, stage: str, decision: Decision) -> None:
+    def gate(self, stage: str, decision: GateDecision) -> None:
         """What was asked of a stage, what was seen, and the answer."""
         seen = decision.interval
         self._once(

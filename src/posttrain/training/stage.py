@@ -53,7 +53,7 @@ class Parts:
 
 
 class StageLog(Protocol):
-    """What a stage writes into: checkpoints, metrics and trajectories that agree with each other."""
+    """What a stage writes into: checkpoints, metrics and trajectories that agree."""
 
     def resume(self, learner: Learner, *also: Stateful) -> int:
         """Load the last checkpoint, if there is one; returns the step to go on from."""
@@ -103,9 +103,9 @@ def run_stage(
     clock.drain()  # what happened before the first step is none of its time
     clock.drain_counts()
     while step < steps:
-        with clock.measure("draw"):
+        with clock.timed("draw"):
             groups = parts.source.draw(stage.groups_per_step, step=step // updates)
-        with clock.measure("score"):
+        with clock.timed("score"):
             for signal in parts.signals:
                 groups = signal(groups)
         # A draw cannot be repeated with newer weights, so it is committed whole or not at all.
@@ -115,7 +115,7 @@ def run_stage(
             parts.source.publish(step)
         halt = stop()
         if step - committed >= stage.checkpoint_every or step >= steps or halt:
-            with clock.measure("journal"):
+            with clock.timed("journal"):
                 journal.commit(step, parts.learner, *parts.stateful)
             committed = step
         if halt and step < steps:
@@ -137,7 +137,7 @@ class _Run:
         """One optimiser step on one share of a draw."""
         stage, learner = self.stage, self.parts.learner
         objective = self.parts.objective.at(step=step, steps=self.steps, state=learner.state)
-        with clock.measure("pack"):
+        with clock.timed("pack"):
             # Age is counted at consumption: a draw's second update is one version old by design.
             admission = admit(
                 groups,
@@ -160,7 +160,7 @@ class _Run:
             **clock.drain_counts(),
             **{f"{clock.PREFIX}{name}": value for name, value in seconds.items()},
         }
-        with clock.measure("journal"):
+        with clock.timed("journal"):
             self.journal.record(step, admission, metrics)
         for alarm in self.watch.see(step, metrics):
             self.observe(

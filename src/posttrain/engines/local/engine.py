@@ -133,7 +133,7 @@ class LocalLearner:
         counts = objective.counts(batches)
         total, metrics = 0.0, dict[str, float]()
         for batch in (b.to(self._model.device) for b in batches):
-            with clock.measure("forward"):
+            with clock.timed("forward"):
                 with self._recomputed.on() if self._recomputed else nullcontext():
                     hidden, scalars = self._forward(batch, objective)
                 loss, shares = objective.loss(
@@ -144,12 +144,12 @@ class LocalLearner:
                     vocab_size=self._model.vocab_size,
                     scalars=scalars,
                 )
-            with clock.measure("backward"):
+            with clock.timed("backward"):
                 loss.backward()
                 total += float(loss.detach())
             for name, share in shares.items():
                 metrics[name] = metrics.get(name, 0.0) + share
-        with clock.measure("optimizer"):
+        with clock.timed("optimizer"):
             norm, *critic = self._update(lr_scale, loss=total)
             metrics |= {f"{CRITIC}/grad_norm": n for n in critic}
         self._state = objective.after(metrics)

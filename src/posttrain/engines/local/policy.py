@@ -87,7 +87,7 @@ class LocalPolicy:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
         self._check_speaks()
-        with clock.measure("decode"):
+        with clock.timed("decode"):
             return generate(self._model, requests, end_tokens=self._renderer.end_tokens)
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:

@@ -197,7 +197,7 @@ class _Batch:
             if not rows:
                 return
             if fresh:
-                with clock.measure("prefill"):
+                with clock.timed("prefill"):
                     self._prefill(fresh)
             slots = self._seat(rows)
             states = torch.stack([self.states[p] for p in self.place_S[slots]])

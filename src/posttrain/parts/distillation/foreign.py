@@ -58,7 +58,7 @@ class ForeignTeacher(Signal):
         """The same groups with both columns on every member."""
         teacher, trajectories = tools.any_policy(self.teacher), trajectories_of(groups)
         read = [self._retokenised(t, teacher, tools) for t in trajectories]
-        with clock.measure("teacher"):
+        with clock.timed("teacher"):
             tops = teacher.distributions(read, top_k=self.top_k)
         rows = zip(trajectories, read, tops, strict=True)
         return attach(
@@ -132,7 +132,7 @@ class SpanAdvantage(Signal):
         teacher = tools.any_policy(self.teacher)
         members = [m for g in groups for m in g.members]
         read = [self._retokenised(m.trajectory, teacher, tools) for m in members]
-        with clock.measure("teacher"):
+        with clock.timed("teacher"):
             said = teacher.logprobs(read)
         rows = zip(members, read, said, strict=True)
         found = [_span_advantages(*row, tools.renderer, teacher.renderer) for row in rows]

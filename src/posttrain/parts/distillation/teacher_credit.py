@@ -115,7 +115,7 @@ class DeltaAdvantage(Signal):
         """The same groups with the column on every member, NaN where nothing is trained."""
         trajectories = [m.trajectory for g in groups for m in g.members]
         asked = (tools.live, *(tools.policy(r) for r in self.references()))
-        with clock.measure("teacher"):
+        with clock.timed("teacher"):
             logps = [p.distributions(trajectories, top_k=None) for p in asked]
         columns = []
         for index, trajectory in enumerate(trajectories):

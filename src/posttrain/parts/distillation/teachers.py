@@ -88,7 +88,7 @@ class RoutedTeacher(Signal):
         out: list[Group | None] = [None] * len(groups)
         for reference, indices in by_teacher.items():
             chosen = [groups[i] for i in indices]
-            with clock.measure("teacher"):
+            with clock.timed("teacher"):
                 columns = self.ask(reference, chosen, tools)
             for index, group in zip(indices, attach(chosen, columns), strict=True):
                 out[index] = group

@@ -68,7 +68,7 @@ def _judge(name: str, groups: Sequence[Group], tools: Tools) -> list[list[float]
     tasks = [_find(group, tools)[1] for group in groups for _ in group.members]
     trajectories = [member.trajectory for group in groups for member in group.members]
     texts = [tools.renderer.text(t.tokens[t.answer_start :]) for t in trajectories]
-    with clock.measure("verify"):
+    with clock.timed("verify"):
         scores = tools.tasksets[name].score(tasks, texts)
     if len(scores) != len(texts) or not all(math.isfinite(s) for s in scores):
         raise TaskError(
