@@ -6,11 +6,11 @@ import pkgutil
 from functools import cache
 from importlib import import_module
 
-from posttrain import measure
+HERE = __package__ or "posttrain.measure"
 
 
 @cache
 def import_every_module() -> None:
     """Import each module of this folder, once, so that a new file needs no entry elsewhere."""
-    for module in pkgutil.iter_modules(measure.__path__):
-        import_module(f"{measure.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(import_module(HERE).__path__):
+        import_module(f"{HERE}.{module.name}")

@@ -43,14 +43,13 @@ def profile(task: TaskMeasurement, *, epsilon: float, confidence: float = 0.95) 
         epsilon: success probability below which a prompt is out of reach.
         confidence: of each label's bound, and of the two-sided intervals.
     """
+    kl_base = task.find(kl_base_column)
     return Profile(
         task=task.taskset,
         prompts=task.prompts,
         curve=curve(task, confidence=confidence),
         labels=labels(task, epsilon=epsilon, confidence=confidence),
-        kl_base=None
-        if task.find(kl_base_column) is None
-        else _mean(task.find(kl_base_column), confidence),
+        kl_base=None if kl_base is None else _mean(kl_base, confidence),
         entropy=_mean(task.nll, confidence),
         tokens=_mean(task.lengths, confidence),
     )

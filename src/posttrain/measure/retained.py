@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from posttrain.measure.attribution import MeasuredRole
+from posttrain.measure.attribution import MeasuredRole, PolicyChange
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.measure.reading import Reading
