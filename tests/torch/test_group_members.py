@@ -1,4 +1,4 @@
-"""Members that come about differently: who wrote what, what the policy read, and what is trained."""
+"""Members of a group that differ: who wrote what, what the policy read, and what is trained."""
 
 import numpy as np
 import pytest

@@ -350,7 +350,7 @@ class LdDpo(PairTerm):
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
-        require(0 <= self.tail < 1, f"tail={self.tail}", "0 <= tail < 1: 1 is pairwise_logistic")
+        require(0 <= self.tail < 1, f"tail={self.tail}", "0 <= tail < 1: 1 is dpo")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(βΔ), tokens beyond the shorter answer's length counting ``tail``."""
