@@ -9,10 +9,10 @@ from material import gradients, largest_gap, on_policy, random_groups, trajector
 
 from posttrain.core.provenance import Kind
 from posttrain.core.sampling import SamplingSpec
-from posttrain.core.statistics import Stat
+from posttrain.core.statistics import Divergence, DivergenceKind, Stat
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.numerics.batch import pack
-from posttrain.numerics.head import reverse_kl
+from posttrain.numerics.divergence import divergence
 from posttrain.parts.credit.advantages import GroupAdvantage, group_advantages
 from posttrain.parts.distillation.divergences import TeacherReverseKL
 from posttrain.parts.distillation.teachers import TeacherDistribution
@@ -178,15 +178,16 @@ def test_reverse_kl_by_hand_and_top_k_as_lower_bound():
     p = np.array([0.5, 0.2, 0.2, 0.1])
     q = np.array([0.1, 0.6, 0.25, 0.05])
     full = float((p * np.log(p / q)).sum())
+    wanted = Divergence(DivergenceKind.REVERSE_KL)
     logp, logq = (torch.from_numpy(x[None]).log().float() for x in (p, q))
     nothing = torch.empty(1, 0, dtype=torch.int64)
-    assert float(reverse_kl(logp, nothing, logq)) == pytest.approx(full, rel=1e-5)
+    assert float(divergence(wanted, logp, nothing, logq)) == pytest.approx(full, rel=1e-5)
     everything = torch.tensor([[1, 2, 0, 3]])
     reordered = logq.gather(-1, everything)
-    assert float(reverse_kl(logp, everything, reordered)) == pytest.approx(full, rel=1e-5)
+    assert float(divergence(wanted, logp, everything, reordered)) == pytest.approx(full, rel=1e-5)
     ids = torch.tensor([[1, 2]])  # the teacher's two most likely; the rest is one outcome
     merged = 0.2 * np.log(0.2 / 0.6) + 0.2 * np.log(0.2 / 0.25) + 0.6 * np.log(0.6 / 0.15)
-    got = float(reverse_kl(logp, ids, logq.gather(-1, ids)))
+    got = float(divergence(wanted, logp, ids, logq.gather(-1, ids)))
     assert got == pytest.approx(merged, rel=1e-5)
     assert got <= full
 
