@@ -9,19 +9,21 @@ from material import gradients, largest_gap, on_policy, random_groups, trajector
 
 from posttrain.core.provenance import Kind
 from posttrain.core.sampling import SamplingSpec
-from posttrain.core.statistics import Stat
+from posttrain.core.statistics import Divergence, DivergenceKind, Stat
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.numerics.batch import pack
-from posttrain.numerics.head import reverse_kl
+from posttrain.numerics.divergence import divergence
 from posttrain.parts.credit.advantages import GroupAdvantage, group_advantages
 from posttrain.parts.distillation.divergences import TeacherReverseKL
 from posttrain.parts.distillation.teachers import TeacherDistribution
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.policy.regularisers import ReferenceKL
 from posttrain.parts.preference.pairs import Dpo
-from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.testing import FakeTaskSet, fake_tools
 from posttrain.training.objective import Objective
+from posttrain.training.reduce import reduce_units
 
 
 def batch_of(groups, needs):
@@ -30,7 +32,7 @@ def batch_of(groups, needs):
 
 
 def value(term, stats, batch):
-    return TERMS[type(term)].values(term, stats, batch)
+    return term.values(stats, batch)
 
 
 def two_answers(*, kind=Kind.LEARNER):
@@ -54,8 +56,6 @@ def test_cross_entropy_token_and_sequence_mean():
     stats = {Stat.LOGPROB: torch.tensor([-1.0, -2.0, -5.0])}
     objective = Objective((CrossEntropy(), CrossEntropy(aggregate="sequence_mean")))
     assert objective.counts([batch]) == (3, 2)
-    from posttrain.training.reduce import reduce_units
-
     loss = value(CrossEntropy(), stats, batch).loss
     tokens = reduce_units(CrossEntropy(), loss, batch, count=3)
     sequences = reduce_units(CrossEntropy(aggregate="sequence_mean"), loss, batch, count=2)
@@ -64,7 +64,7 @@ def test_cross_entropy_token_and_sequence_mean():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_pairwise_logistic_by_hand(smoothing):
+def test_dpo_by_hand(smoothing):
     groups = per_token(two_answers(), Column.REFERENCE_LOGPROB, [[-1.5, -1.0], [-2.0]])
     signs = iter([1.0, -1.0])
     groups = with_column(groups, Column.PREFERENCE, lambda t: np.array(next(signs)))
@@ -120,8 +120,6 @@ def test_on_policy_the_clipped_gradient_is_reinforce(learner):
 
 def test_ratio_is_one_on_fresh_rollouts_at_any_temperature(learner):
     """Sampler and trainer agree, also when the temperature is not 1."""
-    from posttrain.testing import FakeTaskSet
-
     for temperature in (1.0, 0.7, 1.6):
         spec = Rollouts(
             tasks=("letters",),
@@ -129,7 +127,8 @@ def test_ratio_is_one_on_fresh_rollouts_at_any_temperature(learner):
             max_new_tokens=9,
             sampling=SamplingSpec(temperature=temperature),
         )
-        source = RolloutStream(spec, {"letters": FakeTaskSet()}, learner.policy, 0)
+        tools = fake_tools(learner.policy, tasksets={"letters": FakeTaskSet()})
+        source = spec.open(tools, seed=0)
         groups = with_column(
             source.draw(3, step=0), Column.ADVANTAGE, lambda t: np.ones(len(t), np.float32)
         )
@@ -145,7 +144,7 @@ def test_equal_rewards_give_exactly_no_gradient(learner):
     groups = on_policy(random_groups(), learner.policy)
     groups = with_column(groups, Column.REWARD, lambda t: np.array(0.1 + 0.2))
     for scale in ("std", "none"):
-        scored = GroupAdvantageSignal(GroupAdvantage(scale=scale)).score(groups)
+        scored = GroupAdvantage(scale=scale).score(groups, fake_tools())
         objective = Objective((ClippedPolicyGradient(),))
         batches = pack(scored, needs=objective.needs, max_tokens=10_000)
         _, grads = gradients(learner, batches, objective)
@@ -165,7 +164,8 @@ def test_group_advantages_by_hand():
 def test_a_teacher_equal_to_the_student_gives_no_gradient(learner, engine, tiny_folder, top_k):
     spec = TeacherDistribution(routes={"*": "base"}, top_k=top_k)
     teacher = engine.policy(str(tiny_folder))
-    groups = TeacherSignal(spec, {"base": teacher}).score(random_groups())
+    tools = fake_tools(learner.policy, policies={"base": teacher})
+    groups = spec.score(random_groups(), tools)
     objective = Objective((TeacherReverseKL(),))
     loss, grads = gradients(
         learner, pack(groups, needs=objective.needs, max_tokens=10_000), objective
@@ -178,15 +178,16 @@ def test_reverse_kl_by_hand_and_top_k_as_lower_bound():
     p = np.array([0.5, 0.2, 0.2, 0.1])
     q = np.array([0.1, 0.6, 0.25, 0.05])
     full = float((p * np.log(p / q)).sum())
+    wanted = Divergence(DivergenceKind.REVERSE_KL)
     logp, logq = (torch.from_numpy(x[None]).log().float() for x in (p, q))
     nothing = torch.empty(1, 0, dtype=torch.int64)
-    assert float(reverse_kl(logp, nothing, logq)) == pytest.approx(full, rel=1e-5)
+    assert float(divergence(wanted, logp, nothing, logq)) == pytest.approx(full, rel=1e-5)
     everything = torch.tensor([[1, 2, 0, 3]])
     reordered = logq.gather(-1, everything)
-    assert float(reverse_kl(logp, everything, reordered)) == pytest.approx(full, rel=1e-5)
+    assert float(divergence(wanted, logp, everything, reordered)) == pytest.approx(full, rel=1e-5)
     ids = torch.tensor([[1, 2]])  # the teacher's two most likely; the rest is one outcome
     merged = 0.2 * np.log(0.2 / 0.6) + 0.2 * np.log(0.2 / 0.25) + 0.6 * np.log(0.6 / 0.15)
-    got = float(reverse_kl(logp, ids, logq.gather(-1, ids)))
+    got = float(divergence(wanted, logp, ids, logq.gather(-1, ids)))
     assert got == pytest.approx(merged, rel=1e-5)
     assert got <= full
 

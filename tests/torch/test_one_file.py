@@ -11,6 +11,7 @@ import torch
 
 from posttrain.core.events import StepDone
 from posttrain.core.learner import Optimizer
+from posttrain.core.protocols import PureStream
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.lab.settings import PRODUCTS
 from posttrain.parts.policy.presets import Grpo
@@ -50,7 +51,7 @@ class Trace:
     weights: dict = field(default_factory=dict)
 
 
-class Recorder:
+class Recorder(PureStream):
     """A source that remembers the answers it drew, in the order the updates consume them."""
 
     def __init__(self, source, updates):

@@ -99,7 +99,7 @@ COLLISION = torch.tensor([-0.5, -1.0, -0.2, -0.8, -0.3], dtype=torch.float64)
 def loss(term, pair, *, logp=None, collision=None):
     logp = pair.logp if logp is None else logp
     stats = {Stat.LOGPROB: logp, Stat.LOG_COLLISION: collision}
-    out = TERMS[type(term)].values(term, stats, pair.batch())
+    out = term.values(stats, pair.batch())
     assert out.loss.shape == (1,)
     return out.loss[0]
 
@@ -484,7 +484,7 @@ def test_a_sequence_in_several_pairs_shares_a_length_with_each():
     (batch,) = pack([Group(task="test/0", members=members)], needs=NEEDS, max_tokens=99)
     stats = {Stat.LOGPROB: torch.tensor([x for logp, _ in answers for x in logp])}
     term = LdDpo(beta=1.0, tail=0.1)
-    got = TERMS[LdDpo].values(term, stats, batch).loss
+    got = term.values(stats, batch).loss
     chosen = np.array([-1.0 - 0.1 * 5.0, -3.0 - 0.1 * 3.0])
     np.testing.assert_allclose(got, -log_sigmoid(chosen - np.array([-1.5, -1.2])), rtol=1e-6)
 
@@ -517,7 +517,7 @@ def test_a_pair_counts_only_when_both_sides_are_of_the_wanted_author(learner):
         (lambda: FDpo(divergence="alpha"), "alpha=None"),
         (lambda: FDpo(divergence="js", alpha=0.5), "no alpha with the others"),
         (lambda: FDpo(divergence="alpha", alpha=1.0), "alpha < 1"),
-        (lambda: LdDpo(tail=1.0), "1 is pairwise_logistic"),
+        (lambda: LdDpo(tail=1.0), "1 is dpo"),
         (lambda: Discopop(tau=0), "tau > 0"),
         (lambda: Simpo(gamma=-1), "gamma >= 0"),
     ],

@@ -47,7 +47,7 @@ from posttrain.parts.sources.formats import (
 )
 from posttrain.parts.tools import Tools
 
-_UNIT_COLUMNS = {
+_PREFERENCES = {
     +1: MappingProxyType({Column.PREFERENCE: np.asarray(1.0)}),
     -1: MappingProxyType({Column.PREFERENCE: np.asarray(-1.0)}),
 }
@@ -68,9 +68,6 @@ class Dataset(Source):
     ``author`` and ``licence`` go into the ledger.
     """
 
-    has_end: ClassVar[bool] = True
-    in_words: ClassVar[str] = "data set: {path, …}"
-
     path: str
     format: Format | Literal["auto"] = "auto"
     author: Kind = Kind.EXTERNAL
@@ -84,6 +81,9 @@ class Dataset(Source):
     weight: str | None = None  # the column that says how much each row counts, 0 or more
     margin: str | None = None  # the column with each pair's margin, for reward models
     steps: Steps | None = None  # set by methods on labelled steps: how the file's steps are joined
+
+    has_end: ClassVar[bool] = True
+    in_words: ClassVar[str] = "data set: {path, …}"
 
     def __post_init__(self) -> None:
         if self.preference and self.unpaired:
@@ -361,7 +361,7 @@ class Rows(PureStream):
                 expected="an assistant mask over both answers",
                 fix="check the template's {% generation %} block, or set `assistant_mask: prefix`",
             )
-        columns = _LABELS if self._spec.unpaired else _UNIT_COLUMNS
+        columns = _LABELS if self._spec.unpaired else _PREFERENCES
         return (
             Scored(trajectory=sides[0], columns=columns[+1]),
             Scored(trajectory=sides[1], columns=columns[-1]),
