@@ -1,7 +1,7 @@
 """Learnt judges and critics on the lab's base model: short runs that must learn something."""
 
 import numpy as np
-from posttrain.lab.catalogue_judges import STEPPED, write_inputs
+from situations.judges import STEPPED, write_inputs
 
 from posttrain.core.learner import Optimizer
 from posttrain.core.protocols import ScalarStart

@@ -20,7 +20,8 @@ from posttrain.engines.local.decoding import DecodePlan
 from posttrain.engines.local.sampler import generate
 from posttrain.engines.local.sampling import sample
 from posttrain.numerics.batch import Segment
-from posttrain.testing import _completed, check_policy, tiny_model
+from posttrain.testing import check_policy, tiny_model
+from posttrain.testing.seams import _completed
 
 PROMPTS = ("hello world", "a", "what is 12+34", "zz top of the morning")
 

@@ -160,9 +160,9 @@ def test_value_loss_by_hand(learner):
     value = torch.tensor(rng.normal(size=len(batch.target_N)))
     columns = {c: batch.columns[c].double() for c in (Column.RETURN, Column.OLD_VALUE)}
     expected = by_hand(value, columns[Column.RETURN], columns[Column.OLD_VALUE], 0.2)
-    got = value_loss(ValueLoss(clip=0.2), {Stat.VALUE: value}, batch)
+    got = ValueLoss(clip=0.2).values({Stat.VALUE: value}, batch)
     np.testing.assert_allclose(got.loss.numpy(), expected, rtol=1e-5)
-    plain = value_loss(ValueLoss(clip=None), {Stat.VALUE: value}, batch)
+    plain = ValueLoss(clip=None).values({Stat.VALUE: value}, batch)
     np.testing.assert_allclose(
         plain.loss.numpy(), 0.5 * (value - columns[Column.RETURN]).numpy() ** 2, rtol=1e-5
     )
@@ -174,7 +174,7 @@ def test_value_loss_gradient_by_finite_differences(learner):
     (batch,) = packed(learner, BOTH, max_tokens=10_000)
     rng = np.random.default_rng(4)
     value = torch.tensor(rng.normal(size=len(batch.target_N)), requires_grad=True)
-    value_loss(ValueLoss(clip=0.2), {Stat.VALUE: value}, batch).loss.sum().backward()
+    ValueLoss(clip=0.2).values({Stat.VALUE: value}, batch).loss.sum().backward()
     target, old = (batch.columns[c].double().numpy() for c in (Column.RETURN, Column.OLD_VALUE))
     at, step = value.detach().numpy(), 1e-6
     slope = (by_hand(at + step, target, old, 0.2) - by_hand(at - step, target, old, 0.2)) / (

@@ -17,8 +17,6 @@ from posttrain.parts.policy.rollouts import OnRollouts, on_rollouts
 from posttrain.parts.registry import part
 
 EXPECTED_REWARD = PolicyGradient(aggregate="sequence_sum")
-
-
 """Its gradient is that of the expected reward."""
 
 

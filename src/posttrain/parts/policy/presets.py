@@ -111,7 +111,7 @@ class Dapo(OnRollouts):
         signals = (*long.get(self.overlong, ()), GroupAdvantage(), KeepInformative())
         term = clipped(self, mismatch=self.mismatch)
         once = on_rollouts(self, signals, (term,), mismatch=self.mismatch)
-        return redrawn(once, keep=(Verify(), KeepInformative()), max_draws=self.max_draws)
+        return redrawn(self, once, keep=(Verify(), KeepInformative()), max_draws=self.max_draws)
 
 
 @part
