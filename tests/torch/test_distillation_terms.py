@@ -230,9 +230,7 @@ def test_the_head_computes_several_divergences_in_chunks(learner, monkeypatch):
     p = batch.columns[Column.TEACHER_LOGPROBS].double().exp().numpy()
     for term in DENSE:
         expected = [by_hand(term, a, b) for a, b in zip(p, q, strict=True)]
-        np.testing.assert_allclose(
-            got[term.divergence].detach(), expected, rtol=2e-3, atol=2e-6
-        )
+        np.testing.assert_allclose(got[term.divergence].detach(), expected, rtol=2e-3, atol=2e-6)
 
 
 def one_token(columns):

@@ -266,9 +266,7 @@ def build(signal, learner, judge):
         signals=(signal, GroupAdvantage()),
         terms=(PolicyGradient(),),
     )
-    planned = SimpleNamespace(
-        composition=composition, init="base", spec=SimpleNamespace(name="s")
-    )
+    planned = SimpleNamespace(composition=composition, init="base", spec=SimpleNamespace(name="s"))
     tasksets = {"letters": FakeTaskSet()}
     workshop = Workshop(root=Path(), seed=0, tasksets=tasksets, policy=lambda _: judge)
     return workshop.parts(planned, learner)
