@@ -31,7 +31,7 @@ from posttrain.parts.distillation.presets import Opd
 from posttrain.parts.distillation.teachers import TeacherDistribution
 from posttrain.parts.legality import compared_in_the_loss
 from posttrain.parts.sources.rollouts import Rollouts
-from posttrain.testing import check_signal, tiny_model
+from posttrain.testing import check_signal, fake_tools, tiny_model
 from posttrain.training import stage as stages
 from posttrain.training.objective import Objective
 
@@ -42,8 +42,8 @@ SOFT = [
     for kind in DivergenceKind
     if kind is not DivergenceKind.SORTED_L1
 ]
-COMPARED = [divergence_of(t) for t in DENSE] + SOFT
-SPEC = TeacherDistribution(routes={"*": "t"})
+COMPARED = [t.divergence for t in DENSE] + SOFT
+SIGNAL = TeacherDistribution(routes={"*": "t"})
 
 
 @pytest.fixture(params=["kept", "computed again", "chunks", "kept chunks"])
@@ -175,7 +175,7 @@ def test_log_probs_and_states_in_one_batch(way):
 
 def test_a_token_without_a_teacher_gets_no_gradient_whatever_is_asked(way):
     states, _, heads, leaves, known = situation()
-    wanted, head = divergence_of(TeacherReverseKL()), LinearHead(leaves[1])
+    wanted, head = TeacherReverseKL().divergence, LinearHead(leaves[1])
     stats = token_stats(
         leaves[0], head, states, wanted=frozenset({wanted}), vocab_size=V, teachers=heads
     )
@@ -198,7 +198,7 @@ def test_a_second_backward_pass_gives_the_same_gradient():
 def test_bfloat16_is_as_close_as_its_precision():
     states, dense, heads, leaves, known = situation()
     half = [t.detach().bfloat16().requires_grad_() for t in leaves]
-    wanted, head = frozenset({divergence_of(TeacherReverseKL())}), LinearHead(half[1], half[2])
+    wanted, head = frozenset({TeacherReverseKL().divergence}), LinearHead(half[1], half[2])
     rounded = LinearHead(heads[0].weight_VX.bfloat16(), heads[0].bias_V.bfloat16(), 1.3)
     found = evaluated(states, head, half, wanted, known, heads=(rounded, heads[1]))
     expected = evaluated(dense, lambda h: head(h), half, wanted, known)
@@ -227,12 +227,16 @@ def routed(teachers):
         Group(task=f"{'two' if i % 2 else 'one'}/0", members=g.members)
         for i, g in enumerate(groups)
     ]
-    spec = TeacherDistribution(routes={"two": "capped", "*": "t"})
+    signal = TeacherDistribution(routes={"two": "capped", "*": "t"})
     numbers = {ref: n for n, ref in enumerate(teachers)}
-    signal = TeacherSignal(spec, teachers, heads=numbers)
-    check_signal(signal, groups, provides=spec.provides)
+    scored = check_signal(signal, groups, fake_tools(policies=teachers, heads=numbers))
     heads = tuple(t.hidden.head for t in teachers.values())
-    return signal.score(groups), TeacherSignal(spec, teachers).score(groups), heads
+    return scored, signal.score(groups, fake_tools(policies=teachers)), heads
+
+
+def with_states(groups, teacher):
+    """Groups with the hidden states of one teacher."""
+    return SIGNAL.score(groups, fake_tools(policies={"t": teacher}, heads={"t": 0}))
 
 
 def test_no_array_over_the_vocabulary_crosses_the_signal(teachers):
@@ -266,7 +270,7 @@ def test_a_teacher_equal_to_the_learner_gives_no_loss_and_no_gradient(
     learner, engine, tiny_folder, term
 ):
     teacher = engine.policy(str(tiny_folder))
-    groups = TeacherSignal(SPEC, {"t": teacher}, heads={"t": 0}).score(random_groups())
+    groups = with_states(random_groups(), teacher)
     objective = Objective((term,), teachers=(teacher.hidden.head,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     loss, grads = gradients(learner, batches, objective)
@@ -297,7 +301,6 @@ def test_only_what_never_changes_has_hidden_states(engine, tiny_folder, world):
     assert engine.policy(str(tiny_folder)).hidden is not None
     plain = engine.learner(str(tiny_folder), name="x", optimizer=Optimizer(), lora=None)
     assert plain.policy.hidden is None
-
     follows = engine.learner(
         str(tiny_folder), name="x", optimizer=Optimizer(), lora=None, moving=MovingReference()
     )
@@ -320,7 +323,7 @@ def test_adapters_off_have_those_of_the_policy_it_started_from(engine, tiny_fold
     frozen = engine.policy(str(tiny_folder)).hidden
     expected = frozen.states(trajectories)
     objective = Objective((TeacherReverseKL(),), teachers=(frozen.head,))
-    groups = TeacherSignal(SPEC, {"t": on_layers.start}, heads={"t": 0}).score(random_groups())
+    groups = with_states(random_groups(), on_layers.start)
     for _ in range(2):
         batches = pack(groups, needs=objective.needs, max_tokens=999)
         on_layers.step(batches, objective, lr_scale=1.0)
@@ -374,11 +377,11 @@ def test_a_stage_takes_the_same_steps_either_way(world, monkeypatch, tmp_path):
 def test_whatever_else_reads_the_log_probs_gets_them():
     source = Rollouts(tasks=("letters",))
 
-    def compared(*terms, signals=(SPEC,)):
+    def compared(*terms, signals=(SIGNAL,)):
         return compared_in_the_loss(Composition(source=source, signals=signals, terms=terms))
 
     assert compared(TeacherReverseKL(), TeacherForwardKL()) == ("t",)
     assert compared(TeacherReverseKL(), EntropyAwareKL()) == ()
     few = TeacherDistribution(routes={"*": "t"}, top_k=4)
     assert compared(TeacherReverseKL(), signals=(few,)) == ()
-    assert compared(TeacherReverseKL(), signals=(SPEC, SPEC)) == ()
+    assert compared(TeacherReverseKL(), signals=(SIGNAL, SIGNAL)) == ()

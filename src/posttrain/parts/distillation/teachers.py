@@ -42,6 +42,7 @@ class RoutedTeacher(Signal):
 
     routes: dict[str, PolicyRef]
     context: str | None = None
+
     may_ask_learner: ClassVar[bool] = True
     shown: ClassVar[tuple[str, ...]] = ("answer",)  # what a context may show beside the question
 
@@ -143,6 +144,9 @@ class TeacherDistribution(RoutedTeacher):
 
     top_k: int | None = None
     success: float = 1.0
+
+    formula: ClassVar[str] = "log pi_T(v | context, y_<t) of every v, or of the K likeliest"
+    paper: ClassVar[str] = "2209.15189, 2601.18734, 2601.19897 (contexts), 2601.20802 (success)"
     shown: ClassVar[tuple[str, ...]] = ("answer", "success")
 
     def __post_init__(self) -> None:
@@ -244,6 +248,7 @@ class TeacherLogprobs(RoutedTeacher):
     ``routes`` and ``context`` as in ``teacher_distribution``. Written is ``TEACHER_LOGPROB`` [T].
     """
 
+    formula: ClassVar[str] = "log pi_T(y_t | context, y_<t)"
     provides: ClassVar[Columns] = frozenset({Column.TEACHER_LOGPROB})
     remembered: ClassVar[bool] = True
 
