@@ -23,8 +23,8 @@ from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy, Dft
-from posttrain.training.limits import kept_units, top_entropy
 from posttrain.training.objective import Objective
+from posttrain.training.units import selected_units, top_entropy
 
 
 def rewarded(groups, seed=0):
@@ -97,7 +97,7 @@ def test_the_entropy_limit_counts_only_tokens_of_the_authors_read():
     mixed = random_groups(num_groups=1, kind=Kind.EXTERNAL) + random_groups(num_groups=1)
     term = CrossEntropy(where=(Kind.EXTERNAL,), limit=Limit(entropy_share=0.5))
     (batch,) = packed(mixed, Objective((term,)))
-    keep = kept_units(term, batch, entropy_N=torch.rand(len(batch.target_N)))
+    keep = selected_units(term, batch, entropy_N=torch.rand(len(batch.target_N)))
     external = batch.where((Kind.EXTERNAL,))
     assert not (keep & ~external).any()
     for s in batch.sequence_N[external].unique():
@@ -259,7 +259,7 @@ def test_sequences_without_a_readable_token_are_no_trouble():
     )
     (batch,) = pack([Group(task="test/0", members=members)], needs=frozenset(), max_tokens=99)
     term = CrossEntropy(where=(Kind.LEARNER,), limit=Limit(entropy_share=0.5))
-    assert kept_units(term, batch).tolist() == [False, False, True]
+    assert selected_units(term, batch).tolist() == [False, False, True]
 
 
 def test_a_term_over_sequences_is_limited_by_reward():
@@ -267,7 +267,7 @@ def test_a_term_over_sequences_is_limited_by_reward():
     term = Kto(limit=Limit(rewards="positive"))
     (batch,) = pack(groups, needs=term.limit.needs, max_tokens=10_000)
     rewards = [m.scalar(Column.REWARD) for g in groups for m in g.members]
-    assert kept_units(term, batch).tolist() == [r > 0 for r in rewards]
+    assert selected_units(term, batch).tolist() == [r > 0 for r in rewards]
 
 
 def test_a_micro_batch_of_other_authors_needs_no_rewards():

@@ -73,18 +73,20 @@ three cases of four."""
 _ANSWERER = Producer(kind=Kind.EXTERNAL, name="answers")
 
 
-# --- right answers, and questions told otherwise -----------------------------------------------
+# --- right answers, and questions helped otherwise -----------------------------------------------
 
 
 @final
-class _Told:
-    """A task set whose questions are told through a scaffold; judged as before."""
+class _WithScaffold:
+    """A task set whose questions are helped through a scaffold; judged as before."""
 
     def __init__(self, taskset: TaskSet, scaffold: str) -> None:
         self.name, self.success = taskset.name, taskset.success
         self.train: Sequence[Task] = ()
         self.held_out = [with_context(t, scaffold) for t in taskset.held_out]
-        self._plain = {told.key: t for told, t in zip(self.held_out, taskset.held_out, strict=True)}
+        self._plain = {
+            helped.key: t for helped, t in zip(self.held_out, taskset.held_out, strict=True)
+        }
         self._score = taskset.score
 
     def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
@@ -361,18 +363,18 @@ class Examination:
         if self.rollouts + len(taskset.held_out) * WITH_HELP > self.budget:
             missing.append("amortisation: the budget is spent")
             return ()
-        told = _Told(taskset, scaffold)
+        asked = _WithScaffold(taskset, scaffold)
         (helped,) = measure_policy(
             self.policy.producer.name,
             self.policy,
-            [told],
+            [asked],
             spec=msgspec.structs.replace(self.spec, samples=WITH_HELP, epsilon=None),
             protocol=self.protocol,
             observe=ignore,
             stop=self.stop,
         ).tasks
         self._spent(helped.scores.size, int(helped.lengths.sum()))
-        same = replace(helped, prompts=now.prompts)  # the same questions, told otherwise
+        same = replace(helped, prompts=now.prompts)  # the same questions, helped otherwise
         return (amortisation_gap(now, same, confidence=self.spec.confidence),)
 
     def _labelled(self, evidence: Evidence, taskset: TaskSet) -> Evidence:

@@ -21,9 +21,8 @@ from posttrain.numerics.logits import Head
 from posttrain.parts.base import Term
 from posttrain.parts.registry import tag_of
 from posttrain.training.authors import author_sums
-from posttrain.training.limits import kept_units
-from posttrain.training.reading import as_read, read_tokens
 from posttrain.training.reduce import count_units, reduce_units
+from posttrain.training.units import as_read, read_tokens, selected_units
 
 NO_SCALARS: Mapping[Wanted, Tensor] = MappingProxyType({})
 
@@ -146,7 +145,7 @@ class Objective:
             if len(seen.target_N) == 0:
                 total, metrics[name] = total + 0.0 * hidden_NX.sum(), 0.0
                 continue
-            keep = kept_units(term, seen, entropy_N=seen_stats.get(Stat.ENTROPY))
+            keep = selected_units(term, seen, entropy_N=seen_stats.get(Stat.ENTROPY))
 
             def share(
                 per_unit: Tensor,
@@ -172,7 +171,7 @@ class Objective:
 def _count(term: Term, batches: Sequence[PackedBatch]) -> int:
     seen = [b.only(read_tokens(term, b)) for b in batches]
     seen = [b for b in seen if len(b.target_N)]
-    return count_units(term, seen, keep=[kept_units(term, b) for b in seen])
+    return count_units(term, seen, keep=[selected_units(term, b) for b in seen])
 
 
 def _own(values: Mapping[str, float], name: str) -> Mapping[str, float]:
