@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from lab_log import write
 
-from posttrain.core.protocols import Policy
+from posttrain.protocols import Policy
 from posttrain.core.task import Task, TaskSet
 from posttrain.diagnosis.card import Bottleneck, TaskDiagnosis
 from posttrain.diagnosis.conditions import diagnose_task

@@ -16,7 +16,7 @@ from against_trl.worker import Steps
 from posttrain.core import clock
 from posttrain.core.events import Event, StepDone
 from posttrain.core.learner import Optimizer
-from posttrain.core.protocols import Learner, Policy
+from posttrain.protocols import Learner, Policy
 from posttrain.core.trajectory import Column, Group
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.parts.distillation.presets import Opd

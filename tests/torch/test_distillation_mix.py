@@ -33,7 +33,7 @@ from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.run.build import scoped
 from posttrain.testing import FakeTaskSet, check_source, fake_tools, tiny_model
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 DATA, OWN = Dataset(path="demos.jsonl"), Rollouts(tasks=("letters",), group_size=2)
 
@@ -240,11 +240,11 @@ def test_a_mixed_loss_is_the_sum_of_the_separate_ones(learner, max_tokens):
     external, own = half_scored(learner.policy)
     terms = (CrossEntropy(where=(Kind.EXTERNAL,), weight=0.3), ClippedPolicyGradient(weight=0.7))
     batches = pack(external + own, needs=column_readers(terms), max_tokens=max_tokens)
-    loss, grads = gradients(learner, batches, Objective(terms))
+    loss, grads = gradients(learner, batches, StageObjective(terms))
     sums, expected = {}, 0.0
     for term, part in zip(terms, (external, own), strict=True):
         alone = pack(part, needs=frozenset(term.needs), max_tokens=10_000)
-        value, separate = gradients(learner, alone, Objective((term,)))
+        value, separate = gradients(learner, alone, StageObjective((term,)))
         expected += value
         sums = {n: sums.get(n, 0) + g for n, g in separate.items()}
     assert all(bool(g.isfinite().all()) for g in grads.values())
@@ -268,13 +268,13 @@ def test_a_teacher_that_scored_some_authors_only(learner, engine, tmp_path):
         ):
             scored = score(external + own)
             batches = pack(scored, needs=column_readers(terms), max_tokens=10_000)
-            loss, grads = gradients(learner, batches, Objective(terms))
+            loss, grads = gradients(learner, batches, StageObjective(terms))
             assert all(bool(g.isfinite().all()) for g in grads.values())
             alone = 0.0
             for term in terms:
                 part = external if term is IMITATE else score(own)
                 packed = pack(part, needs=frozenset(term.needs), max_tokens=10_000)
-                alone += gradients(learner, packed, Objective((term,)))[0]
+                alone += gradients(learner, packed, StageObjective((term,)))[0]
             assert loss == pytest.approx(alone, rel=1e-5)
 
 
@@ -295,13 +295,13 @@ def test_pairs_of_others_do_not_reach_a_term_that_may_not_read_them(learner):
     )
     terms = (Dpo(where=(Kind.HUMAN,)), CrossEntropy(where=(Kind.EXTERNAL,)))
     mixed = pack(pairs(Kind.EXTERNAL, 2) + read, needs=column_readers(terms), max_tokens=10_000)
-    objective = Objective(terms)
+    objective = StageObjective(terms)
     assert objective.counts(mixed)[0] == 3
     loss, grads = gradients(learner, mixed, objective)
     alone = pack(read, needs=frozenset(terms[0].needs), max_tokens=10_000)
     plain = pack(pairs(Kind.EXTERNAL, 2), needs=frozenset(), max_tokens=10_000)
-    expected = gradients(learner, alone, Objective(terms[:1]))[0]
-    expected += gradients(learner, plain, Objective(terms[1:]))[0]
+    expected = gradients(learner, alone, StageObjective(terms[:1]))[0]
+    expected += gradients(learner, plain, StageObjective(terms[1:]))[0]
     assert all(bool(g.isfinite().all()) for g in grads.values())
     assert loss == pytest.approx(expected, rel=1e-5)
 
@@ -311,7 +311,7 @@ def test_a_limit_by_reward_in_micro_batches_without_rewards(learner):
     signs = iter([1.0, 0.0] * 4)
     own = with_column(random_groups(num_groups=2), Column.REWARD, lambda t: np.array(next(signs)))
     limited = CrossEntropy(where=(Kind.LEARNER,), limit=Limit(rewards="positive"))
-    objective = Objective((limited, IMITATE))
+    objective = StageObjective((limited, IMITATE))
     external = random_groups(num_groups=2, kind=Kind.EXTERNAL, seed=1)
     needs = column_readers(objective.terms)
     batches = pack(external + own, needs=needs, max_tokens=15)
@@ -321,7 +321,7 @@ def test_a_limit_by_reward_in_micro_batches_without_rewards(learner):
     expected = 0.0
     for part, term in ((good, CrossEntropy()), (external, CrossEntropy())):
         alone = pack(part, needs=frozenset(), max_tokens=10_000)
-        expected += gradients(learner, alone, Objective((term,)))[0]
+        expected += gradients(learner, alone, StageObjective((term,)))[0]
     assert loss == pytest.approx(expected, rel=1e-5)
     assert all(bool(g.isfinite().all()) for g in grads.values())
 

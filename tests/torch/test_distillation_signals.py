@@ -48,7 +48,7 @@ from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.run.build import check_same_tokens
 from posttrain.testing import FakeTaskSet, as_group, check_signal, fake_tools, tiny_model
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 TASKS = FakeTaskSet()
 BY_KEY = {t.key: t for t in TASKS.train}
@@ -133,7 +133,7 @@ def test_the_learner_teaches_itself_when_it_reads_the_answer(learner):
     """The gradient is that of the KL to its own frozen distribution, and not zero."""
     signal = TeacherDistribution(routes={"*": "learner"}, context=CONTEXT)
     groups = signal.score(drawn(learner), tools_of(learner))
-    objective = Objective((TeacherReverseKL(),))
+    objective = StageObjective((TeacherReverseKL(),))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     loss, grads = gradients(learner, batches, objective)
     assert loss > 1e-3

@@ -30,7 +30,7 @@ from posttrain.parts.legality import check_composition
 from posttrain.parts.registry import tag_of
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.testing import fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 DENSE = [
     TeacherForwardKL(),
@@ -190,7 +190,7 @@ def test_a_teacher_equal_to_the_learner_gives_no_loss_and_no_gradient(
     signal = TeacherDistribution(routes={"*": "base"}, top_k=top_k)
     tools = fake_tools(learner.policy, policies={"base": engine.policy(str(tiny_folder))})
     groups = signal.score(random_groups(), tools)
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     loss, grads = gradients(learner, batches, objective)
     assert abs(loss) < 2e-6

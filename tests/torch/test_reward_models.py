@@ -11,7 +11,6 @@ from material import random_groups, trajectory, with_column
 
 from posttrain.core.errors import DataError, LegalityError, ModelError
 from posttrain.core.learner import Optimizer
-from posttrain.core.protocols import ScalarStart
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
@@ -24,12 +23,13 @@ from posttrain.parts.rewards.judges import RewardModel
 from posttrain.parts.rewards.process import ProcessReward
 from posttrain.parts.rewards.reward_models import BradleyTerry, OutcomeBCE, StepBCE, last_scores
 from posttrain.parts.rewards.steps import Steps
-from posttrain.parts.sources.dataset import Dataset, Rows
+from posttrain.parts.sources.dataset import Dataset, DatasetRows
 from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.protocols import ScalarStart
 from posttrain.run.build import Workshop, check_same_tokens
 from posttrain.testing import FakeTaskSet, as_group, fake_tools, tiny_model
 from posttrain.testing.contracts import check_term
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 
 def paired(seed=0, margins=False):
@@ -58,7 +58,7 @@ def labelled_steps(seed=0):
 
 
 def packed(groups, term, max_tokens=10_000):
-    return pack(groups, needs=Objective((term,)).needs, max_tokens=max_tokens, whole=True)
+    return pack(groups, needs=StageObjective((term,)).needs, max_tokens=max_tokens, whole=True)
 
 
 def scores_of(batch, seed=0):
@@ -158,7 +158,7 @@ def test_step_loss_reads_step_ends_only():
     (batch,) = packed(labelled_steps(), term)
     head = torch.zeros(len(batch.target_N), 2)
     scores = scores_of(batch)
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     counts = objective.counts([batch])
     label = batch.columns[Column.STEP_LABEL].double().numpy()
     ends = label >= 0
@@ -214,7 +214,7 @@ def make(engine, folder, lr=3e-3):
     [(BradleyTerry(), paired), (StepBCE(), labelled_steps)],
 )
 def test_splitting_a_step_changes_nothing(engine, tiny_folder, term, groups):
-    objective, moved = Objective((term,)), []
+    objective, moved = StageObjective((term,)), []
     for max_tokens in (10_000, 12):
         learner = make(engine, tiny_folder)
         for _ in range(2):  # the head starts at zero: the trunk moves from the second step on
@@ -243,7 +243,7 @@ def test_a_trained_judge_goes_through_disk_and_ranks(engine, tiny_folder, tmp_pa
         return out
 
     term = BradleyTerry()
-    learner, objective = make(engine, tiny_folder), Objective((term,))
+    learner, objective = make(engine, tiny_folder), StageObjective((term,))
     for _ in range(25):
         report = learner.step(packed(pairs(16), term), objective, lr_scale=1.0)
     assert report.metrics["bradley_terry/accuracy"] > 0.9
@@ -302,7 +302,7 @@ def test_a_judge_without_a_head_is_refused_when_the_stage_is_built(
 def source(folder, rows, renderer, **options):
     (folder / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     spec = Dataset(path="s.jsonl", steps=Steps(), **options)
-    return Rows(spec, root=folder, renderer=renderer, context=128, seed=0)
+    return DatasetRows(spec, root=folder, renderer=renderer, context=128, seed=0)
 
 
 def test_steps_from_a_file_are_where_the_signal_finds_them(engine, tiny_folder, tmp_path):
@@ -343,8 +343,8 @@ def test_margins_from_a_file(engine, tiny_folder, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
     spec = Dataset(path="p.jsonl", preference=True, margin="by")
     options = {"root": tmp_path, "renderer": renderer, "context": 128, "seed": 0}
-    (group,) = Rows(spec, **options).draw(1, step=0)
+    (group,) = DatasetRows(spec, **options).draw(1, step=0)
     assert [float(m.columns[Column.MARGIN]) for m in group.members] == [0.5, 0.5]
     (tmp_path / "p.jsonl").write_text(json.dumps({**row, "by": -1}) + "\n")
     with pytest.raises(DataError, match="margin by=-1"):
-        Rows(spec, **options)
+        DatasetRows(spec, **options)

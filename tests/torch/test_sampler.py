@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.core.errors import TaskError
 from posttrain.core.learner import Lora, Optimizer
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import Sampling
 from posttrain.core.task import Task
 from posttrain.core.trajectory import End
@@ -20,6 +19,7 @@ from posttrain.engines.local.decoding import DecodePlan
 from posttrain.engines.local.sampler import generate
 from posttrain.engines.local.sampling import sample
 from posttrain.numerics.batch import Segment
+from posttrain.protocols import Request
 from posttrain.testing import check_policy, tiny_model
 from posttrain.testing.seams import _completed
 

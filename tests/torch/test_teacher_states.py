@@ -33,7 +33,7 @@ from posttrain.parts.legality import compared_in_the_loss
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.testing import check_signal, fake_tools, tiny_model
 from posttrain.training import stage as stages
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 V, X = 37, 6
 OWN = frozenset({Stat.LOGPROB, Stat.SAMPLED_LOGPROB, Stat.ENTROPY})
@@ -254,9 +254,9 @@ def test_no_array_over_the_vocabulary_crosses_the_signal(teachers):
 @pytest.mark.parametrize("term", DENSE, ids=name)
 def test_a_step_is_that_of_log_probs_however_it_is_split(learner, teachers, term):
     scored, dense, heads = routed(teachers)
-    objective = Objective((term,), teachers=heads)
+    objective = StageObjective((term,), teachers=heads)
     packed = pack(dense, needs=objective.needs, max_tokens=10_000)
-    expected_loss, expected = gradients(learner, packed, Objective((term,)))
+    expected_loss, expected = gradients(learner, packed, StageObjective((term,)))
     for max_tokens in (10_000, 30, 1):
         batches = pack(scored, needs=objective.needs, max_tokens=max_tokens)
         assert all(Column.TEACHER_LOGPROBS not in b.columns for b in batches)
@@ -271,7 +271,7 @@ def test_a_teacher_equal_to_the_learner_gives_no_loss_and_no_gradient(
 ):
     teacher = engine.policy(str(tiny_folder))
     groups = with_states(random_groups(), teacher)
-    objective = Objective((term,), teachers=(teacher.hidden.head,))
+    objective = StageObjective((term,), teachers=(teacher.hidden.head,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     loss, grads = gradients(learner, batches, objective)
     assert abs(loss) < 2e-6
@@ -281,7 +281,7 @@ def test_a_teacher_equal_to_the_learner_gives_no_loss_and_no_gradient(
 
 def test_states_that_are_missing_or_not_finite_are_refused(teachers):
     scored, _, _ = routed(teachers)
-    needs = Objective((TeacherReverseKL(),)).needs
+    needs = StageObjective((TeacherReverseKL(),)).needs
     (first, *_) = scored
     bare = Group(task=first.task, members=tuple(replace(m, columns={}) for m in first.members))
     with pytest.raises(LegalityError, match="has no teacher_"):
@@ -322,7 +322,7 @@ def test_adapters_off_have_those_of_the_policy_it_started_from(engine, tiny_fold
     trajectories = [m.trajectory for g in random_groups() for m in g.members]
     frozen = engine.policy(str(tiny_folder)).hidden
     expected = frozen.states(trajectories)
-    objective = Objective((TeacherReverseKL(),), teachers=(frozen.head,))
+    objective = StageObjective((TeacherReverseKL(),), teachers=(frozen.head,))
     groups = with_states(random_groups(), on_layers.start)
     for _ in range(2):
         batches = pack(groups, needs=objective.needs, max_tokens=999)

@@ -21,7 +21,6 @@ import msgspec
 from posttrain.chat import ChatRenderer
 from posttrain.core.errors import ConfigError, ModelError
 from posttrain.core.events import Note, Observer, ignore
-from posttrain.core.protocols import Policy
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.task import Message, Task, TaskSet, with_context
 from posttrain.diagnosis.adaptive import AdaptiveDesign, adaptive_support
@@ -43,6 +42,7 @@ from posttrain.measure.reading import FEWEST, Reading
 from posttrain.measure.readings import answer_room, not_taken, take, take_change
 from posttrain.measure.registry import Estimation
 from posttrain.measure.spec import Measure
+from posttrain.protocols import Policy
 
 SAMPLES = 64
 """Samples per prompt of the first look: the rules ask for pass@64."""

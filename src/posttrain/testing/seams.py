@@ -12,7 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.core.errors import LegalityError
-from posttrain.core.protocols import (
+from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
+from posttrain.core.task import Message, Task, TaskSet
+from posttrain.core.trajectory import End, Group, Scored, Trajectory
+from posttrain.parts.base import Signal, Source, bound
+from posttrain.parts.tools import Tools
+from posttrain.protocols import (
     Completion,
     Learner,
     Objective,
@@ -23,11 +28,6 @@ from posttrain.core.protocols import (
     Stream,
     provided,
 )
-from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
-from posttrain.core.task import Message, Task, TaskSet
-from posttrain.core.trajectory import End, Group, Scored, Trajectory
-from posttrain.parts.base import Signal, Source, bound
-from posttrain.parts.tools import Tools
 
 # --- fakes -----------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ NO_SCALARS: Mapping[Wanted, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Objective:
+class StageObjective:
     """The terms of a stage, ready to be evaluated on packed batches."""
 
     terms: tuple[Term, ...]
@@ -41,7 +41,9 @@ class Objective:
         """Columns that ``pack`` must bring along."""
         return frozenset().union(*(t.needs | t.limit.needs for t in self.terms))
 
-    def at(self, *, step: int, steps: int, state: Mapping[str, float] | None = None) -> Objective:
+    def at(
+        self, *, step: int, steps: int, state: Mapping[str, float] | None = None
+    ) -> StageObjective:
         """The objective of one update: the first has the initial weights, the last the final.
 
         ``state`` is what the learner keeps of earlier updates; see :meth:`after`.
@@ -50,7 +52,7 @@ class Objective:
             >>> from posttrain.parts.base import WeightSchedule
             >>> from posttrain.parts.supervised.likelihood import CrossEntropy
             >>> moving = CrossEntropy(weight=2.0, weight_schedule=WeightSchedule(end=0.0))
-            >>> [Objective((moving,)).at(step=s, steps=5).weights for s in (0, 2, 4)]
+            >>> [StageObjective((moving,)).at(step=s, steps=5).weights for s in (0, 2, 4)]
             [(2.0,), (1.0,), (0.0,)]
         """
         return replace(self, progress=step / max(steps - 1, 1), state=state or {})

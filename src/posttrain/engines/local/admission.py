@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import IntArray
+from posttrain.protocols import Request
 
 FRESH_SHARE = 8
 """A new prompt enters when all its rows fit, or an eighth of the batch is free: small prefills

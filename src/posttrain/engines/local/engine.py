@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from posttrain.core import clock
 from posttrain.core.errors import LegalityError, ModelError
 from posttrain.core.learner import MOVING, Lora, MovingReference, Optimizer
-from posttrain.core.protocols import Objective, ScalarStart, StepReport
 from posttrain.core.provenance import Kind, Producer
 from posttrain.core.statistics import Wanted
 from posttrain.engines.local.adapters import WithoutAdapters, attach, export, trained_weights
@@ -32,6 +31,7 @@ from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.engines.local.scalar import CRITIC, Scalar
 from posttrain.numerics.batch import PackedBatch
+from posttrain.protocols import Objective, ScalarStart, StepReport
 
 
 @final

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from posttrain.core import clock
 from posttrain.core.errors import TaskError
-from posttrain.core.protocols import Completion, Request
 from posttrain.core.provenance import Sampling
 from posttrain.core.trajectory import End
 from posttrain.engines.local.admission import Limits, Queue, QueuedPrompt
@@ -39,6 +38,7 @@ from posttrain.engines.local.model import Model
 from posttrain.engines.local.sampling import sample
 from posttrain.engines.local.stops import find_stop
 from posttrain.numerics.batch import Segment
+from posttrain.protocols import Completion, Request
 
 MAX_ROWS = 1024
 """TokenRows decoded together. More rows use a wide machine better, and need more memory."""

@@ -13,7 +13,6 @@ import numpy as np
 
 from posttrain.core import clock
 from posttrain.core.errors import ConfigError, TaskError
-from posttrain.core.protocols import Policy, Renderer
 from posttrain.core.provenance import IntArray, Role, Span
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Array, Column, End, Group, Scored, Trajectory
@@ -22,6 +21,7 @@ from posttrain.parts.columns import attach, trajectories_of
 from posttrain.parts.distillation.teachers import need_tasks
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Policy, Renderer
 
 
 class AcrossTokenizers(Signal):

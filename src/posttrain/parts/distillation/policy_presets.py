@@ -15,7 +15,7 @@ from posttrain.parts.distillation.teacher_credit import DeltaAdvantage, TeacherA
 from posttrain.parts.distillation.teachers import TeacherDistribution, TeacherLogprobs
 from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.policy.losses import ClippedPolicyGradient, PolicyGradient
-from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.registry import part
 
 

@@ -25,7 +25,7 @@ from posttrain.parts.distillation.divergences import (
 )
 from posttrain.parts.distillation.foreign import ForeignTeacher
 from posttrain.parts.distillation.teachers import TeacherDistribution
-from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.dataset import Dataset

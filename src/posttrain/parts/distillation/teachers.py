@@ -26,7 +26,6 @@ import numpy as np
 from posttrain.core import clock
 from posttrain.core.errors import ConfigError, TaskError, nearest
 from posttrain.core.learner import MOVING
-from posttrain.core.protocols import Policy
 from posttrain.core.provenance import Span
 from posttrain.core.task import with_context
 from posttrain.core.trajectory import Array, Column, Discard, Group, Scored, Trajectory
@@ -35,6 +34,7 @@ from posttrain.parts.columns import attach, discarded, trajectories_of
 from posttrain.parts.logprobs import remembered_logprobs
 from posttrain.parts.registry import part, tag_of
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Policy
 
 
 class RoutedTeacher(Signal):

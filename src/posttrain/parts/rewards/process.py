@@ -17,7 +17,6 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from posttrain.core.errors import ConfigError, LegalityError
-from posttrain.core.protocols import Policy, Request
 from posttrain.core.provenance import IntArray, Role, Sampling, Span
 from posttrain.core.trajectory import Array, Column, Group, Scored, Trajectory
 from posttrain.parts.base import Columns, PolicyRef, Scene, Signal
@@ -28,6 +27,7 @@ from posttrain.parts.rewards.judges import LearntJudge, sigmoid
 from posttrain.parts.rewards.steps import NO_STEP, Steps, step_ends
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Policy, Request
 
 
 @part
