@@ -1,1 +1,1 @@
-"""Measuring a policy, and saying how sure the measurement is."""
+"""Measuring a policy, with the uncertainty of the measurement."""

@@ -47,32 +47,33 @@ from posttrain.measure.measurement import (
 from posttrain.measure.support import SupportChange, cutoffs, support_change
 
 FOLDS = 4
-"""Two decide on too few samples; with many, folds share deciders and the parts get noisier."""
+"""With two, too few samples decide a label; with many, folds share those samples and the parts
+get noisier."""
 MATERIAL = 0.05
-"""Smallest change of pass@1 that gets a name. A smaller one may be certain and still not matter."""
+"""Smallest change of pass@1 that is named. A smaller one may be certain and still not matter."""
 RETAINED = 0.75
-"""Lower bound of retention from which "kept" is a finding rather than a lack of one."""
+"""Lower bound of retention from which "kept" counts as a finding."""
 
 
 class ChangeKind(StrEnum):
-    """A share of the success rate. Losses are amounts, positive when something went away."""
+    """A part of the success rate before or after. Losses are positive amounts."""
 
     NEWLY_REACHABLE = "newly reachable"  # gained where before was OUT and after is IN
     SHARPENED = "sharpened"  # gained where before was IN
-    KEPT = "kept"  # was there before and still is
-    WEAKENED = "weakened"  # went away where after is still IN
-    LOST = "lost"  # went away where before was IN and after is OUT
-    UNDETERMINED = "undetermined"  # net change (signed) where labels cannot tell which
+    KEPT = "kept"  # present before and after
+    WEAKENED = "weakened"  # decreased where after is still IN
+    LOST = "lost"  # decreased where before was IN and after is OUT
+    UNDETERMINED = "undetermined"  # net change (signed) where the labels do not decide the part
 
 
 class MeasuredRole(StrEnum):
     """What happened to a task set, in the roles of arXiv 2604.07941, section 3."""
 
-    EXPANSION = "expansion"  # support expansion: the gain is newly reachable for the most part
-    RESHAPING = "reshaping"  # policy reshaping: the gain is sharpening for the most part
-    CONSOLIDATION = "consolidation"  # behaviour kept, or brought back; no other material change
-    ATTRITION = "attrition"  # more went away than came
-    UNDETERMINED = "undetermined"  # the samples or the labels do not tell
+    EXPANSION = "expansion"  # support expansion: most of the gain is newly reachable
+    RESHAPING = "reshaping"  # policy reshaping: most of the gain is sharpening
+    CONSOLIDATION = "consolidation"  # behaviour kept or restored; no other material change
+    ATTRITION = "attrition"  # losses exceed gains
+    UNDETERMINED = "undetermined"  # the samples or the labels do not decide it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class Attribution:
     """The change of pass@1 on one task set, split into parts that add up (see the module).
 
     ``retention`` is kept / before, the share of the earlier successes that survived; None when no
-    prompt was IN before, so that there was nothing certain to keep. Intervals are over prompts:
+    prompt was IN before. Intervals are over prompts:
     see :func:`posttrain.measure.bootstrap.mean_intervals`.
     """
 
@@ -102,16 +103,15 @@ class Attribution:
     def dominant(self) -> MeasuredRole:
         """The role that the bounds of the intervals support. First rule that applies:
 
-        1. attrition: more went away than came, so that the interval of ``balance`` is below zero
-           and that of ``gone`` above it;
-        2. expansion: more came than went away, newly reachable is above zero, and at least as
+        1. attrition: the interval of ``balance`` is below zero and that of ``gone`` above it;
+        2. expansion: ``balance`` is above zero, newly reachable is above zero, and at least as
            large as sharpened;
-        3. reshaping: more came than went away, sharpened is above zero, and the larger gain;
+        3. reshaping: ``balance`` is above zero, sharpened is above zero, and the larger gain;
         4. consolidation: no material amount is above zero, kept is above zero, and retention is
            at least RETAINED by its lower bound;
         5. undetermined.
 
-        "Above" and "below" are said of whole intervals; material means at least MATERIAL. Rules
+        "Above" and "below" refer to whole intervals; material means at least MATERIAL. Rules
         1 to 3 name material amounts only, and do not apply when an undetermined amount is larger
         than what they name.
         """
@@ -133,9 +133,9 @@ class Attribution:
 
 
 def role_in_run(change: Attribution, earlier: Sequence[Attribution]) -> MeasuredRole:
-    """The role of a stage, seen from all policies that the run has measured before it.
+    """The role of a stage, given all policies that the run measured before it.
 
-    A gain that only brings back what an earlier policy could do is a hand-off, not an expansion:
+    A gain that only restores what an earlier policy could do is a hand-off, not an expansion:
     it counts as consolidation when that policy was clearly better than the stage's input (their
     pass@1 intervals do not touch) and the result retains at least RETAINED of it.
 
@@ -237,7 +237,7 @@ def attribute(
     named = (cells.newly_reachable, cells.sharpened, cells.weakened, cells.lost)
     amounts = (*named, cells.undetermined_gain, cells.undetermined_loss, gained, gone)
     columns = (p0, p1, cells.kept, p1 - p0, net, gained - gone, *amounts)
-    # An amount is below zero by noise only: no further than was seen, and never provably so.
+    # An amount is below zero by noise only, so the observed minimum bounds it from below.
     floors = [0.0] * 3 + [-1.0] * 3 + [min(0.0, float(a.min())) for a in amounts]
     rows = mean_intervals(
         np.stack(columns, axis=1),
@@ -246,7 +246,7 @@ def attribute(
         seed=seed,
     )
     start, end, kept, change, undetermined, balance = rows[:6]
-    new, sharpened, weakened, lost, open_gain, open_loss, came, went = (
+    new, sharpened, weakened, lost, open_gain, open_loss, gains, losses = (
         replace(row, high=max(row.high, 0.0)) for row in rows[6:]
     )
     parts = {
@@ -270,8 +270,8 @@ def attribute(
         parts=MappingProxyType(parts),
         undetermined_gain=open_gain,
         undetermined_loss=open_loss,
-        gained=came,
-        gone=went,
+        gained=gains,
+        gone=losses,
         balance=balance,
         retention=retention,
         epsilon=epsilon,

@@ -1,4 +1,4 @@
-"""Intervals by paired bootstrap over prompts, honest when prompts are few or all alike.
+"""Intervals by paired bootstrap over prompts, also valid when prompts are few or all alike.
 
 per-prompt contributions [P, D] ──resample prompts──▶ replicates [B, D] ──BCa──▶ Interval per column
 
@@ -24,22 +24,22 @@ Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 2000
 RARE = 5
-"""Fewer prompts than this away from an end or the middle of a range tell too little of a spread."""
+"""Fewer prompts than this away from an end or the middle of a range do not show the spread."""
 FEW = 8
-"""Below this many prompts, resamples are too alike, and Student's interval is the lower limit. So
-it is where fewer than RARE resamples lie beyond a bound: they know nothing of such a tail."""
+"""Below this many prompts, resamples are too alike, and Student's interval is the least. The same
+holds where fewer than RARE resamples lie beyond a bound: they do not resolve such a tail."""
 SKEWED = (0.8, 1.8)
-"""Sample skewness from which the bound that holds for any distribution begins to count, and from
-which it is all that counts. Chosen by simulation, see benchmarks/coverage.py."""
+"""Sample skewness from which the distribution-free bound has weight, and from which it has all
+the weight. Chosen by simulation, see benchmarks/coverage.py."""
 BLOCK = 1 << 22  # resampled prompts held in memory at a time
 SAME = 1e-12  # float noise between equal contributions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A value with a two-sided interval over the prompts that could have been asked.
+    """A value with a two-sided interval over the distribution of prompts.
 
-    ``num_prompts`` and ``seed`` say what was resampled; ``low`` <= ``value`` <= ``high``.
+    ``num_prompts`` prompts were resampled with ``seed``; ``low`` <= ``value`` <= ``high``.
     """
 
     value: float
@@ -69,7 +69,7 @@ class Bounded(Protocol):
 
 
 def interval_words(of: Bounded | None, *, missing: str = "not measured") -> str:
-    """A number with its bounds as people read it; ``missing`` where there is no finite number.
+    """A number with its bounds as text; ``missing`` where there is no finite number.
 
     Example:
         >>> half = Interval(value=.5, low=.4, high=.6, num_prompts=8, seed=0, confidence=.95)
@@ -108,7 +108,7 @@ def mean_interval(
 def student_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Interval:
     """Student's interval of the mean of per-prompt values [P] that have no bounds.
 
-    One value says nothing about the spread: its interval is infinite.
+    One value does not show the spread: its interval is infinite.
 
     Example:
         >>> i = student_interval([1.0, 2.0, 3.0])
@@ -141,24 +141,23 @@ def mean_intervals(
     """Intervals of column means of [P, D] per-prompt values, from one set of resamples.
 
     What it covers: the mean over the *task distribution* that the P prompts were drawn from, with
-    both sources of chance in it: which prompts were asked, and the samples drawn for each (the
-    values scatter with both). It does not cover a change of prompts' kind, of decoding, or of
-    training seed.
+    both sources of variance: the choice of prompts, and the samples drawn for each. It does not
+    cover a shift of the prompt distribution, other decoding, or the training seed.
 
     Method: bias-corrected accelerated bootstrap (Efron 1987), its levels widened from the normal to
     Student's t with P − 1 degrees (the expansion of Hesterberg, arXiv 1411.5279).
 
-    All alike, nearly, or skewed: a bootstrap of equal values has no width, and one of P values of
-    which fewer than RARE differ, or of which a few carry all the spread, has too little. What
-    matters then is the prompts not asked, and no number of samples per prompt speaks for those.
-    Every value in a range is at worst 0 or 1 of that range (a mean of values in [0, 1] varies most
-    when they are 0 or 1), so one trial per prompt and the exact binomial bound at c = the sum of
-    the values hold for any mixture of prompts. The interval then reaches at least that far; with
-    growing skewness only the end on the side of the tail moves there, over the range SKEWED.
+    Equal, nearly equal or skewed values: a bootstrap of equal values has no width, and one of P
+    values of which fewer than RARE differ, or of which a few carry all the spread, has too little.
+    The variance then comes from prompts not sampled, and more samples per prompt do not help.
+    A mean of values in [0, 1] varies most when they are 0 or 1, so one trial per prompt and the
+    exact binomial bound at c = the sum of the values (scaled to their range) hold for any mixture
+    of prompts. The interval then reaches at least that far; with growing skewness only the end on
+    the side of the tail moves there, over the range SKEWED.
     Example: 24 prompts all solved in all samples give [0.86, 1].
 
     Simulated coverage is in docs/lab-log.md: near the nominal one for values spread over their
-    range, above it where the binomial bound takes part, which is exact in the worst case only.
+    range, above it where the binomial bound applies, which is exact in the worst case only.
 
     Args:
         values: [P, D].
@@ -200,9 +199,9 @@ def proportion_interval(
 ) -> Interval:
     """Exact interval of a share of prompts (Clopper and Pearson, 1934), with ``count`` observed.
 
-    For properties that a prompt has or has not, such as "no success in n samples". Its coverage is
-    at least the nominal one for every true share, and above it for nearly all, since counts are
-    whole: 0 of 32 gives [0, 0.11]. ``seed`` is carried along; nothing is resampled.
+    For binary properties of a prompt, such as "no success in n samples". Its coverage is at least
+    the nominal one for every true share, and above it for nearly all, since counts are integers:
+    0 of 32 gives [0, 0.11]. ``seed`` is only recorded; nothing is resampled.
 
     Example:
         >>> proportion_interval(0, 32).high.__round__(2)
@@ -234,7 +233,7 @@ def function_interval(
     The bootstrap of :func:`mean_intervals`, with the influence of each prompt from leaving it out
     (the jackknife). value + influence is to first order a value per prompt whose mean is the
     function, so the bound for values that are alike or skewed applies, with ``extremes`` for its
-    range. Of a ratio, a few prompts with a large denominator may carry all: Student's t has the
+    range. A few prompts with a large denominator may dominate a ratio, so Student's t has the
     degrees of the effective number of prompts, (Σ |influence|)² / Σ influence², less one.
 
     Args:
@@ -276,8 +275,8 @@ def function_interval(
 def combined_interval(parts: Sequence[Interval]) -> Interval:
     """Interval of the plain mean of independent values, one per task set.
 
-    From the distances of the parts' own bounds, added in squares (MOVER, Zou and Donner, 2008):
-    it needs no further resampling and keeps the lopsidedness and the caution of the parts. Its
+    From the distances of the parts' bounds, added in quadrature (MOVER, Zou and Donner, 2008): no
+    further resampling, and the asymmetry and the conservative bounds of the parts are kept. Its
     prompts are those of all parts together.
 
     Example:
@@ -311,11 +310,12 @@ def ratio_interval(
 ) -> Interval:
     """Interval of sum(part) / sum(whole) over prompts, both [P] and resampled together.
 
-    Prompts with ``whole`` = 0 say nothing about the ratio. Resamples in which ``whole`` sums to
-    zero are left out. The bound of :func:`mean_intervals` for values that are alike or skewed
-    applies to ratio + influence of the prompts that have a ratio: a prompt not asked is taken to
-    have a ratio inside ``limits`` and a ``whole`` no larger than the largest seen. The interval is
-    not cut at ``limits``, since an unbiased ``part`` may exceed ``whole`` by chance.
+    Prompts with ``whole`` = 0 carry no information about the ratio. Resamples in which ``whole``
+    sums to zero are left out. The bound of :func:`mean_intervals` for values that are alike or
+    skewed applies to ratio + influence of the prompts that have a ratio: a prompt not sampled is
+    assumed to have a ratio inside ``limits`` and a ``whole`` no larger than the largest observed.
+    The interval is not clipped to ``limits``, since an unbiased ``part`` may exceed ``whole`` by
+    chance.
 
     Raises:
         ConfigError: ``whole`` is zero or negative in sum.
@@ -390,7 +390,7 @@ def _interval(
 def _accelerated(
     replicates: Floats, value: float, influence: Floats, *, z: float
 ) -> tuple[float, float]:
-    """BCa limits: quantiles of the replicates at levels moved for bias and for skewness."""
+    """BCa limits: quantiles of the replicates at levels corrected for bias and skewness."""
     below = np.mean(replicates < value - SAME) + np.mean(np.abs(replicates - value) <= SAME) / 2
     edge = 1 / len(replicates)
     normal = NormalDist()
@@ -407,7 +407,7 @@ def _accelerated(
 
 @dataclass(frozen=True, slots=True)
 class _Caution:
-    """How far an interval must reach whatever the distribution, and how much of that to heed."""
+    """A distribution-free bound of an interval, and the weight of it at either end."""
 
     low: float
     high: float

@@ -1,4 +1,4 @@
-"""Calibration: when a policy gives an answer with probability q, is it right with probability q?
+"""Calibration: is an answer of probability q right with probability q?
 
 answers, successes [P, n] ──halves of the samples──▶ gaps per prompt and bin ──▶ Σ |mean gap|
 
@@ -22,7 +22,7 @@ from posttrain.measure.voting import answers_column
 BINS = 5
 """Equal bins of confidence. A task set has tens of prompts, which do not fill the usual ten."""
 FEWEST_SAMPLES = 4
-"""Per prompt: two to choose a bin, and two to say how likely and how often right it is."""
+"""Per prompt: two to choose a bin, and two to estimate confidence and accuracy."""
 
 
 @of_task(
@@ -43,16 +43,16 @@ def calibration_error(task: TaskMeasurement, how: Estimation = USUAL) -> Found:
     by the share of other samples with the same answer (self-consistency). That, unlike the
     probability of a sequence, does not fall with length, and adds up over wordings.
 
-    Bins without bias: the first half of a prompt's samples puts an answer into its bin, the
-    second half says how likely and how often right it is, then the other way round. So the mean
-    gap G_b of a bin (right minus said, times its share) is estimated without bias, and is zero for
-    a calibrated policy.
+    Unbiased bins: the first half of a prompt's samples puts an answer into its bin, the second
+    half estimates its confidence and accuracy; then the halves are swapped. So the mean gap G_b of
+    a bin (right minus said, times its share) is estimated without bias, and is zero for a
+    calibrated policy.
 
     The error is Σ_b |G_b| (arXiv 1706.04599), whose usual estimate is positive by chance alone.
-    The value takes the noise off the squares: Σ_b √max(0, Ĝ_b² − s_b²) with standard error s_b.
-    For the bounds, Σ_b |G_b| is the largest of all signed sums Σ_b ±G_b, each a mean over prompts
-    with an interval of its own. The upper bound is the largest of their upper ones; the lower
-    bound is the largest of their lower ones, with the error shared out among all 2^BINS of them,
+    The value subtracts the noise from the squares: Σ_b √max(0, Ĝ_b² − s_b²) with standard error
+    s_b. For the bounds, Σ_b |G_b| is the largest of all signed sums Σ_b ±G_b, each a mean over
+    prompts with its own interval. The upper bound is the largest of their upper bounds; the lower
+    bound is the largest of their lower bounds, with the error divided among all 2^BINS of them,
     and at least zero. Both are conservative, unless a few rare prompts differ from all others.
 
     Raises:
@@ -94,7 +94,7 @@ def _too_few(num_samples: int) -> str:
 
 
 def _gaps(answers: npt.NDArray[np.integer], successes: npt.NDArray[np.bool_]) -> Floats:
-    """[P, BINS] mean over samples of (right − said), by the bin that the other half chose."""
+    """[P, BINS] mean over samples of (right − said), by the bin chosen on the other half."""
     num, n = answers.shape
     half = np.arange(n) % 2 == 0
     out = np.zeros((num, BINS))

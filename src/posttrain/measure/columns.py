@@ -1,11 +1,11 @@
-"""Raw data of a measurement: what is recorded of every sample while the samples are at hand.
+"""Raw data of a measurement: what is recorded of every sample while measuring.
 
 samples of a task set ──recording.py──▶ TaskMeasurement.raw ──▶ metrics
                                                   └──▶ JSON: one field per column
 
 Scores, lengths and log-probs are part of every measurement. Everything else that a metric needs is
-a raw column, registered beside the metric. A column may be missing: a file of an earlier version
-has none, or the policy could not give it. Shape legend: ``P`` prompts, ``n`` samples per prompt.
+a raw column, registered beside the metric. A column may be missing: files of earlier versions
+lack some, or the policy does not provide it. Shape legend: ``P`` prompts, ``n`` samples per prompt.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ class RawColumn:
     """One kind of raw data: its name, type and shape.
 
     ``per`` is "prompt" for [P], "sample" for [P, n] and "first samples" for [P, R] with R <= n.
-    ``absent`` says what it means that
-    a measurement lacks the column. A file holds truth values as strings of 0 and 1, and numbers
-    as compressed bytes.
+    ``absent`` is the message when a measurement lacks the column. A file holds booleans as strings
+    of 0 and 1, and numbers as compressed bytes.
     """
 
     name: str
     dtype: type[np.bool_] | type[np.int32] | type[np.float32]
     per: Per
     absent: str  # such as "answers were not kept"
-    expected: str | None = None  # the measuring that gives it, where measuring again does not
+    expected: str | None = None  # how to measure it, where measuring again is not enough
     plain_sampling: bool = False  # recorded at temperature 1 without truncation only
-    # None, or what is wrong with an array of the right shape, given n
+    # None, or the error of an array of the right shape, given n
     fault: Callable[[RawArray, int], str | None] = lambda array, num_samples: None
 
     def frozen(self, values: npt.ArrayLike, *, shape: tuple[int, int], where: str) -> RawArray:
@@ -54,7 +53,7 @@ class RawColumn:
             where: the task set, for messages.
 
         Raises:
-            DataError: another shape, or values that cannot be.
+            DataError: another shape, or invalid values.
         """
         wanted: tuple[int, ...] = shape[:1] if self.per == "prompt" else shape
         given = np.shape(values)
@@ -74,7 +73,7 @@ class RawColumn:
 def read_only(
     values: npt.ArrayLike, dtype: type[np.generic], shape: tuple[int, ...], what: str
 ) -> RawArray:
-    """A copy of this type that nobody can change.
+    """A read-only copy of this type.
 
     Raises:
         DataError: another shape.

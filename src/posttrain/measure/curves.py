@@ -1,4 +1,4 @@
-"""What the whole pass@k curve says: breadth, crossing, and the price of sharpening.
+"""Metrics of the whole pass@k curve: breadth, crossover, and the cost of sharpening.
 
 counts [P] of one policy ──▶ cover@t
 counts [P] of two        ──▶ crossover, sharpening_tax
@@ -28,7 +28,7 @@ from posttrain.measure.registry import USUAL, Better, Estimation, Found, Topic
 from posttrain.measure.support import cutoffs
 
 LABEL_ERROR = 0.01
-"""Chance of a wrong label that cover@t allows per prompt, and takes off its bounds."""
+"""Probability of a wrong label that cover@t allows per prompt, and corrects its bounds for."""
 GRID = 64
 """Values of k at which two curves are compared, evenly spaced in log k."""
 
@@ -37,7 +37,7 @@ def cover_share(rates: npt.ArrayLike, t: float) -> float:
     """Share of prompts whose success rate is at least ``t`` (arXiv 2510.08325).
 
     pass@k is a mean of it over all t: of rates p, 1 − (1 − p)^k averages to the integral from 0
-    to 1 of Cover@t · k (1 − t)^(k−1), so large k looks at t near 0 only.
+    to 1 of Cover@t · k (1 − t)^(k−1), so large k weights t near 0 only.
 
     Example:
         >>> cover_share([0.0, 0.2, 0.5, 1.0], 0.5)
@@ -59,7 +59,7 @@ def cover(task: TaskMeasurement, t: float, how: Estimation = USUAL) -> Found:
     """cover@t: the share of prompts that the policy solves with probability ``t`` or more.
 
     The value is the observed share, which is biased where rates lie near t: no estimator from n
-    samples is unbiased. The bounds hold all the same. With exact binomial labels that are wrong
+    samples is unbiased. The bounds still hold. With exact binomial labels that are wrong
     with probability at most α = LABEL_ERROR, E[share labelled "t or more"] <= C + α(1 − C) for
     the true share C, and an exact lower bound L of it gives C >= (L − α) / (1 − α); likewise from
     above. Both are conservative, and widest where many rates lie near t.
@@ -99,8 +99,8 @@ def crossover(before: TaskMeasurement, after: TaskMeasurement, how: Estimation =
     Infinite when that happens at no k up to n (arXiv 2504.13837: for RL in the tens to hundreds).
     ``low`` is the first k at which it cannot be excluded, ``high`` the first at which it is
     certain, from paired intervals at up to GRID values of k. For curves that cross once these
-    bounds hold together with the confidence of a single interval: to miss the crossing, the
-    interval at its own k, or at the k just before, has to miss.
+    bounds hold together with the confidence of a single interval: they miss the crossing only if
+    the interval at its own k, or at the k just before, misses.
 
     Raises:
         RunError: the two were not measured on the same prompts in the same way.
@@ -152,10 +152,10 @@ def sharpening_tax(
     *,
     k: int | None = None,
 ) -> Found:
-    """How much less a further try helps after training (arXiv 2610.01509).
+    """How much less further tries help after training (arXiv 2610.01509).
 
     A(K) = Σ_k<K [pass@K − pass@k] is the expected number of failed tries before a success within
-    K, S = A / ((K − 1)(1 − pass@1)) its share of the most that it could be, and the tax is
+    K, S = A / ((K − 1)(1 − pass@1)) its share of the possible maximum, and the tax is
     S before − S after, with a paired bootstrap over prompts. A policy that never fails has S = 0.
 
     Raises:
@@ -196,7 +196,7 @@ def _tax_extremes(means: Floats) -> tuple[float, float]:
     """Least and greatest influence of a prompt on the tax.
 
     On S = mean a / mean f it is (a − S f) / mean f, and 0 <= a <= f <= 1: from −S to 1 − S over
-    mean f. Where nothing failed, a prompt that does could have any influence.
+    mean f. Where nothing failed, the influence of a prompt that fails is unbounded.
     """
     ends = []
     for helped, failed in zip(means[:2], means[2:], strict=True):

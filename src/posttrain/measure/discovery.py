@@ -1,4 +1,4 @@
-"""Finding what the modules of this folder register: metrics and the raw data that they need."""
+"""Imports the modules of this folder, which register metrics and the raw data they need."""
 
 from __future__ import annotations
 

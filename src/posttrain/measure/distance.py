@@ -1,4 +1,4 @@
-"""KL from the base, estimated on the samples that were taken anyway.
+"""KL from the base, estimated on the samples of the measurement.
 
 samples ──both policies' log-probs──▶ sums of log π − log π_base ──mean──▶ KL(π ‖ π_base)
 
@@ -21,7 +21,7 @@ from posttrain.measure.registry import Better, Topic
 from posttrain.protocols import Completion, Policy, Prompt
 
 KL_SAMPLES = 16
-"""Samples per prompt whose log-probs under the base are computed: enough for a mean."""
+"""Samples per prompt whose log-probs under the base are computed."""
 
 
 @raw_column(
@@ -35,7 +35,7 @@ KL_SAMPLES = 16
 def kl_base_column(samples: TaskSamples) -> npt.ArrayLike | None:
     """[P, K] sums over tokens of log π − log π_base: unbiased for the KL, sample by sample.
 
-    Samples of a tempered or truncated policy say nothing unbiased about the policy's KL.
+    Samples at another temperature or with truncation would bias it.
     """
     policy, base = samples.policy, samples.base
     if base is None or samples.spec.sampling != SamplingSpec():

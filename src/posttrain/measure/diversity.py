@@ -5,9 +5,9 @@ texts          ──▶ self_bleu, repetition            (worked out while meas
 log-probs      ──▶ token_entropy
 lengths        ──▶ tokens_per_answer, truncated
 
-All of it depends on temperature and truncation: compare at equal decoding and n only. Means over
-prompts have intervals that allow for prompts not asked that vary as much as n samples can: with 32
-prompts that never vary, up to 0.11 of that.
+All depend on temperature and truncation: compare at equal decoding and n only. Intervals of means
+over prompts allow for unseen prompts that vary as much as n samples can: with 32 prompts that
+never vary, up to 0.11 of that.
 
 Shape legend: ``P`` prompts, ``n`` samples per prompt.
 """
@@ -36,7 +36,7 @@ def answer_entropies(answers: npt.NDArray[np.integer]) -> Floats:
     Σ_v=1..n−1 Σ_a p_a (1 − p_a)^v / v: the series of −Σ p log p, cut off after n − 1 terms (Zhang,
     Neural Computation 24, 2012; the closed form is derived by summing the hypergeometric terms,
     and tested against the series). The plug-in entropy is too low by about (A − 1)/2n for A
-    answers instead, more for the policy that varies more, which biases a comparison.
+    answers, so it is more biased for the more diverse policy, which biases a comparison.
 
     Example:
         >>> answer_entropies(np.array([[0, 0, 0, 0], [0, 1, 0, 1]])).round(3).tolist()
@@ -53,7 +53,7 @@ def answer_entropies(answers: npt.NDArray[np.integer]) -> Floats:
 
 
 def highest_entropy(num_samples: int) -> float:
-    """The most that :func:`answer_entropies` gives: every answer another one."""
+    """The maximum of :func:`answer_entropies`: all answers distinct."""
     return float((1.0 / np.arange(1, num_samples)).sum())
 
 
@@ -108,7 +108,7 @@ def _distinct_answers(task: TaskMeasurement) -> Floats:
     source="2507.14843",
 )
 def _single_answer(task: TaskMeasurement, how: Estimation) -> Found:
-    """A share of prompts, which says more than a mean about a policy that has collapsed."""
+    """A share of prompts: it shows a collapse more clearly than a mean."""
     same = int((task.distinct == 1).sum())
     share = proportion_interval(same, len(task.prompts), confidence=how.confidence)
     words = f"{share.value:.0%} of prompts got the same answer in all of {task.num_samples} tries"
@@ -123,7 +123,7 @@ def _known_logprobs(task: TaskMeasurement) -> npt.NDArray[np.bool_]:
 
 
 def _nll_range(task: TaskMeasurement) -> tuple[float, float]:
-    """No prompt is taken to have more than the largest value of any sample seen."""
+    """0 to the largest observed value of a sample."""
     seen = np.asarray(task.nll, np.float64)[_known_logprobs(task)]
     return min(float(seen.min()), 0.0), max(float(seen.max()), 1e-9)
 
@@ -145,8 +145,8 @@ def _nll_range(task: TaskMeasurement) -> tuple[float, float]:
 def _token_entropy(task: TaskMeasurement) -> tuple[Floats, Floats]:
     """Σ −log π over Σ tokens, along the policy's own samples.
 
-    −log π of a sampled token is unbiased for the entropy at its place. It is the entropy of what
-    was sampled from: at another temperature it is that distribution's.
+    −log π of a sampled token is unbiased for the entropy at its position. It is the entropy of the
+    sampling distribution: at another temperature, of the tempered one.
     """
     nll, lengths = np.asarray(task.nll, np.float64), task.lengths.astype(np.float64)
     finite = _known_logprobs(task)

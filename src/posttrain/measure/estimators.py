@@ -1,4 +1,4 @@
-"""How numbers come from samples, and the decorators that register them under a name.
+"""Estimators of metrics from samples, and the decorators that register them under a name.
 
 @per_prompt  values [P], one per prompt: their mean, and its paired change since another policy
 @ratio       sums [P] over sums [P]: their quotient over all prompts, and its change
@@ -37,14 +37,14 @@ Sentence = Callable[[float, float, TaskMeasurement], str]
 
 
 def unit_range(values: Floats, tasks: Tasks) -> tuple[float, float]:
-    """0 to 1, whatever the samples are."""
+    """0 to 1, for any samples."""
     return 0.0, 1.0
 
 
 def seen_range(values: Floats, tasks: Tasks) -> tuple[float, float]:
-    """For a quantity without natural bounds: what was seen, and 0.
+    """For a quantity without natural bounds: the observed range, and 0.
 
-    An interval then says nothing of rarer extremes.
+    An interval then does not cover rarer extremes.
     """
     return min(0.0, float(values.min())), max(0.0, float(values.max()))
 
@@ -57,7 +57,7 @@ class PerPrompt:
     values: Callable[[TaskMeasurement, float], Floats]  # [P]
     limits: Limits
     sentence: Sentence
-    share_at_n: bool  # at k = n each prompt says yes or no: the exact interval of a share holds
+    share_at_n: bool  # at k = n values are 0 or 1: the exact interval of a share holds
     looks_back: bool = False
     pairs: bool = True
 
@@ -88,7 +88,7 @@ class PerPrompt:
         return mean_interval(
             values,
             lowest=low,
-            highest=high if high > low else low + 1e-12,  # nothing but zeros were seen
+            highest=high if high > low else low + 1e-12,  # only zeros were observed
             confidence=how.confidence,
             seed=how.seed,
         )
@@ -120,7 +120,7 @@ class Ratio:
     ) -> Interval:
         """Ratio now minus ratio before, prompts resampled together.
 
-        A prompt has at most the influence limits allow: (limit − ratio) · whole / mean whole.
+        The influence of a prompt is bounded by (limit − ratio) · whole / mean whole.
         """
         require_same_task(since, now)
         columns: list[Floats] = []
@@ -172,7 +172,7 @@ class OfTask:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Since:
-    """What changed from an earlier policy to a later one; None when nothing can be told."""
+    """What changed from an earlier policy to a later one; None when it is undefined."""
 
     number: Callable[[TaskMeasurement, TaskMeasurement, Estimation], Found | None]
     looks_back: bool = True
@@ -235,7 +235,7 @@ def ratio(
     [Callable[[TaskMeasurement], tuple[Floats, Floats]]],
     Callable[[TaskMeasurement], tuple[Floats, Floats]],
 ]:
-    """Register a function (task) that gives what is summed above and below, [P] each."""
+    """Register a function (task) that gives the terms of numerator and denominator, [P] each."""
 
     def decorate(
         sums: Callable[[TaskMeasurement], tuple[Floats, Floats]],

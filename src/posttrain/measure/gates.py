@@ -1,9 +1,9 @@
-"""Gates: decisions after a stage, on bounds of intervals rather than on their middle.
+"""Gates: decisions after a stage, on bounds of intervals rather than on point estimates.
 
 measurements ──metric──▶ interval ──bound──▶ GateVerdict per gate ──▶ Detour: where the run goes on
 
-A gate may ask for any metric that is read off samples that a run takes anyway (registry.py). A
-decision is a pure function of the gate and of measurements, so a run can be replayed.
+A gate may ask for any metric that is computed from a run's measurements (registry.py). A decision
+is a pure function of the gate and of measurements, so a run can be replayed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from posttrain.parts.base import PolicyRef
 
 
 class Gate(Config):
-    """A decision after a stage, taken on the bound of an interval, not on its middle.
+    """A decision after a stage, taken on the bound of an interval, not on the point estimate.
 
     ``at_least`` and ``at_most`` ask for the metric itself; ``at_most_lost``, ``at_least_gained``
     and ``at_most_gained`` for its change, prompt by prompt, since another policy: ``base``,
     ``input`` (what the stage started from) or an earlier stage. A bound that the whole interval
     keeps is shown; one that the whole interval breaks is refuted; in between, ``doubt`` decides.
 
-    ``otherwise`` says what a gate that does not pass does: ``stop`` the run, ``warn``,
+    ``otherwise`` is the action of a gate that does not pass: ``stop`` the run, ``warn``,
     ``roll_back`` (go on from what the stage started from) or ``branch`` to the later stage ``to``.
 
     Example: ``{task: products, metric: zero_variance@8, at_most: 0.6, otherwise: branch,
@@ -71,7 +71,7 @@ class Gate(Config):
 
     @property
     def asked(self) -> dict[str, float]:
-        """The bound, by its name: one entry."""
+        """The requested bound, by its name: one entry."""
         bounds = {
             "at_least": self.at_least,
             "at_most": self.at_most,
@@ -88,27 +88,27 @@ class Gate(Config):
 
     @property
     def looks_back(self) -> bool:
-        """True when it needs another policy, to count a change from."""
+        """True when it needs another policy as a baseline."""
         return self.compares or any(m.name == self.metric for m in metrics() if m.looks_back)
 
     @property
     def words(self) -> str:
-        """What is asked, in words."""
+        """The condition in words."""
         ((name, bound),) = self.asked.items()
         since = f" since {self.since}" if self.looks_back else ""
         head, _, tail = name.removeprefix("at_").partition("_")
         return f"at {head} {bound:g}{' ' + tail if tail else ''}{since}"
 
 
-# --- what a gate asks ------------------------------------------------------------------------
+# --- conditions ------------------------------------------------------------------------------
 
 
 def check_gate(gate: Gate, spec: Measure) -> None:
-    """Refuse, before anything is trained, what could not be decided afterwards.
+    """Refuse, before anything is trained, a gate that could not be decided afterwards.
 
     Raises:
-        ConfigError: no such metric, more tries than samples, a change of what has no number per
-            prompt, or a metric that this sampling does not give.
+        ConfigError: no such metric, more tries than samples, a change of a metric without a value
+            per prompt, or a metric that this sampling does not give.
 
     Example:
         >>> check_gate(Gate(task="sums", metric="cover@0.5", at_least=0.5), Measure(samples=8))
@@ -151,10 +151,10 @@ def _askable(name: str) -> Asked:
 def gate_interval(
     gate: Gate, *, now: TaskMeasurement, since: TaskMeasurement, how: Estimation
 ) -> Interval:
-    """What the gate asks for, with its interval.
+    """The metric or change that the gate asks for, with its interval.
 
     Raises:
-        ConfigError: no such metric, k above the number of samples, or what it needs was not
+        ConfigError: no such metric, k above the number of samples, or its raw data was not
             measured.
         RunError: the two policies were not measured in the same way.
     """
@@ -189,7 +189,7 @@ def gate_interval(
 
 
 class GateVerdict(StrEnum):
-    """What an interval says about a bound."""
+    """The verdict of an interval on a bound."""
 
     SHOWN = "shown"  # all of it keeps the bound
     REFUTED = "refuted"  # all of it breaks the bound
@@ -207,7 +207,7 @@ class GateDecision:
 
     @property
     def passed(self) -> bool:
-        """True when shown; when open, as the gate says."""
+        """True when shown; when open, according to the gate's ``doubt``."""
         return self.verdict is GateVerdict.SHOWN or (
             self.verdict is GateVerdict.OPEN and self.gate.doubt == "passes"
         )
@@ -217,7 +217,7 @@ class GateDecision:
 class Detour:
     """How a run goes on after a stage. The default: with the stage that follows."""
 
-    rolled_back: bool = False  # the stage's result is left aside
+    rolled_back: bool = False  # the stage's result is not used
     to: str | None = None  # the stage to go on with
     stopped_by: str | None = None  # the decision that ended the run, in words
 
@@ -233,9 +233,9 @@ def decide(
     """Decide a gate.
 
     Args:
-        gate: what is asked.
+        gate: the condition.
         now: the policy after the stage, on the gate's task.
-        since: the policy that a change is counted from, on the same prompts.
+        since: the baseline of a change, on the same prompts.
         confidence: of the two-sided interval.
         epsilon: success rate from which a prompt is in reach, for gates on support.
 
@@ -266,7 +266,7 @@ def decide(
 
 
 def detour(decisions: Sequence[GateDecision]) -> Detour:
-    """What the decisions after one stage come to: stopping wins over going on elsewhere.
+    """The combined effect of the decisions after one stage: stopping wins over branching.
 
     A stage may be rolled back and the run branch as well; of several branches the first counts.
     """

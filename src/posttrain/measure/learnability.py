@@ -1,4 +1,4 @@
-"""Whether a policy's own samples can teach it: where groups differ, and how large they must be.
+"""Whether a policy can learn from its own samples: which groups differ, and the size they need.
 
 counts [P] ──▶ band_share, in_share, …                          shares of prompts, exact
            └─▶ informative@g, zero_variance@g, needed_group     expected share of groups
@@ -112,7 +112,7 @@ def _shrunk_share(before: TaskMeasurement, after: TaskMeasurement, how: Estimati
 
 
 def _crossed(count: int, change: SupportChange, words: str, how: Estimation) -> Found:
-    """A share of prompts whose label crossed over, exact."""
+    """A share of prompts whose label changed, exact."""
     num = len(change.before)
     interval = proportion_interval(count, num, confidence=how.confidence)
     return Found(interval, f"{count} of {num} prompts {words}")
@@ -191,12 +191,12 @@ def _zero_variance(task: TaskMeasurement, group: int) -> Floats:
     source="arithmetic",
 )
 def needed_group(task: TaskMeasurement, how: Estimation = USUAL, *, share: float = NEEDED) -> Found:
-    """The smallest group of which a stated share is informative, averaged over prompts.
+    """The smallest group size at which a stated share of groups is informative, over prompts.
 
-    Infinite when no group up to n reaches it; prompts that are all wrong or all right never help.
+    Infinite when no size up to n reaches it; prompts that are all wrong or all right never help.
     ``low`` is the first size at which it cannot be excluded, ``high`` the first at which it is
-    certain. The share rises with the group, so to miss the size, the interval at it or just
-    before it has to miss: the bounds hold with the confidence of a single interval.
+    certain. The share rises with the size, so the bounds miss it only if the interval at that size
+    or just before misses: they hold with the confidence of a single interval.
 
     Raises:
         ConfigError: a share outside (0, 1).

@@ -33,21 +33,21 @@ def measure_policy(
 ) -> Measurement:
     """Sample every held-out prompt and score the answers.
 
-    Some answers are scored twice: a scorer that does not give the same score again is reported.
+    Some answers are scored twice: a scorer that gives another score is reported.
 
     Args:
         name: what the policy is called in the run.
-        policy: whom to measure.
-        tasksets: on what.
+        policy: the policy to measure.
+        tasksets: the task sets to measure it on.
         spec: samples, decoding, seed.
-        protocol: digest that says which measurements are comparable.
-        observe: told before every task set.
+        protocol: digest; measurements are comparable when theirs are equal.
+        observe: called before every task set.
         base: if given, KL(policy ‖ base) is estimated on the policy's samples.
-        stop: asked before every task set.
+        stop: called before every task set; True interrupts.
         parts: the protocol part by part, see :class:`Measurement`; the template is added here.
 
     Raises:
-        KeyboardInterrupt: ``stop`` said so; nothing is kept of this measurement.
+        KeyboardInterrupt: ``stop`` returned True; the measurement is discarded.
     """
     tasks: list[TaskMeasurement] = []
     for done, taskset in enumerate(tasksets):
@@ -68,7 +68,7 @@ def measure_policy(
 
 
 def _template(policy: Policy, tasksets: Sequence[TaskSet]) -> str:
-    """Digests of the chat templates that wrote into the prompts, the same for any tokenizer."""
+    """Digests of the chat templates of the prompts, the same for any tokenizer."""
     written = {
         span.producer.digest
         for taskset in tasksets

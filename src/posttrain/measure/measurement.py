@@ -1,4 +1,4 @@
-"""What a probe saw: every score of every sample, so that each statistic can be worked out later.
+"""A measurement: every score of every sample, so that each statistic can be computed later.
 
 measure_policy ──▶ Measurement ──to_json──▶ run folder ──from_json──▶ metrics, attribution, report
 
@@ -44,12 +44,12 @@ class TaskMeasurement:
     ``nll`` is the mean negative log-prob per token of each sample under the policy itself, in
     nats: its mean estimates the entropy per token.
 
-    ``raw`` holds what else was recorded, by the name of its column (see columns.py). None stands
-    for what was not; files of earlier versions lack some. Metrics that need a column say so.
+    ``raw`` holds what else was recorded, by the name of its column (see columns.py); None where
+    nothing was. Files of earlier versions lack some columns.
 
     Raises:
-        DataError: shapes that do not fit, no prompt or no sample, a prompt named twice, or a
-            score that is not finite.
+        DataError: mismatched shapes, no prompt or no sample, a duplicate prompt, or a score that
+            is not finite.
 
     Example:
         >>> m = TaskMeasurement(taskset="sums", prompts=("sums/1", "sums/2"),
@@ -110,7 +110,7 @@ class TaskMeasurement:
         """The values of a raw column.
 
         Raises:
-            ConfigError: the measurement lacks it; says what that means and how to get it.
+            ConfigError: the measurement lacks it; with the reason and the fix.
         """
         values = self.find(column)
         if values is None:
@@ -135,11 +135,11 @@ class TaskMeasurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Measurement:
-    """Everything a probe saw of one policy.
+    """The samples of one policy on all task sets.
 
-    ``digest`` names the policy's weights. ``protocol`` is the hash of prompts, sampling and seeds:
-    two measurements can be compared only when theirs are equal. ``parts`` says the same part by
-    part, as short words or digests, so that a refusal can name what differs: ``decoding``,
+    ``digest`` identifies the policy's weights. ``protocol`` is the hash of prompts, sampling and
+    seeds: two measurements can be compared only when theirs are equal. ``parts`` is the protocol
+    part by part, as short words or digests, so that an error can name what differs: ``decoding``,
     ``seeds``, ``template``, and ``prompts of T`` and ``verifier of T`` for each task set T. Files
     of earlier versions have none.
     """
@@ -171,7 +171,7 @@ class Measurement:
     def only(self, names: Sequence[str]) -> Measurement:
         """The same policy on some of the task sets, in the order given.
 
-        Its protocol names the parts that concern them, if the parts are known.
+        Its protocol is the hash of the parts that concern them, if the parts are known.
 
         Raises:
             RunError: a task set was not measured.
@@ -185,8 +185,8 @@ class Measurement:
     def to_json(self) -> str:
         """One JSON document that :meth:`from_json` reads back bit for bit.
 
-        Successes and failures are strings of 1 and 0, one per prompt, which people can read;
-        the other arrays are zlib-compressed little-endian bytes in base64.
+        Successes and failures are readable strings of 1 and 0, one per prompt; the other arrays
+        are zlib-compressed little-endian bytes in base64.
         """
         wire = _Wire(
             format=FORMAT,
@@ -230,12 +230,12 @@ def require_comparable(before: Measurement, after: Measurement) -> None:
     """Refuse to compare measurements that were not taken in the same way.
 
     Raises:
-        RunError: the protocols differ; the message says in what, as far as the measurements show.
+        RunError: the protocols differ; the message names the differences that are known.
     """
     found = _task_differences(before, after)
     named = _part_differences(before, after)
-    told = bool(before.parts and after.parts)  # then the digests say nothing more
-    if named or (not told and before.protocol != after.protocol):
+    both_named = bool(before.parts and after.parts)  # then the digests add nothing
+    if named or (not both_named and before.protocol != after.protocol):
         seen = [*named, *found]
         unseen = "nothing that the measurements show: decoding, seeds, verifier or prompt texts"
         raise RunError(
@@ -268,7 +268,7 @@ def require_same_task(before: TaskMeasurement, after: TaskMeasurement) -> None:
 
 
 def differences(before: TaskMeasurement, after: TaskMeasurement) -> list[str]:
-    """What keeps two task measurements from being compared, in words. Empty: nothing."""
+    """Why two task measurements cannot be compared, in words. Empty: they can."""
     name = before.taskset
     found = []
     if name != after.taskset:
@@ -291,7 +291,7 @@ def _part_differences(before: Measurement, after: Measurement) -> list[str]:
     found = []
     for name in before.parts:
         old, new = before.parts[name], after.parts.get(name)
-        if new is None or old == new:  # a task set of one side only is told elsewhere
+        if new is None or old == new:  # task sets of one side only: _task_differences
             continue
         opaque = _DIGEST.fullmatch(old) and _DIGEST.fullmatch(new)
         found.append(f"the {name}" if opaque else f"the {name} ({old!r} and {new!r})")
@@ -299,7 +299,7 @@ def _part_differences(before: Measurement, after: Measurement) -> list[str]:
 
 
 def digest_of(parts: Mapping[str, str]) -> str:
-    """The protocol that consists of these parts."""
+    """The protocol digest of these parts."""
     return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()
 
 
@@ -323,7 +323,7 @@ class _Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _WireTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What every measurement has. Beside it stands a field per raw column."""
+    """The fixed fields of a task measurement; each raw column adds one."""
 
     taskset: str
     success: float

@@ -1,4 +1,4 @@
-"""Success within k tries, without bias, from n samples per prompt.
+"""Unbiased pass@k and related metrics from n samples per prompt.
 
 counts [P] ──pass_at_k──▶ per prompt [P] ──bootstrap over prompts──▶ Curve over k
 
@@ -22,8 +22,8 @@ from posttrain.measure.registry import Better, Topic
 def pass_at_k(counts: npt.ArrayLike, num_samples: int, k: int) -> Floats:
     """[P] unbiased probability that at least one of k samples succeeds.
 
-    1 − C(n−c, k) / C(n, k), worked out as 1 − exp Σ_{i=n−c+1..n} log(1 − k/i), which neither
-    overflows nor loses digits (arXiv 2107.03374); exactly 1 when fewer than k samples failed.
+    1 − C(n−c, k) / C(n, k), computed as 1 − exp Σ_{i=n−c+1..n} log(1 − k/i), which is numerically
+    stable (arXiv 2107.03374); exactly 1 when fewer than k samples failed.
     The plug-in 1 − (1 − c/n)^k would be biased low.
 
     Args:
@@ -260,7 +260,7 @@ def check_k(n: int, k: int) -> None:
     """Refuse k outside 1 to n: more tries than samples have no unbiased estimate.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: k is outside 1 to n.
     """
     if not 1 <= k <= n:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""Names of what probes with rollouts or log-probs of their own tell: `diagnose` and `compare`.
+"""Metrics of probes that draw their own rollouts or log-probs, for `diagnose` and `compare`.
 
-They are declared here rather than beside the probe, so that a card can be read without the probes.
+They are declared here rather than in the probes, so that a card can be read without them.
 """
 
 from __future__ import annotations

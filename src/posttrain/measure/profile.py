@@ -1,4 +1,4 @@
-"""One policy on one task set at a glance: how often it succeeds, what it reaches, how it drifted.
+"""The profile of a policy on one task set: success rate, support and distance from the base.
 
 TaskMeasurement ──profile──▶ Profile: pass@k, support per prompt, KL, entropy, length
 """
@@ -20,10 +20,10 @@ from posttrain.measure.support import Label, labels
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What the samples of one policy say on one task set, with intervals over prompts.
+    """Summary statistics of one policy on one task set, with intervals over prompts.
 
     The last three are means over prompts with Student's interval, since they have no upper bound;
-    ``kl_base`` is None where the measurement has none, as that of the base.
+    ``kl_base`` is None where the measurement has none, as for the base itself.
     """
 
     task: str
@@ -39,7 +39,7 @@ def profile(task: TaskMeasurement, *, epsilon: float, confidence: float = 0.95) 
     """The profile of one measurement.
 
     Args:
-        task: what was sampled.
+        task: the samples.
         epsilon: success probability below which a prompt is out of reach.
         confidence: of each label's bound, and of the two-sided intervals.
     """

@@ -1,4 +1,4 @@
-"""What every probe gives: a number, its interval, and one sentence that says what it means.
+"""The result of every probe: a number, its interval, and one sentence on its meaning.
 
 samples ──metric──▶ Reading ──name, value, bounds──▶ rules, gates, tables
 
@@ -15,20 +15,20 @@ from posttrain.measure.bootstrap import Interval
 from posttrain.measure.registry import Metric, find_metric
 
 FEWEST = 5
-"""Prompts from which on a task set can carry a finding. Below it no resampling of prompts tells
-how much they differ: the commands refuse, and a table warns."""
+"""Fewest prompts of a task set for a finding. With fewer, resampling does not show how much prompts
+differ: the commands refuse, and a table warns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """A probe's number with a two-sided interval of the stated ``confidence``.
 
-    ``low`` <= ``value`` <= ``high``. An infinite value is a finding too: no group size suffices,
-    no crossover was seen. ``units`` are the prompts behind the number and ``samples`` the samples
-    per prompt. ``words`` is one plain sentence.
+    ``low`` <= ``value`` <= ``high``. An infinite value is valid: no group size suffices, or no
+    crossover was observed. ``units`` is the number of prompts and ``samples`` the samples per
+    prompt. ``words`` is one plain sentence.
 
     Raises:
-        ConfigError: a name that no metric has, NaN, or bounds on the wrong side.
+        ConfigError: an unknown metric, NaN, or bounds on the wrong side.
 
     Example:
         >>> r = Reading("pass@1", "sums", 0.5, 0.4, 0.6, 32, 64, "half of all tries succeed")
@@ -56,11 +56,11 @@ class Reading:
 
     @property
     def metric(self) -> Metric:
-        """What the name stands for."""
+        """The metric of that name."""
         return find_metric(self.name).metric
 
     def interval(self, *, seed: int = 0) -> Interval:
-        """The number and its bounds alone."""
+        """The number and its bounds."""
         return Interval(
             value=self.value,
             low=self.low,
@@ -72,7 +72,7 @@ class Reading:
 
     @property
     def is_certain(self) -> bool:
-        """True when the interval is a point: something counted, not estimated."""
+        """True when the interval is a point: counted, not estimated."""
         return self.low == self.high
 
 
@@ -100,7 +100,7 @@ def reading(
 
 
 def number_words(value: float, *, digits: int = 2) -> str:
-    """A number as people read it; infinity as such.
+    """A number as text; "none" for infinity.
 
     Example:
         >>> number_words(0.125), number_words(math.inf)

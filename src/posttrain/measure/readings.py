@@ -1,4 +1,4 @@
-"""Readings: everything that can be read off samples alone, of one policy or since an earlier one.
+"""Readings: all metrics computed from samples alone, of one policy or since an earlier one.
 
 TaskMeasurement ──take──▶ Readings of one policy
 two of them ──take_change──▶ Readings of what changed
@@ -19,10 +19,10 @@ from posttrain.measure.registry import USUAL, Estimation, Found, Metric, find_me
 
 
 def require_prompts(measurement: Measurement) -> None:
-    """Refuse task sets with too few prompts to say how much prompts differ.
+    """Refuse task sets with too few prompts to estimate how much prompts differ.
 
-    The probes themselves answer for any number of prompts, with intervals that are wide for few.
-    Commands that draw conclusions ask here first.
+    The probes themselves work with any number of prompts; their intervals are wide for few.
+    Commands that draw conclusions call this first.
 
     Raises:
         ConfigError: names the task sets.
@@ -39,8 +39,8 @@ def require_prompts(measurement: Measurement) -> None:
 def take(task: TaskMeasurement, how: Estimation = USUAL) -> tuple[Reading, ...]:
     """Every routine reading of one policy on one task set that its samples allow.
 
-    Those whose metric needs what the measurement lacks are left out; :func:`not_taken` says which
-    and why.
+    Those whose raw data the measurement lacks are left out; :func:`not_taken` lists them with the
+    reason.
     """
     return tuple(
         found
@@ -68,8 +68,7 @@ def take_change(
 ) -> tuple[Reading, ...]:
     """Readings of what changed from an earlier policy to a later one on one task set.
 
-    Those that cannot be told, such as ``retention`` when nothing was certainly in reach before,
-    are left out.
+    Undefined ones, such as ``retention`` when no prompt was IN before, are left out.
 
     Raises:
         RunError: the two were not measured on the same prompts in the same way.
@@ -91,16 +90,16 @@ def read(
     *,
     since: TaskMeasurement | None = None,
 ) -> Reading | None:
-    """One reading by name; None when there is nothing to tell it from.
+    """One reading by name; None when it is undefined.
 
     Args:
-        name: of a metric that is read off samples.
+        name: of a metric that is computed from samples.
         task: the policy's samples.
         how: confidence, threshold and seed.
-        since: an earlier policy, for a metric that is a change itself.
+        since: an earlier policy, for a metric that is itself a change.
 
     Raises:
-        ConfigError: no such name, or the measurement lacks what it needs.
+        ConfigError: no such name, or the measurement lacks its raw data.
         RunError: the two policies were not measured in the same way.
 
     Example:
@@ -121,10 +120,10 @@ def paired_change(
 ) -> Reading | None:
     """After minus before of a metric, paired by prompt. The reading keeps the metric's name.
 
-    None when a measurement lacks what it needs.
+    None when a measurement lacks its raw data.
 
     Raises:
-        ConfigError: no such name, or one without a number per prompt.
+        ConfigError: no such name, or a metric without a value per prompt.
         RunError: the two were not measured on the same prompts in the same way.
     """
     asked = find_metric(name)
@@ -170,13 +169,13 @@ def answer_room(
 ) -> Reading | None:
     """Of the prompts with a known right answer, the share whose answer fits comfortably.
 
-    Where answers are cut off, it tells a budget that is too small from a policy that rambles. A
-    policy's own right answers count as well, where it takes more room than the known one: a bare
-    result says little about the way that this policy takes to get there. The interval is exact.
+    Where answers are truncated, it separates a budget that is too small from a policy that
+    rambles. A policy's own right answers count too where they are longer than the known one: a
+    bare result does not show the length of this policy's reasoning. The interval is exact.
 
     Args:
-        task: what the policy itself said.
-        known: tokens of a right answer by prompt, its end included.
+        task: the policy's samples.
+        known: tokens of a right answer by prompt, its end-of-turn token included.
         budget: ``max_new_tokens``.
         confidence: of the two-sided interval.
 

@@ -23,13 +23,13 @@ from posttrain.protocols import Completion, Policy, Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSamples:
-    """Everything that was sampled on one task set, for :class:`RawColumn` to record.
+    """All samples on one task set, for the functions that record raw columns.
 
     Flat sequences hold the n samples of the first prompt, then those of the second, and so on.
     """
 
     policy: Policy
-    base: Policy | None  # the policy that distances are counted from, if there is one
+    base: Policy | None  # reference policy for distances, if there is one
     taskset: TaskSet
     spec: Measure
     tasks: Sequence[Task]  # [P]
@@ -61,7 +61,7 @@ class _ColumnShape(TypedDict):
 
 
 class ColumnFields(_ColumnShape, total=False):
-    """What :func:`raw_column` passes on to :class:`RawColumn`."""
+    """Keyword arguments that :func:`raw_column` passes to :class:`RawColumn`."""
 
     expected: str
     plain_sampling: bool
@@ -71,7 +71,7 @@ class ColumnFields(_ColumnShape, total=False):
 def raw_column(name: str, **about: Unpack[ColumnFields]) -> Callable[[Record], RawColumn]:
     """Register raw data under a name, filled by the decorated function.
 
-    It gives the values of the column's shape, or None where there are none.
+    The function returns values of the column's shape, or None where there are none.
 
     Raises:
         ConfigError: the name is taken.

@@ -1,11 +1,11 @@
-"""The vocabulary of measures: every number that there is a name for, registered once.
+"""The registry of metrics: every name, registered once.
 
 decorated functions (estimators.py) ─┐
 probes with samples of their own ────┴──▶ Metric ──▶ take, gates, rules, tables, cards
 
-A new metric is a decorated function in a file of this folder; what it needs besides scores,
-lengths and log-probs is a raw column beside it (columns.py). Nothing else lists names. A number in
-a name, as in ``pass@64``, is registered as a letter: ``pass@k``.
+A new metric is a decorated function in a file of this folder; data other than scores, lengths and
+log-probs is a raw column beside it (columns.py). Nothing else lists names. A number in a name, as
+in ``pass@64``, is registered as a letter: ``pass@k``.
 
 Shape legend: ``P`` prompts, ``n`` samples per prompt.
 """
@@ -42,7 +42,7 @@ class Topic(StrEnum):
 
 
 class Better(StrEnum):
-    """Which way is good."""
+    """Which direction is an improvement."""
 
     HIGHER = "higher is better"
     LOWER = "lower is better"
@@ -51,13 +51,13 @@ class Better(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """The number in a metric's name: its letter, and what it may be."""
+    """The number in a metric's name: its letter and its range."""
 
     letter: str
-    whole: bool  # a whole number from 1 on; otherwise a share from 0 to 1
+    whole: bool  # an integer from 1 on; otherwise a share from 0 to 1
 
     def allows(self, digits: str) -> bool:
-        """True for the digits of a number within range."""
+        """True when the digits are a number within range."""
         number = float(digits)
         return (digits.isdigit() and number >= 1) if self.whole else 0 <= number <= 1
 
@@ -74,7 +74,7 @@ PARAMETERS = MappingProxyType({c: Parameter(c, whole=c in "kg") for c in "kgtf"}
 
 @dataclass(frozen=True, slots=True)
 class Estimation:
-    """With which confidence intervals hold, and from which success rate a prompt is in reach."""
+    """Confidence and seed of intervals, and the success rate from which a prompt is in reach."""
 
     confidence: float = 0.95
     seed: int = 0  # of the bootstrap
@@ -94,22 +94,22 @@ class Found:
 
 
 class Estimator(Protocol):
-    """How the numbers of a metric come from measurements."""
+    """How a metric is computed from measurements."""
 
     @property
     def looks_back(self) -> bool:
-        """True when it is a change itself, and so needs an earlier policy."""
+        """True when it is itself a change, and so needs an earlier policy."""
         ...
 
     @property
     def pairs(self) -> bool:
-        """True when its own change since another policy can be had."""
+        """True when its paired change since another policy is defined."""
         ...
 
     def read(
         self, now: TaskMeasurement, since: TaskMeasurement | None, k: float, how: Estimation
     ) -> Found | None:
-        """The number; None when there is nothing to tell it from."""
+        """The number; None when it is undefined."""
         ...
 
     def change(
@@ -125,10 +125,10 @@ _ASKED = re.compile(r"^([a-z0-9_]+)([@^])(\d+(?:\.\d+)?)$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """What a name stands for, and how its number is had.
+    """A registered metric: its meaning, and how it is computed.
 
     Raises:
-        ConfigError: a name that cannot be parsed, or nothing said about what it means.
+        ConfigError: a name that cannot be parsed, or an empty meaning.
 
     Example:
         >>> asked = find_metric("pass@64")
@@ -141,15 +141,15 @@ class Metric:
     meaning: str
     unit: str
     better: Better
-    source: str  # an arXiv id, or in a word
-    estimator: Estimator | None = None  # None: a probe with samples of its own gives it
+    source: str  # an arXiv id, or one word
+    estimator: Estimator | None = None  # None: a probe with its own samples computes it
     columns: tuple[RawColumn, ...] = ()  # raw data that it needs
-    # Why it cannot be told from a measurement, besides a missing column; None: it can.
+    # Why it cannot be computed from a measurement, besides a missing column; None: it can.
     lacks: Callable[[TaskMeasurement], str | None] = lambda task: None
-    routine: bool = True  # reported wherever samples are read
+    routine: bool = True  # reported for every measurement
     usual: Callable[[int], Sequence[float]] = lambda num_samples: ()  # its routine numbers, by n
-    unknown: tuple[float, float, float] | None = None  # value, low, high when nothing can be told
-    phrase: str | Callable[[float], str] = ""  # in its place, for people who do not know the name
+    unknown: tuple[float, float, float] | None = None  # value, low, high when it is undefined
+    phrase: str | Callable[[float], str] = ""  # replaces the name in texts for users
     overview: tuple[str, str] | None = None  # a column of the overview: (name, heading)
     in_changes: bool = False  # a column of the table of changes
     formerly: Mapping[str, str] = field(default_factory=dict)  # retired name: name to use
@@ -166,7 +166,7 @@ class Metric:
 
     @property
     def parameter(self) -> Parameter | None:
-        """What the number in its name may be; None when there is none."""
+        """The parameter of its name; None when there is none."""
         return PARAMETERS[self.name[-1]] if self.name[-2:-1] in ("@", "^") else None
 
     @property
@@ -176,7 +176,7 @@ class Metric:
 
     @property
     def can_be_asked(self) -> bool:
-        """True when a gate may ask for it: it is read off samples that a run takes anyway."""
+        """True when a gate may ask for it: it is computed from the measurements of a run."""
         return self.estimator is not None
 
     @property
@@ -205,7 +205,7 @@ class Metric:
         return tuple(dict.fromkeys(self.usual(num_samples)))
 
     def missing(self, task: TaskMeasurement, k: float) -> str | None:
-        """Why it cannot be told from a measurement; None when it can."""
+        """Why it cannot be computed from a measurement; None when it can."""
         for column in self.columns:
             if task.find(column) is None:
                 return column.absent
@@ -223,7 +223,7 @@ class _Meaning(TypedDict):
 
 
 class MetricFields(_Meaning, total=False):
-    """What :func:`declare` and the decorators pass on to :class:`Metric`."""
+    """Keyword arguments that :func:`declare` and the decorators pass to :class:`Metric`."""
 
     columns: tuple[RawColumn, ...]
     lacks: Callable[[TaskMeasurement], str | None]
@@ -254,7 +254,7 @@ def register(metric: Metric) -> Metric:
 
 
 def declare(name: str, **about: Unpack[MetricFields]) -> Metric:
-    """Register a name whose number is given by a probe with samples of its own."""
+    """Register a metric that a probe computes from its own samples."""
     return register(Metric(name=name, **about))
 
 
@@ -267,14 +267,14 @@ def metrics() -> tuple[Metric, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A name as it was written: the metric, and the number in the name (0 without one)."""
+    """A parsed name: the metric, and the number in the name (0 without one)."""
 
     metric: Metric
     k: float
 
 
 def find_metric(name: str) -> Asked:
-    """The metric that a name with its number stands for.
+    """The metric of a name with its number.
 
     Raises:
         ConfigError: no such name, or its number is missing or out of range; names the nearest.
@@ -313,7 +313,7 @@ def _unknown(name: str, pattern: str, digits: str) -> ConfigError:
 
 
 def plain_words(text: str) -> str:
-    """A sentence with what names of metrics mean, for people who do not know them.
+    """A sentence with names of metrics replaced by phrases, for users.
 
     Example:
         >>> plain_words("efficiency_gap is 0.78 [0.61, 0.87], at least 0.15")

@@ -1,4 +1,4 @@
-"""Whether the scorer can be trusted: some answers are scored twice."""
+"""Whether the scorer is deterministic: some answers are scored twice."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from posttrain.measure.recording import TaskSamples, raw_column
 from posttrain.measure.registry import Better, Estimation, Found, Topic
 
 RECHECKED = 4
-"""Samples per prompt that are scored twice. With 32 prompts a scorer that changes its mind on
-one answer in 40 is found with probability 96 %."""
+"""Samples per prompt that are scored twice. With 32 prompts a scorer that is inconsistent on one
+answer in 40 is found with probability 96 %."""
 
 
 @raw_column(
@@ -25,7 +25,7 @@ one answer in 40 is found with probability 96 %."""
     absent="no answer was scored twice, so the verifier may not be deterministic",
 )
 def recheck_column(samples: TaskSamples) -> npt.NDArray[np.bool_]:
-    """[P, R] True where scoring the same answer once more gave another score."""
+    """[P, R] True where scoring the same answer again gave another score."""
     n = samples.num_samples
     twice = [i for i in range(len(samples.texts)) if i % n < RECHECKED]
     again = samples.taskset.score(
@@ -46,9 +46,9 @@ def recheck_column(samples: TaskSamples) -> npt.NDArray[np.bool_]:
     phrase="the share of answers scored otherwise at a second look",
 )
 def _verifier_disagreement(task: TaskMeasurement, how: Estimation) -> Found:
-    """Exact, with answers as the units: the verifier's chance is drawn anew for each of them.
+    """Exact, with answers as the units: the verifier's noise is independent for each.
 
-    0 says that none of those was, not that the verifier is deterministic; see the upper bound.
+    0 does not prove that the verifier is deterministic; see the upper bound.
     """
     recheck = task.need(recheck_column)
     changed, size = int(recheck.sum()), recheck.size

@@ -1,4 +1,4 @@
-"""What later stages left of what each task set had: transfer, forgetting and hand-off.
+"""Transfer, forgetting and hand-off of each task set over the chain of stages.
 
 base ─▶ … ─▶ own stage ─▶ … ─▶ last
  └─forward─▶┘   └─ backward, hand-off ─▶┘       forgetting: the best of them minus the last
@@ -21,10 +21,10 @@ TAUGHT = (MeasuredRole.EXPANSION, MeasuredRole.RESHAPING)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retained:
-    """What later stages left of what a task set had after the stage that taught it.
+    """What later stages retained of a task set after the stage that learned it.
 
-    ``learned`` names that stage, or the base. A reading is None where no stage came before, or
-    after, that it could be taken over.
+    ``learned`` names that stage, or the base. A reading is None where there is no stage before or
+    after to compute it over.
     """
 
     task: str
@@ -32,15 +32,15 @@ class Retained:
     forward: Reading | None  # pass@1 before its own stage minus that of the base
     backward: Reading | None  # pass@1 at the end minus just after its own stage
     forgetting: Reading | None  # best earlier pass@1 minus the last
-    handoff: Reading | None  # of the prompts its stage brought into reach, those still there
+    handoff: Reading | None  # of the prompts its stage brought into reach, the share still IN
 
 
 def own_stages(chain: Sequence[Measurement], changes: Sequence[PolicyChange]) -> Mapping[str, int]:
-    """By task set, the place in the chain of the first policy that clearly gained on it.
+    """By task set, the index in the chain of the first policy with a significant gain on it.
 
-    0, the base, for a task set on which no stage got clearly above the base: bringing back what
-    the base could do is no gain. It is read off the measurements, since a stage on demonstrations
-    does not say which task sets they belong to.
+    0, the base, for a task set on which no stage got significantly above the base: restoring what
+    the base could do is no gain. It is computed from measurements, since a stage on demonstrations
+    does not state their task sets.
 
     Args:
         chain: the base, then the policies of the stages, in order.
@@ -60,7 +60,7 @@ def own_stages(chain: Sequence[Measurement], changes: Sequence[PolicyChange]) ->
 def retained(
     chain: Sequence[Measurement], changes: Sequence[PolicyChange], *, spec: Measure
 ) -> tuple[Retained, ...]:
-    """One entry per task set; none with fewer than two stages, where nothing is earlier."""
+    """One entry per task set; none with fewer than two stages."""
     if len(chain) < 3:
         return ()
     own = own_stages(chain, changes)

@@ -1,4 +1,4 @@
-"""What a chain of stages kept: transfer, forgetting and hand-off over every earlier task.
+"""Retention over a chain of stages: transfer, forgetting and hand-off of every earlier task.
 
 Measurement of the base, after stage 1, …, after stage T
     ──▶ per task: backward_transfer, forward_transfer, forgetting, handoff
@@ -89,7 +89,7 @@ def transfer(
         seed: of the bootstrap.
 
     Raises:
-        ConfigError: fewer than two policies, a stage that the chain does not have.
+        ConfigError: fewer than two policies, or a stage that the chain does not have.
         RunError: two policies were not measured in the same way.
     """
     last = len(chain) - 1
@@ -123,7 +123,7 @@ def transfer(
 def backward_transfer(
     learned: TaskMeasurement, last: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0
 ) -> Reading:
-    """R[T, i] − R[i, i]: what later stages did to what a stage had taught (arXiv 1706.08840)."""
+    """R[T, i] − R[i, i]: the effect of later stages on a learned task (arXiv 1706.08840)."""
     return _difference(
         "backward_transfer",
         learned,
@@ -137,9 +137,9 @@ def backward_transfer(
 def forward_transfer(
     base: TaskMeasurement, before: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0
 ) -> Reading:
-    """R[i − 1, i] − R[0, i]: what earlier stages did for a task before its own stage.
+    """R[i − 1, i] − R[0, i]: the effect of earlier stages on a task before its own stage.
 
-    Against the base policy rather than a random one, which arXiv 1706.08840 takes.
+    Relative to the base policy; arXiv 1706.08840 takes a random one.
     """
     return _difference(
         "forward_transfer",
@@ -171,17 +171,17 @@ def _difference(
 def forgetting(
     chain: Sequence[TaskMeasurement], *, confidence: float = 0.95, seed: int = 0
 ) -> Reading:
-    """max_l<T R[l, i] − R[T, i]: how far the end is below the best that was (arXiv 1801.10112).
+    """max_l<T R[l, i] − R[T, i]: the last policy below the best earlier one (arXiv 1801.10112).
 
-    The best of several noisy means is too good, and by itself makes forgetting out of chance. So
+    The maximum of several noisy means is biased upwards, which would show forgetting by chance. So
     for the value the samples are split: those outside a fold choose the best earlier policy, those
-    in the fold measure the difference, and the folds are averaged. Nothing changed then has
-    expectation zero, and a value may come out slightly negative. When the best is hard to tell,
-    the value is low by less than the differences among the candidates.
+    in the fold measure the difference, and the folds are averaged. Without any change the
+    expectation is zero, and a value may be slightly negative. When the candidates are close, the
+    value is low by less than the differences among them.
 
-    Its bounds do not depend on a choice. max_l D_l of the differences D_l is at most the largest
-    of their upper bounds, and at least the largest of their lower bounds with the error shared
-    out among the candidates. With one earlier policy they are those of the paired difference.
+    The bounds do not depend on that choice. max_l D_l of the differences D_l is at most the largest
+    of their upper bounds, and at least the largest of their lower bounds with the error divided
+    among the candidates. With one earlier policy they are those of the paired difference.
 
     Raises:
         ConfigError: fewer than two policies, or one sample per prompt.
@@ -228,10 +228,10 @@ def forgetting(
     unit="share",
     better=Better.HIGHER,
     source="1706.08840",
-    unknown=(1.0, 0.0, 1.0),  # nothing was in reach that could have been lost
+    unknown=(1.0, 0.0, 1.0),  # no prompt was IN before
 )
 def _retention(before: TaskMeasurement, after: TaskMeasurement, how: Estimation) -> Found | None:
-    """None when nothing was certainly in reach before, so that there was nothing to keep."""
+    """None when no prompt was IN before."""
     kept = attribute(
         before, after, epsilon=how.epsilon, confidence=how.confidence, seed=how.seed
     ).retention
@@ -249,12 +249,12 @@ def handoff(
     epsilon: float,
     confidence: float = 0.95,
 ) -> Reading | None:
-    """|L ∩ solved later| / |L|: of the prompts a stage brought into reach, those still there.
+    """|L ∩ solved later| / |L|: of the prompts a stage brought into reach, the share still IN.
 
     L holds the prompts that were not IN before the stage and are IN after it; later they have to
     be IN again. A prompt whose rate lies near the label's threshold may drop out by chance, so the
-    share is a lower bound of what was really handed on. The interval is exact, given L. None
-    when the stage brought nothing into reach.
+    share is a lower bound of the true one. The interval is exact, given L. None when the stage
+    brought nothing into reach.
 
     Raises:
         RunError: the three were not measured on the same prompts in the same way.

@@ -1,4 +1,4 @@
-"""How policies are measured: the part of a recipe that is about measuring."""
+"""How policies are measured: the ``measure`` section of a recipe."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from posttrain.core.sampling import SamplingSpec
 class Measure(Config):
     """How every policy is measured: the same prompts, samples, seeds and decoding for all.
 
-    ``epsilon`` is the success probability below which an answer counts as out of reach; null
-    takes the smallest value that ``samples`` can decide, 1 − (1 − confidence)^(1/samples).
+    ``epsilon`` is the success probability below which a prompt counts as out of reach; null is
+    the smallest value that ``samples`` can decide, 1 − (1 − confidence)^(1/samples).
     """
 
     tasks: tuple[str, ...] = ()  # empty: every task set
@@ -43,5 +43,5 @@ class Measure(Config):
 
     @property
     def threshold(self) -> float:
-        """The ε in force."""
+        """The ε in use."""
         return self.decidable if self.epsilon is None else self.epsilon

@@ -1,10 +1,10 @@
-"""Which prompts a policy practically solves: in reach, out of reach, or not enough samples to say.
+"""Which prompts a policy practically solves: in reach, out of reach, or undetermined.
 
 successes, n ──exact binomial bounds──▶ Label per prompt ──two policies──▶ SupportChange
 
-The support of a policy on a prompt is judged against a threshold ε on its success probability
-(arXiv 2507.14843), with exact (Clopper-Pearson) bounds, so that an unlucky handful of samples is
-never mistaken for proof. Shape legend: ``P`` prompts, ``n`` samples per prompt.
+A prompt is in a policy's support when its success probability is at least a threshold ε
+(arXiv 2507.14843), decided with exact (Clopper-Pearson) bounds, which are valid for few samples.
+Shape legend: ``P`` prompts, ``n`` samples per prompt.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def clopper_pearson(
 def beta_quantile(level: float, a: float, b: float) -> float:
     """The x with I_x(a, b) = level, by bisection down to neighbouring floats.
 
-    Below 1e-15 it is not told from zero.
+    Below 1e-15 it cannot be distinguished from zero.
 
     Example:
         >>> round(beta_quantile(0.5, 2.0, 2.0), 12)
@@ -123,8 +123,8 @@ def incomplete_beta(x: float, a: float, b: float) -> float:
 def cutoffs(num_samples: int, *, epsilon: float, confidence: float) -> tuple[int, int]:
     """(most successes that are OUT, fewest that are IN); −1 and n + 1 when none are.
 
-    The bounds are never computed: a lower bound is at least ε exactly when so many successes
-    have probability at most 1 − confidence under ε, and likewise for the upper one.
+    The bounds are never computed: a lower bound is at least ε exactly when that many successes or
+    more have probability at most 1 − confidence under ε, and likewise for the upper one.
 
     Example:
         >>> cutoffs(64, epsilon=1 - 0.05 ** (1 / 64), confidence=0.95)
@@ -166,8 +166,8 @@ def labels(task: TaskMeasurement, *, epsilon: float, confidence: float = 0.95) -
 class Solvable:
     """Prompts solved at least once by both, one or neither of two policies, in n samples each.
 
-    The table makes no statement about chance: a prompt in ``after_only`` may well be one that
-    ``before`` solves with more samples. :class:`SupportChange` is the careful version.
+    The table does not account for chance: a prompt in ``after_only`` may be one that ``before``
+    solves with more samples. :class:`SupportChange` uses labels with confidence bounds.
     """
 
     both: int
@@ -225,7 +225,7 @@ class SupportChange:
 
     @property
     def undetermined(self) -> int:
-        """Prompts for which the samples of at least one policy were too few to say."""
+        """Prompts whose label is undetermined for at least one policy."""
         return len(self.before) - self.preserved - self.expanded - self.shrunk - self.out
 
     @property
@@ -253,7 +253,7 @@ class SupportChange:
 def support_change(
     before: TaskMeasurement, after: TaskMeasurement, *, epsilon: float, confidence: float = 0.95
 ) -> SupportChange:
-    """Label every prompt under both policies and count what happened to it.
+    """Label every prompt under both policies and count the transitions.
 
     Raises:
         RunError: the two were not measured on the same prompts in the same way.

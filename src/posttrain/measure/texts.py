@@ -1,7 +1,7 @@
-"""What the texts of a prompt's samples have in common: answers, self-BLEU, repetition.
+"""Similarity of a prompt's sampled texts: answers, self-BLEU, repetition.
 
 texts of one prompt ──answer_numbers──▶ which answers are the same
-                    ──self_bleu───────▶ how alike the wordings are
+                    ──self_bleu───────▶ how similar the wordings are
 tokens of one sample ──repeated_share──▶ how much of it is a loop
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from posttrain.core.provenance import IntArray
 
 ORDER = 4
-"""Longest n-gram that BLEU and repetition look at, as in both papers."""
+"""Longest n-gram of BLEU and repetition, as in both papers."""
 BLEU_SAMPLES = 16
 """Samples per prompt that self-BLEU compares: the cost grows with the square."""
 
@@ -26,7 +26,7 @@ _UNITS = re.compile(r"\w+|[^\w\s]")
 
 
 def normalised(text: str) -> str:
-    """A text without space around it and with single spaces inside: what counts as one answer.
+    """A text stripped and with single spaces: answers are equal when this is.
 
     Example:
         >>> normalised("  42\\n apples ")
@@ -51,11 +51,11 @@ def self_bleu(texts: Sequence[str]) -> float:
 
     1 when all texts are equal, 0 when no two share a word. BLEU (Papineni and others, 2002) is
     exp(mean_m log p_m) times the brevity penalty min(1, exp(1 − r/c)), where p_m is the share of
-    the text's m-grams found in a reference, each as often as in the one that has most of it, c the
+    the text's m-grams found in a reference, clipped to the highest count in one reference, c the
     text's length and r the nearest length of a reference. Orders go to 4, or to the text's length
     if that is less; from order 2 on one hit is added to hits and total (Lin and Och, 2004), so
     that short texts do not fall to 0. Words and single signs are the units, not tokens, so that
-    models with different tokenizers can be compared. At most BLEU_SAMPLES texts are looked at.
+    models with different tokenizers can be compared. At most BLEU_SAMPLES texts are compared.
 
     Example:
         >>> self_bleu(["6 x 7 = 42"] * 4), self_bleu(["yes", "no"])
@@ -113,9 +113,9 @@ def _grams(unit: list[str], order: int) -> Counter[tuple[str, ...]]:
 def repeated_share(tokens: npt.NDArray[np.integer]) -> float:
     """Share of a sample's 4-grams of tokens that occurred in it before (arXiv 1908.04319), 0 to 1.
 
-    0 in a sample that never says four tokens twice, near 1 in a loop. Tokens rather than words,
-    since a loop of one sign is one word. A compression ratio would also see loops, but has no
-    natural zero: short texts never compress.
+    0 in a sample without a repeated 4-gram, near 1 in a loop. Tokens rather than words, since a
+    loop of one sign is one word. A compression ratio also shows loops, but has no natural zero:
+    short texts never compress.
 
     Example:
         >>> repeated_share(np.array([1, 2, 3, 4, 5])), repeated_share(np.array([7] * 23))

@@ -28,9 +28,9 @@ def majority_at_k(
     """[P] unbiased probability that the plurality answer among k samples is right.
 
     The mean over all C(n, k) ways to choose k of the n samples (a U-statistic, so its expectation
-    is the true value), worked out exactly rather than by drawing. Answers that tie for the most
-    votes win with equal probability. An answer whose samples are judged differently is right in
-    the share in which they are. Self-consistency: arXiv 2203.11171.
+    is the true value), computed exactly rather than by sampling. Answers that tie for the most
+    votes win with equal probability. An answer whose samples have different scores counts with
+    their mean. Self-consistency: arXiv 2203.11171.
 
     Args:
         answers: [P, n] number of each sample's answer, as in :obj:`answers_column`.
@@ -139,7 +139,7 @@ def answers_column(samples: TaskSamples) -> npt.NDArray[np.int32]:
     ),
 )
 def majority(task: TaskMeasurement, k: int) -> Floats:
-    """[P] chance that a vote of k is right.
+    """[P] probability that a majority vote of k is right.
 
     Raises:
         ConfigError: k outside 1 to n, or a measurement without answers.
