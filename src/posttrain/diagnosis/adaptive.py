@@ -1,12 +1,12 @@
-"""Support labels from as few samples as they need: draw where a label is still undetermined.
+"""Support labels by sequential sampling: draw only where a label is still undetermined.
 
 counts so far ──evidence──▶ labels ──next_draws──▶ {prompt: samples} ──draw──▶ counts …
                                        └── {} : every label decided, or the budget spent
 
-Looking again after every batch and stopping when the answer pleases makes ordinary bounds wrong
-far more often than they say. The labels here are *always valid*: the chance that one is ever
-wrong, however long and by whatever rule sampling goes on, is what was stated. The price is some
-5 % more failures in a row before a prompt is OUT (62 instead of 59 at ε = 0.05).
+Testing after every batch and stopping at the first decision makes ordinary bounds wrong far more
+often than their nominal level. The labels here are *anytime-valid*: the probability that one is
+ever wrong holds for any stopping rule. The price is some 5 % more failures in a row before a
+prompt is OUT (62 instead of 59 at ε = 0.05).
 
 Success *rates* of prompts that were stopped early are biased, and none is reported: pass@1 comes
 from a measurement with a fixed number of samples.
@@ -33,13 +33,13 @@ from posttrain.protocols import Policy
 NEVER = 0.75
 """Prior weight of "it never succeeds" among the alternatives to being in reach."""
 PRIOR = 0.5
-"""Both parameters of the Beta prior that the other alternatives share (Jeffreys)."""
+"""Both parameters of the Beta prior of the other alternatives (Jeffreys)."""
 FAR = 1 << 40
-"""Samples to a label when the evidence does not point anywhere."""
+"""Expected samples to a label when the evidence favours neither side."""
 
 
 class AdaptiveDesign(Config):
-    """What to decide, how surely, and for how many samples in all.
+    """Threshold, confidence and budget of sequential labelling.
 
     ``epsilon`` is the success probability from which a prompt counts as in reach. ``budget`` is in
     samples over all prompts; each prompt gets ``first`` of them before anything is decided.
@@ -61,7 +61,7 @@ class AdaptiveDesign(Config):
 
     @property
     def threshold(self) -> float:
-        """Log of the fortune at which a bet counts as won: −log(1 − confidence)."""
+        """Log of the test martingale at which a label is decided: −log(1 − confidence)."""
         return -math.log1p(-self.confidence)
 
 
@@ -69,7 +69,7 @@ class AdaptiveDesign(Config):
 
 
 def log_fortunes(successes: int, samples: int, *, epsilon: float) -> tuple[float, float]:
-    """Logs of two fortunes: of betting that p > ε, and of betting that p < ε.
+    """Logs of two test martingales: of a bet that p > ε, and of a bet that p < ε.
 
     The first is the likelihood of the counts averaged over a Beta(½, ½) prior cut to (ε, 1],
     divided by their likelihood at ε. For every p <= ε it is a non-negative supermartingale that
@@ -99,7 +99,7 @@ def log_fortunes(successes: int, samples: int, *, epsilon: float) -> tuple[float
 
 
 def sequential_label(successes: int, samples: int, *, design: AdaptiveDesign) -> Label:
-    """The label that these counts allow, valid though sampling stopped because of them.
+    """The label that these counts allow, valid under optional stopping.
 
     IN is wrong (p < ε) with probability 1 − confidence at most, and so is OUT (p > ε), over the
     whole course of sampling.
@@ -111,11 +111,10 @@ def sequential_label(successes: int, samples: int, *, design: AdaptiveDesign) ->
 
 
 def expected_draws(successes: int, samples: int, *, design: AdaptiveDesign) -> int:
-    """Further samples after which a label is to be expected, if they go on as they began.
+    """Expected further samples to a label at the observed success rate.
 
-    The fortune on the likelier side grows by KL(p̂ ‖ ε) per sample; with no success so far, by
-    −log(1 − ε), but for a little that the other alternatives add. A guess that steers sampling;
-    the labels do not depend on it.
+    The martingale on the likelier side grows by KL(p̂ ‖ ε) per sample; with no success so far, by
+    about −log(1 − ε). It only schedules sampling; the labels do not depend on it.
     """
     inside, outside = log_fortunes(successes, samples, epsilon=design.epsilon)
     eps, rate = design.epsilon, (successes + PRIOR) / (samples + 2 * PRIOR)
@@ -130,12 +129,12 @@ def expected_draws(successes: int, samples: int, *, design: AdaptiveDesign) -> i
     return max(math.ceil(missing / growth), 1)
 
 
-# --- who is next -----------------------------------------------------------------------------
+# --- scheduling ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """Counts and labels so far, one entry per prompt. A label once decided stays."""
+    """Counts and labels so far, one entry per prompt. A decided label is final."""
 
     successes: tuple[int, ...]
     samples: tuple[int, ...]
@@ -170,9 +169,9 @@ class Tally:
 def next_draws(tally: Tally, *, design: AdaptiveDesign) -> dict[int, int]:
     """Which prompts to sample next, and how often. Empty: stop.
 
-    First every prompt gets its share. Then those undetermined prompts whose labels are expected
-    soonest, as many as the rest of the budget is expected to decide and at least one; none gets
-    more at a time than it has had, since what the plan rests on is little.
+    First every prompt gets ``first`` samples. Then those undetermined prompts whose labels are
+    expected soonest, as many as the rest of the budget is expected to decide and at least one.
+    None gets more at a time than it has had, since the expectation rests on those samples.
 
     Example:
         >>> design = AdaptiveDesign(epsilon=0.1, budget=100, first=10)
@@ -209,9 +208,9 @@ def next_draws(tally: Tally, *, design: AdaptiveDesign) -> dict[int, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptiveSupport:
-    """Labels of a task's held-out prompts, and what they cost.
+    """Labels of a task's held-out prompts, and their cost in samples.
 
-    Counts are for the record; their quotient is a biased rate, since sampling stopped on them.
+    The quotient of the counts is a biased success rate, since sampling stopped on them.
     """
 
     task: str
@@ -228,8 +227,7 @@ class AdaptiveSupport:
 
     @property
     def fixed_samples(self) -> int:
-        """Samples per prompt that a fixed design needs to call a never-solved prompt OUT, and so
-        what labels of this kind would have cost everywhere."""
+        """Samples per prompt that a fixed design needs to label a never-solved prompt OUT."""
         return math.ceil(self.design.threshold / -math.log1p(-self.design.epsilon) - 1e-9)
 
     @property
@@ -271,17 +269,17 @@ def adaptive_support(
     """Label the held-out prompts of a task set within a budget of samples.
 
     Answers are numbered per prompt and seeded by number, so the same seed gives the same labels,
-    and a larger budget only goes on from where a smaller one ended its plan.
+    and a larger budget extends the samples of a smaller one.
 
     Args:
-        policy: whom to judge.
-        taskset: on what.
+        policy: the policy to label.
+        taskset: prompts and scorer.
         design: threshold, confidence and budget.
         max_new_tokens: budget of an answer, in tokens.
         seed: of the draws.
         sampling: decoding; labels hold for this decoding.
         observe: called with the counts after every round.
-        stop: asked before every round; True ends sampling, and the labels so far stay valid.
+        stop: called before every round; True ends sampling, and the labels so far stay valid.
 
     Raises:
         ConfigError: no prompts, or a budget below one sample per prompt.

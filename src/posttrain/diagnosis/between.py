@@ -1,4 +1,4 @@
-"""Two models asked the same things: what changed, how far it moved, and what was rare before.
+"""Comparison of two models on the same prompts: changes, KL, and reachability before.
 
 both models ──measure──▶ two Measurements ──attribution──▶ where the change came from
             ──draw, score──▶ KL both ways, the base's view of the successes
@@ -33,7 +33,7 @@ FEWEST_DRAWS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Between:
-    """What two models did on the same prompts, and what each thinks of the other's answers."""
+    """Measurements of two models on the same prompts, and readings that need both log-probs."""
 
     before: Measurement
     after: Measurement
@@ -51,18 +51,18 @@ def between(
     engine: Engine,
     observe: Observer = ignore,
 ) -> Between:
-    """Measure both models alike, and compare what needs the log-probs of both.
+    """Measure both models in the same way, with KL and reachability from the log-probs of both.
 
     Args:
         ground: task sets and how to measure; its model and stages are ignored.
         before: a folder or hub id.
         after: a folder or hub id.
         root: folder that the recipe's paths are relative to.
-        engine: makes the policies.
+        engine: loads the policies.
         observe: called with every event.
 
     Raises:
-        RunError: the templates of the two differ, so that they answer different prompts.
+        RunError: the chat templates differ, so that they answer different prompts.
         ConfigError: too few prompts.
     """
     models = [engine.policy(name) for name in (before, after)]
@@ -86,7 +86,7 @@ def between(
                 confidence=ground.measure.confidence,
             ).readings
             reach = _reach(models, taskset, sides, ground.measure)
-        except (ModelError, ConfigError) as error:  # sampled figures stand without these
+        except (ModelError, ConfigError) as error:  # the measurements are valid without these
             missing.append(f"{taskset.name}: KL and reach: {error}")
             continue
         if reach is not None:
@@ -104,9 +104,9 @@ def between(
 def _reach(
     models: Sequence[Policy], taskset: TaskSet, sides: Sequence[Measurement], spec: Measure
 ) -> TaskReach | None:
-    """The earlier model's chances on prompts that only the later one was seen to solve.
+    """The earlier model's success probability on prompts that only the later one solved.
 
-    The prompts are chosen on the measured samples, and judged by samples of their own.
+    The prompts are chosen on the measured samples, and estimated from new samples.
     """
     old, new = (m.task(taskset.name) for m in sides)
     n = old.num_samples

@@ -1,9 +1,9 @@
-"""The diagnosis card: what was seen, what follows from it, and what to do next.
+"""The diagnosis card: readings, findings, and the prescribed next stage.
 
 Evidence ──rules──▶ Finding, OpenRule ──▶ TaskDiagnosis ──▶ Diagnosis ◀── Prescription
 
-A card is plain data. It says for every task set which one thing holds the model back, which
-readings decided that, and what would overturn it; or that nothing was decided, and what would.
+A card is plain data. For every task set it states the bottleneck, the readings that decided it,
+and the open rules that could change it; or that it is undetermined, and what would decide it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ FORMAT = "posttrain.diagnosis/1"
 
 
 class Bottleneck(StrEnum):
-    """What holds a policy back on a task set (arXiv 2604.07941, sections 3.5 and 7.2.1)."""
+    """The bottleneck of a policy on a task set (arXiv 2604.07941, sections 3.5 and 7.2.1)."""
 
     MEASUREMENT = "measurement"  # the numbers cannot be trusted
-    RETENTION = "retention"  # it was there before, and is being lost
+    RETENTION = "retention"  # it was solved before, and is being forgotten
     AMORTISATION = "amortisation"  # it works with a scaffold, not without
     LEARNER_STATE = "learner_state"  # right on correct prefixes, wrong on its own
-    DIVERSITY = "diversity"  # it no longer varies, so there is nothing to choose from
+    DIVERSITY = "diversity"  # samples no longer vary: nothing to choose from
     SUPPORT = "support"  # right answers are out of reach
-    ENTRY = "entry"  # right answers are in reach once somebody has begun them
+    ENTRY = "entry"  # right answers are in reach from a correct prefix
     SIGNAL = "signal"  # right answers are in reach, but too rare to learn from in small groups
     CHOICE = "choice"  # right answers are in reach, and others are chosen
-    SATURATION = "saturation"  # nothing is left to gain on these prompts
+    SATURATION = "saturation"  # no room for improvement on these prompts
     UNDETERMINED = "undetermined"  # the intervals do not decide
 
     @property
     def meaning(self) -> str:
-        """One sentence for somebody who sees the word for the first time."""
+        """A one-sentence definition."""
         return _MEANINGS[self]
 
 
@@ -59,7 +59,7 @@ _MEANINGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """The readings of one task set, and what was not looked at, with the reason."""
+    """The readings of one task set, and what was not measured, with the reason."""
 
     task: str
     readings: tuple[Reading, ...]
@@ -76,7 +76,7 @@ class Finding:
 
     rule: str  # its id
     bottleneck: Bottleneck
-    words: str  # what it means here
+    words: str  # its meaning
     because: tuple[str, ...]  # each condition with the numbers that met it
     decided_by: tuple[Reading, ...]
     overturned_by: str
@@ -85,7 +85,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRule:
-    """A rule that the intervals neither confirm nor refute, and what would decide it.
+    """A rule that the intervals neither confirm nor refute, and how to decide it.
 
     ``more`` is how many times as many units (prompts, or samples where prompts do not vary) the
     least decided condition needs by the square-root law; infinite when the estimate lies on the
@@ -97,16 +97,16 @@ class OpenRule:
     because: tuple[str, ...]  # the conditions that straddle their thresholds
     decide: str  # which probe, with how many more
     more: float
-    likely: bool  # the middles of the intervals would confirm it
+    likely: bool  # the point estimates confirm it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskDiagnosis:
-    """What holds the model back on one task set.
+    """The bottleneck of the model on one task set.
 
-    ``findings`` are in order of importance; the first decides ``bottleneck``, unless a rule that
-    would come before it is open. ``leaning`` is then the likeliest bottleneck, which nothing has
-    shown; None otherwise.
+    ``findings`` are in order of importance; the first decides ``bottleneck``, unless a rule of
+    higher rank is open. ``leaning`` is then the likeliest bottleneck, which is not proven; None
+    otherwise.
     """
 
     task: str
@@ -119,7 +119,7 @@ class TaskDiagnosis:
 
     @property
     def acted_on(self) -> Bottleneck:
-        """The bottleneck that a prescription treats: the one shown, or else the likeliest."""
+        """The bottleneck that a prescription treats: the proven one, else the likeliest."""
         return self.leaning or self.bottleneck
 
 
@@ -137,7 +137,7 @@ class Prescription:
     """The next stage, ready to run; or, without a recipe, what has to be obtained first.
 
     ``tasks`` are treated together, since they share the bottleneck. ``provisional`` is True when
-    the bottleneck was likely rather than shown.
+    the bottleneck is likely rather than proven.
     """
 
     tasks: tuple[str, ...]
@@ -153,7 +153,7 @@ class Prescription:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What looking cost. Tokens of answers that were sampled, and of text that was only scored."""
+    """The cost of a diagnosis: tokens that were sampled, and tokens that were only scored."""
 
     rollouts: int
     sampled_tokens: int
@@ -161,7 +161,7 @@ class Cost:
     seconds: float
 
     def plus(self, other: Cost) -> Cost:
-        """Both together."""
+        """The sum of both."""
         return Cost(
             rollouts=self.rollouts + other.rollouts,
             sampled_tokens=self.sampled_tokens + other.sampled_tokens,
@@ -172,7 +172,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """The card of a model: every task set, and what to do, one stage per kind of bottleneck.
+    """The card of a model: every task set, and one prescription per kind of bottleneck.
 
     ``prescriptions`` are in order: support, then reshaping, then consolidation.
 
@@ -199,7 +199,7 @@ class Diagnosis:
 
     @property
     def next(self) -> Prescription | None:
-        """What to do now: the first prescription with a recipe. Then diagnose again."""
+        """The next stage: the first prescription with a recipe. Diagnose again after it."""
         return next((p for p in self.prescriptions if p.recipe is not None), None)
 
     def task(self, name: str) -> TaskDiagnosis:

@@ -1,6 +1,6 @@
-"""From evidence to a diagnosis: rules decided on bounds, never on the middle of an interval.
+"""From evidence to a diagnosis: rules decided on interval bounds, never on point estimates.
 
-Evidence ──Rule by order──▶ holds · fails · open · not looked at ──▶ TaskDiagnosis
+Evidence ──Rule by order──▶ holds · fails · open · not measured ──▶ TaskDiagnosis
 
                     at_least t:   low ─────── high
                                       t  │ fails        t  holds
@@ -26,7 +26,7 @@ from posttrain.measure.reading import Reading
 
 
 class ConditionVerdict(StrEnum):
-    """What the readings say about a condition or a rule."""
+    """The verdict of the readings on a condition or a rule."""
 
     HOLDS = "holds"
     FAILS = "fails"
@@ -36,7 +36,7 @@ class ConditionVerdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DecidedCondition:
-    """A condition with its verdict. ``likely`` is what the middle of the interval says."""
+    """A condition with its verdict. ``likely``: the point estimate meets it."""
 
     condition: Condition
     verdict: ConditionVerdict
@@ -48,15 +48,15 @@ class DecidedCondition:
 
 
 def diagnose_task(evidence: Evidence, book: RuleBook) -> TaskDiagnosis:
-    """Name the bottleneck of one task set, or say that the readings do not.
+    """Name the bottleneck of one task set, or UNDETERMINED.
 
-    The first rule that holds names it. The answer is undetermined, with the likeliest bottleneck
-    as a leaning, when no rule holds; and when a rule on another bottleneck that would come first
-    is open and likely, or open and one whose absence the first rule presupposes.
+    The first rule that holds names it. It is undetermined, with the likeliest bottleneck as the
+    leaning, when no rule holds; and when a rule of higher rank on another bottleneck is open and
+    likely, or open and one whose absence the first rule presupposes.
 
     Args:
         evidence: the readings.
-        book: the rules in force.
+        book: the active rules.
     """
     findings: list[tuple[Rule, Finding]] = []
     unsettled: list[tuple[Rule, OpenRule]] = []
@@ -110,7 +110,7 @@ def _conclude(
 
 
 def _in_front(rule: Rule, found: OpenRule, first: Rule) -> bool:
-    """True when an open rule forbids to say that ``first`` names the bottleneck."""
+    """True when an open rule keeps ``first`` from naming the bottleneck."""
     matters = found.likely or rule.id in first.unless
     return matters and rule.order < first.order and rule.bottleneck is not first.bottleneck
 
@@ -126,7 +126,7 @@ def _undetermined_words(leaning: Bottleneck | None, in_the_way: Sequence[OpenRul
 
 
 def decide_condition(condition: Condition, evidence: Evidence) -> DecidedCondition:
-    """Decide one condition on the cautious bounds.
+    """Decide one condition on the conservative bounds.
 
     Example:
         >>> seen = Reading("pass@1", "t", 0.5, 0.4, 0.6, 32, 64, "half")
@@ -173,7 +173,7 @@ def decide_condition(condition: Condition, evidence: Evidence) -> DecidedConditi
 
 
 def _more(value: float, low: float, high: float, threshold: float) -> float:
-    """How many times as many units until the bound on the threshold's side no longer reaches it.
+    """Factor of units at which the bound on the threshold's side no longer reaches it.
 
     Half-widths shrink with the square root of the number of units.
     """
@@ -184,7 +184,7 @@ def _more(value: float, low: float, high: float, threshold: float) -> float:
 
 
 def all_of(decided: Iterable[DecidedCondition]) -> ConditionVerdict:
-    """All must hold; one that fails settles it; one that was not looked at leaves it unread."""
+    """The verdict of a conjunction: FAILS if one fails, else UNREAD if one is, else OPEN."""
     states = [j.verdict for j in decided]
     for state in (ConditionVerdict.FAILS, ConditionVerdict.UNREAD, ConditionVerdict.OPEN):
         if state in states:

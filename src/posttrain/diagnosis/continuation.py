@@ -1,14 +1,14 @@
-"""Success from a beginning that is known to be right: where on the way does a policy fail?
+"""Success from a correct prefix of the answer: where does a policy fail?
 
-demonstrations ──first 0, ¼, ½, ¾ of the answer──▶ prompts ──policy goes on──▶ success per share
+demonstrations ──first 0, ¼, ½, ¾ of the answer──▶ prompts ──policy completes──▶ success per share
 
-    success   no beginning    a little of it    most of it     what is missing
+    success   no prefix       short prefix      long prefix    what is missing
               high            high              high           nothing
-              low             high              high           entry: it does not start right
-              low             low               high           local skill along the way
+              low             high              high           entry: it starts wrong
+              low             low               high           skill at intermediate steps
               low             low               low            support
 
-The probe gives the curve and its differences; what they mean is decided by rules. Shape legend:
+The probe gives the curve and its differences; rules interpret them. Shape legend:
 ``P`` prompts, ``S`` shares.
 """
 
@@ -38,8 +38,8 @@ class Continuation:
 
     task: str
     prompts: tuple[str, ...]  # [P]
-    shares: tuple[float, ...]  # [S] asked for, rising
-    given: tuple[float, ...]  # [S] really given, on average: tokens are whole
+    shares: tuple[float, ...]  # [S] requested, rising
+    given: tuple[float, ...]  # [S] actual mean share, after rounding to whole tokens
     rates: npt.NDArray[np.float64]  # [P, S]
     samples: int  # per prompt and share, at least
     confidence: float
@@ -57,8 +57,8 @@ class Continuation:
     def gain(self, low: float, high: float) -> Interval:
         """Success from ``high`` minus success from ``low``, paired by prompt, with its interval.
 
-        ``gain(0, 0.25)`` is what entry costs; ``gain(0.25, 0.75)`` what the way does;
-        1 − ``success(0.75)`` is what no beginning mends.
+        ``gain(0, 0.25)`` is the loss at entry, ``gain(0.25, 0.75)`` the loss at intermediate
+        steps; 1 − ``success(0.75)`` is the loss that no prefix removes.
         """
         change = self.rates[:, self._index(high)] - self.rates[:, self._index(low)]
         return mean_interval(change, confidence=self.confidence, seed=self.seed, lowest=-1.0)
@@ -99,22 +99,22 @@ def continuation(
     sampling: SamplingSpec = SamplingSpec(),
     confidence: float = 0.95,
 ) -> Continuation:
-    """Let a policy finish right answers from several places.
+    """Let a policy complete right answers from prefixes of several lengths.
 
     A share f gives the first ⌊f·(A − 1)⌋ of an answer's A tokens, its end of turn not counted:
-    never more than was asked for, so short answers give away less (``given`` says how much).
-    Several demonstrations of one prompt are averaged, so that prompts count alike.
+    never more than requested, so short answers get less (``given`` is the actual share).
+    Several demonstrations of one prompt are averaged, so that prompts have equal weight.
 
     Demonstrations may come from data, from a teacher or a later policy, or be the policy's own
-    successes. The last kind says nothing about prompts that it never solves, and flatters it a
-    little: a beginning that once led to success is one that it knows how to finish.
+    successes. The last kind does not cover prompts that it never solves, and is biased upwards:
+    the policy has completed such a prefix before.
 
     Args:
-        policy: who goes on.
+        policy: the policy that completes them.
         taskset: the scorer.
         demonstrations: right answers in the policy's own tokens, at least one.
         samples: answers per demonstration and share; at share 0 per prompt.
-        max_new_tokens: budget of a whole answer, what was given included.
+        max_new_tokens: budget of a whole answer, the prefix included.
         seed: of the draws.
         shares: rising, from 0 on, below 1.
         sampling: decoding.
@@ -122,12 +122,12 @@ def continuation(
 
     Raises:
         ConfigError: no demonstrations, or shares that are not rising in [0, 1).
-        TaskError: a prompt with its beginning leaves no room; nothing was drawn.
+        TaskError: a prompt with its prefix leaves no room; nothing was drawn.
     """
     shares = _checked(demonstrations, samples, shares)
     keys = list(dict.fromkeys(d.task.key for d in demonstrations))
     place = {key: i for i, key in enumerate(keys)}
-    # One prompt without a beginning is the same for all its demonstrations.
+    # A prompt without a prefix is the same for all its demonstrations.
     firsts = list({d.task.key: d for d in demonstrations}.values())
     chosen = [firsts if share == 0 else list(demonstrations) for share in shares]
     heads = [
@@ -195,6 +195,6 @@ def beginning(tokens: IntArray, share: float) -> IntArray:
 
 
 def _given(demonstrations: Sequence[Demonstration], heads: Sequence[IntArray]) -> float:
-    """Share of the answers' tokens that was really given, on average."""
+    """Mean share of the answers' tokens that was actually given."""
     lengths = [max(len(d.tokens) - 1, 1) for d in demonstrations]
     return float(np.mean([len(h) / n for h, n in zip(heads, lengths, strict=True)]))

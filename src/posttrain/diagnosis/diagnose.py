@@ -1,6 +1,6 @@
-"""One diagnosis from beginning to end: look, judge, prescribe.
+"""One whole diagnosis: examine, apply the rules, prescribe.
 
-ground recipe, supplies ──examine──▶ Evidence ──judge──▶ TaskDiagnosis ──prescribe──▶ Diagnosis
+ground recipe, supplies ──examine──▶ Evidence ──rules──▶ TaskDiagnosis ──prescribe──▶ Diagnosis
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from posttrain.run.plan import is_hub_id, model_path, protocol_of
 from posttrain.run.preview import read_shape
 
 BUDGET = 60_000
-"""Rollouts of a diagnosis unless said otherwise: five task sets of 32 prompts with 64 samples
-each are 10,000, beginnings another 10,000, and the rest goes where labels are not clear."""
+"""Default rollouts of a diagnosis: five task sets of 32 prompts with 64 samples each are 10,000,
+continuations another 10,000, and the rest goes to undetermined labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What need not be looked at again: samples of the model and of the earlier policy."""
+    """Existing measurements of the model and of the earlier policy."""
 
     now: Measurement | None = None
     before: Measurement | None = None
@@ -42,7 +42,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Practice:
-    """How to judge and prescribe."""
+    """Options of rules and prescriptions."""
 
     book: RuleBook = field(default_factory=load_rules)
     name: str = "next"  # of the recipe
@@ -63,19 +63,19 @@ def find_bottleneck(
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
 ) -> Diagnosis:
-    """Find what holds a model back, and write the recipe of the next stage.
+    """Find the bottleneck of a model, and write the recipe of the next stage.
 
     Args:
         ground: model, task sets and how to measure; its stages are ignored.
         root: folder that its paths are relative to.
-        engine: makes policies.
-        supplies: what there is to treat it with.
-        practice: rules, and how the recipe is called and scaled.
-        budget: the most rollouts to spend.
-        known: samples that were taken before.
-        labels: spend what is left of the budget on which prompts are in reach.
+        engine: loads policies.
+        supplies: demonstrations, teachers and other resources for a stage.
+        practice: rules, and the name and scale of the recipe.
+        budget: maximum number of rollouts.
+        known: existing measurements.
+        labels: spend the rest of the budget on labels of which prompts are in reach.
         observe: called with every event.
-        stop: asked between probes.
+        stop: called between probes; True interrupts.
 
     Raises:
         ConfigError: no task sets, too few prompts or too small a budget.
@@ -116,7 +116,7 @@ def find_bottleneck(
 def _examination(
     ground: Recipe, *, root: Path, engine: Engine, supplies: Supplies, known: Known
 ) -> Examination:
-    """Load what has to be looked at."""
+    """Load the policies and task sets to examine."""
     policy = engine.policy(ground.model)
     before = None
     if supplies.before is not None and known.before is None:
@@ -141,7 +141,7 @@ def _examination(
 
 
 def grounded(recipe: Recipe, *, root: Path) -> Recipe:
-    """The recipe without stages, its paths absolute, and measured as the rules need it."""
+    """The recipe without stages, with absolute paths and the measuring that the rules need."""
     samples = max(recipe.measure.samples, SAMPLES)
     model = model_path(recipe.model, root)
     if not Path(model).exists() and not is_hub_id(model):
@@ -168,7 +168,7 @@ def write_diagnosis(found: Diagnosis, out: Path) -> list[Path]:
     """
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "diagnosis.html", out / "diagnosis.json"]
-    write_atomic(written[1], found.to_json())  # first: a page can be drawn again, samples cost
+    write_atomic(written[1], found.to_json())  # first: a page can be rendered again
     recipe = out / "next.yaml"
     if found.next is not None and found.next.recipe is not None:
         write_atomic(recipe, found.next.recipe)

@@ -1,9 +1,9 @@
-"""Answers drawn and scored for a probe, and what has to hold before any work starts.
+"""Answers sampled and scored for a probe, and the checks before any work starts.
 
 tasks ──check_prompts──▶ prompts ──seeds──▶ requests ──generate──▶ completions ──score──▶ Answers
 
-The seed of an answer depends on the probe's seed, the prompt and the answer's number, and on
-nothing else: drawing more later, or in another order, gives the same answers.
+The seed of an answer depends on the probe's seed, the prompt and the answer's number only: drawing
+more later, or in another order, gives the same answers.
 
 Shape legend: ``T`` tokens of a trajectory, ``F`` tokens given, ``A`` tokens of an answer.
 """
@@ -27,12 +27,12 @@ from posttrain.protocols import Completion, Policy, Prompt, Request
 Floats = npt.NDArray[np.float64]
 NOTHING = np.zeros(0, np.int32)
 _AUTHOR = Producer(kind=Kind.EXTERNAL, name="probe")
-"""Who wrote an answer does not matter to the policies that a probe asks about it."""
+"""The producer of an answer does not affect its log-probs under a policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer:
-    """One scored answer. ``given`` are the tokens of it that the policy did not write itself."""
+    """One scored answer. ``given`` is its prefix that the policy did not generate."""
 
     task: Task
     prompt: Prompt
@@ -43,23 +43,23 @@ class Answer:
 
     @property
     def tokens(self) -> IntArray:
-        """[A] given and written tokens, the end of the turn included."""
+        """[A] given and generated tokens, the end of the turn included."""
         return np.concatenate([self.given, self.completion.tokens]).astype(np.int32)
 
     @property
     def logprob(self) -> float:
-        """Log-prob of what was written, under the distribution that was sampled, in nats."""
+        """Log-prob of the generated tokens under the sampling distribution, in nats."""
         return float(self.completion.logprobs.astype(np.float64).sum())
 
     @property
     def trajectory(self) -> Trajectory:
-        """The answer as a policy can score it: trainable is what follows the prompt."""
+        """The answer as a trajectory to score: all tokens after the prompt are trainable."""
         return as_trajectory(self.prompt, self.tokens, task=self.task.key, end=self.completion.end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Demonstration:
-    """A right answer to a task: its tokens as the policy would write them, end of turn included."""
+    """A right answer to a task, in the policy's tokens, end of turn included."""
 
     task: Task
     tokens: IntArray  # [A]
@@ -73,7 +73,7 @@ class Demonstration:
 
 
 def demonstrations_from(answers: Sequence[Sequence[Answer]]) -> tuple[Demonstration, ...]:
-    """The successes among answers that ended by themselves, each different one once."""
+    """The distinct successes among answers that were not truncated."""
     found: dict[tuple[str, bytes], Demonstration] = {}
     for answer in (a for group in answers for a in group):
         if answer.success and answer.completion.end is End.COMPLETED:
@@ -112,15 +112,15 @@ def draw_answers(
     """Draw and score answers, one tuple per task.
 
     Args:
-        policy: who answers.
+        policy: the policy to sample.
         taskset: the scorer.
-        tasks: what to answer; a task may stand there several times with other ``given`` tokens.
+        tasks: the prompts; a task may occur several times with other ``given`` tokens.
         samples: answers per task, one number or one per task.
         max_new_tokens: budget of an answer, ``given`` included.
         seed: of the draws.
         sampling: decoding.
         first: number of the first answer of each task; answers before it were drawn earlier.
-        given: per task, the beginning of the answer that the policy goes on from.
+        given: per task, the prefix of the answer that the policy continues.
 
     Raises:
         TaskError: a prompt leaves no room in the policy's context; nothing was drawn.
@@ -198,10 +198,10 @@ def check_prompts(
 
 
 def require_same_language(one: Policy, other: Policy, tasks: Sequence[Task]) -> None:
-    """Refuse to score one policy's tokens with another that reads them otherwise.
+    """Refuse to score one policy's tokens with another of a different tokenizer or template.
 
     Raises:
-        ModelError: the vocabularies differ, or a template renders a task otherwise.
+        ModelError: the vocabularies differ, or a template renders a task differently.
     """
     names = f"{one.producer.name} and {other.producer.name}"
     if one.vocabulary != other.vocabulary:
@@ -225,7 +225,7 @@ def require_plain(sampling: SamplingSpec, *, why: str) -> None:
     """Refuse decoding that is not the policy's own distribution.
 
     Raises:
-        ConfigError: says which option is off, and ``why`` it matters.
+        ConfigError: names the option, and ``why`` it matters.
     """
     plain = SamplingSpec()
     off = [
@@ -264,7 +264,7 @@ def token_logprobs(policy: Policy, trajectories: Sequence[Trajectory]) -> list[F
     """[A] float64 log-probs of each answer's tokens, in nats, at temperature 1.
 
     Raises:
-        ModelError: an answer is longer than the policy's context, so it could not have written it.
+        ModelError: an answer is longer than the policy's context.
     """
     for trajectory in trajectories:
         if len(trajectory) > policy.context:

@@ -1,11 +1,11 @@
-"""How far a policy has moved from its base, and where its successes lie in the base's eyes.
+"""KL between a policy and its base, and the base's perplexity of the policy's successes.
 
 policy's draws ──both score──▶ KL(policy ‖ base)   and the base's perplexity of its successes
 base's draws   ──both score──▶ KL(base ‖ policy)   on the task, and on earlier tasks
 
-KL(base ‖ policy) on the task goes with forgetting (arXiv 2509.04259), on earlier tasks more
-directly so (2607.04364). Successes that the base finds *less* surprising than its own samples are
-the mark of sharpening (2504.13837, section 4.1).
+KL(base ‖ policy) on the task correlates with forgetting (arXiv 2509.04259), on earlier tasks more
+directly (2607.04364). Successes that the base finds *less* surprising than its own samples indicate
+sharpening (2504.13837, section 4.1).
 
 Shape legend: ``P`` prompts, ``A`` tokens of an answer.
 """
@@ -45,8 +45,8 @@ class PolicyDistance:
 
     For a sample y it is Σ_t log first − log second: unbiased, and negative for some samples (the
     k1 estimator). The alternative k3, r − 1 − log r with r = second/first per token, is unbiased
-    too and never negative, but its mean is ruled by single tokens that ``first`` hardly ever
-    writes and ``second`` would. Both need samples of the first argument.
+    too and never negative, but its mean is dominated by single tokens that are rare under
+    ``first`` and likely under ``second``. Both need samples of the first argument.
     """
 
     task: str
@@ -84,9 +84,9 @@ class PolicyDistance:
 class Surprise:
     """The base's perplexity exp(−mean_t log π₀) of the policy's successes and of its own samples.
 
-    One number per prompt that has a success: the median over samples (so a few freak samples do
-    not decide). ``rank`` is the share of pairs (own sample, success) in which the base finds the
-    success the less surprising one, ties counted half: ½ when successes look like its own samples.
+    One number per prompt that has a success: the median over samples, robust to outliers.
+    ``rank`` is the share of pairs (own sample, success) in which the base finds the success less
+    surprising, ties counted half: ½ when successes are distributed like its own samples.
     """
 
     task: str
@@ -107,7 +107,7 @@ class Surprise:
     def ratio(self) -> MedianInterval:
         """Median over prompts of the successes' perplexity over that of the base's own samples.
 
-        Below 1: the policy succeeds with what the base already found likely.
+        Below 1: the policy's successes were already likely under the base.
         """
         return median_interval(self.successes / self.own, confidence=self.confidence)
 
@@ -137,7 +137,7 @@ class Surprise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """Both divergences on a task, the base's view of the successes, and earlier tasks."""
+    """Both divergences on a task, the base's perplexity of successes, and KL on earlier tasks."""
 
     reverse: PolicyDistance
     forward: PolicyDistance
@@ -146,7 +146,7 @@ class Drift:
 
     @property
     def readings(self) -> tuple[Reading, ...]:
-        """All of it, by name."""
+        """All readings, by name."""
         out = [self.reverse.reading("kl_reverse"), self.forward.reading("kl_forward")]
         out += [one.reading("kl_prior") for one in self.prior]
         return (*out, self.surprise.reading) if self.surprise else tuple(out)
@@ -164,7 +164,7 @@ def drift(
     sampling: SamplingSpec = SamplingSpec(),
     confidence: float = 0.95,
 ) -> Drift:
-    """Measure how far ``policy`` is from ``base``.
+    """Measure the distance of ``policy`` from ``base``.
 
     Args:
         policy: the later policy.
@@ -172,7 +172,7 @@ def drift(
         taskset: held-out prompts of the task.
         prior: task sets of earlier stages.
         samples: answers per prompt and policy.
-        max_new_tokens: budget of an answer. Divergences are those of answers cut there.
+        max_new_tokens: budget of an answer. Divergences are of answers truncated there.
         seed: of the draws.
         sampling: must be the policies' own distributions.
         confidence: of the intervals.
@@ -218,7 +218,8 @@ def policy_distance(
     """KL(first ‖ second) from answers that ``first`` drew at temperature 1, untruncated."""
     flat = [a for group in answers for a in group]
     trajectories = [a.trajectory for a in flat]
-    # Both score, rather than one having sampled, so that equal weights differ by exactly 0.
+    # Both policies score: log-probs recorded while sampling would not give exactly 0 for equal
+    # weights.
     mine, theirs = token_logprobs(first, trajectories), token_logprobs(second, trajectories)
     gaps = iter([float((p - q).sum()) for p, q in zip(mine, theirs, strict=True)])
     lengths = iter([len(p) for p in mine])

@@ -1,12 +1,12 @@
-"""Looking at a model: every probe that a rule may ask for, within a stated number of rollouts.
+"""Examination of a model: every probe that a rule may need, within a budget of rollouts.
 
 held-out prompts ──measure──▶ success, variety, form ─┐
-                 ──continue──▶ from part of an answer ┼──▶ Evidence per task set, and what it cost
+                 ──continue──▶ from part of an answer ┼──▶ Evidence per task set, and its cost
                  ──adaptive──▶ in reach or out        │
 earlier policy, scaffold, teacher ──▶ what changed ───┘
 
-Sampling comes first and decides what else is worth its rollouts: a prompt that is solved needs no
-beginning, and labels are sought where they are not clear yet.
+Sampling comes first and decides which other probes are worth their rollouts: a solved prompt needs
+no continuation, and labels are drawn only where they are undetermined.
 """
 
 from __future__ import annotations
@@ -45,40 +45,40 @@ from posttrain.measure.spec import Measure
 from posttrain.protocols import Policy
 
 SAMPLES = 64
-"""Samples per prompt of the first look: the rules ask for pass@64."""
+"""Samples per prompt of the measurement: the rules need pass@64."""
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
 FROM_A_BEGINNING = 16
-"""Samples per prompt and share of an answer that is given."""
+"""Samples per prompt and share of the answer given as a prefix."""
 
 WITH_HELP = 16
 """Samples per prompt with a scaffold."""
 
 UNSOLVED = 5
-"""From so many prompts without a success on it is asked whether a beginning would help them."""
+"""Fewest prompts without a success for which continuations are probed."""
 
 TO_SCORE = 4
 """Answers of the earlier policy per prompt, from which its distance is estimated."""
 
 COULD = 0.5
-"""pass@1 of the earlier policy from which on a task set counts as one that it could do."""
+"""pass@1 of the earlier policy from which a task set counts as solved by it."""
 
 MASTERED = 0.9
-"""pass@1 from which on nobody asks a teacher about the rest."""
+"""pass@1 from which the teacher is not consulted."""
 
 REACH = 0.02
-"""Success rate from which a prompt is called in reach: a group of 64 then holds a success in
-three cases of four."""
+"""Success rate from which a prompt counts as in reach: a group of 64 then holds a success with
+probability 3/4."""
 
 _ANSWERER = Producer(kind=Kind.EXTERNAL, name="answers")
 
 
-# --- right answers, and questions helped otherwise -----------------------------------------------
+# --- reference answers and scaffolds -------------------------------------------------------------
 
 
 @final
 class _WithScaffold:
-    """A task set whose questions are helped through a scaffold; judged as before."""
+    """A task set whose questions are put into a scaffold; the scorer is unchanged."""
 
     def __init__(self, taskset: TaskSet, scaffold: str) -> None:
         self.name, self.success = taskset.name, taskset.success
@@ -90,15 +90,15 @@ class _WithScaffold:
         self._score = taskset.score
 
     def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
-        """As for the plain questions."""
+        """The scores of the underlying task set."""
         return self._score([self._plain[t.key] for t in tasks], completions)
 
 
 def reference_answers(policy: Policy, taskset: TaskSet) -> tuple[Demonstration, ...]:
-    """The task set's own answers to its held-out prompts, in the policy's tokens.
+    """The task set's reference answers to its held-out prompts, in the policy's tokens.
 
-    An answer that the scorer does not accept as it stands is left out, such as a bare number
-    where reasoning is asked for as well.
+    An answer that the scorer does not accept is left out, such as a bare number where reasoning
+    is required.
     """
     renderer = policy.renderer
     known = [t for t in taskset.held_out if t.answer]
@@ -130,13 +130,13 @@ def _written_by(renderer: ChatRenderer, task: Task) -> Demonstration:
 @final
 @dataclass(slots=True, eq=False)
 class Examination:
-    """One look at one policy. Spends at most ``budget`` rollouts.
+    """One examination of one policy. Spends at most ``budget`` rollouts.
 
-    Success from part of an answer is looked at on prompts without a success only: the others have
-    been begun rightly already.
+    Continuations are probed only on prompts without a success: on the others the policy can start
+    right by itself.
 
-    ``measured`` are samples that were taken before (by the run that made the policy, say) and
-    cost nothing now; likewise ``earlier`` of the earlier policy.
+    ``measured`` is an existing measurement (such as of the run that trained the policy) and costs
+    nothing; likewise ``earlier`` of the earlier policy.
     """
 
     policy: Policy
@@ -162,8 +162,8 @@ class Examination:
         """All readings, one entry per task set.
 
         Raises:
-            ConfigError: too few prompts, or a budget that does not reach for a first look.
-            KeyboardInterrupt: ``stop`` said so.
+            ConfigError: too few prompts, or a budget too small for the measurement.
+            KeyboardInterrupt: ``stop`` returned True.
         """
         self._check()
         now = self._sampled(self.policy, self.measured)
@@ -181,7 +181,7 @@ class Examination:
 
     @property
     def cost(self) -> Cost:
-        """What was spent so far."""
+        """The cost so far."""
         return Cost(
             rollouts=self.rollouts,
             sampled_tokens=self.tokens,
@@ -189,7 +189,7 @@ class Examination:
             seconds=round(time.monotonic() - self.began, 3),
         )
 
-    # --- the first look ----------------------------------------------------------------------
+    # --- the measurement ---------------------------------------------------------------------
 
     def _check(self) -> None:
         for taskset in self.tasksets:
@@ -255,7 +255,7 @@ class Examination:
     def _drifted(
         self, taskset: TaskSet, was: TaskMeasurement, missing: list[str]
     ) -> tuple[Reading, ...]:
-        """How far the policy has moved on a task set that the earlier one could do."""
+        """Distance from the earlier policy on a task set that the earlier one solved."""
         cost = len(taskset.held_out) * TO_SCORE
         if self.before is None or was.successes.mean() < COULD:
             return ()
@@ -290,7 +290,7 @@ class Examination:
         return (moved.reading("kl_prior"),)
 
     def _room(self, now: TaskMeasurement, known: Sequence[Demonstration]) -> tuple[Reading, ...]:
-        """Whether right answers would fit into the token budget; tells rambling from cutting."""
+        """Whether right answers fit into the token budget: rambling or too small a budget."""
         lengths: dict[str, int] = {}
         for d in known:
             lengths[d.task.key] = max(lengths.get(d.task.key, 0), len(d.tokens))
@@ -308,16 +308,16 @@ class Examination:
         unsolved = {key for key, c in zip(now.prompts, now.counts, strict=True) if c == 0}
         if len(unsolved) < UNSOLVED:
             return ()
-        begun = [d for d in known if d.task.key in unsolved]
-        cost = len(begun) * len(SHARES) * FROM_A_BEGINNING
-        if not begun or self.rollouts + cost > self.budget:
-            why = "the task set knows no right answers" if not begun else "the budget is spent"
+        demos = [d for d in known if d.task.key in unsolved]
+        cost = len(demos) * len(SHARES) * FROM_A_BEGINNING
+        if not demos or self.rollouts + cost > self.budget:
+            why = "the task set knows no right answers" if not demos else "the budget is spent"
             missing.append(f"success from part of a right answer: {why}")
             return ()
         seen = continuation(
             self.policy,
             taskset,
-            begun,
+            demos,
             samples=FROM_A_BEGINNING,
             max_new_tokens=self.spec.max_new_tokens,
             seed=self.spec.seed,
@@ -335,7 +335,7 @@ class Examination:
         if teacher is None:
             missing.append("errors on own against right paths: no teacher was given (--teacher)")
             return ()
-        cost = 2 * len(taskset.held_out) * FROM_A_BEGINNING  # half of them by the teacher
+        cost = 2 * len(taskset.held_out) * FROM_A_BEGINNING  # half of them from the teacher
         if now.successes.mean() >= MASTERED or self.rollouts + cost > self.budget:
             missing.append("errors on own against right paths: solved anyway, or no budget left")
             return ()
@@ -349,7 +349,7 @@ class Examination:
                 seed=self.spec.seed,
                 confidence=self.spec.confidence,
             )
-        except ModelError as error:  # other tokens: such a teacher can be imitated, not compared
+        except ModelError as error:  # another tokenizer: no comparison by token
             missing.append(f"errors on own against right paths: {error.found}")
             return ()
         tokens = round(cost * float(now.lengths.mean()))
@@ -374,11 +374,11 @@ class Examination:
             stop=self.stop,
         ).tasks
         self._spent(helped.scores.size, int(helped.lengths.sum()))
-        same = replace(helped, prompts=now.prompts)  # the same questions, helped otherwise
+        same = replace(helped, prompts=now.prompts)  # the same questions, with the scaffold
         return (amortisation_gap(now, same, confidence=self.spec.confidence),)
 
     def _labelled(self, evidence: Evidence, taskset: TaskSet) -> Evidence:
-        """In reach or out of reach, with what is left of the budget: samples go where they help."""
+        """In reach or out of reach, by sequential sampling with the rest of the budget."""
         left = (self.budget - self.rollouts) // len(self.tasksets)
         if left < len(taskset.held_out):
             spent = "support labels only from the first samples: the budget is spent"

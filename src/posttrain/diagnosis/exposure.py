@@ -1,14 +1,14 @@
-"""Is a policy worse on its own beginnings than on right ones? Exposure bias, with and without help.
+"""Exposure bias: errors of a policy on its own prefixes against correct prefixes.
 
 with a teacher      own draws ──────┐
                     teacher's draws ┴─ both score every position ──▶ KL(teacher ‖ policy) by depth
 with demonstrations right answers ──policy scores──▶ right tokens by depth ──▶ what they predict
                     own draws ─────────scorer──────▶ success, and success after leaving the path
 
-With a teacher the question has an answer: its disagreement with the policy, on states that the
-policy reached, against states that it reached itself. Without one it has none: nobody says what
-the right next token after a wrong beginning is. Demonstrations show something else that matters as
-much: how much of the success survives a step off the path.
+With a teacher, exposure bias is its disagreement with the policy on states that the policy reached,
+against states that the teacher reached. Without one it is undefined: the right next token after a
+wrong prefix is not known. Demonstrations measure something else: how much of the success survives
+a deviation from them.
 
 Shape legend: ``P`` prompts, ``L`` depths (tokens of the answer before the position), ``V``
 vocabulary, ``T`` tokens.
@@ -43,7 +43,7 @@ from posttrain.protocols import Policy
 Floats = npt.NDArray[np.float64]
 WHY_PLAIN = "prefixes are those of the policies' own distributions"
 FEWEST_PROMPTS = 5
-"""So many prompts (or all of fewer) must reach a depth on both kinds of path for it to count."""
+"""Prompts (or all, if fewer) that must reach a depth on both kinds of path for it to count."""
 ELEMENTS = 1 << 25
 """Log-probs over the whole vocabulary held at a time, per policy."""
 
@@ -53,10 +53,10 @@ ELEMENTS = 1 << 25
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Paths:
-    """What a teacher and a policy think at every position of some answers, summed per prompt."""
+    """KL and agreement of a teacher and a policy at every position of answers, summed by prompt."""
 
     errors: Floats  # [P, L] sums of KL(teacher ‖ policy), in nats
-    agreed: Floats  # [P, L] positions where both find the same token likeliest
+    agreed: Floats  # [P, L] positions with the same argmax token
     counts: Floats  # [P, L] positions
 
     def upto(self, depth: int) -> Paths:
@@ -75,7 +75,7 @@ class TeacherExposure:
     The error at a state is KL(teacher ‖ policy) of the next token. ``excess`` is
     Σ_t own(t) / Σ_t right(t) − 1, own(t) and right(t) being the means over all prefixes of t
     tokens: the excess accumulated error of arXiv 2204.01171 up to the deepest depth that counts,
-    as a ratio, not in percent. Comparing depth by depth keeps answers of different lengths apart.
+    as a ratio, not in percent. Comparing depth by depth avoids mixing answers of different lengths.
     """
 
     task: str
@@ -101,8 +101,8 @@ class TeacherExposure:
     def excess(self) -> Interval | None:
         """The excess with its interval over prompts; None when the policy makes no error at all.
 
-        Jackknife over prompts of log(1 + excess) with Student's quantile. Simulated on a chain
-        with a known answer it covers as stated from 8 prompts on (tests).
+        Jackknife over prompts of log(1 + excess) with Student's quantile. In a simulation with a
+        known value its coverage is nominal from 8 prompts on (tests).
         """
         everyone = np.ones(len(self.own.counts), np.bool_)
         whole = self._log_ratio(everyone)
@@ -138,7 +138,7 @@ class TeacherExposure:
         return math.inf if right <= 0 else -math.inf if own <= 0 else math.log(own / right)
 
     def accuracy(self, paths: Paths) -> Interval:
-        """Share of positions where policy and teacher find the same token likeliest."""
+        """Share of positions where policy and teacher have the same argmax token."""
         return ratio_interval(
             paths.agreed.sum(1),
             paths.counts.sum(1),
@@ -241,7 +241,7 @@ def _judged(policy: Policy, teacher: Policy, groups: Sequence[Sequence[Trajector
 
 
 def _portions(policy: Policy, flat: Sequence[Trajectory]) -> Iterator[Sequence[Trajectory]]:
-    """Portions whose full distributions fit into memory: one answer shows the vocabulary."""
+    """Chunks whose full distributions fit into memory; the first answer gives the vocabulary."""
     width = policy.distributions(flat[:1], top_k=None)[0][1].shape[1]
     size = max(1, ELEMENTS // (width * max(len(t) for t in flat)))
     for start in range(0, len(flat), size):
@@ -253,18 +253,17 @@ def _portions(policy: Policy, flat: Sequence[Trajectory]) -> Iterator[Sequence[T
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DemonstrationExposure:
-    """A policy along right answers, and its own answers to the same prompts. [P] per prompt.
+    """A policy on demonstrations, and its own answers to the same prompts. [P] per prompt.
 
     ``written`` is the exact probability that an own answer is one of the prompt's demonstrations,
-    the product of its token probabilities; ``success`` is never below it but by sampling noise.
-    ``kept`` and ``left`` are the shares of own answers that are a demonstration, and that are none
-    and still succeed. ``greedy`` is 1 when the likeliest next token is right all along a
-    demonstration, so that greedy decoding writes it.
+    the product of its token probabilities; ``success`` is below it by sampling noise only.
+    ``kept`` is the share of own answers equal to a demonstration, ``left`` the share of those that
+    differ and still succeed. ``greedy`` is 1 when greedy decoding gives a demonstration.
     """
 
     task: str
     prompts: tuple[str, ...]  # [P]
-    hits: Floats  # [P, L] right likeliest tokens along the demonstrations
+    hits: Floats  # [P, L] argmax tokens that equal the demonstration's
     counts: Floats  # [P, L]
     nats: Floats  # [P] mean −log-prob per token along the demonstrations
     greedy: Floats  # [P]
@@ -278,12 +277,12 @@ class DemonstrationExposure:
 
     @property
     def by_depth(self) -> tuple[float, ...]:
-        """Share of right likeliest tokens at each depth."""
+        """Share of correct argmax tokens at each depth."""
         return tuple((self.hits.sum(0) / self.counts.sum(0)).tolist())
 
     @property
     def accuracy(self) -> Interval:
-        """Share of right likeliest tokens along the demonstrations."""
+        """Share of correct argmax tokens along the demonstrations."""
         found = ratio_interval(
             self.hits.sum(1), self.counts.sum(1), confidence=self.confidence, seed=self.seed
         )
@@ -291,7 +290,7 @@ class DemonstrationExposure:
 
     @property
     def predicted(self) -> float:
-        """Success that the shares by depth predict if errors were independent and final: the mean
+        """Success predicted by the shares by depth if errors were independent and final: the mean
         over demonstrations of their product up to its length."""
         product = np.cumprod(self.by_depth)
         ends = self.counts - np.pad(self.counts[:, 1:], ((0, 0), (0, 1)))  # answers that end there
@@ -307,8 +306,8 @@ class DemonstrationExposure:
     def recovery(self) -> Interval | None:
         """Success of own answers that are no demonstration, pooled over prompts.
 
-        Near 0, a step off the path is final, and success can only come from more exact steps.
-        None when every own answer was a demonstration.
+        Near 0, the policy does not recover from a deviation. None when every own answer was a
+        demonstration.
         """
         off = 1 - self.kept
         if not off.sum() > 0:
@@ -320,7 +319,7 @@ class DemonstrationExposure:
     def readings(self) -> tuple[Reading, ...]:
         """``teacher_forced_accuracy`` and ``recovery``.
 
-        No ``own_rollout_accuracy``: without a teacher, own paths have no right next token.
+        No ``own_rollout_accuracy``: without a teacher, own rollouts have no correct next token.
         """
         words = (
             f"along right answers {self.accuracy.value:.0%} of likeliest tokens are right, which "
@@ -349,7 +348,7 @@ def exposure_to_demonstrations(
     sampling: SamplingSpec = SamplingSpec(),
     confidence: float = 0.95,
 ) -> DemonstrationExposure:
-    """Follow right answers with the policy, and let it answer the same prompts itself.
+    """Score demonstrations with the policy, and sample its own answers to the same prompts.
 
     Several demonstrations of one prompt are pooled; equal ones count once.
 
@@ -410,7 +409,7 @@ def _expm1(x: float) -> float:
 
 
 def _within(interval: Interval) -> Interval:
-    """A share's interval, cut to 0 ... 1: the ratio's own end may lie beyond."""
+    """A share's interval, clipped to [0, 1], which the interval of a ratio may exceed."""
     return Interval(
         value=interval.value,
         low=max(interval.low, 0.0),

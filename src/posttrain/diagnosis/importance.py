@@ -1,10 +1,10 @@
-"""How probable success is under one policy, from the successes of another.
+"""Success probability under one policy, by importance sampling from the successes of another.
 
 successes of π₁: tokens, log π₀, log π₁ ──▶ ImportanceSample ──▶ estimate, bounds, reasons for doubt
 
-p₀ = Σ_y π₀(y) over successful answers y. A base that failed n times says only p₀ <= 3/n. A later
-policy that succeeds shows *which* answers succeed, and the base can be asked how probable it finds
-those. Everything is in log-space: p₀ may be far below the smallest float.
+p₀ = Σ_y π₀(y) over successful answers y. From n failures of the base follows only p₀ <= 3/n. A
+later policy that succeeds shows *which* answers succeed, and the base can score those. Everything
+is in log-space: p₀ may be far below the smallest float.
 
 Shape legend: ``D`` different successful answers, ``n`` answers drawn, failures included.
 """
@@ -24,11 +24,11 @@ Floats = npt.NDArray[np.float64]
 LN10 = math.log(10)
 
 FEWEST_SUCCESSES = 5
-"""Successes from which on an estimate may be trusted."""
+"""Fewest successes for a trusted estimate."""
 FEWEST_EFFECTIVE = 10.0
-"""Effective successes from which on an estimate may be trusted."""
+"""Fewest effective successes for a trusted estimate."""
 LARGEST_SHARE = 0.3
-"""Share of the estimate that may hang on one answer found by luck."""
+"""Largest share of a trusted estimate that may come from one rarely sampled answer."""
 
 _BETS = 8
 _MARKOV = 0.1  # weight of the plain Markov bound among the bets
@@ -36,9 +36,9 @@ _MARKOV = 0.1  # weight of the plain Markov bound among the bets
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImportanceSample:
-    """The successful answers of a later policy π₁ on one prompt, as the base π₀ sees them.
+    """The successful answers of a later policy π₁ on one prompt, with log-probs under the base π₀.
 
-    Answers are token sequences; ``times`` says how often each came up in ``num_samples`` draws at
+    Answers are token sequences; ``times`` is the count of each in ``num_samples`` draws at
     temperature 1 without truncation. ``base_successes`` of ``base_samples`` are the base's own
     draws, if there are any.
 
@@ -84,22 +84,22 @@ class ImportanceSample:
 
     @property
     def floor(self) -> float:
-        """log10 of Σ π₀(y) over the different successes found: p₀ is certainly no less.
+        """log10 of Σ π₀(y) over the distinct successes found: a certain lower bound of p₀.
 
-        No sampling error: these answers succeed, and the base gives them this much. (Floats:
-        log-probs are summed from float32, about 1e-6 relative per token.)
+        No sampling error: these answers succeed with this probability. (Rounding: log-probs are
+        summed from float32, about 1e-6 relative per token.)
         """
         return _total(self.log_base) / LN10
 
     @property
     def log10(self) -> float:
-        """log10 of the estimate Σ π₀(y) / q(y) over the different successes found.
+        """log10 of the estimate Σ π₀(y) / q(y) over the distinct successes found.
 
-        q(y) = 1 − (1 − π₁(y))^n is the chance that y was found at all, so the sum is unbiased for
-        p₀ whatever π₁ is (Horvitz and Thompson 1952): each y is in it with probability q(y).
-        An answer that was bound to be found counts as what it is, without variance; one found by
-        luck counts π₀/(nπ₁), its importance weight. It is never below ``floor``, and was never
-        less accurate than :attr:`weighted` by more than simulation noise (see the lab log).
+        q(y) = 1 − (1 − π₁(y))^n is the probability that y was found at all, so the sum is unbiased
+        for p₀ for any π₁ (Horvitz and Thompson 1952). With q(y) near 1 an answer counts π₀,
+        without variance; with q(y) small it counts π₀/(nπ₁), its importance weight. It is never
+        below ``floor``, and in simulations not less accurate than :attr:`weighted` beyond noise
+        (see the lab log).
         """
         return _total(self._inferred) / LN10
 
@@ -112,19 +112,18 @@ class ImportanceSample:
 
     @property
     def effective(self) -> float:
-        """Effective number of successes: 1 / (relative variance of the estimate), and not more
-        than log-normal weights of the same spread would allow.
+        """Effective number of successes: 1 / (relative variance of the estimate), at most that of
+        log-normal weights of the same spread.
 
         The variance of the estimate is at most Σ_y π₀² (1 − q) / q, estimated without bias by
         Σ_found π₀² (1 − q) / q². If all answers are rare it is Σw² and this is (Σw)² / Σw², the
-        usual effective sample size; if all were bound to be found it is infinite. That number is
-        too high when the heaviest weights were not met yet, so a second one is taken from the
-        spread s² of the log-weights: s_n · exp(−s²) for s_n successes, the share of the estimate
-        that is certain left out.
+        usual effective sample size; if all have q = 1 it is infinite. It is too high when the
+        heaviest weights were not sampled, so a second number comes from the spread s² of the
+        log-weights: s_n · exp(−s²) for s_n successes, without the certain share of the estimate.
         """
         if not self.successes:
             return 0.0
-        possible = np.isfinite(self._ratio)  # what the base gives no chance adds nothing
+        possible = np.isfinite(self._ratio)  # answers of probability 0 under the base add nothing
         parts, luck = self._inferred[possible], self._log_luck[possible]
         if not len(parts):
             return 0.0
@@ -142,17 +141,17 @@ class ImportanceSample:
 
     @property
     def largest(self) -> float:
-        """Greatest share of the estimate that hangs on one answer having been found by luck."""
+        """Largest share of the estimate that comes from one rarely sampled answer."""
         if not self.successes or not np.isfinite(self._inferred).any():
             return 1.0
         return math.exp(float((self._inferred + self._log_luck).max()) - _total(self._inferred))
 
     @property
     def doubt(self) -> str | None:
-        """Why the estimate should not be trusted, in words; None when nothing speaks against it.
+        """Why the estimate should not be trusted, in words; None when it is trusted.
 
-        Trusted means: good to a factor of two for the answers that the later policy writes. It
-        never means that there are no others (see :meth:`high`).
+        Trusted means: good to a factor of two for the answers that the later policy generates.
+        There may be others (see :meth:`high`).
         """
         if not self.successes:
             return "the later policy did not succeed either"
@@ -169,11 +168,11 @@ class ImportanceSample:
     def low(self, tail: float) -> float:
         """log10 of a lower bound of p₀, wrong with probability ``tail`` at most, for any weights.
 
-        The greater of ``floor`` and a betting bound. Under a mean of μ or less, a fortune that
-        stakes a share λ on each weight w being above μ, Π(1 + λ(w/μ − 1)), is 1 on average, and so
-        is a mixture over λ; it exceeds 1/tail with probability ``tail`` at most (Markov). The
-        bound is the smallest μ that is not refuted so (Waudby-Smith and Ramdas, arXiv 2010.09686,
-        for a fixed n and unbounded weights, where only this side exists).
+        The greater of ``floor`` and a betting bound. Under a mean of μ or less, the wealth of
+        betting a share λ on each weight w being above μ, Π(1 + λ(w/μ − 1)), is at most 1 in
+        expectation, and so is a mixture over λ; it exceeds 1/tail with probability ``tail`` at most
+        (Markov). The bound is the smallest μ that is not rejected (Waudby-Smith and Ramdas, arXiv
+        2010.09686, for a fixed n and unbounded weights, where only this side exists).
         """
         if not self.successes:
             return -math.inf
@@ -187,14 +186,14 @@ class ImportanceSample:
     def high(self, tail: float) -> float:
         """log10 of an upper bound of p₀, wrong with probability ``tail`` at most.
 
-        It comes from the base's own draws (Clopper-Pearson) and is 0, which says nothing, without
-        them. The later policy's successes cannot give one: what it never writes, however probable
-        under the base, is not among them.
+        It comes from the base's own draws (Clopper-Pearson); without them it is 0, the trivial
+        bound. The later policy's successes cannot give one: they lack answers that it never
+        generates, which may be probable under the base.
         """
         if not self.base_samples:
             return 0.0
         bound = clopper_pearson(self.base_successes, self.base_samples, confidence=1 - tail)[1]
-        return max(math.log10(bound), self.floor)  # unlucky draws do not outweigh what is certain
+        return max(math.log10(bound), self.floor)  # not below the certain bound
 
     @property
     def _ratio(self) -> Floats:
@@ -207,7 +206,7 @@ class ImportanceSample:
 
     @property
     def _log_missed(self) -> Floats:
-        """[D] log of the chance that the answer was not found."""
+        """[D] log of the probability that the answer was not found."""
         with np.errstate(divide="ignore"):
             return self.num_samples * np.log1p(-np.exp(np.minimum(self.log_later, 0.0)))
 
@@ -233,18 +232,18 @@ class ImportanceSample:
         mean = _total(weights) - math.log(n)
         prior = math.log((1 - _MARKOV) / len(stakes))
 
-        def fortune(mu: float) -> float:
+        def wealth(mu: float) -> float:
             grown = np.logaddexp(
                 np.log1p(-stakes)[:, None], np.log(stakes)[:, None] + weights[None] - mu
             ).sum(axis=1)
             bets = fails * np.log1p(-stakes) + grown + prior
             return _total(np.append(bets, math.log(_MARKOV) + mean - mu))
 
-        # At the mean the fortune is at most 1; at mean·tail·_MARKOV, Markov's part refutes alone.
+        # At the mean the wealth is at most 1; at mean·tail·_MARKOV the Markov part alone rejects.
         refuted, kept = mean + math.log(tail * _MARKOV), mean
         for _ in range(50):
             half = (refuted + kept) / 2
-            if fortune(half) >= -math.log(tail):
+            if wealth(half) >= -math.log(tail):
                 refuted = half
             else:
                 kept = half
@@ -260,7 +259,7 @@ _SCALES = ((12, "trillion"), (9, "billion"), (6, "million"), (3, "thousand"))
 
 
 def odds_words(log10: float) -> str:
-    """A probability, given as its log10, as people say it.
+    """A probability, given as its log10, in words.
 
     Example:
         >>> [odds_words(math.log10(p)) for p in (0.5, 0.034, 1 / 1234, 2.5e-8)]

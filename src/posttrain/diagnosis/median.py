@@ -2,8 +2,8 @@
 
 per-prompt (low, value, high) [P] ──order statistics──▶ (median, low, high)
 
-A mean of log-probabilities is ruled by its most extreme prompt, a median is not; and the interval
-of a median needs no assumption about how prompts differ. Shape legend: ``P`` prompts.
+A mean of log-probabilities is dominated by its most extreme prompt, a median is not; and its
+interval needs no assumption about how prompts differ. Shape legend: ``P`` prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from posttrain.core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MedianInterval:
-    """The middle of the prompts that could have been asked. Bounds may be infinite."""
+    """The median over the distribution of prompts. Bounds may be infinite."""
 
     value: float
     low: float
@@ -41,15 +41,15 @@ def median_interval(
     Let m be that median. A prompt's value exceeds m with probability 1/2 at most, and its lower
     bound exceeds its value with probability ``tail`` at most, so its lower bound exceeds m with
     1/2 + tail at most. The k-th smallest lower bound exceeds m only if P − k + 1 of them do. The
-    greatest k for which a binomial makes that improbable enough gives ``low``; ``high`` likewise.
-    (The sign test turned round; the step for uncertain values is ours.) With too few prompts no k
-    exists and the bound is infinite: below 6 prompts at 95 %.
+    greatest k for which the binomial probability of that is small enough gives ``low``; ``high``
+    likewise. (An inverted sign test; the step for uncertain values is ours.) With too few prompts
+    no k exists and the bound is infinite: below 6 prompts at 95 %.
 
     Args:
         values: [P].
         lows: [P] lower bounds, each wrong with probability ``tail`` at most. None: the values.
         highs: [P] upper bounds, likewise.
-        tail: chance of a single bound to be wrong.
+        tail: probability that a single bound is wrong.
         confidence: of the interval, both sides together.
 
     Example:

@@ -1,4 +1,4 @@
-"""From a diagnosis to one self-contained page: the picture first, then the words, then the numbers.
+"""From a diagnosis to one self-contained page: the chart first, then the text, then the numbers.
 
 Diagnosis ──bars and curves──▶ card.html.j2 (autoescape) ──▶ diagnosis.html
 """
@@ -25,7 +25,7 @@ from posttrain.pages.svg import duration, figure, label, line, path, polyline, r
 from posttrain.pages.template import Filter, fill
 
 STARTS = (("pass@1", 0.0), ("continue@0.25", 0.25), ("continue@0.5", 0.5), ("continue@0.75", 0.75))
-"""Success from the question alone, and from a part of a right answer."""
+"""Success from the prompt alone, and from prefixes of a right answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,17 +39,17 @@ class Panel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Glance:
-    """One task set in the picture at the top: its bar, and what holds it back."""
+    """One task set in the chart at the top: its bar and its bottleneck."""
 
     task: str
     strip: Markup | None
     bottleneck: Bottleneck
-    shown: bool  # False: the likeliest only
+    shown: bool  # proven; False: the likeliest only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """One prescription, and when its turn comes."""
+    """One prescription, and its place in the order."""
 
     when: str
     prescription: Prescription
@@ -119,7 +119,7 @@ FILTERS: dict[str, Filter] = {
 
 
 def strip(evidence: Evidence, *, ident: str) -> Markup | None:
-    """The bar of :func:`reach_bar` without words, as wide as there is room."""
+    """The bar of :func:`reach_bar` without text, as wide as its container."""
     first = evidence.get("pass@1")
     if first is None:
         return None
@@ -141,7 +141,7 @@ def strip(evidence: Evidence, *, ident: str) -> Markup | None:
 
 
 def reach_bar(evidence: Evidence, *, ident: str) -> Markup | None:
-    """Right at the first try, right within k tries, and never seen, as parts of one bar.
+    """Solved at the first try, solved within k tries, and never solved, as parts of one bar.
 
     The strokes are the intervals of the two borders. None without pass@1.
     """
@@ -191,7 +191,7 @@ def _whisker(reading: Reading, y: float, width: float) -> tuple[Markup, ...]:
 
 
 def start_curve(evidence: Evidence, *, ident: str) -> Markup | None:
-    """Success by how much of a right answer was given, with its band; None when not probed."""
+    """Success by share of a right answer given, with its band; None when not probed."""
     seen = [(at, r) for name, at in STARTS if (r := evidence.get(name)) is not None]
     if len(seen) < 2:
         return None
@@ -223,7 +223,7 @@ def start_curve(evidence: Evidence, *, ident: str) -> Markup | None:
         ident=ident,
         width=256,
         height=bottom + 38,
-        title=f"{evidence.task}: success when the answer is begun for the model",
+        title=f"{evidence.task}: success from a prefix of a right answer",
         desc=said,
         class_="chart tall",
     )

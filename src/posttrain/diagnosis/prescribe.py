@@ -1,4 +1,4 @@
-"""From a diagnosis to a recipe that runs as it stands, with the reason for every choice.
+"""From a diagnosis to a runnable recipe, with the reason for every choice.
 
 TaskDiagnosis ──focus──▶ tasks with one bottleneck ──treatment──▶ $words filled in ──▶ Recipe
 """
@@ -23,15 +23,15 @@ from posttrain.parts.registry import tag_of
 from posttrain.recipe import Recipe, Stage
 
 ROLLOUTS = 512
-"""Answers per step of a stage on its own rollouts: enough groups for a mean that can be trusted."""
+"""Answers per step of an on-policy stage."""
 
 MOST_LOST = 0.1
-"""How much pass@1 another task may lose before a gate speaks."""
+"""Largest loss of pass@1 on another task that its gate allows."""
 
 SMALLEST_GROUP, LARGEST_GROUP = 8, 64
 
 REFERENCE_WEIGHTS, IMITATE_LR, GUIDED_LR, POLICY_LR = 640_000, 1e-3, 3e-4, 2e-4
-"""Learning rates that were tried on a model of 640,000 weights. For another size they are divided
+"""Learning rates that were tested on a model of 640,000 weights. For another size they are divided
 by the square root of the ratio of sizes, which gives 3e-5 and 6e-6 at 0.6 B and 1e-5 and 2e-6 at
 7 B: a rule of thumb of ours, in the range that papers report."""
 
@@ -50,16 +50,16 @@ PHASES: Mapping[Bottleneck, int] = MappingProxyType(
         Bottleneck.UNDETERMINED: 5,
     }
 )
-"""When bottlenecks on different tasks meet: support, then reshaping, then consolidation
-(arXiv 2604.07941, section 6.2), since later work on a task is lost to earlier work on another."""
+"""Order of bottlenecks on different tasks: support, then reshaping, then consolidation
+(arXiv 2604.07941, section 6.2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Supplies:
-    """What there is to work with, by task set; ``*`` serves every task set.
+    """Available resources by task set; ``*`` stands for every task set.
 
     Paths are absolute. ``teachers`` and ``before`` are folders or hub ids. ``best`` names, by task
-    set, the policy of the same run that was best at it; it is a reference of a recipe.
+    set, the policy of the same run with the best pass@1; it is a reference of a recipe.
     """
 
     demos: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Supplies:
     before: str | None = None
     best: Mapping[str, str] = field(default_factory=dict)
     scaffold: str | None = None
-    later: tuple[str, ...] = ()  # task sets that are only to stay trainable
+    later: tuple[str, ...] = ()  # task sets that only have to stay trainable
 
     def demos_for(self, task: str) -> str | None:
         """The file of demonstrations of a task set."""
@@ -79,7 +79,7 @@ class Supplies:
 
 
 NOTHING = Supplies()
-"""A user who brings a model and task sets only."""
+"""No resources besides the model and its task sets."""
 
 
 def prescribe(
@@ -93,7 +93,7 @@ def prescribe(
     dose: float = 1.0,
     tried: frozenset[tuple[str, str]] = frozenset(),
 ) -> tuple[Prescription, ...]:
-    """A stage for every kind of bottleneck found, in the order in which they should come.
+    """A stage for every kind of bottleneck found, in the order to run them.
 
     Only the first should be run before diagnosing again. Tasks with nothing to treat are left out.
 
@@ -101,14 +101,14 @@ def prescribe(
         tasks: the diagnoses.
         book: rules and treatments.
         ground: model, task sets and measuring; its stages are ignored. Paths must be absolute.
-        supplies: what there is to work with.
+        supplies: available resources.
         num_weights: size of the model, for the learning rate; None takes that of a 7 B model.
         name: of the recipe.
         dose: scales the number of steps.
-        tried: (task, treatment) that need not be tried again.
+        tried: pairs (task, treatment) to skip.
 
     Raises:
-        ConfigError: a treatment that does not make a stage.
+        ConfigError: a treatment that is not a valid stage.
     """
     tools = _Tools(tasks, book, ground, supplies, num_weights, name, dose, tried)
     waiting = [t for t in _in_order(tasks) if t.task not in supplies.later]
@@ -136,7 +136,7 @@ class _Tools:
 
 
 def _in_order(tasks: Sequence[TaskDiagnosis]) -> list[TaskDiagnosis]:
-    """By phase, and within a phase the worst first."""
+    """By phase, and within a phase by pass@1, lowest first."""
 
     def failing(task: TaskDiagnosis) -> float:
         first = task.evidence.get("pass@1")
@@ -146,14 +146,14 @@ def _in_order(tasks: Sequence[TaskDiagnosis]) -> list[TaskDiagnosis]:
 
 
 def _rule(task: TaskDiagnosis, book: RuleBook) -> Rule | None:
-    """The rule that is acted on: the first finding of that bottleneck, or the likely open one."""
+    """The rule to treat: the first finding of that bottleneck, or the likely open one."""
     named = [f.rule for f in task.findings if f.bottleneck is task.acted_on]
     named += [o.rule for o in task.open if o.likely and o.bottleneck is task.acted_on]
     return book.rule(named[0]) if named else None
 
 
 def _alike(task: TaskDiagnosis, chosen: TaskDiagnosis, tools: _Tools) -> bool:
-    """True when one stage can serve both: the same rule, demonstrations and teacher."""
+    """True when one stage can treat both: the same rule, demonstrations and teacher."""
     supplies = tools.supplies
     return (
         _rule(task, tools.book) is _rule(chosen, tools.book)
@@ -189,7 +189,7 @@ def _treat(together: Sequence[TaskDiagnosis], rule: Rule, tools: _Tools) -> list
 
 
 def _can_do_some(task: TaskDiagnosis) -> bool:
-    """True when there is something to keep: one prompt in ten is solved, by the lower bound."""
+    """True when the lower bound of pass@1 is at least 0.1, so there is something to retain."""
     first = task.evidence.get("pass@1")
     return first is not None and first.low >= 0.1
 
@@ -201,7 +201,7 @@ def _met(chosen: TaskDiagnosis, supplies: Supplies, others: Sequence[str]) -> fr
         "teacher": supplies.teacher_for(task) is not None,
         "before": supplies.before is not None or task in supplies.best,
         "scaffold": supplies.scaffold is not None,
-        # Right answers were begun to see whether that helps, so there are some.
+        # A continuation reading exists, so the task set has reference answers.
         "answers": chosen.evidence.get("continue@0.5") is not None,
         "others": bool(others),
     }
@@ -258,7 +258,7 @@ def _written(
 
 
 def _as_yaml(recipe: Recipe, made: Prescription) -> str:
-    """The recipe as a file for people: the reasons, then every option that is not the default."""
+    """The recipe as a readable file: the reasons, then every option that is not the default."""
     shown = "likely, not shown" if made.provisional else "shown"
     held = made.bottleneck.replace("_", " ")
     lines = [f"{', '.join(made.tasks)}: held back by {held} ({shown})", f"next: {made.title}", ""]
@@ -336,7 +336,7 @@ def words_for(
 
 
 def learning_rate(reference: float, num_weights: int | None) -> float:
-    """The rate that was tried on the reference size, for another size; two digits.
+    """The rate tested on the reference size, scaled to another size; two digits.
 
     Example:
         >>> learning_rate(1e-3, 640_000), learning_rate(1e-3, 600_000_000)
@@ -386,14 +386,14 @@ def _choices(
 
 
 def _authors(method: Method) -> str:
-    """Who wrote what a composed method learns from."""
+    """The producers of the tokens that a composed method trains on."""
     leaves = method.compose().source.leaves
     rows = ("rows of the demonstrations" if leaf.files else "its own answers" for leaf in leaves)
     return " and ".join(dict.fromkeys(rows))
 
 
 def _informative(task: TaskDiagnosis) -> str:
-    """Which groups of answers hold a success and a failure, so that comparing them teaches.
+    """Share of groups that hold a success and a failure, by group size.
 
     Example: ``products: groups that differ: of 4 in 27%, of 8 in 46%, of 16 in 68%``
     """

@@ -1,10 +1,11 @@
-"""From "0 of 256" to "about 1 in 40 million": what the base could do, asked through a later policy.
+"""The base's success probability on unsolved prompts, estimated through a later policy.
 
 tasks ──later policy draws──▶ successes ──both score──▶ ImportanceSample per prompt ──▶ Reach
                                                                            └──▶ TaskReach
 
 Sharpening of something very rare and true expansion look the same in samples of the base: it never
-succeeds. They differ in how probable the base finds the successes of the policy that came after.
+succeeds. They differ in the base's probability of the later policy's successes: "0 of 256" becomes
+"about 1 in 40 million".
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ WHY_PLAIN = (
     "asks for the base's own distribution"
 )
 CHOOSING = 4
-"""One part in so many of the samples chooses the prompts when the caller has not."""
+"""1/CHOOSING of the samples selects the prompts when the caller has not."""
 TAIL = 0.005
-"""Chance of a single prompt's bound to be wrong when prompts are summed up by their median."""
+"""Probability that a single prompt's bound is wrong, for the median over prompts."""
 
 NO_COUNTS: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """The base's chance of success on one prompt. All chances are log10; −inf is "none seen".
+    """The base's success probability on one prompt, as log10; −inf is "none seen".
 
-    ``low`` and ``high`` hold for the true chance with ``confidence`` together, whether or not
+    ``low`` and ``high`` hold for the true probability with ``confidence`` together, whether or not
     ``log10`` can be trusted: ``low`` for any weights, ``high`` from the base's own draws only.
     """
 
@@ -69,8 +70,8 @@ class Reach:
 
     @property
     def trusted(self) -> bool:
-        """True when ``log10`` is good to about a factor of two, as far as the later policy's ways
-        to succeed go. Ways that it never writes are not in it."""
+        """True when ``log10`` is good to about a factor of two for the answers that the later
+        policy generates. Other successful answers are not in it."""
         return self.doubt is None
 
     @property
@@ -94,15 +95,15 @@ class Reach:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskReach:
-    """The base's chances on the prompts of a task that the later policy solves.
+    """The base's success probabilities on the prompts of a task that the later policy solves.
 
-    ``low`` and ``high`` bound the median over the prompts that could have been chosen in the same
-    way, and allow for the uncertainty of every prompt (:func:`median_interval`).
+    ``low`` and ``high`` bound the median over the distribution of such prompts, and allow for the
+    uncertainty of every prompt (:func:`median_interval`).
     """
 
     task: str
     prompts: tuple[Reach, ...]
-    skipped: tuple[str, ...]  # keys of prompts that the later policy was not seen to solve
+    skipped: tuple[str, ...]  # keys of prompts without a success of the later policy
     log10: float
     low: float
     high: float
@@ -115,14 +116,14 @@ class TaskReach:
         return sum(p.trusted for p in self.prompts)
 
     def reachable(self, log10: float) -> tuple[int, int, int]:
-        """How many prompts have (at least, undetermined, less than) 10^``log10``, by bounds."""
+        """Number of prompts with (at least, undetermined, less than) 10^``log10``, by bounds."""
         at_least = sum(p.low >= log10 for p in self.prompts)
         below = sum(p.high < log10 for p in self.prompts)
         return at_least, len(self.prompts) - at_least - below, below
 
     @property
     def reading(self) -> Reading | None:
-        """``reach_log10``; None when there is no prompt to speak about."""
+        """``reach_log10``; None when there is no prompt."""
         if not self.prompts:
             return None
         words = (
@@ -156,19 +157,19 @@ def reachability(
     base_counts: Mapping[str, tuple[int, int]] = NO_COUNTS,
     confidence: float = 0.95,
 ) -> TaskReach:
-    """Estimate the base's chances from what the later policy writes.
+    """Estimate the base's success probabilities from the later policy's answers.
 
     Args:
-        base: the policy to judge.
-        later: the policy that solves what the base does not.
+        base: the policy to estimate for.
+        later: the policy that solves prompts that the base does not.
         taskset: prompts and scorer.
         samples: answers of the later policy per prompt.
-        max_new_tokens: budget of an answer; the chance is that of success within it.
+        max_new_tokens: budget of an answer; the probability is of success within it.
         seed: of the later policy's draws.
         tasks: prompts chosen on *other* samples, for example those that a measurement found newly
-            solved. None: all held-out prompts, of which a quarter of the samples chooses those
-            that the later policy solves, and the rest measures. (Choosing and measuring on the
-            same samples would favour lucky ones.)
+            solved. None: all held-out prompts; a quarter of the samples selects those that the
+            later policy solves, and the rest estimates. (Selecting and estimating on the same
+            samples would be biased.)
         sampling: must be the policy's own distribution.
         base_counts: (successes, samples) of the base by task key, for the upper bounds.
         confidence: of each interval.
@@ -216,10 +217,10 @@ def reach_of(
     base_counts: Mapping[str, tuple[int, int]] = NO_COUNTS,
     confidence: float = 0.95,
 ) -> TaskReach:
-    """The same from answers that were drawn already, one tuple per prompt.
+    """:func:`reachability` from existing answers, one tuple per prompt.
 
     They must be *all* draws of the later policy on the prompt, at temperature 1 without
-    truncation, and not those that chose the prompt.
+    truncation, and not those that selected the prompt.
     """
     firsts = [_distinct(group) for group in answers]
     flat = [answer for group in firsts for answer, _ in group]
@@ -263,10 +264,10 @@ def reach_of(
 
 
 def reach(evidence: ImportanceSample, *, key: str, confidence: float = 0.95) -> Reach:
-    """Estimate, bounds and doubts of one prompt."""
+    """Estimate, bounds and caveats of one prompt."""
     tail = (1 - confidence) / 2
     low, high = evidence.low(tail), evidence.high(tail)
-    low = min(low, high)  # both are wrong with little probability, and rarely contradict
+    low = min(low, high)  # each may be wrong with small probability, so they may cross
     return Reach(
         key=key,
         log10=min(max(evidence.log10, low), high),
@@ -287,7 +288,7 @@ def reach(evidence: ImportanceSample, *, key: str, confidence: float = 0.95) -> 
 
 
 def _distinct(answers: Sequence[Answer]) -> list[tuple[Answer, int]]:
-    """Different successful token sequences with how often each came up, first come first."""
+    """Distinct successful token sequences with their counts, in order of first occurrence."""
     found: dict[bytes, tuple[Answer, int]] = {}
     for answer in answers:
         if answer.success:

@@ -1,4 +1,4 @@
-"""What a treatment has decided so far, as its run folder holds it: OUT/treat.json."""
+"""The state of a treatment in its run folder: OUT/treat.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from posttrain.recipe import Stage
 
 
 class Round(Config):
-    """One turn of the loop. ``kept`` is null while its stage is not finished."""
+    """One round of the loop. ``kept`` is null while its stage is not finished."""
 
     number: int
     treatment: str
@@ -21,9 +21,9 @@ class Round(Config):
 
 
 class Chart(Config):
-    """What was decided so far: OUT/treat.json."""
+    """The rounds so far: OUT/treat.json."""
 
-    ground: str  # digest of what is treated, and with what
+    ground: str  # digest of model, task sets and supplies
     budget: int
     rounds: tuple[Round, ...] = ()
     ended: str | None = None

@@ -1,4 +1,4 @@
-"""Rules as data: conditions on bounds of readings, what they mean, and what is done about it.
+"""Rules as data: conditions on bounds of readings, their meaning, and treatments.
 
 rules.yaml ──read──▶ mapping ◀──merge── the user's --rules file
                         └──check──▶ RuleBook: rules in order, treatments by name
@@ -21,8 +21,8 @@ SHIPPED = Path(__file__).parent / "rules.yaml"
 
 Need = Literal["demos", "teacher", "before", "scaffold", "answers", "others"]
 """What a treatment may need: demonstrations; a teacher; an earlier policy that was better; a
-scaffold, that is a text around the question; task sets that know the right answers; other
-measured task sets that have something to keep."""
+scaffold (a text around the question); task sets with reference answers; other measured task sets
+with something to retain."""
 
 Because = Literal["provenance", "interface", "objective", "prompts", "group size", "kl budget"]
 """The choices of a prescription that carry a reason."""
@@ -32,8 +32,8 @@ class Condition(Config):
     """A reading, or the difference of two, on one side of a threshold.
 
     ``at_least`` holds when the lower bound reaches the threshold and fails when the upper one does
-    not; ``at_most`` the other way round. In between it is open. The bounds of a difference are the
-    cautious ones: low minus high, high minus low.
+    not; ``at_most`` the other way round. In between it is open. The bounds of a difference are
+    conservative: low minus high, high minus low.
     """
 
     reading: str
@@ -63,12 +63,12 @@ class Condition(Config):
 
 
 class Rule(Config):
-    """When all conditions hold, this is a bottleneck.
+    """Names a bottleneck when all conditions hold.
 
     Rules are tried by ``order``, lowest first, and the first one that holds names the bottleneck.
-    A rule is passed over when one of ``unless`` holds, or when a reading of ``without`` was taken.
+    A rule is skipped when one of ``unless`` holds, or when a reading of ``without`` was taken.
     ``treat`` names treatments, the preferred one first; ``obtain`` says what is needed when none
-    of them can be had. ``disabled`` switches the rule off.
+    of them is possible. ``disabled`` switches the rule off.
     """
 
     id: str
@@ -97,9 +97,9 @@ class Rule(Config):
 class Treatment(Config):
     """One stage that a prescription may consist of.
 
-    ``stage`` is a stage of a recipe without its name, in which ``$words`` stand for what is known
-    only then (see prescribe.py). ``because`` gives the reason for each choice. ``gate`` is asked of
-    the treated task; every other measured task gets a gate on what it may lose.
+    ``stage`` is a stage of a recipe without its name, in which ``$words`` are placeholders (see
+    prescribe.py). ``because`` gives the reason for each choice. ``gate`` applies to the treated
+    task; every other measured task gets a gate on its loss.
     """
 
     title: str
@@ -112,7 +112,7 @@ class Treatment(Config):
 
 
 class RuleBook(Config):
-    """All rules and treatments in force."""
+    """All rules and treatments in use."""
 
     rules: tuple[Rule, ...]
     treatments: dict[str, Treatment]
@@ -136,9 +136,9 @@ class RuleBook(Config):
 
 
 def load_rules(own: Path | None = None) -> RuleBook:
-    """The shipped rules, changed by a file of one's own.
+    """The shipped rules, with the changes of a user's file.
 
-    A rule of that file with the id of a shipped one changes the fields that it names; any other id
+    A rule of that file with the id of a shipped one overrides the fields that it sets; any other id
     is a new rule. ``disabled: true`` switches a rule off. Treatments merge in the same way by name.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Scaffold against bare policy: what help at run time adds, and how much of it was amortised.
+"""Scaffold against bare policy: the gain of help at inference time, and the share amortised.
 
 one or two measurements, a scaffold ──score per prompt [P]──▶ amortisation_gap, amortised_share
 
 A scaffold is either part of the measurement (examples or a hint in the prompt, another decoding)
-or made of the policy's own samples: the best of k by the verifier, or the commonest of k answers.
+or an aggregate of the policy's samples: best of k by the verifier, or majority of k answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from posttrain.measure.voting import majority
 
 
 class Help(StrEnum):
-    """What is done with a policy's samples before they count."""
+    """How a policy's samples are aggregated before scoring."""
 
     NONE = "one sample"
     BEST = "the best of k by the verifier"
@@ -31,7 +31,7 @@ class Help(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Scaffold:
-    """Help at run time, from ``k`` samples.
+    """Help at inference time, from ``k`` samples.
 
     Example:
         >>> str(Scaffold(Help.MAJORITY, 16))
@@ -72,7 +72,7 @@ def amortisation_gap(
     Args:
         bare: the policy as it is; one sample counts.
         scaffolded: the same prompts measured with help, such as a hint. None: the bare samples.
-        scaffold: what is done with the samples of ``scaffolded``.
+        scaffold: aggregation of the samples of ``scaffolded``.
         confidence: of the two-sided interval.
         seed: of the bootstrap.
 
@@ -106,11 +106,11 @@ def amortised_share(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Reading | None:
-    """Gain of the bare policy as a share of what the scaffold had gained before training.
+    """Gain of the bare policy as a share of the scaffold's gain before training.
 
     (after − before) / (scaffolded − before), all in success rates (after arXiv 2604.07941, section
-    7.2; the formula is ours). Above 1 the policy learned more than the scaffold showed, below 0 it
-    lost. None when it is not certain that the scaffold gained anything: there is nothing to share.
+    7.2; the formula is ours). Above 1 the policy gained more than the scaffold, below 0 it lost.
+    None when the scaffold's gain is not significantly above zero.
 
     Raises:
         ConfigError: neither a second measurement nor a scaffold.
@@ -146,7 +146,7 @@ def amortised_share(
 
 
 def _require_same_prompts(one: TaskMeasurement, other: TaskMeasurement) -> None:
-    """The scaffold may change decoding, samples and template, not the questions or the bar."""
+    """The scaffold may change decoding, samples and template, not prompts or threshold."""
     if one.prompts != other.prompts or one.success != other.success:
         raise RunError(
             f"{one.taskset} and {other.taskset}: other prompts, or success from a score of "

@@ -1,4 +1,4 @@
-"""The rounds of a treatment as a section of its run's report: found, done, and whether it helped.
+"""The rounds of a treatment as a section of its run's report: finding, stage and outcome.
 
 treat.json, diagnoses/*.json, shards ──▶ Look per diagnosis ──rounds.html.j2──▶ Section
 """
@@ -24,7 +24,7 @@ class Look:
     number: int
     card: Diagnosis
     round: Round | None
-    cost: Spent  # of this look and of its round
+    cost: Spent  # of this diagnosis and of its round
 
     @property
     def action(self) -> Prescription | None:
@@ -43,19 +43,19 @@ class Look:
 
     @property
     def title(self) -> str:
-        """What was done, in one line; empty where nothing was."""
+        """The stage that was run, in one line; empty where there was none."""
         if self.round is None:
             return ""
         return self.action.title if self.action else self.round.treatment
 
     @property
     def why(self) -> str:
-        """The reason for the first of its choices."""
+        """The reason for its first choice."""
         return self.action.choices[0].why if self.action and self.action.choices else ""
 
     @property
     def strips(self) -> tuple[Markup, ...]:
-        """A bar for each task set; nothing where pass@1 was not read."""
+        """A bar for each task set; none where pass@1 was not read."""
         return tuple(
             strip(task.evidence, ident=f"round-{self.number}-{i}") or Markup("")
             for i, task in enumerate(self.card.tasks)
@@ -84,7 +84,7 @@ def treatment_section(folder: RunFolder) -> Section | None:
 
 
 def looks(folder: RunFolder) -> tuple[Look, ...]:
-    """Every diagnosis of a treatment in turn, with what came of it."""
+    """Every diagnosis of a treatment in order, with its round."""
     chart = folder.treatment(Chart)
     followed = {r.number - 1: r for r in chart.rounds} if chart else {}
     return tuple(_look(folder, number, followed.get(number)) for number in folder.diagnoses())

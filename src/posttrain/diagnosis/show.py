@@ -1,4 +1,4 @@
-"""The card in a terminal: a bar per task set, what it means, and what to do next."""
+"""The card in a terminal: a bar per task set, its meaning, and the next stage."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COLOURS = {
 
 
 def card(found: Diagnosis, *, written: tuple[Path, ...] = ()) -> RenderableType:
-    """The diagnosis as something that rich can print.
+    """The diagnosis as a rich renderable.
 
     Args:
         found: the diagnosis.
@@ -59,7 +59,7 @@ def card(found: Diagnosis, *, written: tuple[Path, ...] = ()) -> RenderableType:
 
 
 def course(done: Treated) -> RenderableType:
-    """What a treatment did, round by round, and where it ended."""
+    """A treatment round by round, and its outcome."""
     rounds = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in ("round", "for", "bottleneck", "treatment", "what came of it"):
         rounds.add_column(column, header_style="bold")
@@ -130,7 +130,7 @@ def _task(task: TaskDiagnosis) -> RenderableType:
 
 
 def _bar(evidence: Evidence) -> Text:
-    """Solved, in reach but not chosen, and not seen in 64 tries, as parts of one bar."""
+    """Solved, in reach but not chosen, and not solved in 64 tries, as parts of one bar."""
     first, many = evidence.get("pass@1"), evidence.get("pass@64")
     if first is None or many is None:
         return Text(" " * BAR)

@@ -1,8 +1,8 @@
-"""What a treatment costs, in tokens: counted after the fact, and estimated before.
+"""The cost of a treatment in tokens: counted afterwards, and estimated before.
 
-The unit is one token that was sampled, or that went through a training step (its prompt counted
-once per step, however many answers share it). Looking is sampling too, so it counts. Forward
-passes of references, teachers and judges are not counted, for any method.
+The unit is one token that was sampled, or that went through a training step (a prompt counts once
+per step for all its answers). Sampling for measurements and probes counts too. Forward passes of
+reference, teacher and reward models are not counted, for any method.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Spent:
 
     looking: int  # sampled by measurements and probes
     sampled: int  # sampled for training
-    trained: int  # gone through a training step
+    trained: int  # passed through a training step
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all."""
         return self.looking + self.sampled + self.trained
 
 
@@ -44,14 +44,14 @@ def spent(
     diagnoses: Sequence[int] = (),
     stages: Sequence[StageFolder] | None = None,
 ) -> Spent:
-    """What a run folder has cost so far, read off what it wrote.
+    """The cost of a run folder so far, from its files.
 
     Args:
         out: the run folder.
-        looks: the policies whose measurements count; a final judgement that every method gets
-            alike may be left out.
-        diagnoses: numbers of those that count.
-        stages: those that count; None for all.
+        looks: the policies whose measurements count; a final evaluation that every method gets
+            may be left out.
+        diagnoses: numbers of the diagnoses that count.
+        stages: the stages that count; None for all.
     """
     stages = out.stages() if stages is None else stages
     looking = sum(_sampled(out.measurement(name)) for name in looks)
@@ -69,13 +69,12 @@ def _sampled(found: Measurement) -> int:
 
 
 def expected(recipe: Recipe, *, root: Path, lengths: Mapping[str, float]) -> float:
-    """What the last stage of a recipe will cost.
+    """The expected cost of the last stage of a recipe.
 
     Args:
         recipe: its model must be a folder on this disk.
         root: folder that its paths are relative to.
-        lengths: mean tokens of an answer by task set; a plan by itself knows only the most that
-            rollouts can have.
+        lengths: mean tokens of an answer by task set; a plan alone has only an upper bound.
     """
     plan = make_plan(recipe, root=root, base="estimate")
     planned, folder = plan.stages[-1], Path(recipe.model)
@@ -98,5 +97,5 @@ def expected(recipe: Recipe, *, root: Path, lengths: Mapping[str, float]) -> flo
 
 
 def _trained_share(signals: Sequence[Signal], leaf: Source) -> float:
-    """How much of what is sampled goes through a training step: all, or the best of a group."""
+    """Share of sampled tokens that are trained on: all, or the best of a group."""
     return min((s.trained_share(leaf.group_size) for s in signals), default=1.0)

@@ -1,4 +1,4 @@
-"""Whether a stage helped, and whether its policy is kept: decided on bounds of paired changes."""
+"""Whether a stage helped, and whether its policy is kept: by bounds of paired changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from posttrain.measure.measurement import Measurement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageDecision:
-    """Whether a stage helped what it was for, and whether its policy is gone on from."""
+    """Whether a stage helped the treated task sets, and whether its policy is kept."""
 
     helped: bool
     kept: bool
@@ -30,15 +30,15 @@ def decide_stage(
 ) -> StageDecision:
     """Decide about a stage on the bounds of paired changes of pass@1.
 
-    It helped when the mean over the treated task sets certainly rose. It did harm when the mean
-    over all counted ones certainly fell; then it is rolled back, as it is when it did not help
-    and the mean over all did not rise either.
+    It helped when the interval of the mean over the treated task sets is above zero. It did harm
+    when that over all counted ones is below zero. It is rolled back when it did harm, and when it
+    did not help and the mean over all did not rise either.
 
     Args:
         before: the policy that the stage started from.
         after: the policy after it, measured in the same way.
-        treated: the task sets that it was for.
-        counted: all that matter.
+        treated: the task sets that it treated.
+        counted: all task sets that count.
         confidence: of the intervals.
     """
     aim = _change(before, after, treated, confidence=confidence)
@@ -60,7 +60,7 @@ def _change(
         after.task(n).successes.mean(axis=1) - before.task(n).successes.mean(axis=1) for n in names
     ]
     total = sum(len(p) for p in parts)
-    # Task sets count alike, whatever their number of prompts.
+    # Task sets have equal weight, for any number of prompts.
     scaled = [p * total / (len(parts) * len(p)) for p in parts]
     most = max(total / (len(parts) * len(p)) for p in parts)
     return mean_interval(np.concatenate(scaled), lowest=-most, highest=most, confidence=confidence)

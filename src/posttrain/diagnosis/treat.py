@@ -4,8 +4,8 @@ measure base ─▶ diagnose ─▶ prescribe ─▶ run one stage ─▶ measur
                   ▲                                                                  │
                   └──── from the policy that is kept ◀── roll back what did harm ◀───┘
 
-All stages live in one run folder, with one ledger: the recipe grows by a stage per round. What
-was decided is written there too, so the same command goes on from where it was.
+All stages share one run folder and one ledger: the recipe grows by a stage per round. Decisions
+are written there too, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ from posttrain.run.measuring import measure_model
 from posttrain.run.pipeline import run_in
 
 OUTSIDE = "_earlier"
-"""What a policy from outside the run is called; no stage may have this name."""
+"""Name of the policy from outside the run; no stage may have this name."""
 
 ROUNDS = 12
-"""More stages than this are never a treatment."""
+"""Maximum number of stages of a treatment."""
 
 SMALLEST_DOSE = 0.15
-"""A stage shorter than this share of its prescription is not worth beginning."""
+"""A stage shorter than this share of its prescription is not started."""
 
 LONGEST_DOSE = 1.5
-"""A stage is made longer, up to this share, where the rest would be too little for another."""
+"""A stage is lengthened up to this share when the rest of the budget is too small for another."""
 
 WORTH_A_LOOK = 0.15
-"""With less than this share of the budget left, looking again would leave too little to act on."""
+"""With less than this share of the budget left, a diagnosis would leave too little for a stage."""
 
 LONGER = 1.15
-"""Answers are taken to get longer by this factor while a stage trains on them."""
+"""Assumed growth of answer lengths during a stage."""
 
 LOOKS = 2300
-"""Rollouts of a diagnosis per task set, beside the measurement that the run takes anyway: what
-success from a part of an answer needs for 32 prompts, and some more."""
+"""Rollouts of a diagnosis per task set, besides the run's measurement: enough for continuations of
+32 prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Treated:
-    """How a treatment ended."""
+    """The outcome of a treatment."""
 
     out: Path
     policy: str  # "base", or the stage whose policy is the result
@@ -88,24 +88,24 @@ def run_treatment(
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
 ) -> Treated:
-    """Treat a model within a budget of tokens, or go on with it.
+    """Treat a model within a budget of tokens, or resume a treatment.
 
     Args:
         ground: model, task sets and how to measure; its stages are ignored.
         out: the run folder.
         root: folder that the recipe's paths are relative to.
-        engine: makes policies and learners.
-        budget: tokens sampled and trained, looking included (see spending.py). A stage that would
-            not fit is shortened, or not begun.
-        supplies: what there is to work with.
+        engine: loads policies and learners.
+        budget: tokens sampled and trained, diagnoses included (see spending.py). A stage that
+            would not fit is shortened, or not started.
+        supplies: available resources.
         book: rules and treatments.
         observe: called with every event.
-        stop: asked between draws; True commits and raises.
+        stop: called between draws; True commits and raises.
 
     Raises:
-        ResumeRefused: ``out`` holds the treatment of something else.
+        ResumeRefused: ``out`` holds the treatment of another model, task sets or supplies.
         RunLocked: another process works in ``out``.
-        Interrupted: ``stop`` said so. Call again to go on.
+        Interrupted: ``stop`` returned True. Call again to resume.
     """
     ground = grounded(ground, root=root)
     digest = config.digest(
@@ -121,7 +121,7 @@ def run_treatment(
 
 
 def _opened(folder: RunFolder, *, digest: str, budget: int) -> Chart:
-    """The chart of an earlier process, or a new one. A larger budget reopens what it ended."""
+    """The chart of an earlier process, or a new one. A larger budget reopens an ended one."""
     known = folder.treatment(Chart)
     if known is None:
         return Chart(ground=digest, budget=budget)
@@ -155,7 +155,7 @@ class _Course:
     measured: dict[str, Measurement] = field(default_factory=dict)
 
     def go(self) -> Treated:
-        """Turn until something ends it."""
+        """Run rounds until the treatment ends."""
         self._run()
         self._look_back()
         if self.chart.rounds and self.chart.rounds[-1].kept is None:
@@ -194,16 +194,16 @@ class _Course:
             self._run()
             self._decide()
 
-    # --- looking -----------------------------------------------------------------------------
+    # --- diagnosing --------------------------------------------------------------------------
 
     @property
     def _current(self) -> str:
-        """The policy that is gone on from."""
+        """The policy that the next round starts from."""
         kept = [r.stage.name for r in self.chart.rounds if r.kept]
         return kept[-1] if kept else "base"
 
     def _diagnosis(self) -> Diagnosis:
-        """The card of the current policy; that of an earlier process when there is one."""
+        """The card of the current policy, read from the run folder when it exists."""
         number = len(self.chart.rounds)
         path = self.folder.diagnosis_file(number)
         if path.is_file():
@@ -231,7 +231,7 @@ class _Course:
         return found
 
     def _look_back(self) -> None:
-        """Measure the earlier policy that the user brought, once; it may be the best teacher."""
+        """Measure the user's earlier policy once; it may be the best teacher."""
         before = self.supplies.before
         if before is None or self._outside in self.measured:
             return
@@ -247,7 +247,7 @@ class _Course:
         return f"path:{self.supplies.before}"
 
     def _best(self) -> Mapping[str, str]:
-        """By task set, the measured policy that was best at it, stages rolled back included."""
+        """By task set, the measured policy with the best pass@1, rolled-back stages included."""
 
         def rate(policy: str, task: str) -> float:
             return float(self.measured[policy].task(task).successes.mean())
@@ -259,14 +259,14 @@ class _Course:
         return MappingProxyType(best)
 
     def _earlier(self, best: Mapping[str, str]) -> Measurement:
-        """The best that was ever measured on each task set, as if of one policy."""
+        """The best measurement of each task set, combined as if of one policy."""
         first = self.measured["base"]
         return replace(
             first, tasks=tuple(self.measured[best[t.taskset]].task(t.taskset) for t in first.tasks)
         )
 
     def _tried(self) -> frozenset[tuple[str, str]]:
-        """What did not help from the policy that is current, so that it is not tried again."""
+        """Treatments of the current policy that did not help, to be skipped."""
         failed: set[tuple[str, str]] = set()
         for r in self.chart.rounds:
             if r.helped and r.kept:
@@ -284,7 +284,7 @@ class _Course:
             msgspec.yaml.decode(prescription.recipe), Recipe, origin="prescription"
         )
         (stage,) = recipe.stages
-        # Decisions are the loop's: a gate of an earlier stage must not end a later process.
+        # The loop decides: a gate of an earlier stage must not end a later process.
         gates = tuple(_only_warns(gate) for gate in stage.gates)
         name = f"{len(self.chart.rounds) + 1}-{stage.name}"
         stage = msgspec.structs.replace(stage, name=name, init=self._current, gates=gates)
@@ -309,14 +309,14 @@ class _Course:
             f"round {number}: {prescription.title} ({', '.join(prescription.tasks)}), "
             f"{stage.budget.steps} steps from {stage.init}"
         )
-        begun = Round(
+        started = Round(
             number=number,
             treatment=str(prescription.treatment),
             tasks=prescription.tasks,
             bottleneck=prescription.bottleneck,
             stage=stage,
         )
-        self._write(rounds=(*self.chart.rounds, begun))
+        self._write(rounds=(*self.chart.rounds, started))
 
     def _decide(self) -> None:
         last = self.chart.rounds[-1]
@@ -345,7 +345,7 @@ class _Course:
     # --- running and writing -----------------------------------------------------------------
 
     def _run(self) -> None:
-        """Everything that the chart holds; what is finished is not run again."""
+        """Run all stages of the chart; finished ones are no-ops."""
         recipe = msgspec.structs.replace(
             self.ground, stages=tuple(r.stage for r in self.chart.rounds)
         )
@@ -398,13 +398,14 @@ class _Course:
 
 
 def dose(left: float, whole: float) -> float | None:
-    """How much of a prescribed stage to run with so many tokens left; None for nothing.
+    """The share of a prescribed stage to run with the tokens left; None for nothing.
 
     As much as there are tokens for. Where a whole stage would leave less than half of another, it
-    takes that too: a short second stage would have to be looked at, and begins with a high rate.
+    takes that too: a short second stage needs a measurement and starts at a high learning
+    rate.
 
     Args:
-        left: tokens, without those of the look that follows.
+        left: tokens, without those of the measurement that follows.
         whole: tokens that the stage as prescribed would cost.
 
     Example:
@@ -418,7 +419,7 @@ def dose(left: float, whole: float) -> float | None:
 
 
 def _only_new(observe: Observer) -> Observer:
-    """Leaves out what an earlier round has reported already."""
+    """Skips events that an earlier round has already reported."""
     reported = False
 
     def pass_on(event: Event) -> None:
@@ -438,7 +439,7 @@ def _only_warns(gate: Gate) -> Gate:
 
 
 def _length(evidence: Evidence) -> float:
-    """Tokens of an answer, taken a little long: right answers often are."""
+    """Tokens of an answer, overestimated: right answers are often longer."""
     seen = evidence.get("tokens_per_answer")
     return LONGER * seen.value if seen is not None else math.inf
 

@@ -1,4 +1,4 @@
-"""Intervals of means and ratios of values without a largest one: nats, perplexities, errors.
+"""Intervals of means and ratios of unbounded values: nats, perplexities, errors.
 
 per-prompt (part, whole) [P] ──bootstrap-t over prompts──▶ Interval
 
@@ -39,14 +39,14 @@ def ratio_of(
     """Interval of Σ part / Σ whole over prompts, both [P] and resampled together.
 
     Bootstrap-t: in each resample the deviation of the ratio is divided by its own standard error,
-    and the quantiles of that take the place of Student's, whose interval is the least that is
-    given. Simulated with 5 to 32 prompts, the nominal 95 % covers 92-96 % for exponential values
-    and 87-94 % for log-normal ones (σ = 1), where Student's covers 78-92 % and 82-90 %. Long tails
-    that no prompt showed stay invisible.
+    and its quantiles replace Student's; the interval is at least Student's. Simulated with 5 to 32
+    prompts, the nominal 95 % covers 92-96 % for exponential values and 87-94 % for log-normal ones
+    (σ = 1), where Student's covers 78-92 % and 82-90 %. Long tails that no prompt shows are not
+    covered.
 
-    A single prompt gives an infinite interval; equal values a point, which claims what it should
-    only where values cannot differ (a policy against itself). An infinite part is a finding: the
-    value and both ends are infinite.
+    A single prompt gives an infinite interval; equal values a point, which is right only where
+    values cannot differ (a policy against itself). With an infinite part the value and both ends
+    are infinite.
 
     Raises:
         ConfigError: no prompts, NaN, or a ``whole`` that is not positive in sum.
@@ -88,7 +88,7 @@ def _pivots(
     ratios = some.sum(axis=1) / wholes.sum(axis=1)
     rest = some - ratios[:, None] * wholes
     errors = rest.std(axis=1, ddof=1) / (wholes.mean(axis=1) * math.sqrt(num))
-    spread = errors > 1e-9 * error  # resamples of one prompt over and over tell nothing
+    spread = errors > 1e-9 * error  # resamples of a single repeated prompt carry no information
     pivots = (ratios[spread] - value) / errors[spread]
     if not len(pivots):
         return -math.inf, math.inf
