@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: SVG primitives, templates and what all pages share. Knows no run.
+"""Self-contained HTML pages: SVG primitives, templates and shared assets. Independent of runs.
 
 values ──svg.py──▶ drawings ─┐
                              ├─template.py: the caller's template + page.css, page.js──▶ one page

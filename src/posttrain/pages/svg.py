@@ -69,9 +69,9 @@ def figure(
     class_: str = "chart",
     stretch: bool = False,
 ) -> Markup:
-    """A whole drawing, with a name and a description for those who cannot see it.
+    """A whole drawing, with a title and a description for screen readers.
 
-    ``stretch`` lets CSS choose width and height apart, for drawings without text.
+    ``stretch`` lets CSS scale width and height independently, for drawings without text.
     """
     return tag(
         "svg",

@@ -1,6 +1,6 @@
-"""Templates into self-contained pages: style and script inside, and nothing else is allowed in.
+"""Renders templates into self-contained pages, with inline style and script only.
 
-a unit's templates/*.j2 + what all pages share (page.css, page.js, legend.html.j2) ──fill──▶ str
+a unit's templates/*.j2 + shared assets (page.css, page.js, legend.html.j2) ──fill──▶ str
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SHARED = "posttrain.pages"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A part of a page that another unit has written: how its page links to it, and its HTML.
+    """A section of a page from another unit: its link and its HTML.
 
-    ``html`` is one element ``<section id="...">`` with that ident. Whoever makes it has escaped
+    ``html`` is one element ``<section id="...">`` with that ident. Its creator must have escaped
     every string in it, as :func:`fill` does.
     """
 
@@ -43,7 +43,7 @@ def fill(package: str, template: str, *, filters: Mapping[str, Filter], **values
         package: the unit whose folder ``templates`` holds the template.
         template: its file name.
         filters: functions that the template may call.
-        values: what it shows.
+        values: variables of the template.
     """
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""A run as one self-contained HTML page: what every stage did to behaviour, and how sure it is.
+"""A run as one self-contained HTML page: the effect of every stage, with intervals.
 
     run folder ──load.py──▶ RunReport ──render.py──▶ report.html ◀── Section of another unit
 

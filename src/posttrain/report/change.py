@@ -1,4 +1,4 @@
-"""The change chart: what happened to a task set between two policies, in five parts.
+"""The change chart: the change of a task set between two policies, in five parts.
 
 lost │ weakened ┃ sharpened │ newly reachable        kept ░ undetermined      retention ─●─
      ◂ less     0      more ▸
@@ -24,18 +24,18 @@ CLASSES = {
     ChangeKind.LOST: "lost",
     ChangeKind.UNDETERMINED: "undetermined",
 }
-"""What the style sheet calls the parts."""
+"""CSS class of each part."""
 
 LOSSES, GAINS = (
     (ChangeKind.WEAKENED, ChangeKind.LOST),
     (ChangeKind.SHARPENED, ChangeKind.NEWLY_REACHABLE),
 )
-"""From the zero line outwards."""
+"""In order from the zero line outwards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Where things are in a change chart: the zero line, and units per share."""
+    """Layout of a change chart: the zero line, and units per share."""
 
     zero: float
     scale: float
@@ -47,8 +47,8 @@ def change_chart(
 ) -> Markup:
     """Diverging stacked bars per task set: losses to the left of zero, gains to the right.
 
-    Whiskers are the intervals of the part whose end they sit on. Kept and undetermined parts and
-    retention stand apart, since they are neither gain nor loss.
+    Whiskers are the intervals of the part at whose end they are drawn. Kept and undetermined parts
+    and retention are drawn apart, since they are neither gain nor loss.
     """
     extents = [0.25]
     for c in changes:
@@ -65,7 +65,7 @@ def change_chart(
     parts = _change_axis(frame, reach, top, top + row_height * len(changes))
     for i, c in enumerate(changes):
         parts.append(_change_row(c, frame, reach, top + row_height * i))
-    told = "; ".join(
+    description = "; ".join(
         f"{c.task}: "
         + ", ".join(f"{p} {interval_words(c.parts[p])}" for p in ChangeKind)
         + f", retention {interval_words(c.retention)}"
@@ -77,7 +77,7 @@ def change_chart(
         width=360 if narrow else 960,
         height=height,
         title=title,
-        desc=f"{unit}. {told}",
+        desc=f"{unit}. {description}",
         class_="chart tall" if narrow else "chart",
     )
 

@@ -33,7 +33,7 @@ from posttrain.report.numbers import bounds_of, known, value_of
 from posttrain.run.history import Metrics
 
 SHOWN = ("loss", "reward", "entropy", "kl", "grad_norm", "zero_variance", "accuracy")
-"""Metrics worth a curve; a term's own carry its name and a slash before these."""
+"""Metrics with a curve; those of a term have its name and a slash before these."""
 
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 """The group of each name of the clock."""
@@ -83,7 +83,7 @@ def pass_at_k(task: str, policies: Sequence[tuple[str, Curve | None]], *, ident:
     parts.append(label(right, bottom + 30, "k samples (log₂)", "tick", anchor="end"))
     ends: list[tuple[float, str, str]] = []
     final = len(policies) - 1
-    # The middle ones first, so that before and after lie on top of them.
+    # The middle ones first, so that before and after are drawn on top of them.
     for i, name, curve in sorted(curves, key=lambda c: (c[0] in (0, final), c[0])):
         class_ = "before" if i == 0 else "after" if i == final else f"mid m{(i - 1) % 4}"
         points = [(k, rate, v) for k, rate in curve.items() if (v := value_of(rate)) is not None]
@@ -99,12 +99,17 @@ def pass_at_k(task: str, policies: Sequence[tuple[str, Curve | None]], *, ident:
         parts.append(label(right + 25, y + 4, fit(name, 92, 11.5), f"line-label {class_}"))
     if not ends:
         parts.append(label(left + 12, 100, "no pass@k curve was measured", "note"))
-    told = "; ".join(
+    description = "; ".join(
         f"{name}: " + ", ".join(f"pass@{k} {interval_words(i)}" for k, i in curve.items())
         for _, name, curve in curves
     )
     return figure(
-        *parts, ident=ident, width=400, height=228, title=f"pass@k on {task}", desc=told or "empty"
+        *parts,
+        ident=ident,
+        width=400,
+        height=228,
+        title=f"pass@k on {task}",
+        desc=description or "empty",
     )
 
 
@@ -146,8 +151,8 @@ def support_map(
 ) -> Markup:
     """Prompts (columns) by policies (rows). A full cell is in, a thin one out, hatched open.
 
-    Prompts are sorted by their labels, so that one column shows one prompt's whole story and
-    equal stories stand together.
+    Prompts are sorted by their labels, so that a column shows one prompt over all policies and
+    equal columns are adjacent.
 
     Args:
         task: the task set.
@@ -181,7 +186,7 @@ def support_map(
             x += length * step
         num_in = sum(status is Label.IN for _, status in cells)
         parts.append(label(right + 8, y + 14, str(num_in), "ink s num"))
-    told = "; ".join(
+    description = "; ".join(
         f"{name}: " + ", ".join(f"{sum(x is s for x in labels)} {s}" for s in Label)
         for name, labels in policies
     )
@@ -191,7 +196,7 @@ def support_map(
         width=400,
         height=top + row_height * max(len(policies), 1) + 2,
         title=f"Support of {task}: {len(prompts)} prompts by policy",
-        desc=told or "empty",
+        desc=description or "empty",
     )
 
 
@@ -207,7 +212,7 @@ def _cell(status: Label, x: float, y: float, width: float, hint: Sequence[Markup
 
 
 def series(lines: Sequence[Metrics]) -> list[tuple[str, list[tuple[int, float]]]]:
-    """(name, [(step, value)]) of every metric worth a curve, in the order of their appearance.
+    """(name, [(step, value)]) of every metric with a curve, in order of appearance.
 
     Example:
         >>> series([{"step": 0, "loss": 2.0}, {"step": 1, "loss": 1.0, "mine/kl": 0.1}])
@@ -217,7 +222,7 @@ def series(lines: Sequence[Metrics]) -> list[tuple[str, list[tuple[int, float]]]
     shown = []
     for name in found:
         short = name.rpartition("/")[2]
-        by_author = name.startswith("authors/") and short in found  # the same once more
+        by_author = name.startswith("authors/") and short in found  # a duplicate, per author
         if short in SHOWN and not by_author:
             points = [(int(line["step"]), line[name]) for line in lines if name in line]
             shown.append((short.replace("_", " "), points))
@@ -231,7 +236,7 @@ def curve(name: str, points: Sequence[tuple[int, float]], *, ident: str, stage: 
     parts = [label(left, 13, fit(name, 276, 12), "strong s")]
     if not points:
         parts.append(label(left, 60, "no values", "note s"))
-        told = "no values"
+        description = "no values"
     else:
         low, high = min(v for _, v in points), max(v for _, v in points)
         first, last = points[0][0], points[-1][0]
@@ -251,10 +256,12 @@ def curve(name: str, points: Sequence[tuple[int, float]], *, ident: str, stage: 
         parts.append(label(right + 8, spots[-1][1] + 4, end, "strong s num"))
         parts.append(label(left, bottom + 18, f"from {start}, step {first}", "tick"))
         parts.append(label(right, bottom + 18, f"step {last}", "tick", anchor="end"))
-        told = f"from {start} at step {first} to {end} at step {last}, " + (
+        description = f"from {start} at step {first} to {end} at step {last}, " + (
             f"lowest {compact(low)}, highest {compact(high)}"
         )
-    return figure(*parts, ident=ident, width=292, height=112, title=f"{name} of {stage}", desc=told)
+    return figure(
+        *parts, ident=ident, width=292, height=112, title=f"{name} of {stage}", desc=description
+    )
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -288,15 +295,15 @@ def token_bar(
     scale = 1000 / max(total, most, 1)
     parts, x = [rect(0, 0, 1000, 26, "track", rx=3)], 0.0
     for kind, words, tokens, discarded in counts:
-        width, told = tokens * scale, f"{words}: {tokens:,} tokens"
-        hint = tag("title", f"{told}, discarded" if discarded else told)
+        width, description = tokens * scale, f"{words}: {tokens:,} tokens"
+        hint = tag("title", f"{description}, discarded" if discarded else description)
         parts.append(rect(x, 0, width - 1.5, 26, f"kind {kind.value}", hint))
         if discarded:
             parts.append(rect(x, 0, width - 1.5, 26, "discarded", hint))
         x += width
-    told = ", ".join(f"{w} {n:,}{' discarded' if d else ''}" for _, w, n, d in counts)
+    description = ", ".join(f"{w} {n:,}{' discarded' if d else ''}" for _, w, n, d in counts)
     return figure(
-        *parts, ident=ident, width=1000, height=26, title=title, desc=told or "no tokens",
+        *parts, ident=ident, width=1000, height=26, title=title, desc=description or "no tokens",
         class_="bar",
         stretch=True,
     )  # fmt: skip
@@ -316,9 +323,9 @@ def time_bar(seconds: Mapping[str, float], *, ident: str, title: str, most: floa
         class_ = f"time {GROUP_OF[name].replace(' ', '-')}"
         drawn.append(rect(x, 0, width - 1.5, 26, class_, tag("title", words)))
         x += width
-    told = ", ".join(f"{name} {duration(amount)}" for name, amount in seconds.items())
+    description = ", ".join(f"{name} {duration(amount)}" for name, amount in seconds.items())
     return figure(
-        *drawn, ident=ident, width=1000, height=26, title=title, desc=told or "no times",
+        *drawn, ident=ident, width=1000, height=26, title=title, desc=description or "no times",
         class_="bar",
         stretch=True,
     )  # fmt: skip

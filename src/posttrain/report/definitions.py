@@ -1,4 +1,4 @@
-"""What the words of a report mean, as the page itself says it."""
+"""Definitions of the terms of a report, as shown on the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One sentence that says what a run did, made from measured numbers only.
+"""One sentence on the effect of a run, from measured numbers only.
 
 A change is only claimed when the interval of its part excludes zero and the part is material. The
 numbers behind it are pass@1 before and after, with the interval of the latter.
@@ -20,7 +20,7 @@ MOSTLY = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clause:
-    """What happened to one task set. ``tone`` is gain, same, open or loss."""
+    """The change of one task set. ``tone`` is gain, same, open or loss."""
 
     task: str
     words: str
@@ -39,13 +39,13 @@ class Headline:
     @property
     def text(self) -> str:
         """The whole sentence."""
-        told = [f"{c.task} {c.words} ({c.numbers})" for c in self.clauses]
-        body = " " + _join(told) if told else ""
+        clauses = [f"{c.task} {c.words} ({c.numbers})" for c in self.clauses]
+        body = " " + _join(clauses) if clauses else ""
         return f"{self.opening}{body}{self.closing}"
 
 
 def headline(report: RunReport) -> Headline:
-    """The sentence for a run: gains first, then what stayed, then losses."""
+    """The sentence for a run: gains first, then unchanged task sets, then losses."""
     policies = report.policies
     if not policies or not report.tasks:
         return Headline(

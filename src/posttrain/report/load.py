@@ -1,4 +1,4 @@
-"""From a run folder to what its report shows.
+"""From a run folder to the content of its report.
 
 RunHistory ──statistics, tokens as text──▶ RunReport ──render──▶ report.html
 """
@@ -27,7 +27,7 @@ from posttrain.run.store import read_trajectories, read_uses
 SAMPLES_PER_STAGE = 4
 
 SectionOf = Callable[[RunFolder], Section | None]
-"""What another unit has to say about a run folder; None for a folder that it knows nothing of."""
+"""Another unit's section on a run folder; None for a folder that it does not apply to."""
 
 
 def write_report(out: Path, *, sections: Sequence[SectionOf] = ()) -> Path:
@@ -35,7 +35,7 @@ def write_report(out: Path, *, sections: Sequence[SectionOf] = ()) -> Path:
 
     Args:
         out: the run folder.
-        sections: asked for a part of the page each, to stand after the summary.
+        sections: functions that each give a section of the page, after the summary.
 
     Raises:
         ConfigError: ``out`` is not a run folder.

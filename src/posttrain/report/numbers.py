@@ -30,5 +30,5 @@ def bounds_of(of: Bounded | None) -> tuple[float, float] | None:
 
 
 def amount(of: Bounded | None) -> float:
-    """How long to draw it: nothing for a number that is not known."""
+    """The length to draw: 0 for an unknown number."""
     return value_of(of) or 0.0

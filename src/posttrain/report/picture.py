@@ -3,7 +3,7 @@
     [base] ──▶ [1 expand] ──▶ [2 reshape] ──▶ …          one row, or one column on a narrow screen
          ╰╌╌╌╌╌ teacher ╌╌╌╌╌╌╌╌▲
 
-A box says who wrote the training tokens, the method, what was intended and what was measured.
+A box shows the authors of the training tokens, the method, the intended and the measured role.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def role_glyph(role: MeasuredRole, x: float, y: float) -> Markup:
 
 
 def _teachers(report: RunReport, base: Box, boxes: list[Box], vertical: bool) -> list[Markup]:
-    """Dashed arrows: from an earlier box, or from outside for a policy the picture has not."""
+    """Dashed arrows: from an earlier box, or from outside for a policy without a box."""
     places = {"base": base} | {s.record.name: b for s, b in zip(report.stages, boxes, strict=True)}
     parts: list[Markup] = []
     for stage, box in zip(report.stages, boxes, strict=True):

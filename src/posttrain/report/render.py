@@ -2,8 +2,8 @@
 
     RunReport, sections ──▶ headline, drawings ──▶ report.html.j2 (autoescape) ──▶ str
 
-The page loads nothing: its style, script and drawings are inside it, and a content security
-policy refuses everything else. It reads fully without the script.
+The page loads nothing: its style, script and drawings are inline, and a content security policy
+refuses everything else. It is complete without the script.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ SURE, UNSURE = 0.5, 0.1
 """A sampled token at or above SURE is unmarked; below UNSURE it is marked as a surprise."""
 
 UNIT = "share of samples on held-out prompts that succeed (pass@1)"
-"""What the parts of a change are shares of."""
+"""The unit of the parts of a change."""
 
 UNCLEAR = 0.05
-"""A change that could not be attributed is warned of when it is larger than this."""
+"""An unattributed change larger than this gives a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class AccountPanel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimePanel:
-    """One stage of where the time went: the bar, and (work, seconds, share) behind it."""
+    """One stage of the time accounting: the bar, and (work, seconds, share) behind it."""
 
     stage: str
     bar: Markup
@@ -114,7 +114,7 @@ class TimePanel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """What the template places beside the report itself: drawings, tables and sentences."""
+    """Values of the template besides the report: drawings, tables and sentences."""
 
     headline: Headline
     warnings: tuple[str, ...]
@@ -145,8 +145,8 @@ def render(report: RunReport, *, sections: Sequence[Section] = ()) -> str:
     Every string of the report is escaped, in the text and in the drawings.
 
     Args:
-        report: what to show.
-        sections: what other units have to say about this run, to stand after the summary.
+        report: the run.
+        sections: sections of other units on this run, placed after the summary.
 
     Example:
         >>> from posttrain.recipe import Recipe
@@ -257,7 +257,7 @@ def _passes(policies: Sequence[PolicyReport], task: str, index: int) -> PassPane
 
 
 def _support(policies: Sequence[PolicyReport]) -> Iterator[tuple[str, int, Markup]]:
-    """(task set, number of prompts, map) for what the base was measured on."""
+    """(task set, number of prompts, map) for the task sets of the base's measurement."""
     for i, first in enumerate(policies[0].tasks if policies else ()):
         rows = [(p.name, m.labels) for p in policies if (m := p.task(first.task)) is not None]
         drawing = support_map(first.task, first.prompts, rows, ident=f"sup-{i}")
@@ -361,16 +361,16 @@ _MISSED = {
     "roll_back": ("rolled back", "↶"),
     "branch": ("branched", "↳"),
 }
-"""What a gate that did not pass did, and its mark."""
+"""The action of a gate that did not pass, and its mark."""
 
 
 def _outcome(decided: GateRecord) -> tuple[str, str]:
-    """What came of a gate, and its mark."""
+    """The outcome of a gate, and its mark."""
     return ("passed", "✓") if decided.passed else _MISSED[decided.gate.otherwise]
 
 
 def _glyph(role: MeasuredRole | str) -> Markup:
-    """The mark of a role, decorative: the word stands beside it."""
+    """The mark of a role, decorative: the word is next to it."""
     drawn = role_glyph(MeasuredRole(role), 8, 8)
     return Markup('<svg class="mark" viewBox="0 0 16 16" aria-hidden="true">{}</svg>').format(drawn)
 
@@ -388,7 +388,7 @@ def _pieces(sample: Sample) -> list[tuple[Span, list[tuple[str, float | None]]]]
 
 
 def _surprise(logprob: float | None) -> str:
-    """CSS class of a token by how likely its author found it."""
+    """CSS class of a token by its log-prob under its author."""
     if logprob is None or not math.isfinite(logprob):
         return "tok"
     likely = math.exp(min(logprob, 0.0))

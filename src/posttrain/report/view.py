@@ -1,11 +1,11 @@
-"""What one report shows: a run as read from its folder, with what follows from its numbers.
+"""The content of a report: a run as read from its folder, with derived statistics.
 
     run folder ──run/history.py──▶ RunHistory ──load.py──▶ RunReport ──render.py──▶ report.html
 
-Nothing here copies a domain type: a :class:`RunReport` gathers them, so that a page is a pure
-function of one value, with no file left to read and no statistic to compute. It may be
-incomplete: an empty tuple, ``None`` or a number that is not finite means "not measured", and the
-page says so or leaves the part out; it never shows a zero in its place.
+Nothing here copies a domain type: a :class:`RunReport` holds them, so that a page is a pure
+function of one value, without reading files or computing statistics. It may be incomplete: an
+empty tuple, ``None`` or a number that is not finite means "not measured", and the page says so or
+leaves the part out; it never shows a zero instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from posttrain.run.ledger import Record, Verified
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
-    """A trajectory to read: ``texts`` [T] holds every token as text."""
+    """A trajectory to show: ``texts`` [T] holds every token as text."""
 
     trajectory: Trajectory
     texts: tuple[str, ...]
@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageReport:
-    """One stage: its record, what it did, and some of what it saw."""
+    """One stage: its record, its effect, and some samples."""
 
     record: StageHistory
     roles: tuple[tuple[str, MeasuredRole], ...] = ()  # by task set, as measured
@@ -55,7 +55,7 @@ class PolicyReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunReport:
-    """Everything a page shows. ``policies`` starts with the base, in the order of the stages."""
+    """The content of a page. ``policies`` starts with the base, in the order of the stages."""
 
     recipe: Recipe
     machine: str  # in words
@@ -69,7 +69,7 @@ class RunReport:
 
     @property
     def base_model(self) -> str:
-        """The base model as a reader knows it: the last part of a path or hub id."""
+        """The base model's short name: the last part of a path or hub id."""
         return Path(self.recipe.model).name
 
     @property

@@ -1,4 +1,4 @@
-"""The waterfall: how a task set's pass@1 got from one policy's to a later one's, step by step.
+"""The waterfall chart: a task set's pass@1 from one policy to a later one, part by part.
 
 1 ┤              ┌────┐                    ┌───┐
   │       ┌────┐─┘    └─┐────┐             │   │
@@ -28,7 +28,7 @@ BAR = 34.0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One column: which way the part goes, and what stands below it, one line per entry."""
+    """One column: the sign of the part, and its label, one line per entry."""
 
     part: ChangeKind
     sign: int
@@ -42,13 +42,13 @@ STEPS = (
     Step(ChangeKind.LOST, -1, ("lost",)),
     Step(ChangeKind.UNDETERMINED, 1, ("undeter-", "mined")),
 )
-"""The parts between before and after, in the order they are drawn; together the difference."""
+"""The parts between before and after, in drawing order; they sum to the difference."""
 
 
 def waterfall(change: Attribution, *, before: str, after: str, ident: str) -> Markup | None:
     """One task set's waterfall; None when pass@1 on either side is not known.
 
-    A whisker is the interval of its own part, seen from where that part starts.
+    A whisker is the interval of its part, from the start of that part's bar.
     """
     level = value_of(change.before)
     if level is None or value_of(change.after) is None:
@@ -63,14 +63,14 @@ def waterfall(change: Attribution, *, before: str, after: str, ident: str) -> Ma
         level = end
     parts.append(_joint(6, level))
     parts += _end(6, change.after, "after")
-    told = ", ".join(f"{s.part} {interval_words(change.parts[s.part])}" for s in STEPS)
+    description = ", ".join(f"{s.part} {interval_words(change.parts[s.part])}" for s in STEPS)
     return figure(
         *parts,
         ident=ident,
         width=RIGHT + 2,
         height=BOTTOM + 34,
         title=f"{change.task}: pass@1 from {before} to {after}",
-        desc=f"before {interval_words(change.before)}, {told}, "
+        desc=f"before {interval_words(change.before)}, {description}, "
         f"after {interval_words(change.after)}",
     )
 
@@ -93,7 +93,7 @@ def _axis() -> Sequence[Markup]:
 
 
 def _joint(column: int, level: float) -> Markup:
-    """The thin line that carries a level over to the next column."""
+    """The thin line that connects a level to the next column."""
     start = _middle(column - 1) + BAR / 2
     return line(start, _y(level), _middle(column) - BAR / 2, _y(level), "joint")
 
@@ -118,7 +118,7 @@ def _end(column: int, rate: Interval, name: str) -> list[Markup]:
 
 
 def _step(column: int, step: Step, part: Interval, start: float, end: float) -> list[Markup]:
-    """A floating bar; one that is nothing is only the line of its level."""
+    """A floating bar; a part of zero is only the line of its level."""
     x, value = _middle(column), value_of(part)
     high, low = max(start, end), min(start, end)
     class_ = f"part {CLASSES[step.part]}"
@@ -130,14 +130,14 @@ def _step(column: int, step: Step, part: Interval, start: float, end: float) -> 
         high, low = max(high, *bounds), min(low, *bounds)
     said = "?" if value is None else _signed(end - start)
     above = _y(high) - 6
-    # Without room above, the number stands below.
+    # Without room above, the number goes below.
     y = above if above > 10 else _y(low) + 13
     parts.append(label(x, y, said, "ink s", anchor="middle"))
     return parts + _named(column, step.words, "tick tight")
 
 
 def _signed(amount: float) -> str:
-    """An amount with its sign; what rounds to nothing has none.
+    """An amount with its sign; none when it rounds to 0.
 
     Example:
         >>> _signed(0.481), _signed(-0.02), _signed(-0.001)

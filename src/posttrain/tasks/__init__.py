@@ -1,1 +1,1 @@
-"""Task sets: prompts with a scorer, split into what may be trained on and what only measures."""
+"""Task sets: prompts with a scorer, split into training and held-out prompts."""

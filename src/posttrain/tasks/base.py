@@ -1,4 +1,4 @@
-"""What a recipe says of a task set, and how it is built.
+"""The specification of a task set in a recipe, and how it is built.
 
 tasks: {sums: {type: jsonl, path: ...}} ──build(name)──▶ TaskSet: train, held_out, score
 """
@@ -14,7 +14,7 @@ from posttrain.parts.registry import known, snake_case
 
 
 class TaskSetSpec(Config, tag=snake_case, tag_field="type"):
-    """Where a task set comes from. A score of ``success`` or more counts as solved."""
+    """The specification of a task set. A score of ``success`` or more counts as solved."""
 
     role: ClassVar[str] = "task_set"
 
@@ -29,14 +29,14 @@ class TaskSetSpec(Config, tag=snake_case, tag_field="type"):
         raise NotImplementedError
 
     def located(self, root: Path) -> TaskSetSpec:
-        """The same with absolute paths, for a recipe that lies elsewhere."""
+        """The same with absolute paths, for a recipe in another folder."""
         return self
 
     def build(self, name: str, *, root: Path, chat: bool) -> TaskSet:
         """The task set.
 
         Args:
-            name: what the recipe calls it; the first half of every task key.
+            name: its name in the recipe; the prefix of every task key.
             root: the recipe's folder; paths are relative to it.
             chat: make each text prompt one user message. False keeps plain text, for models
                 without a chat template.

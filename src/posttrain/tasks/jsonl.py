@@ -1,4 +1,4 @@
-"""Task sets from a JSONL file of prompts and answers, judged by a reward function.
+"""Task sets from a JSONL file of prompts and answers, scored by a reward function.
 
 rows ──distinct prompts──▶ tasks ──▶ train: all but the last, held_out: the last N
 """
@@ -29,11 +29,11 @@ _RESERVED = frozenset({"prompts", "completions"})
 
 @part
 class JsonlTasks(TaskSetSpec, tag="jsonl"):
-    """Rows of prompt (text or messages) and answer, judged by a reward function.
+    """Rows of prompt (text or messages) and answer, scored by a reward function.
 
     ``reward`` is a built-in name (``exact``, ``number``) or ``file.py:function``, a function
     ``(prompts, completions, **columns) -> list[float]``. The last ``held_out`` rows, after
-    removing duplicates, are kept for measuring.
+    removing duplicates, are held out for measuring.
     """
 
     path: str
@@ -64,7 +64,7 @@ class JsonlTaskSet:
     """Rows ``{"prompt": text or messages, "answer": text, …}`` with a reward function.
 
     A prompt that occurs twice counts once, the first time, so no held-out prompt is in
-    ``train``. Other columns are handed to the reward function.
+    ``train``. Other columns are passed to the reward function.
 
     Raises:
         DataError: the file or a row is malformed; names the file and the row.
@@ -85,7 +85,7 @@ class JsonlTaskSet:
 
     @property
     def name(self) -> str:
-        """What the recipe calls it."""
+        """Its name in the recipe."""
         return self._name
 
     @property
@@ -95,7 +95,7 @@ class JsonlTaskSet:
 
     @property
     def held_out(self) -> Sequence[Task]:
-        """The last rows of the file, which only probes may use."""
+        """The last rows of the file, for measuring only."""
         return self._held_out
 
     @property
@@ -119,7 +119,7 @@ class JsonlTaskSet:
         """The reward function's score of each completion, in one call.
 
         Raises:
-            TaskError: a task of another set, or a reward function that misbehaves.
+            TaskError: a task of another set, or an invalid result of the reward function.
         """
         if len(tasks) != len(completions):
             raise TaskError(f"{len(tasks)} tasks and {len(completions)} completions")
@@ -152,7 +152,7 @@ class JsonlTaskSet:
         for number, row in rows:
             task = self._task(row, place=f"{self._path}, row {number}")
             columns.update(dict.fromkeys(task.columns))
-            # Keys are short hashes: a prompt whose key is taken could not be told apart later.
+            # Keys are short hashes: two prompts with one key would be indistinguishable.
             if task.prompt in seen or task.key in self._prompts:
                 continue
             seen.add(task.prompt)

@@ -27,11 +27,11 @@ from posttrain.parts.registry import part
 from posttrain.tasks.base import TaskSetSpec
 
 _OWN_OPTIONS = frozenset({"size", "seed"})
-_PATIENCE = 20  # items looked at per task wanted, before a question space counts as too small
+_PATIENCE = 20  # items examined per requested task, before the question space counts as too small
 _NUM_PROBED = 8  # tasks whose own answer is scored when the set is built
 
-# What generators raise on a configuration they cannot serve, and what scorers raise when they
-# parse an answer that is not one (int("abc"), a missing key, "1/0").
+# Raised by generators for an invalid configuration, and by scorers that fail to parse an answer
+# (int("abc"), a missing key, "1/0").
 _LIBRARY_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -48,7 +48,7 @@ PlainValue = str | int | float | bool | None
 
 @part
 class ReasoningGym(TaskSetSpec):
-    """A generator of the reasoning-gym library, judged by the library's own scorer."""
+    """A generator of the reasoning-gym library, scored by the library's own scorer."""
 
     dataset: str
     config: dict[str, PlainValue | list[PlainValue]] = msgspec.field(default_factory=dict)
@@ -57,7 +57,7 @@ class ReasoningGym(TaskSetSpec):
     seed: int = 0
 
     def identity(self, root: Path) -> dict[str, object]:
-        """Its options: the library's version is pinned by whoever installs it."""
+        """Its options; the library's version is pinned by the installation, not here."""
         return plain(self)
 
     def build(self, name: str, *, root: Path, chat: bool) -> ReasoningGymTaskSet:
@@ -66,7 +66,7 @@ class ReasoningGym(TaskSetSpec):
 
 
 class _Generator(Protocol):
-    """What is used of a reasoning-gym dataset."""
+    """The used interface of a reasoning-gym dataset."""
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
@@ -99,7 +99,7 @@ class ReasoningGymTaskSet:
 
     @property
     def name(self) -> str:
-        """What the recipe calls it."""
+        """Its name in the recipe."""
         return self._name
 
     @property
@@ -109,7 +109,7 @@ class ReasoningGymTaskSet:
 
     @property
     def held_out(self) -> Sequence[Task]:
-        """Distinct questions that only probes may use."""
+        """Distinct questions, for measuring only."""
         return self._held_out
 
     @property
@@ -149,8 +149,8 @@ class ReasoningGymTaskSet:
         try:
             score = self._generator.score_answer(answer=completion, entry=entry)
         except _LIBRARY_ERRORS:
-            # The scorer could not read the completion as an answer, so it is a wrong answer. That
-            # the scorer works at all was checked on the library's own answers.
+            # The scorer failed to parse the completion, so it is a wrong answer. That the scorer
+            # works was checked on the library's own answers.
             return 0.0
         if not isinstance(score, Real) or not math.isfinite(score):
             raise TaskError(
@@ -167,7 +167,7 @@ class ReasoningGymTaskSet:
         for entry in self._items():
             question = str(entry["question"])
             task = self._task(question, entry)
-            # Keys are short hashes: two questions may share one, and the first one keeps it.
+            # Keys are short hashes: of two questions with one key the first is used.
             taken = self._entries.setdefault(task.key, entry)
             if question in held_out or taken["question"] != question:
                 continue
@@ -208,8 +208,7 @@ class ReasoningGymTaskSet:
         )
 
     def _check_scorer(self) -> None:
-        """Score the library's own answers, so that a scorer that always raises is not mistaken
-        for a learner that is always wrong."""
+        """Score the library's own answers, to detect a scorer that always raises."""
         for task in (*self._held_out, *self._train)[:_NUM_PROBED]:
             entry = self._entries[task.key]
             try:

@@ -27,7 +27,7 @@ import numpy as np
 
 from posttrain.core.errors import TaskError, nearest
 
-# The sign belongs to the number only where it is no minus between two operands.
+# A sign belongs to the number unless it is a minus between two operands.
 _NUMBER = re.compile(
     r"(?:(?<![\w)])[-+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
     r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|(?:(?<![\w)])[-+])?\.[0-9]+"
@@ -43,7 +43,7 @@ class RewardFunction(Protocol):
 
 
 def exact(prompts: list[object], completions: list[str], **columns: list[object]) -> list[float]:
-    """1 where the completion is the answer, apart from space around them; 0 elsewhere.
+    """1 where the stripped completion equals the stripped answer; 0 elsewhere.
 
     Example:
         >>> exact(["1+1="], [" 2\\n"], answer=["2"])
@@ -130,9 +130,9 @@ def _load(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} is not a Python file", expected="file.py:function")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles of the file look themselves up here
+    sys.modules[name] = module  # dataclasses and pickles of the file need it here
     try:
-        # Not through the loader: its .pyc could outlive an edit, and would litter the folder.
+        # Not through the loader: its .pyc could become stale, and would be left in the folder.
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     except Exception as error:
         del sys.modules[name]
@@ -150,11 +150,11 @@ def call_reward(
     completions: list[str],
     columns: Mapping[str, list[object]],
 ) -> list[float]:
-    """Call a reward function and hold it to its promise: one finite number per completion.
+    """Call a reward function and check its result: one finite number per completion.
 
     Raises:
         TaskError: it raised, or returned the wrong number or kind of scores; names the
-            function, what came back and the row.
+            function, its result and the row.
     """
     try:
         scores: object = reward(prompts, completions, **columns)
