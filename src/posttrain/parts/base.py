@@ -2,12 +2,12 @@
 
     Source ──draws──▶ groups ──Signal──▶ columns beside them ──pack──▶ Term ──sum──▶ loss
 
-A part is one class: fields are the options of a recipe, class variables and properties say what it
-needs and gives, methods compute. Whoever plans, builds or runs a stage asks the part, and knows no
-part by name. The decorator :func:`posttrain.parts.registry.part` makes a class known to recipes,
-under its name in snake case.
+A part is one class: fields are the options of a recipe, class variables and properties declare
+what it needs and provides, methods compute. Code that plans, builds or runs a stage calls these,
+and knows no part by name. The decorator :func:`posttrain.parts.registry.part` registers a class
+for recipes, under its name in snake case.
 
-No module of parts loads PyTorch when it is imported: what computes with tensors takes it from
+No module of parts imports PyTorch at import time: tensor code takes it from
 :mod:`posttrain.core.lazy`.
 """
 
@@ -45,21 +45,21 @@ PolicyRef = str
 LEARNER: PolicyRef = "learner"
 
 Aggregate = Literal["token_mean", "sequence_mean", "sequence_sum"]
-"""``token_mean``: every token counts alike. ``sequence_mean``: every sequence counts alike,
+"""``token_mean``: every token has equal weight. ``sequence_mean``: every sequence has equal weight,
 its tokens are averaged first. ``sequence_sum``: a sequence's tokens are summed and the sums
 averaged, so a token's weight does not depend on any length; this is the gradient of an expected
 reward, and with the weight 1 / (longest answer) it is Dr.GRPO's division by a constant. The choice
 changes the objective (survey section 5, trap 3)."""
 
 Unit = Literal["token", "step", "sequence", "pair"]
-"""What one number of a loss belongs to."""
+"""The unit of one value of a loss."""
 
 Columns = frozenset[Column]
 NONE: Columns = frozenset()
 
 
 class Part(Config, tag=snake_case, tag_field="type"):
-    """What sources, signals, terms and methods share.
+    """Base class of sources, signals, terms and methods.
 
     ``formula`` and ``paper`` (an arXiv number, or words) are shown by ``posttrain methods``.
     """
@@ -67,11 +67,11 @@ class Part(Config, tag=snake_case, tag_field="type"):
     role: ClassVar[str]
     formula: ClassVar[str] = ""
     paper: ClassVar[str] = "-"
-    may_ask_learner: ClassVar[bool] = False  # else only frozen policies can be referred to
-    in_words: ClassVar[str] = ""  # how lists of options call it, if not by its tag
+    may_ask_learner: ClassVar[bool] = False  # else references must be frozen policies
+    in_words: ClassVar[str] = ""  # its name in lists of options, if not its tag
 
     def references(self) -> tuple[PolicyRef, ...]:
-        """Policies that the part asks. They count in the stage's identity."""
+        """Policies that the part uses. They are part of the stage's identity."""
         return ()
 
     def scorers(self) -> tuple[PolicyRef, ...]:
@@ -79,10 +79,9 @@ class Part(Config, tag=snake_case, tag_field="type"):
         return ()
 
     def check(self, scene: Scene) -> None:
-        """Refuse a stage in which the part cannot do what it claims.
+        """Refuse a stage in which the part cannot work.
 
-        Needs, authors and group sizes are checked for every part; here a part adds what only it
-        knows.
+        Needs, authors and group sizes are checked for every part; this adds the part's own checks.
 
         Raises:
             LegalityError: what was found, what was expected, what to do.
@@ -91,7 +90,7 @@ class Part(Config, tag=snake_case, tag_field="type"):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ground:
-    """What is known before a model is loaded: its tokenizer, its context, and the task sets."""
+    """Planning facts, known before a model is loaded: tokenizer, context and task sets."""
 
     root: Path  # the recipe's folder
     renderer: Renderer
@@ -105,8 +104,8 @@ class Ground:
 class Source(Part):
     """Where trajectories come from.
 
-    A source inside of others is one of their ``leaves``: a leaf draws by itself. The properties
-    speak of everything that it draws.
+    A source inside another is one of its ``leaves``: a leaf draws by itself. The properties
+    describe everything that it draws.
     """
 
     role: ClassVar[str] = "source"
@@ -115,46 +114,46 @@ class Source(Part):
 
     @property
     def writes(self) -> frozenset[Kind]:
-        """Who authors the tokens that can be trained."""
+        """Kinds of author of the trainable tokens."""
         raise NotImplementedError
 
     @property
     def provides(self) -> Columns:
-        """Columns that stand beside everything it draws."""
+        """Columns of everything it draws."""
         return frozenset.intersection(*(self.provides_for(kind) for kind in self.writes))
 
     def provides_for(self, kind: Kind) -> Columns:
-        """Columns that stand beside what this author wrote."""
+        """Columns of what this author wrote."""
         raise NotImplementedError
 
     @property
     def leaves(self) -> tuple[Source, ...]:
-        """The sources inside that draw by themselves; itself for most."""
+        """The sources inside that draw by themselves; for most, the source itself."""
         return (self,)
 
     @property
     def leaf_shares(self) -> tuple[float, ...]:
-        """What share of all groups each leaf draws."""
+        """The share of all groups that each leaf draws."""
         return (1.0,)
 
     @property
     def judged_by(self) -> tuple[Signal, ...]:
-        """Signals that decide inside of the source what it hands out."""
+        """Signals inside the source that decide which groups it returns."""
         return ()
 
     @property
     def draws_from(self) -> tuple[str, ...]:
-        """Task sets of the recipe whose prompts it answers."""
+        """Task sets of the recipe whose prompts it draws."""
         return ()
 
     @property
     def row_names(self) -> tuple[str, ...]:
-        """First halves of the keys of the tasks it draws: of task sets, or of a data set."""
+        """Prefixes of the task keys it draws: names of task sets, or of a data set."""
         return self.draws_from
 
     @property
     def sampled(self) -> SamplingSpec | None:
-        """How a policy is sampled; None where nothing is sampled."""
+        """Decoding of the sampled policy; None where nothing is sampled."""
         return None
 
     @property
@@ -174,12 +173,12 @@ class Source(Part):
 
     @property
     def longest(self) -> int | None:
-        """Most tokens of an answer, where the source bounds them."""
+        """Maximum tokens of an answer, where the source bounds them."""
         return None
 
     @property
     def origin(self) -> str:
-        """In words, where its trajectories come from."""
+        """The origin of its trajectories, in words."""
         raise NotImplementedError
 
     def identity(self, root: Path) -> dict[str, object]:
@@ -199,11 +198,11 @@ class Source(Part):
         return None
 
     def tokens(self, groups: float, ground: Ground) -> tuple[float, float]:
-        """(prompt, completion) tokens of so many groups of a leaf; the most where unknown."""
+        """(prompt, completion) tokens of that many groups of a leaf; upper bounds where unknown."""
         raise NotImplementedError
 
     def open(self, tools: Tools, *, seed: int) -> Stream:
-        """The source at work.
+        """The stream of groups of this source.
 
         Args:
             tools: policies, task sets and files of the stage.
@@ -216,13 +215,12 @@ class Source(Part):
 
 
 class Signal(Part):
-    """An opinion on groups, written as columns beside them, before the update.
+    """Scores groups before the update, and writes the scores as columns.
 
-    ``judges``: it says what an answer is worth (``REWARD``). ``sieves``: it decides without asking
-    a policy what is worth training on, so a source may use it to draw again. ``untempered``: it
-    compares log-probs of what was sampled with others at temperature 1. ``remembered``: it asks
-    frozen policies for log-probs of the written tokens, which are the same when the trajectory
-    comes again.
+    ``judges``: it writes the reward of an answer (``REWARD``). ``sieves``: it selects what to train
+    on without using a policy, so a source may use it to redraw. ``untempered``: it compares
+    log-probs of sampled tokens with others at temperature 1. ``remembered``: it computes log-probs
+    of the tokens under frozen policies, which can be cached by trajectory.
     """
 
     role: ClassVar[str] = "signal"
@@ -233,7 +231,7 @@ class Signal(Part):
 
     @property
     def needs(self) -> Columns:
-        """Columns that must stand beside the groups already."""
+        """Columns that the groups must have already."""
         return NONE
 
     @property
@@ -243,25 +241,25 @@ class Signal(Part):
 
     @property
     def min_group(self) -> int:
-        """Members that a group must have, because they are compared with each other."""
+        """Minimum members of a group, where they are compared with each other."""
         return 1
 
     @property
     def distributions_of(self) -> tuple[PolicyRef, ...]:
-        """Policies whose whole next-token distribution it hands on, and does nothing else with."""
+        """Policies whose full next-token distribution it only passes on."""
         return ()
 
     @property
     def num_entries(self) -> int | None:
-        """Entries of a distribution per token, where it keeps only the likeliest."""
+        """Entries of a distribution per token, where it keeps only the top k."""
         return None
 
     def trained_share(self, members: int) -> float:
-        """The most of a group of so many members that it leaves to be trained on."""
+        """Maximum share of a group of that many members that it leaves to train on."""
         return 1.0
 
     def prepare(self, tools: Tools) -> None:
-        """Refuse, before anything is drawn, what could not be scored later.
+        """Load and check what scoring needs, before anything is drawn.
 
         Raises:
             PosttrainError: what was found, what was expected, what to do.
@@ -273,7 +271,7 @@ class Signal(Part):
 
 
 def bound(signal: Signal, tools: Tools) -> Score:
-    """A signal at work in a stage, after it has refused what it could not score."""
+    """The scoring function of a prepared signal in a stage."""
     signal.prepare(tools)
 
     def score(groups: Sequence[Group]) -> Sequence[Group]:
@@ -286,11 +284,11 @@ def bound(signal: Signal, tools: Tools) -> Score:
 
 
 class Limit(Config):
-    """Which of the units that a term may read it does read; ``where`` limits by author.
+    """Restricts the units that a term reads; ``where`` restricts by author.
 
-    ``entropy_share`` keeps, *in every sequence*, the ⌈share · n⌉ of its n readable tokens at which
-    the policy is least sure. It costs nothing, since the choice depends on nothing outside of the
-    sequence. The price: a sequence that is sure throughout still keeps its share.
+    ``entropy_share`` keeps, *in every sequence*, the ⌈share · n⌉ of its n readable tokens with the
+    highest entropy. It needs no extra pass, since the choice depends on the sequence only. But a
+    sequence of low entropy still keeps its share.
 
     ``marked`` keeps tokens that a signal marked: ``mark_entropy`` compares those of a whole draw,
     as papers do (arXiv 2506.01939), in a pass over the draw before its first update.
@@ -298,8 +296,8 @@ class Limit(Config):
     ``rewards: positive`` keeps sequences with a reward above 0, ``negative`` all others (a
     verifier's 0 is negative).
 
-    ``preference`` keeps the chosen, or the rejected, answers of pairs: cross-entropy on chosen
-    answers is what several methods add to a loss on pairs.
+    ``preference`` keeps the chosen, or the rejected, answers of pairs: several methods add
+    cross-entropy on chosen answers to a loss on pairs.
     """
 
     entropy_share: float | None = None
@@ -316,7 +314,7 @@ class Limit(Config):
 
     @property
     def needs(self) -> Columns:
-        """Columns that the limit itself reads."""
+        """Columns that the limit reads."""
         by_reward = NONE if self.rewards == "any" else frozenset({Column.REWARD})
         by_pair = NONE if self.preference == "any" else frozenset({Column.PREFERENCE})
         return by_reward | by_pair | (frozenset({Column.MARK}) if self.marked else NONE)
@@ -347,29 +345,29 @@ class WeightSchedule(Config):
 
 
 Stats = Mapping[Wanted, "Tensor"]
-"""What a term reads of the policy: float32 [N] each, N trained tokens."""
+"""The policy's statistics that a term reads: float32 [N] each, N trained tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Values:
-    """A term's loss per unit, and what to show: numbers per unit, averaged like the loss."""
+    """A term's loss per unit, and its metrics: numbers per unit, averaged like the loss."""
 
     loss: Tensor
     shown: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Term(Part):
-    """A loss per token, step, sequence or pair, and its share in the objective.
+    """A loss per token, step, sequence or pair, and its weight in the objective.
 
-    ``where`` limits the authors whose tokens it reads; empty means all that it accepts. Each term
-    is averaged over its own units, in :mod:`posttrain.training.reduce` and nowhere else.
+    ``where`` restricts the authors whose tokens it reads; empty means all that it accepts. Terms
+    are averaged over their own units, in :mod:`posttrain.training.reduce` and nowhere else.
     ``reads`` names statistics of the policy; they carry the gradient. Columns are constants.
     """
 
     role: ClassVar[str] = "term"
     unit: ClassVar[Unit] = "token"
-    accepts: ClassVar[frozenset[Kind]] = ANYONE  # authors on whose tokens it means what it says
-    by_divergence: ClassVar[bool] = False  # of a teacher it reads divergences, and no log-probs
+    accepts: ClassVar[frozenset[Kind]] = ANYONE  # authors on whose tokens the loss is valid
+    by_divergence: ClassVar[bool] = False  # reads divergences from a teacher, and no log-probs
 
     weight: float = 1.0
     where: tuple[Kind, ...] = ()
@@ -378,22 +376,22 @@ class Term(Part):
 
     @property
     def aggregate(self) -> str:
-        """How units are averaged: an :data:`Aggregate` on terms over tokens."""
+        """How units are averaged: an :data:`Aggregate` for terms over tokens."""
         return "token_mean"
 
     @property
     def needs(self) -> Columns:
-        """Columns that must stand beside the tokens it reads."""
+        """Columns that the tokens it reads must have."""
         return NONE
 
     @property
     def reads(self) -> frozenset[Wanted]:
-        """What the output head computes for it."""
+        """Statistics that the output head computes for it."""
         return frozenset({Stat.LOGPROB})
 
     @property
     def readable(self) -> frozenset[Kind]:
-        """Kinds of author whose tokens it reads: what it accepts, limited by ``where``."""
+        """Kinds of author whose tokens it reads: those it accepts, restricted by ``where``."""
         return self.accepts & frozenset(self.where) if self.where else self.accepts
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
@@ -401,29 +399,29 @@ class Term(Part):
         raise NotImplementedError
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
-        """What a method that is this term alone must add, beside log-probs of its reference."""
+        """Signals that a method of this term alone adds, besides reference log-probs."""
         return ()
 
-    # What a term remembers of earlier updates. The learner keeps it, by name, with its weights.
+    # State of a term across updates. The learner keeps it, by name, with its weights.
 
     @property
     def moves(self) -> bool:
-        """True when its weight is not the same at every update."""
+        """True when its weight changes between updates."""
         return self.weight_schedule is not None
 
     def factor(self, memory: Mapping[str, float]) -> float:
-        """What its weight is multiplied by, for what it remembers."""
+        """Multiplier of its weight, from its state."""
         return 1.0
 
     def remember(
         self, memory: Mapping[str, float], metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
-        """What it remembers once an update gave these metrics of its own."""
+        """Its new state after an update with these metrics."""
         return {}
 
 
 class TokenTerm(Term):
-    """A loss per token, averaged as ``aggregate`` says."""
+    """A loss per token, averaged according to ``aggregate``."""
 
     aggregate: Aggregate = "token_mean"
 
@@ -433,7 +431,7 @@ class TokenTerm(Term):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What a part sees of its stage when it is asked whether it can work there."""
+    """The stage that a part is checked in."""
 
     stage: str
     source: Source

@@ -1,4 +1,4 @@
-"""Writing columns beside the members of groups, which several families of signals do."""
+"""Helpers that write columns of group members, shared by families of signals."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def attach(groups: Sequence[Group], columns: Sequence[Mapping[Column, Array]]) -
 
 
 def discarded(member: Scored) -> float:
-    """The code of the reason for which an earlier signal keeps the member out; 0 for none."""
+    """The code of the reason for which an earlier signal discarded the member; 0 for none."""
     return member.scalar(Column.DISCARD) or 0.0
 
 
 def with_verdicts(group: Group, verdict: Callable[[Scored], Discard]) -> Group:
-    """The group with a verdict on every member; one that an earlier signal gave stays."""
+    """The group with a verdict on every member; verdicts of earlier signals stay."""
     members = []
     for member in group.members:
         code = discarded(member) or float(verdict(member).code)

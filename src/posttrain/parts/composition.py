@@ -3,8 +3,8 @@
     method: {name: dpo, data: ..., beta: 0.2} ──compose()──▶ Composition: source, signals, terms
 
 A method is the short name of a composition with its paper's defaults. Most are classes of a few
-lines beside the parts that they use. Where one paper *is* the term, the term's class is the method
-too: ``@part(method=SHAPE)`` fills a shape with it.
+lines next to the parts that they use. Where one paper *is* the term, the term's class is the method
+too: ``@part(method=SHAPE)`` makes it from a shape.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from posttrain.parts.registry import find, known, part, tag_of
 
 
 class Composition(Config):
-    """A method spelt out: where trajectories come from, who judges them, what is minimised.
+    """A method written out: its source, its signals and its loss terms.
 
-    ``moving`` gives the learner a reference that follows it, for parts that name policy ``moving``.
-    ``scalar_head`` is there exactly when a term reads one.
+    ``moving`` adds a reference that follows the learner, for parts that name policy ``moving``.
+    ``scalar_head`` is set exactly when a term reads one.
     """
 
     source: unions.AnySource
@@ -36,13 +36,13 @@ class Composition(Config):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Source, signals and terms, also those inside of the source."""
+        """Source, signals and terms, including those inside the source."""
         source: Source = self.source
         inner = tuple(leaf for leaf in source.leaves if leaf is not source)
         return (source, *inner, *source.judged_by, *self.signals, *self.terms)
 
     def references(self) -> tuple[PolicyRef, ...]:
-        """Every policy that a part names, or that a critic starts from, each once."""
+        """Every policy that a part names, or that a critic starts from, without duplicates."""
         head = () if self.scalar_head is None else (self.scalar_head.start,)
         named = (ref for p in self.parts for ref in p.references())
         return tuple(dict.fromkeys((*head, *named)))
@@ -52,8 +52,8 @@ class Method(Part, tag_field="name"):
     """A named composition.
 
     Class variables are its row in ``posttrain methods``: ``provenance`` (``on-policy``,
-    ``off-policy``, ``mixed``), ``interface`` (what teaches: token targets, preferences, rewards)
-    and ``tendency`` (the role it is meant for; the role is measured).
+    ``off-policy``, ``mixed``), ``interface`` (the supervision: token targets, preferences, rewards)
+    and ``tendency`` (the intended role; the actual role is measured).
     """
 
     role: ClassVar[str] = "method"
@@ -63,19 +63,19 @@ class Method(Part, tag_field="name"):
     spelt_out: ClassVar[bool] = False  # its options are the parts themselves
 
     def compose(self) -> Composition:
-        """The composition that these options stand for."""
+        """The composition of these options."""
         raise NotImplementedError
 
 
 COMMON = frozenset(Term.__struct_fields__)
-"""Options that every term has. A method that is one term leaves them at their defaults."""
+"""Options of every term. A method that is one term leaves them at their defaults."""
 
 
 class TermMethod(Method):
-    """A shape of methods that are one term on the data it is made for.
+    """A shape of methods that are one term with its data.
 
-    A shape has the options that say which data, and ``around`` composes them with the term.
-    :meth:`of` makes the method of a term: the options of both under the term's name.
+    A shape has the options of the data, and ``around`` composes them with the term. :meth:`of`
+    makes the method of a term: the options of both under the term's name.
     """
 
     term: ClassVar[type[Term]]
@@ -110,7 +110,7 @@ class TermMethod(Method):
 
 
 def _own_options(term: type[Term]) -> dict[str, Any]:
-    """Defaults by name; types are not looked at, since a recipe's are open until it is read."""
+    """Defaults by name; types are not resolved before a recipe is read."""
     names, defaults = term.__struct_fields__, term.__struct_defaults__
     required = [msgspec.NODEFAULT] * (len(names) - len(defaults))
     every = zip(names, (*required, *defaults), strict=True)
@@ -118,10 +118,10 @@ def _own_options(term: type[Term]) -> dict[str, Any]:
 
 
 def _annotations(term: type[Term]) -> dict[str, Any]:
-    """Types by name: as they are written in the term's module, and evaluated from any other.
+    """Types by name: strings for classes of the term's module, evaluated for any other.
 
-    A written type is looked up in the module of the class that it stands in, and the method's
-    class stands in the term's.
+    A string annotation is resolved in the module of its class, and the method's class belongs to
+    the term's module.
     """
     found: dict[str, Any] = {}
     for base in reversed(term.__mro__):
@@ -130,7 +130,7 @@ def _annotations(term: type[Term]) -> dict[str, Any]:
 
 
 def method(name: str, **options: Any) -> Method:
-    """The method of that name, as a recipe writes it.
+    """The method of that name, as in a recipe.
 
     Args:
         name: as in ``method: {name: ...}``.
@@ -152,7 +152,7 @@ def method(name: str, **options: Any) -> Method:
 
 @part
 class Compose(Method):
-    """Any legal composition, spelt out."""
+    """Any legal composition, written out."""
 
     spelt_out: ClassVar[bool] = True
 

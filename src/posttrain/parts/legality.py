@@ -1,4 +1,4 @@
-"""Which compositions make sense, checked when a stage is planned and again per record.
+"""Checks of compositions, when a stage is planned and again per record.
 
 plan time     columns   every term's needs ⊆ what the source and earlier signals provide, for every
                         author that the term reads
@@ -84,14 +84,14 @@ def check_composition(composition: Composition, *, stage: str) -> None:
     """Refuse a composition that cannot work, before anything is loaded.
 
     Raises:
-        LegalityError: says which part needs what, why, and how to get it.
+        LegalityError: names the part, what it needs, why, and how to get it.
     """
     if not composition.terms:
         raise LegalityError(f"stage {stage} has no objective term", expected="at least one")
     source = composition.source
     have_by_kind = _check_signals(composition, stage=stage)
     for term in composition.terms:
-        # A term that can read nobody here is refused below, with what it lacks named first.
+        # A term that can read no author here is refused below, with a better message.
         read = term.readable & source.writes or source.writes
         have = frozenset.intersection(*(have_by_kind[k] for k in read))
         _check_columns(tag_of(term), term.needs, have, stage=stage)
@@ -111,7 +111,7 @@ def check_composition(composition: Composition, *, stage: str) -> None:
 
 
 def _check_signals(composition: Composition, *, stage: str) -> Mapping[Kind, Columns]:
-    """Columns that stand beside each author's groups once all signals have judged."""
+    """Columns of each author's groups after all signals."""
     source = composition.source
     if source.judged_by:
         (leaf,) = source.leaves
@@ -133,11 +133,11 @@ def _check_signals(composition: Composition, *, stage: str) -> Mapping[Kind, Col
 
 
 def scopes(composition: Composition) -> tuple[frozenset[Kind], ...]:
-    """Per signal, the authors whose groups it judges.
+    """Per signal, the authors whose groups it scores.
 
-    With one source that is everybody. In a mix it is the authors for whom a term, or a later
-    signal, asks for one of its columns: a verifier cannot judge rows of a data set, and a teacher
-    need not score what no term compares with it.
+    With one source these are all. In a mix they are the authors for whom a term, or a later
+    signal, needs one of its columns: a verifier cannot score rows of a data set, and a teacher
+    need not score tokens that no term compares with it.
     """
     source, writes = composition.source, composition.source.writes
     if not source.mixed:
@@ -152,7 +152,7 @@ def scopes(composition: Composition) -> tuple[frozenset[Kind], ...]:
         found.append(kinds)
     have = {kind: source.provides_for(kind) for kind in writes}
     for i, (signal, kinds) in enumerate(zip(composition.signals, reversed(found), strict=True)):
-        if Column.DISCARD in signal.provides:  # the stage reads it: judge whoever can be judged
+        if Column.DISCARD in signal.provides:  # the stage reads it: score all that can be scored
             kinds = frozenset(k for k in writes if signal.needs <= have[k])
             found[len(found) - 1 - i] = kinds
         for kind in kinds:
@@ -161,7 +161,7 @@ def scopes(composition: Composition) -> tuple[frozenset[Kind], ...]:
 
 
 def column_readers(terms: Sequence[Term]) -> Mapping[Column, frozenset[Kind]]:
-    """Per column, the authors at whose tokens some term reads it. Elsewhere it may be missing."""
+    """Per column, the authors at whose tokens a term reads it. Elsewhere it may be missing."""
     readers: dict[Column, frozenset[Kind]] = {}
     for term in terms:
         for column in term.needs | term.limit.needs:
@@ -170,7 +170,7 @@ def column_readers(terms: Sequence[Term]) -> Mapping[Column, frozenset[Kind]]:
 
 
 def readouts(terms: Sequence[Term]) -> frozenset[Stat]:
-    """Where the terms read a scalar head: before tokens, after them, or nowhere.
+    """The statistics of a scalar head that the terms read: before tokens, after them, or none.
 
     Example:
         >>> from posttrain.parts.policy.value import ValueLoss
@@ -183,8 +183,8 @@ def readouts(terms: Sequence[Term]) -> frozenset[Stat]:
 def compared_in_the_loss(composition: Composition) -> tuple[PolicyRef, ...]:
     """Frozen teachers whose distributions are read as divergences of whole vocabularies only.
 
-    Of these the loss needs hidden states and the head. Whatever else reads log-probs of a teacher,
-    such as a term of another package, gets them.
+    For these the loss needs only hidden states and the head. If any other part reads log-probs of
+    a teacher, such as a term of another package, they are computed.
     """
     column = Column.TEACHER_LOGPROBS
     given = [s for s in composition.signals if column in s.provides]
@@ -207,7 +207,7 @@ def _check_columns(
 
 
 def _check_options(term: Term, have: Columns, *, stage: str) -> None:
-    """The options that every term has must do something, and something with a meaning."""
+    """The options that every term has must have an effect, and a valid one."""
     limit, schedule, name = term.limit, term.weight_schedule, tag_of(term)
     _check_columns(f"the limit of {name}", limit.needs, have, stage=stage)
     by_token = limit.entropy_share is not None or limit.marked
@@ -296,7 +296,7 @@ def _check_groups(composition: Composition, *, stage: str) -> None:
 
 
 def _check_parts(composition: Composition, *, stage: str) -> None:
-    """What only the parts themselves know."""
+    """The checks of the parts themselves."""
     source: Source = composition.source
     asked: list[tuple[Signal | Term | Source, frozenset[Kind]]] = [(source, source.writes)]
     asked += [(t, t.readable & source.writes) for t in composition.terms]
@@ -314,7 +314,7 @@ def _check_parts(composition: Composition, *, stage: str) -> None:
 
 
 def _check_scalar_head(composition: Composition, *, stage: str) -> None:
-    """A scalar head exactly where it is trained."""
+    """A scalar head exactly where a term trains it."""
     read, head = readouts(composition.terms), composition.scalar_head
     if read and head is None:
         raise LegalityError(
@@ -334,7 +334,7 @@ def _check_scalar_head(composition: Composition, *, stage: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What one draw leaves after the per-record check."""
+    """The groups of one draw after the per-record check."""
 
     kept: tuple[Group, ...]
     stale: tuple[Group, ...]  # a live span was older than allowed
@@ -355,7 +355,7 @@ def admit(
         max_age: how many versions old a live span may be.
 
     Raises:
-        LegalityError: a trained token was written by somebody whom no term may read.
+        LegalityError: a trained token has an author that no term may read.
     """
     allowed = frozenset().union(*(t.readable for t in terms))
     fresh: list[Group] = []

@@ -1,4 +1,4 @@
-"""Log-probs of what was written, by a frozen policy or by the learner before its update."""
+"""Log-probs of generated tokens, under a frozen policy or the learner before its update."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from posttrain.protocols import Policy
 
 @part
 class ReferenceLogprobs(Signal):
-    """Log-probs of the written tokens under a frozen policy."""
+    """Log-probs of the tokens under a frozen policy."""
 
     policy: PolicyRef = "input"
     provides: ClassVar[Columns] = frozenset({Column.REFERENCE_LOGPROB})
@@ -42,10 +42,10 @@ class ReferenceLogprobs(Signal):
 
 @part
 class TrainerLogprobs(Signal):
-    """The learner's own log-probs of what its sampler wrote, before the update.
+    """The trainer's log-probs of the sampler's tokens, before the update.
 
-    Sampler and trainer compute the same policy in different ways; terms with ``mismatch`` correct
-    for what is left between them, and the step shows how large it is.
+    Sampler and trainer compute the same policy with different numerics; terms with ``mismatch``
+    correct for the difference, and the step's metrics show it.
     """
 
     untempered: ClassVar[bool] = True
@@ -59,10 +59,10 @@ class TrainerLogprobs(Signal):
 
 @part
 class OwnLogprobs(Signal):
-    """The learner's log-probs of other people's answers, at the moment they were drawn.
+    """The learner's log-probs of off-policy answers, when they are drawn.
 
-    With ``updates_per_draw`` above 1 the later updates of a draw move away from them. For answers
-    that the learner wrote itself, ``trainer_logprobs`` is the signal.
+    With ``updates_per_draw`` above 1 the later updates of a draw move away from them. For the
+    learner's own rollouts use ``trainer_logprobs``.
     """
 
     provides: ClassVar[Columns] = frozenset({Column.TRAINER_LOGPROB})
@@ -80,7 +80,7 @@ def _by_learner(groups: Sequence[Group], tools: Tools) -> list[Group]:
 def remembered_logprobs(
     policy: Policy, trajectories: Sequence[Trajectory], memory: Memory | None
 ) -> list[FloatArray]:
-    """[T] per trajectory, asked of the policy only where the memory does not know them."""
+    """[T] per trajectory, computed only where the cache does not have them."""
     if memory is None:
         return policy.logprobs(trajectories)
     return memory.logprobs(policy, trajectories)

@@ -1,10 +1,10 @@
-"""What a frozen policy said of a trajectory, remembered: a data set comes round every epoch.
+"""A cache of a frozen policy's log-probs: a data set repeats every epoch.
 
     trajectories ──seen before?──▶ log-probs          no forward pass
-                 ──else──────────▶ policy.logprobs ──▶ remembered, the oldest forgotten
+                 ──else──────────▶ policy.logprobs ──▶ cached, the oldest evicted
 
-The memory is part of a stage's checkpoint. Log-probs computed beside other trajectories differ in
-their last bits, so a resumed run that asked again would not go on bit for bit.
+The cache is part of a stage's checkpoint. Log-probs computed in another batch differ in their last
+bits, so a resumed run that recomputed them would not be exact.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from posttrain.core.trajectory import Trajectory
 from posttrain.protocols import Policy
 
 LIMIT_BYTES = 2**26
-"""Most log-probs kept (64 MiB: 16 million tokens)."""
+"""Maximum size of the cached log-probs (64 MiB: 16 million tokens)."""
 
 KEY_BYTES = 16
 FILE = "logprobs.npz"
@@ -31,10 +31,10 @@ FILE = "logprobs.npz"
 
 @final
 class Memory:
-    """Log-probs by policy and trajectory, within a limit.
+    """A least-recently-used cache of log-probs by policy and trajectory.
 
     Args:
-        limit_bytes: what all values together may take. What was not asked for longest goes first.
+        limit_bytes: maximum size of all values.
     """
 
     def __init__(self, *, limit_bytes: int = LIMIT_BYTES) -> None:
@@ -43,14 +43,14 @@ class Memory:
 
     @property
     def num_bytes(self) -> int:
-        """What the values take now."""
+        """Current size of the values."""
         return self._bytes
 
     def logprobs(self, policy: Policy, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """``policy.logprobs``, asked only for what is not known yet.
+        """``policy.logprobs``, computed only for trajectories that are not cached.
 
-        A policy without a digest of its weights, or whose weights move, is always asked. Metrics
-        count what was known as ``logprobs_remembered``.
+        A policy without a digest of its weights, or whose weights change, is never cached. Metrics
+        count cache hits as ``logprobs_remembered``.
         """
         author = policy.producer.digest
         if author is None or policy.version is not None:
@@ -77,7 +77,7 @@ class Memory:
             self._bytes -= forgotten.nbytes
 
     def save(self, folder: Path) -> None:
-        """Everything known, in the order in which it would be forgotten, as ``logprobs.npz``."""
+        """Write the cache, in the order of eviction, as ``logprobs.npz``."""
         values = list(self._values.values())
         with (folder / FILE).open("wb") as file:
             np.savez(
@@ -88,7 +88,7 @@ class Memory:
             )
 
     def load(self, folder: Path) -> None:
-        """Take over :meth:`save`; a folder without the file knows nothing."""
+        """Read what :meth:`save` wrote; without the file the cache is empty."""
         self._values.clear()
         self._bytes = 0
         if not (folder / FILE).is_file():
@@ -101,7 +101,7 @@ class Memory:
 
 
 def _key(author: str, trajectory: Trajectory) -> bytes:
-    """What the log-probs depend on: whose they are, the tokens, and which of them are asked for."""
+    """Cache key: the policy's digest, the tokens, and which of them are scored."""
     content = hashlib.blake2b(author.encode(), digest_size=KEY_BYTES)
     content.update(np.ascontiguousarray(trajectory.tokens, np.int32).tobytes())
     content.update(np.packbits(trajectory.trainable).tobytes())

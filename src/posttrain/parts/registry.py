@@ -1,11 +1,11 @@
-"""Where parts register, and where everybody else finds them: by role and name, never by class.
+"""The registry of parts: lookup by role and name, never by class.
 
     @part                                       known("term") ──▶ {"exo": Exo, ...}
     class Exo(PairTerm): ...    ──registers──▶  unions.AnyTerm ──▶ what a recipe may name
 
 Our own parts are in the modules below ``HOMES``; those of installed packages are in the modules
 that packages name as entry points of the group ``posttrain.parts``. All are imported when the first
-recipe is read, not before: a package may import posttrain freely.
+recipe is read, not earlier, so that a package may import posttrain.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ HOMES = ("posttrain.parts", "posttrain.tasks")
 """Our packages with parts."""
 
 GROUP = "posttrain.parts"
-"""The entry points by which installed packages name their modules with parts."""
+"""Entry point group of installed packages with parts."""
 
 OURS = "posttrain."
 
 P = TypeVar("P", bound=Config)
 
 _parts: dict[str, dict[str, type[Any]]] = {}  # by role, then by tag
-_loaded: list[str] = []  # what load() has imported; parts that come later come too late
+_loaded: list[str] = []  # what load() has imported; parts registered later are refused
 
 
 def snake_case(name: str) -> str:
@@ -54,7 +54,7 @@ def tag_of(part: Config | type[Config]) -> str:
 
 
 class MakesMethods(Protocol):
-    """A shape of methods that a single term can fill."""
+    """A shape that makes a method of a single term."""
 
     @classmethod
     def of(cls, term: type[Any]) -> type[Any]: ...
@@ -67,15 +67,15 @@ def part(*, method: type[MakesMethods]) -> Callable[[type[P]], type[P]]: ...
 def part(
     cls: type[P] | None = None, *, method: type[MakesMethods] | None = None
 ) -> type[P] | Callable[[type[P]], type[P]]:
-    """Register a class, so that recipes can name it.
+    """Register a class under a name for recipes.
 
     Args:
-        cls: a frozen configuration with a docstring; its base says which role it has.
-        method: for a term that is a whole method by itself, the shape of that method. Recipes
-            then know it under both ``terms`` and ``method``, by the same name.
+        cls: a frozen configuration with a docstring; its base class sets the role.
+        method: for a term that is a whole method, the shape of that method. Recipes can then
+            name it under both ``terms`` and ``method``.
 
     Raises:
-        ConfigError: the name is taken, the class breaks a rule, or it comes too late.
+        ConfigError: the name is taken, the class breaks a rule, or it registers too late.
     """
 
     def register(made: type[P]) -> type[P]:
@@ -149,7 +149,7 @@ def load() -> None:
 
 
 def _load(point: EntryPoint) -> None:
-    """A package's module with its parts, all of which must be sound."""
+    """Import a package's module with parts; every error names the package."""
     try:
         point.load()
     except ConfigError as error:
@@ -180,10 +180,10 @@ def _broken(point: EntryPoint, found: str, expected: str | None) -> ConfigError:
 
 
 def package_of(cls: type[Config]) -> str | None:
-    """What identifies the code of a part that is not ours; None for what we ship.
+    """Identity of the code of an external part; None for our own.
 
     ``"<package> <version>"`` of an installed package. A class from anywhere else, such as a
-    script, is known by the content of its file.
+    script, is identified by the hash of its file.
     """
     if cls.__module__.startswith(OURS):
         return None
@@ -192,11 +192,11 @@ def package_of(cls: type[Config]) -> str | None:
             return _package(point)
     try:
         source = Path(inspect.getfile(cls)).read_text(encoding="utf-8")
-    except (OSError, TypeError):  # typed into an interpreter: nothing to read it from
+    except (OSError, TypeError):  # defined in an interpreter: no source file
         source = repr(cls.__dict__.keys())
     return f"{cls.__module__} {digest(source)[:16]}"
 
 
 def code_of(parts: Iterable[Config]) -> dict[str, str]:
-    """By tag, what identifies the code of those parts that are not ours."""
+    """Identity of the code of the external parts among these, by tag."""
     return {tag_of(p): name for p in parts if (name := package_of(type(p))) is not None}

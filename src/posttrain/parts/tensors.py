@@ -1,4 +1,4 @@
-"""What terms of several families compute with.
+"""Checks and functions that terms of several families use.
 
 Shape legend: ``N`` trained tokens, ``S`` sequences.
 """
@@ -7,19 +7,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from posttrain.core.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.numerics.batch import PackedBatch
 
 LARGEST_EXPONENT = 20.0
-"""Exponentials go on as straight lines above it: e^20 is 5e8, and gradients stay alive."""
+"""Above it exponentials are continued linearly: e^20 is 5e8, and gradients stay nonzero."""
+
+
+def check_bounds(low: float, high: float) -> None:
+    """Refuse a clip range that is empty or reaches below a ratio of 0."""
+    if not 0 < low <= 1 or high <= 0:
+        raise ConfigError(
+            f"clip_low={low}, clip_high={high}", expected="0 < clip_low <= 1 and clip_high > 0"
+        )
 
 
 def capped_exp(x: Tensor) -> Tensor:
     """e^x, continued above ``LARGEST_EXPONENT`` by its tangent.
 
-    An overflow would also spoil what a clip holds back: its gradient is 0 times infinity, NaN.
+    An overflow would also break clipped values: their gradient is 0 times infinity, NaN.
 
     Example:
         >>> import torch

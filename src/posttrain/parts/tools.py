@@ -1,4 +1,4 @@
-"""What a part may use of the stage that it works in: policies, task sets, files, randomness."""
+"""The stage's policies, task sets, files and seeds, for its parts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from posttrain.parts.memory import Memory
 from posttrain.protocols import Policy, Renderer, Sampler
 
 Score = Callable[[Sequence[Group]], Sequence[Group]]
-"""Groups in, the same groups with columns added out."""
+"""Returns the same groups with columns added."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tools:
-    """Handed to a part when it scores or is opened. One per stage.
+    """Passed to a part when it scores or is opened. One per stage.
 
-    ``policy`` finds the policy behind a reference and refuses one whose token ids are not the
-    learner's; ``any_policy`` takes any tokenizer; ``sampler`` asks for no more than samples, which
-    an engine that only generates can give. References are those that the part names in
-    ``references()``.
+    ``policy`` returns the policy of a reference and refuses one whose token ids are not the
+    learner's; ``any_policy`` takes any tokenizer; ``sampler`` needs only sampling, which an engine
+    that only generates supports. References are those of the part's ``references()``.
     """
 
     live: Policy  # the policy being trained
@@ -37,15 +36,15 @@ class Tools:
     stage: str = ""
     seed: int = 0  # of the run
     drawn: tuple[str, ...] = ()  # task sets that the stage draws from
-    longest: int = 0  # tokens of the longest answer that the stage draws
-    judge: Score = lambda groups: groups  # what the stage's judges say, in turn
-    memory: Memory | None = None  # of log-probs, where trajectories come again
+    longest: int = 0  # maximum tokens of an answer that the stage draws
+    judge: Score = lambda groups: groups  # the stage's reward signals, in order
+    memory: Memory | None = None  # cache of log-probs, where trajectories repeat
     heads: Mapping[str, int] = field(default_factory=dict)
     """By reference, the numbers of teachers whose output heads the loss has."""
 
     @property
     def renderer(self) -> Renderer:
-        """The learner's."""
+        """The learner's renderer."""
         return self.live.renderer
 
     def seed_of(self, *names: str | int) -> int:

@@ -1,8 +1,8 @@
-"""The types of options that hold any part of a role: open, since packages bring parts too.
+"""Union types of all parts of a role, including those of installed packages.
 
 ``AnyTerm``, ``AnySignal`` and ``AnySource`` are the unions of all registered classes; ``AnyJudge``
-of the signals that say what an answer is worth, ``AnySieve`` of those that say what is worth
-keeping. msgspec asks for them when it first converts a recipe.
+of the signals that write rewards, ``AnySieve`` of those that filter. msgspec evaluates them when
+it first converts a recipe.
 """
 
 from __future__ import annotations

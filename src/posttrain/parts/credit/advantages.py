@@ -23,7 +23,7 @@ from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
 
 GroupBaseline = Literal["group_mean", "leave_one_out", "length_weighted"]
-"""Baselines that are made of a member's own group."""
+"""Baselines from a member's own group."""
 
 Baseline = Literal[
     "group_mean", "leave_one_out", "length_weighted", "batch_mean", "greedy", "constant"
@@ -38,7 +38,7 @@ EPSILON = 1e-6
 class GroupAdvantage(Signal):
     """The return R minus a baseline b, scaled, spread over the completion's tokens.
 
-    | ``baseline`` | b_i | known from |
+    | ``baseline`` | b_i | source |
     |---|---|---|
     | ``group_mean`` | mean of the group | GRPO 2402.03300, Dr.GRPO 2503.20783 |
     | ``leave_one_out`` | mean of the siblings, so A = G/(G−1)·(R − mean) | RLOO 2402.14740 |
@@ -47,7 +47,7 @@ class GroupAdvantage(Signal):
     | ``greedy`` | reward of the likeliest answer | ReMax 2310.10505 |
     | ``constant`` | ``value`` | REINFORCE |
 
-    | ``scale`` | divides R − b by | known from |
+    | ``scale`` | divides R − b by | source |
     |---|---|---|
     | ``std`` | unbiased std of the group's R, + 1e-6 | GRPO |
     | ``none`` | 1 | Dr.GRPO, RLOO, OPO |
@@ -55,10 +55,10 @@ class GroupAdvantage(Signal):
     | ``whiten`` | subtracts the mean and divides by the std of R − b over the draw's trained tokens | REINFORCE++ 2501.03262 |
     | ``informative`` | share of members whose group has unequal R | GPG 2504.02546 |
 
-    ``credit: to_go`` gives a token the token rewards that come at or after it, not all of them.
-    ``kept_only`` compares members with those of their group that no earlier signal discarded, and
-    gives the others, and groups with too few of them, exactly 0.
-    A group of equal returns gets exactly 0 where the baseline is its own (with ``whiten`` when
+    ``credit: to_go`` gives a token the token rewards at or after it, not all of them.
+    ``kept_only`` compares members with those of their group that no earlier signal discarded; the
+    others, and groups with too few of them, get exactly 0.
+    A group of equal returns gets exactly 0 with a baseline of the group (with ``whiten``, when
     the whole draw is equal). Baselines of the group refuse a group of one.
     """  # noqa: E501
 
@@ -87,12 +87,12 @@ class GroupAdvantage(Signal):
 
     @property
     def of_the_group(self) -> bool:
-        """True when the baseline is made of the member's own group."""
+        """True when the baseline comes from the member's own group."""
         return self.baseline in get_args(GroupBaseline)
 
     @property
     def needs(self) -> Columns:
-        """The reward, and what the options ask for."""
+        """The reward, and the columns that the options need."""
         extra = {Column.BASELINE} if self.baseline == "greedy" else set()
         extra |= {Column.TOKEN_REWARD} if self.credit == "to_go" else set()
         extra |= {Column.DISCARD} if self.kept_only else set()
@@ -108,7 +108,7 @@ class GroupAdvantage(Signal):
         return self._among_remaining(groups) if self.kept_only else self._of_all(groups)
 
     def _among_remaining(self, groups: Sequence[Group]) -> list[Group]:
-        """Advantages among members that no signal discarded; 0 for the others."""
+        """Advantages among the members not discarded; 0 for the others."""
         kept = [[m for m in g.members if not discarded(m)] for g in groups]
         enough = [ms if len(ms) >= self.min_group else [] for ms in kept]
         among = [
@@ -174,7 +174,7 @@ class GroupAdvantage(Signal):
             divisors = [float(self._whole_draw(returns).std(ddof=1)) + EPSILON] * len(groups)
         elif scale == "informative":
             unequal = sum(len(r) for r in returns if not _equal(r))
-            # With nothing to learn every advantage is 0, whatever it is divided by.
+            # Without any difference every advantage is 0, for any divisor.
             divisors = [unequal / sum(map(len, returns)) if unequal else 1.0] * len(groups)
         else:
             divisors = [1.0] * len(groups)
@@ -195,13 +195,13 @@ class GroupAdvantage(Signal):
 
 @part
 class BestOfKAdvantage(Signal):
-    """What a member adds to the best of k (arXiv 2503.19595).
+    """A member's contribution to the best of k (arXiv 2503.19595).
 
     The mean of max R_S − max R_{S without it} over the sets S of k members that hold it. With
     rewards 0 and 1 the best of k is pass@k.
 
     Σ_i A_i ∇log π_i is an unbiased gradient of the expected best of k, times G/k. For k = G only
-    the best member has credit: its lead over the second best. ``k: null`` is the group's size.
+    the best member has credit: its margin over the second best. ``k: null`` is the group's size.
     """
 
     k: int | None = None
@@ -237,12 +237,12 @@ class BestOfKAdvantage(Signal):
 
 @part
 class DecoupledAdvantage(Signal):
-    """Each reward is normalised in its group on its own (GDPO, arXiv 2601.05242).
+    """Each reward is normalised separately within its group (GDPO, arXiv 2601.05242).
 
     a_i = Σ_k w_k (r_ik − mean_k) / (std_k + 1e-6), then a is normalised over the draw.
 
-    The two rewards are the verifier's and the sum of the token rewards (a length penalty, say).
-    Summing them first would let the wider one hide the other.
+    The two rewards are the verifier's and the sum of the token rewards (such as a length penalty).
+    If they were summed first, the one of larger variance would dominate.
     """
 
     weights: tuple[float, float] = (1.0, 1.0)
@@ -295,7 +295,7 @@ def group_advantages(rewards_G: Array, *, scale: Literal["std", "none"]) -> Arra
 
 
 def group_baseline(returns_G: Array, *, kind: GroupBaseline, lengths_G: Array) -> Array:
-    """[G] what a member is compared with; the return itself when all are equal.
+    """[G] baseline of each member; the return itself when all are equal.
 
     Args:
         returns_G: at least two.
@@ -311,7 +311,7 @@ def group_baseline(returns_G: Array, *, kind: GroupBaseline, lengths_G: Array) -
         [0.75, 0.75]
     """
     if _equal(returns_G):
-        return returns_G  # exactly: a rounding residue over EPSILON would count
+        return returns_G  # exactly: rounding noise divided by EPSILON would be large
     if kind == "leave_one_out":
         return (float(returns_G.sum()) - returns_G) / (len(returns_G) - 1)
     if kind == "length_weighted":

@@ -2,7 +2,7 @@
 
     REWARD, TOKEN_REWARD ──┐
                            ├── gae ──▶ ADVANTAGE
-    value head (learner) ──┘     └───▶ OLD_VALUE, RETURN   what the critic is fitted to
+    value head (learner) ──┘     └───▶ OLD_VALUE, RETURN   targets of the critic
 
 Shape legend: ``T`` tokens of a trajectory, ``L`` its trained tokens.
 """
@@ -29,13 +29,13 @@ class Gae(Signal):
     """Generalised advantage estimation (arXiv 1506.02438) with the learner's own value head.
 
     δ_t = r_t + γ V_{t+1} − V_t and A_t = Σ_k (γλ)^k δ_{t+k} over the trained tokens of a
-    trajectory. r_t is the token's ``TOKEN_REWARD``, where there is one; the last token also earns
-    ``REWARD``. After the last token nothing is to come, also where a budget cut the answer off.
-    With λ = 1, A_t is the discounted return minus V_t; with λ = 0 it is δ_t.
+    trajectory. r_t is the token's ``TOKEN_REWARD``, where there is one; the last token also gets
+    ``REWARD``. The value after the last token is 0, also for truncated answers. With λ = 1, A_t is
+    the discounted return minus V_t; with λ = 0 it is δ_t.
 
-    ``value_lam`` is the λ of ``RETURN`` = V_t + A_t(value_lam), what the critic is fitted to; null
-    takes ``lam``. ``length_alpha`` α replaces ``lam`` by 1 − 1/(α l) for an answer of l tokens, at
-    least 0, so that longer answers look further (VAPO, arXiv 2504.05118).
+    ``value_lam`` is the λ of ``RETURN`` = V_t + A_t(value_lam), the critic's target; null takes
+    ``lam``. ``length_alpha`` α replaces ``lam`` by 1 − 1/(α l) for an answer of l tokens, at
+    least 0, so that longer answers have a longer horizon (VAPO, arXiv 2504.05118).
 
     ``whiten`` gives the advantages of the draw's trained tokens mean 0 and unbiased standard
     deviation 1. Values come from the weights before the update.
@@ -63,7 +63,7 @@ class Gae(Signal):
             raise ConfigError(f"gae with length_alpha={self.length_alpha}", expected="above 0")
 
     def lam_of(self, length: int) -> float:
-        """The λ of the advantages of an answer with so many trained tokens.
+        """The λ of the advantages of an answer with ``length`` trained tokens.
 
         Example:
             >>> Gae(lam=0.9).lam_of(40), Gae(length_alpha=0.05).lam_of(40)
@@ -76,7 +76,7 @@ class Gae(Signal):
         return max(0.0, 1 - 1 / (self.length_alpha * max(length, 1)))
 
     def check(self, scene: Scene) -> None:
-        """Some term must train the value: an untrained critic is no baseline."""
+        """Some term must train the value head: an untrained critic is no baseline."""
         if not any(Stat.VALUE in term.reads for term in scene.terms):
             raise scene.refuse(
                 "gae, and no term trains the value that it reads",
@@ -134,13 +134,13 @@ def gae(rewards_L: Array, values_L: Array, *, gamma: float, lam: float) -> Array
 
 
 def predicted(member: Scored) -> Array:
-    """[L] places of the trained tokens that have a value: all but the first of a text."""
+    """[L] indices of the trained tokens that have a value: all but the first of a text."""
     trained = np.flatnonzero(member.trajectory.trainable)
     return trained[trained > 0]
 
 
 def _rewards(member: Scored) -> Array:
-    """[T] what each token earned; the last trained one has the trajectory's reward too."""
+    """[T] reward of each token; the last trained one also has the trajectory's reward."""
     reward = member.scalar(Column.REWARD)
     if reward is None:
         raise LegalityError(

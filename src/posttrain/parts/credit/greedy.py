@@ -1,6 +1,6 @@
-"""The reward of the learner's likeliest answer, as a baseline.
+"""The reward of the learner's greedy answer, as a baseline.
 
-    prompt ──greedy decoding──▶ answer ──the stage's judges──▶ its reward ──▶ BASELINE
+    prompt ──greedy decoding──▶ answer ──reward signals──▶ its reward ──▶ BASELINE
 
 The answer itself is not recorded.
 """
@@ -23,9 +23,9 @@ from posttrain.protocols import Policy, Request
 
 @part
 class GreedyBaseline(Signal):
-    """The reward of the learner's likeliest answer to each prompt (ReMax, arXiv 2310.10505).
+    """The reward of the learner's greedy answer to each prompt (ReMax, arXiv 2310.10505).
 
-    One more completion per group, at temperature 0. It is judged by the stage's own judges and
+    One more completion per group, at temperature 0. It is scored by the stage's reward signals and
     never trained on: it is no member of the group, and only its reward is recorded.
     """
 
@@ -56,7 +56,7 @@ class GreedyBaseline(Signal):
 
 
 def _answered(policy: Policy, like: Trajectory, tokens: IntArray) -> Trajectory:
-    """The prompt of ``like``, with these tokens as the policy's answer."""
+    """The prompt of ``like`` with these tokens as the policy's answer."""
     version = policy.version
     span = Span(
         length=len(tokens),
@@ -75,7 +75,7 @@ def _answered(policy: Policy, like: Trajectory, tokens: IntArray) -> Trajectory:
 
 
 def _spans_before(trajectory: Trajectory, cut: int) -> list[Span]:
-    """The spans that tile the prompt."""
+    """The spans of the prompt."""
     out, at = list[Span](), 0
     for span in trajectory.spans:
         if at >= cut:

@@ -1,11 +1,11 @@
-"""Which trajectories and tokens are held out of an update, and why.
+"""Selection of trajectories and tokens for an update.
 
     keep_informative, drop_cut_off, imitate_failures ──▶ DISCARD     trajectories left out
     clip_covariance ──▶ ADVANTAGE 0                                  tokens without a gradient
     mark_covariance, mark_entropy ──▶ MARK                           tokens that terms select by
 
-A verdict is a column like any other: ``DISCARD`` names a reason, admission acts on it, and the
-record keeps the trajectory with that reason.
+A verdict is a column: ``DISCARD`` holds a reason, admission acts on it, and the record keeps the
+trajectory with that reason.
 
 Shape legend: ``N`` trained tokens of a draw, ``T`` tokens of a trajectory.
 """
@@ -31,9 +31,9 @@ from posttrain.parts.tools import Tools
 class KeepInformative(Signal):
     """Discards groups whose verifier rewards are all equal (DAPO's dynamic sampling, 2503.14476).
 
-    They give no gradient, and without them a token mean is over the others only. Discarded
+    They give no gradient; without them a token mean is over the other groups only. Discarded
     trajectories stay in the record with their reason. The paper also draws more groups until the
-    batch is full; here a step is smaller when a draw teaches less.
+    batch is full; here a step is smaller when groups are discarded.
     """
 
     paper: ClassVar[str] = "2503.14476"
@@ -60,9 +60,9 @@ class KeepInformative(Signal):
 
 @part
 class DropCutOff(Signal):
-    """Discards answers that the token budget ended (DAPO's overlong filtering, 2503.14476).
+    """Discards truncated answers (DAPO's overlong filtering, 2503.14476).
 
-    They stay in their group's mean and std, as in the paper, and out of the loss.
+    They count in their group's mean and std, as in the paper, but not in the loss.
     """
 
     paper: ClassVar[str] = "2503.14476"
@@ -81,7 +81,7 @@ class DropCutOff(Signal):
 
 @part
 class ClipCovariance(Signal):
-    """No gradient at a few tokens that would cost most entropy (Clip-Cov, arXiv 2505.22617).
+    """No gradient at a few tokens of high covariance, against entropy loss (Clip-Cov, 2505.22617).
 
     A token's covariance is (A − mean A)(log π − mean log π) over the draw's trained tokens, with
     the log-probs it was sampled with. Of those strictly between ``low`` and ``high`` a random
@@ -109,7 +109,7 @@ class ClipCovariance(Signal):
         cov_N = covariances(groups)
         chosen = np.flatnonzero((cov_N > self.low) & (cov_N < self.high))
         most = max(int(self.share * len(cov_N)), 1)
-        # Chance that a resumed run repeats: it follows from what was drawn.
+        # Seeded by the draw's tokens, so that a resumed run repeats it.
         ids = "".join(m.trajectory.id for g in groups for m in g.members)
         rng = np.random.default_rng(zlib.crc32(ids.encode()))
         picked = rng.permutation(chosen)[:most]
@@ -118,7 +118,7 @@ class ClipCovariance(Signal):
 
 @part
 class MarkCovariance(Signal):
-    """Marks the ``share`` of tokens of the largest covariance (KL-Cov, arXiv 2505.22617).
+    """Marks the ``share`` of tokens of largest covariance (KL-Cov, arXiv 2505.22617).
 
     At least one; the covariance is that of ``clip_covariance``. The ``log_ratio_penalty`` term
     reads the marks.
@@ -143,7 +143,7 @@ class MarkCovariance(Signal):
 
 @part
 class MarkEntropy(Signal):
-    """Marks the ⌈share · N⌉ of a draw's N trained tokens at which the learner is least sure.
+    """Marks the ⌈share · N⌉ of a draw's N trained tokens with the highest entropy.
 
     For terms with ``limit: {marked: true}`` (arXiv 2506.01939, which takes a fifth of a batch).
     One more pass over the draw, with the weights before the update. Discarded answers neither
@@ -168,7 +168,7 @@ class MarkEntropy(Signal):
             for m, v in zip(members, scored, strict=True)
         ]
         entropy_N = np.concatenate(parts) if parts else np.zeros(0)
-        # A sequence without a prompt has a first token that nothing predicts: its entropy is NaN.
+        # Without a prompt the first token has no prediction: its entropy is NaN.
         entropy_N = np.where(np.isnan(entropy_N), -np.inf, entropy_N)
         # Minus 1e-9: 0.1 * 30 must not become 4 by rounding.
         most = int(np.ceil(self.share * np.isfinite(entropy_N).sum() - 1e-9))
@@ -177,7 +177,7 @@ class MarkEntropy(Signal):
 
 @part
 class ImitateFailures(Signal):
-    """Groups that fail learn from the demonstration, others from themselves (HPT, 2509.04419).
+    """Failing groups train on the demonstration, others on their rollouts (HPT, 2509.04419).
 
     A group in which at most ``gate`` rollouts have a reward of ``success`` or more keeps its
     members by ``author`` and discards the rollouts; any other group does the opposite.
@@ -236,7 +236,7 @@ def _marked(member: Scored, chosen: Array) -> Scored:
 def _at_tokens(
     groups: Sequence[Group], picked: Array, change: Callable[[Scored, Array], Scored]
 ) -> list[Group]:
-    """Every member changed, given [T] whether each of its tokens is among the picked ones."""
+    """``change`` applied to every member with its [T] mask of picked tokens."""
     at, out = 0, []
     for group in groups:
         members = []

@@ -1,4 +1,4 @@
-"""Rewards of single tokens: penalties that stand beside the verifier's reward.
+"""Token rewards: penalties in addition to the verifier's reward.
 
     BEHAVIOUR_LOGPROB, REFERENCE_LOGPROB ── kl_penalty ────────┐
                                                                ├─ + ─▶ TOKEN_REWARD [T]
@@ -50,7 +50,7 @@ class KLPenalty(Signal):
             member.columns[c].astype(np.float64)
             for c in (Column.BEHAVIOUR_LOGPROB, Column.REFERENCE_LOGPROB)
         )
-        # Prompts have neither log-prob; a NaN at a trained token must survive and be refused.
+        # Prompts have neither log-prob; a NaN at a trained token must stay, to be refused later.
         return np.where(member.trajectory.trainable, -self.beta * (own - ref), 0.0)
 
 
@@ -103,7 +103,7 @@ class SoftLengthPenalty(Signal):
 
 
 def add_token_rewards(groups: Sequence[Group], extra: Sequence[Sequence[Array]]) -> list[Group]:
-    """The groups with [T] values added to the token rewards that are there already."""
+    """The groups with [T] values added to their token rewards."""
     members = [m for g in groups for m in g.members]
     values = [v for vs in extra for v in vs]
     # float64: returns are compared for equality, and rounding would make equal ones differ.

@@ -1,1 +1,1 @@
-"""Teachers: divergences from them, their log-probs as credit, and the methods made of these."""
+"""Distillation: divergences from teachers, teacher log-probs as advantages, and methods."""

@@ -5,10 +5,10 @@
     foreign_teacher ──TEACHER_SORTED, TEACHER_ALIGNED───────▶ sorted L1 [N] ──▶ teacher_sorted_l1
 
 π is the policy, π_T the teacher. Every term takes the full vocabulary or the teacher's top-k; with
-a top-k the rest of the vocabulary is one more outcome, "any other token". An f-divergence never
-grows when outcomes are merged, so each is then a lower bound of the full one, and still zero when
-both agree. ``temperature`` τ softens both sides first (π^(1/τ), renormalised) and needs the full
-vocabulary; gradients shrink about as 1/τ², which a weight of τ² undoes (arXiv 1503.02531).
+a top-k the rest of the vocabulary is one more outcome, "any other token". Merging outcomes never
+increases an f-divergence, so each is then a lower bound of the full one, and still zero when both
+agree. ``temperature`` τ softens both sides first (π^(1/τ), renormalised) and needs the full
+vocabulary; gradients shrink about as 1/τ², which a weight of τ² compensates (arXiv 1503.02531).
 
 The divergences are computed in :mod:`posttrain.numerics.divergence`.
 """
@@ -32,11 +32,11 @@ FORWARD = Divergence(DivergenceKind.FORWARD_KL)
 REVERSE = Divergence(DivergenceKind.REVERSE_KL)
 BY_RANK = Divergence(DivergenceKind.SORTED_L1)
 LEAST_REST = 1e-10
-"""Least probability outside of a teacher's top-k, which may sum to 1."""
+"""Minimum probability outside a teacher's top-k, which may sum to 1."""
 
 
 class TeacherDivergence(TokenTerm):
-    """What losses share that compare the next-token distribution with a teacher's."""
+    """Base class of losses that compare the next-token distribution with a teacher's."""
 
     temperature: float = 1.0
 
@@ -58,7 +58,7 @@ class TeacherDivergence(TokenTerm):
 
     @property
     def divergence(self) -> Divergence:
-        """What the output head computes at every token."""
+        """The divergence that the output head computes at every token."""
         return Divergence(self.kind, coefficient=self.coefficient, temperature=self.temperature)
 
     @property
@@ -67,7 +67,7 @@ class TeacherDivergence(TokenTerm):
         return frozenset({self.divergence})
 
     def check(self, scene: Scene) -> None:
-        """What a temperature does to tokens that a teacher left out is not known."""
+        """A temperature needs the full vocabulary: the tokens outside a top-k are unknown."""
         tops = [s.num_entries for s in scene.signals if s.num_entries]
         if tops and self.temperature != 1:
             raise scene.refuse(
@@ -88,7 +88,7 @@ class TeacherDivergence(TokenTerm):
 class TeacherForwardKL(TeacherDivergence):
     """Σ_v π_T(v) log(π_T(v) / π(v)): knowledge distillation (arXiv 1503.02531).
 
-    Covers whatever the teacher might say.
+    Mode-covering.
     """
 
     formula: ClassVar[str] = "sum_v pi_T(v) log(pi_T(v) / pi(v))"
@@ -101,7 +101,7 @@ class TeacherForwardKL(TeacherDivergence):
 class TeacherReverseKL(TeacherDivergence):
     """Σ_v π(v) log(π(v) / π_T(v)) (MiniLLM, GKD; arXiv 2306.13649).
 
-    Avoids whatever the teacher would not say.
+    Mode-seeking.
     """
 
     formula: ClassVar[str] = "sum_v pi(v) log(pi(v) / pi_T(v))"
@@ -116,7 +116,7 @@ class TeacherJensenShannon(TeacherDivergence):
 
     It goes to 0 as β → 0 (divided by β: to the forward KL) and as β → 1 (divided by 1−β: to the
     reverse KL). At exactly 0 and 1 it is the forward and the reverse KL, as in GKD's code: the
-    scale jumps there, so a learning rate found at β = 0.1 is not one for β = 0.
+    scale jumps there, so a learning rate tuned at β = 0.1 does not transfer to β = 0.
     """
 
     beta: float = 0.5
@@ -139,11 +139,11 @@ class TeacherJensenShannon(TeacherDivergence):
 
 
 class SkewedKL(TeacherDivergence):
-    """A KL to a mixture that holds a share α of the distribution it starts from."""
+    """A KL to a mixture with a share α of its first argument."""
 
     alpha: float = 0.1
 
-    at_zero: ClassVar[str]  # the term that it is without the share
+    at_zero: ClassVar[str]  # the term that it equals at α = 0
     paper: ClassVar[str] = "2402.03898"
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class SkewedKL(TeacherDivergence):
 
 @part
 class TeacherSkewKL(SkewedKL):
-    """KL(π_T ‖ α π_T + (1−α) π) (DistiLLM, arXiv 2402.03898): at most −log α, whatever π is."""
+    """KL(π_T ‖ α π_T + (1−α) π) (DistiLLM, arXiv 2402.03898): at most −log α for any π."""
 
     formula: ClassVar[str] = "KL(pi_T || alpha pi_T + (1-alpha) pi)"
     kind: ClassVar[DivergenceKind] = DivergenceKind.SKEW_KL
@@ -172,7 +172,7 @@ class TeacherSkewKL(SkewedKL):
 
 @part
 class TeacherSkewReverseKL(SkewedKL):
-    """KL(π ‖ (1−α) π_T + α π) (DistiLLM, arXiv 2402.03898): at most −log α, whatever π is."""
+    """KL(π ‖ (1−α) π_T + α π) (DistiLLM, arXiv 2402.03898): at most −log α for any π."""
 
     formula: ClassVar[str] = "KL(pi || (1-alpha) pi_T + alpha pi)"
     kind: ClassVar[DivergenceKind] = DivergenceKind.SKEW_REVERSE_KL
@@ -192,8 +192,8 @@ class TeacherTotalVariation(TeacherDivergence):
 class EntropyAwareKL(TokenTerm):
     """KL(π ‖ π_T), plus KL(π_T ‖ π) where the teacher's entropy is above ``threshold`` nats.
 
-    Where the teacher is unsure the reverse KL alone would settle on one of its answers (arXiv
-    2603.07079). With a top-k the entropy is that of the merged outcomes.
+    Where the teacher's entropy is high, the reverse KL alone would collapse to one of its modes
+    (arXiv 2603.07079). With a top-k the entropy is that of the merged outcomes.
     """
 
     threshold: float = 0.8
@@ -208,7 +208,7 @@ class EntropyAwareKL(TokenTerm):
             raise ConfigError(f"threshold={self.threshold}", expected="0 nats or more")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
-        """[N] reverse KL, plus forward KL where the teacher is unsure."""
+        """[N] reverse KL, plus forward KL where the teacher's entropy is high."""
         teacher_NK = batch.columns[Column.TEACHER_LOGPROBS]
         rest_N = (1 - teacher_NK.exp().sum(-1)).clamp_min(LEAST_REST)
         entropy_N = -(teacher_NK.exp() * teacher_NK).sum(-1) - rest_N * rest_N.log()
@@ -221,10 +221,10 @@ class EntropyAwareKL(TokenTerm):
 class TeacherSortedL1(TokenTerm):
     """Σ_i |π_(i) − π_T(i)|, both sorted from the largest: ULD across tokenizers (2402.12030).
 
-    Only the shapes of the distributions are compared, not which token is likely: use it beside
-    another term (the paper: cross-entropy + 1.5 times this). It is read where both tokenizations
-    have a boundary after the same text and is 0 elsewhere; those tokens count in the mean. The
-    paper pairs the i-th tokens whatever they follow.
+    Only the shapes of the distributions are compared, not which token is likely: use it with
+    another term (the paper: cross-entropy + 1.5 times this). It is computed where both
+    tokenizations have a boundary after the same text and is 0 elsewhere; those tokens count in the
+    mean. The paper pairs the i-th tokens even if different text precedes them.
     """
 
     weight: float = 1.5
@@ -235,6 +235,6 @@ class TeacherSortedL1(TokenTerm):
     reads: ClassVar[frozenset[Wanted]] = frozenset({BY_RANK})
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
-        """[N] L1 of sorted probabilities where the teacher stands after the same text."""
+        """[N] L1 of sorted probabilities where the teacher has read the same text."""
         aligned_N = batch.columns[Column.TEACHER_ALIGNED]
         return Values(aligned_N * stats[BY_RANK], {"aligned": aligned_N})

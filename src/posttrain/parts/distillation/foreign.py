@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer: compared only where both have read the same text.
+"""Teachers with another tokenizer: compared only where both have read the same text.
 
 learner   |un|believ|able|⏎       a boundary of both, with the same text before it:
 teacher   |unbeliev|able|⏎        before "un", before "able", before the end
@@ -25,7 +25,7 @@ from posttrain.protocols import Policy, Renderer
 
 
 class AcrossTokenizers(Signal):
-    """What signals share that ask a teacher with another tokenizer."""
+    """Base class of signals from a teacher with another tokenizer."""
 
     teacher: PolicyRef
 
@@ -34,7 +34,7 @@ class AcrossTokenizers(Signal):
         return (self.teacher,)
 
     def check(self, scene: Scene) -> None:
-        """It reads the task in its own tokens."""
+        """The teacher tokenizes the task itself, so trajectories need tasks."""
         need_tasks(self, scene)
 
 
@@ -42,9 +42,9 @@ class AcrossTokenizers(Signal):
 class ForeignTeacher(AcrossTokenizers):
     """The sorted distribution of a teacher with another tokenizer, where both have a boundary.
 
-    The teacher reads the task in its own template and its own tokens of the completion's text.
-    Before a token that starts where one of the teacher's starts, both have read the same text,
-    and their next-token distributions can be compared by rank; other tokens are not aligned.
+    The teacher reads the task in its own template and the completion's text in its own tokens.
+    Where a token starts at the start of a teacher's token, both have read the same text, and their
+    next-token distributions can be compared by rank; other tokens are not aligned.
     """
 
     top_k: int = 100
@@ -73,17 +73,17 @@ class ForeignTeacher(AcrossTokenizers):
         )
 
     def _retokenised(self, trajectory: Trajectory, teacher: Policy, tools: Tools) -> Trajectory:
-        """The same text in the teacher's tokens, with one more token to be predicted at its end."""
+        """The same text in the teacher's tokens, with one more token after its end."""
         text = tools.renderer.text(trajectory.tokens[trajectory.prompt_length :])
         body = encoded(teacher.renderer, text)
-        # The last token is never read: its distribution, not its id, is asked for.
+        # The id of the last token is never read, only the distribution at it.
         return read_by(teacher, trajectory, _task(trajectory, tools.drawn_tasks), [*body, 0])
 
 
 def _aligned(
     trajectory: Trajectory, read: Trajectory, values: Array, own_renderer: Renderer, other: Renderer
 ) -> Mapping[Column, Array]:
-    """The teacher's rows where both have a boundary; elsewhere uniform, and marked as such."""
+    """The teacher's rows where both have a boundary; elsewhere uniform, and marked unaligned."""
     cut = trajectory.prompt_length
     own = boundaries(own_renderer, trajectory.tokens[cut:])
     theirs = {
@@ -105,13 +105,13 @@ def _aligned(
 class SpanAdvantage(AcrossTokenizers):
     """The log-ratio of policy and a teacher with another tokenizer, span by span, as credit.
 
-    A span reaches from one boundary that both tokenizers have to the next; its log-prob is the sum
-    over its tokens, whichever they are. Every token of a span has A = log π_T(span) − log π(span).
-    With one tokenizer every span is a token, and this is ``teacher_advantage``. The teacher reads
-    the task in its own template; the end of a turn is a span too. What stands after the last common
-    boundary of an answer that was cut off has no credit.
+    A span reaches from one boundary of both tokenizers to the next; its log-prob is the sum over
+    its tokens. Every token of a span has A = log π_T(span) − log π(span). With one tokenizer every
+    span is a token, and this is ``teacher_advantage``. The teacher reads the task in its own
+    template; the end of a turn is a span too. Tokens after the last common boundary of a truncated
+    answer have no credit.
 
-    Of all ways to write a span only those are counted that the two tokenizers take.
+    Only the tokenization that each tokenizer gives a span is counted, not all possible ones.
 
     Unconfirmed: spans and products of conditionals are those of GOLD, which compares distributions
     at the boundaries; the policy gradient on the spans' log-ratio is derived.
@@ -144,7 +144,7 @@ class SpanAdvantage(AcrossTokenizers):
 def _span_advantages(
     member: Scored, read: Trajectory, said: Array, own_renderer: Renderer, other: Renderer
 ) -> Array:
-    """[T] the log-ratio of the span that each token stands in."""
+    """[T] the log-ratio of each token's span."""
     trajectory = member.trajectory
     cut, ended = trajectory.prompt_length, trajectory.end is End.COMPLETED
     own_L = member.columns[Column.BEHAVIOUR_LOGPROB][cut:].astype(np.float64)
@@ -164,7 +164,7 @@ def _span_advantages(
 def common_spans(
     own: Sequence[int | None], theirs: Sequence[int | None], *, ended: bool
 ) -> list[tuple[slice, slice]]:
-    """Tokens of the one and of the other tokenizer between boundaries that both have.
+    """Token ranges of both tokenizers between common boundaries.
 
     Args:
         own: characters before each token and after the last, as ``boundaries`` gives them.
@@ -186,7 +186,7 @@ def common_spans(
         shared.append((len(own) - 1, len(theirs) - 1))
     found, (i, j) = [], (0, 0)
     for next_i, next_j in shared:
-        if next_i > i and next_j > j:  # a token without text belongs to what follows
+        if next_i > i and next_j > j:  # a token without text belongs to the next span
             found.append((slice(i, next_i), slice(j, next_j)))
             i, j = next_i, next_j
     return found
@@ -195,7 +195,7 @@ def common_spans(
 def read_by(
     teacher: Policy, trajectory: Trajectory, task: Task, written: Sequence[int] | IntArray
 ) -> Trajectory:
-    """A task in the teacher's own tokens, and what was written after it.
+    """A task and its completion in the teacher's own tokens.
 
     Raises:
         TaskError: more tokens than the teacher can read.
@@ -227,16 +227,16 @@ def _task(trajectory: Trajectory, tasks: Mapping[str, Task]) -> Task:
 
 
 def encoded(renderer: Renderer, text: str) -> IntArray:
-    """A text's tokens, without what the tokenizer puts in front of a prompt."""
+    """A text's tokens, without the special tokens before a prompt."""
     opening, whole = (renderer.prompt(Task(taskset="text", prompt=t)).tokens for t in ("", text))
     return whole[len(opening) :]
 
 
 def boundaries(renderer: Renderer, tokens: IntArray) -> list[int | None]:
-    """Characters before each token, and after the last; None inside of a character.
+    """Characters before each token, and after the last; None inside a character.
 
-    Some tokenizers spread one character over several tokens. What they decode to then is no
-    beginning of the whole text.
+    Some tokenizers split one character into several tokens. A decoded prefix is then no prefix of
+    the whole text.
 
     Example:
         >>> from posttrain.testing import CharRenderer

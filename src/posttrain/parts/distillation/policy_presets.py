@@ -1,4 +1,4 @@
-"""Distillation as a policy gradient: a teacher's log-probs are the rewards of sampled tokens."""
+"""Distillation as a policy gradient: teacher log-probs are the rewards of sampled tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from posttrain.parts.registry import part
 
 
 class Sampled(OnTasks):
-    """Methods that credit each sampled token, and how the losses of tokens are averaged."""
+    """Methods with an advantage per sampled token; ``aggregate`` averages the token losses."""
 
     group_size: int = 4
     aggregate: Aggregate = "token_mean"
@@ -34,9 +34,9 @@ def _sampled(method: Sampled, signals: tuple[Signal, ...], terms: tuple[Term, ..
 
 @part
 class OpdSampled(Sampled):
-    """OPD from one log-prob per token: the expected gradient of opd, with the noise of sampling.
+    """OPD from one log-prob per token: the expected gradient of opd, with sampling noise.
 
-    Needs of the teacher what every server can give. The form of Thinking Machines' write-up: no
+    Needs only the teacher's log-probs of given tokens. The form of Thinking Machines' write-up: no
     discount, importance sampling, no clip.
     """
 
@@ -53,7 +53,7 @@ class OpdSampled(Sampled):
 
 @part
 class IwOpd(Sampled):
-    """Sampled OPD with more weight on early tokens, where a wrong turn costs what follows.
+    """Sampled OPD with more weight on early tokens, whose errors affect all later ones.
 
     Unconfirmed: the formula was read at second hand.
     """
@@ -78,9 +78,9 @@ class IwOpd(Sampled):
 
 @part
 class GOpd(Sampled):
-    """Sampled OPD that goes on where the teacher stopped: λ above 1 extrapolates.
+    """Sampled OPD that extrapolates beyond the teacher with λ above 1.
 
-    ``reference`` is where the teacher started from; by default where this stage does.
+    ``reference`` is the policy that the teacher was trained from; by default this stage's input.
 
     Unconfirmed: the formula was read at second hand.
     """
@@ -112,7 +112,7 @@ class GOpd(Sampled):
 
 @part
 class Opd2(Sampled):
-    """Distils what a teacher's tuning added to its base, where plain OPD agrees in sign.
+    """Distils the difference between a teacher and its base, where plain OPD agrees in sign.
 
     Unconfirmed: the formula was read at second hand.
     """
@@ -139,7 +139,7 @@ class Opd2(Sampled):
 
 @part
 class SpanOpd(Sampled):
-    """Sampled OPD from a teacher with another tokenizer, by spans of text that both can cut out.
+    """Sampled OPD from a teacher with another tokenizer, by spans of text common to both.
 
     The alignment is that of GOLD. ``uld`` compares whole distributions instead, by rank.
     """
@@ -160,8 +160,8 @@ class Minillm(Sampled):
     """The reverse KL between whole sequences: one step exactly, the rest by policy gradient.
 
     The exact part is the next-token reverse KL; the rest credits a token with the mean log-ratio
-    of those after it, which is the paper's length normalisation. Left out of the paper: sampling
-    from a blend of teacher and learner, and a pre-training loss (mix a data set in for that).
+    of later tokens, the paper's length normalisation. Not implemented: sampling from a mixture of
+    teacher and learner, and a pre-training loss (mix in a data set for that).
     """
 
     teachers: dict[str, PolicyRef]

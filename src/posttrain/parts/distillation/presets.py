@@ -1,4 +1,4 @@
-"""Distillation with a distribution as the target."""
+"""Distillation with a teacher's distribution as the target."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SUCCESS_SHOWN = (
 
 
 class OnTasks(Method):
-    """Methods on tasks: whose prompts are answered, and how."""
+    """Methods on task sets: prompts, group size and decoding."""
 
     tasks: tuple[str, ...]
     group_size: int = 1
@@ -58,7 +58,7 @@ class OnTasks(Method):
 
 @part
 class SeqKd(OnTasks):
-    """Sequence-level distillation: the likelihood of a teacher's own answers."""
+    """Sequence-level distillation: cross-entropy on a teacher's answers."""
 
     teacher: PolicyRef
     aggregate: Aggregate = "token_mean"
@@ -78,7 +78,7 @@ class SeqKd(OnTasks):
 class Kd(Method):
     """Logit distillation: the teacher's distribution at every token of given answers.
 
-    With ``temperature`` τ the loss is multiplied by τ², so that its gradient keeps its size.
+    With ``temperature`` τ the loss is multiplied by τ², so that its gradient keeps its scale.
     """
 
     data: Dataset
@@ -103,7 +103,7 @@ class Kd(Method):
 
 
 class OnOwnRollouts(OnTasks):
-    """Methods in which teachers grade the learner's own rollouts with their distributions."""
+    """Methods in which teachers score the learner's rollouts with their distributions."""
 
     teachers: dict[str, PolicyRef]
     top_k: int | None = None
@@ -120,7 +120,7 @@ def _graded(method: OnOwnRollouts, term: Term) -> Composition:
 
 @part
 class Opd(OnOwnRollouts):
-    """On-policy distillation: the teacher grades every token of the learner's own rollouts.
+    """On-policy distillation: the teacher scores every token of the learner's own rollouts.
 
     Several teachers, each for its own task sets, make it MOPD (arXiv 2601.02780):
     ``teachers: {sums: path:adder, "*": base}``.
@@ -136,7 +136,7 @@ class Opd(OnOwnRollouts):
 
 @part
 class EntropyAwareOpd(OnOwnRollouts):
-    """OPD that also covers the teacher's answers where the teacher is unsure.
+    """OPD that adds the forward KL where the teacher's entropy is high.
 
     Unconfirmed: read at second hand; the threshold's unit and the second part's weight are ours.
     """
@@ -157,7 +157,7 @@ class EntropyAwareOpd(OnOwnRollouts):
 class TvDistillation(OnOwnRollouts):
     """Total variation to a teacher on the learner's own rollouts: a bounded loss per token.
 
-    Unconfirmed: the divergence is standard; that the paper uses it so is from general knowledge.
+    Unconfirmed: the divergence is standard; its use in the paper is from general knowledge.
     """
 
     formula: ClassVar[str] = "1/2 sum_v |pi_teacher - pi|, on samples of pi"
@@ -171,7 +171,7 @@ class TvDistillation(OnOwnRollouts):
 class OnMix(OnTasks):
     """Methods on a share ``own`` of the learner's own rollouts, the rest given answers.
 
-    At 1 there is no data, at 0 there are no rollouts.
+    1 is rollouts only, 0 is data only.
     """
 
     teachers: dict[str, PolicyRef]
@@ -201,8 +201,8 @@ def _graded_mix(method: OnMix, term: Term) -> Composition:
 class Gkd(OnMix):
     """Generalised distillation: a share λ of the learner's own rollouts, the rest given answers.
 
-    ``own`` is λ; at 1 there is no data, at 0 there are no rollouts. ``beta`` goes from the forward
-    KL at 0 to the reverse KL at 1; between them the loss is smaller, see teacher_jensen_shannon.
+    ``own`` is λ: 1 is rollouts only, 0 is data only. ``beta`` goes from the forward KL at 0 to the
+    reverse KL at 1; between them the loss is smaller, see teacher_jensen_shannon.
     """
 
     beta: float = 0.5
@@ -221,8 +221,8 @@ class Gkd(OnMix):
 class Distillm(OnMix):
     """Skewed KL on a mix of given answers and the learner's own rollouts.
 
-    The paper also replays old rollouts and adapts their share; here they are fresh, and the share
-    is fixed.
+    The paper also replays old rollouts and adapts their share; here rollouts are on-policy, and
+    the share is fixed.
     """
 
     alpha: float = 0.1
@@ -239,10 +239,10 @@ class Distillm(OnMix):
 
 @part
 class Distillm2(OnTasks):
-    """Raise what the teacher says, lower what only the learner says.
+    """Raises the likelihood of the teacher's answers, lowers that of the learner's.
 
     Skew KL on the teacher's rollouts with weight 2 − β, skew reverse KL on the learner's with β,
-    and β moving from ``beta`` to ``beta_end``. The paper also fits α to every sample; here it is
+    and β changing from ``beta`` to ``beta_end``. The paper also adapts α per sample; here it is
     constant. Each half is averaged over its own tokens.
 
     Unconfirmed: the formula is that of the authors' code; the paper was not opened.
@@ -287,7 +287,7 @@ def _skewed(
     weight: float,
     end: float,
 ) -> Term:
-    """A skew KL on what one of the two wrote, its weight moving."""
+    """A skew KL on the tokens of one of the two, with a weight schedule."""
     return kind(
         alpha=method.alpha,
         aggregate=method.aggregate,
@@ -303,7 +303,7 @@ class Uld(OnTasks):
 
     Cross-entropy on given answers, and on the learner's own rollouts the L1 distance of sorted
     probabilities where both tokenizers have a boundary. The paper compares on the given answers,
-    token by token from the start, whether or not the same text stands before.
+    token by token from the start, even if different text precedes them.
     """
 
     teacher: PolicyRef
@@ -335,7 +335,7 @@ class Uld(OnTasks):
 
 
 class Privileged(OnTasks):
-    """Methods whose teacher has more to read than the learner: a privileged context."""
+    """Methods whose teacher has a privileged context."""
 
     teacher: PolicyRef = "input"
     top_k: int | None = None
@@ -347,10 +347,10 @@ class Privileged(OnTasks):
 
 @part
 class ContextDistillation(Privileged):
-    """What a policy says with an instruction becomes what it says without.
+    """Distils a policy with an instruction in its prompt into the policy without it.
 
-    On the learner's own rollouts (OPCD, arXiv 2602.12275); the first form of it (2209.15189)
-    imitates the instructed policy's answers, which is seq_kd from such data.
+    On the learner's own rollouts (OPCD, arXiv 2602.12275); its first form (2209.15189) imitates
+    the instructed policy's answers, which is seq_kd from such data.
     """
 
     context: str
@@ -359,15 +359,15 @@ class ContextDistillation(Privileged):
     paper: ClassVar[str] = "2602.12275"
 
     def compose(self) -> Composition:
-        """Live rollouts; the distribution of a teacher that reads more; reverse KL."""
+        """Live rollouts; the distribution of a teacher with more context; reverse KL."""
         return _privileged(self, self.context, TeacherReverseKL(aggregate=self.aggregate))
 
 
 @part
 class Opsd(Privileged):
-    """On-policy self-distillation: the teacher is the policy that knows the right answer.
+    """On-policy self-distillation: the teacher is the policy with the right answer in context.
 
-    The teacher is frozen where the stage begins; ``teacher: learner`` lets it move along.
+    The teacher is the frozen input of the stage; ``teacher: learner`` uses the current weights.
 
     Unconfirmed: the divergence and its ``beta`` are those of ``sdft``, the paper was not opened.
     """
@@ -379,18 +379,18 @@ class Opsd(Privileged):
     paper: ClassVar[str] = "2601.18734"
 
     def compose(self) -> Composition:
-        """Live rollouts; the distribution of a teacher that reads more; Jensen-Shannon."""
+        """Live rollouts; the distribution of a teacher with more context; Jensen-Shannon."""
         term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
         return _privileged(self, self.context, term)
 
 
 @part
 class Sdft(Privileged):
-    """Self-distillation fine-tuning: the learner itself, shown a demonstration, is the teacher.
+    """Self-distillation fine-tuning: the teacher is the learner with a demonstration in context.
 
     The demonstration is the task's ``answer``. The teacher is a moving average of the learner
     (``rate`` per step); ``teacher: learner`` is the learner at every draw, and any other policy
-    stays as it is.
+    is frozen.
 
     Unconfirmed: the default of ``rate``.
     """
@@ -411,11 +411,11 @@ class Sdft(Privileged):
 
 @part
 class Sdpo(Privileged):
-    """Self-distillation policy optimisation: the teacher is shown a sibling that succeeded.
+    """Self-distillation policy optimisation: the teacher reads a successful answer of the group.
 
     The teacher, a moving average of the learner, reads the first other answer of the group with a
-    reward of at least ``success``; answers without one are left out. The paper also shows
-    feedback in words where an environment gives any; here a reward is all there is.
+    reward of at least ``success``; answers without one are left out. The paper also shows textual
+    feedback of an environment; here there are only rewards.
     """
 
     teacher: PolicyRef = MOVING
@@ -438,7 +438,7 @@ class Sdpo(Privileged):
             )
 
     def compose(self) -> Composition:
-        """Live rollouts; verifier; an averaged teacher that reads a sibling; Jensen-Shannon."""
+        """Live rollouts; verifier; a moving teacher with a sibling in context; Jensen-Shannon."""
         term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
         plain = _privileged(self, self.context, term, rate=self.rate, success=self.success)
         return replace(plain, signals=(Verify(), *plain.signals))
@@ -455,7 +455,7 @@ def _privileged(
 
 
 def mixed(data: Dataset | None, drawn: Rollouts, *, own: float) -> Source:
-    """A share ``own`` of rollouts, the rest data; one of the two alone at 1 and 0."""
+    """A share ``own`` of rollouts, the rest data; only one of the two at 1 and 0."""
     if data is None:
         return drawn
     if own == 0:

@@ -1,4 +1,4 @@
-"""A teacher's log-probs as credit of sampled tokens: distillation as a policy gradient.
+"""A teacher's log-probs as advantages of sampled tokens: distillation as a policy gradient.
 
     teacher_logprobs ──TEACHER_LOGPROB───┐
     the record ────────BEHAVIOUR_LOGPROB─┴─teacher_advantage──▶ ADVANTAGE ──▶ policy gradients
@@ -36,8 +36,8 @@ class TeacherAdvantage(Signal):
     | ``to_go`` | Σ_{s≥t} u_s | the reverse KL between whole sequences |
     | ``future_mean`` | mean of u_s over s > t | MiniLLM's long part, by length (2306.08543) |
 
-    log π is that of the distribution sampled, from the record. ``extrapolation`` λ ≠ 1 makes u
-    λ (log π_T − log π_ref) − (log π − log π_ref), which goes on where the teacher stopped
+    log π is of the sampling distribution, from the record. ``extrapolation`` λ ≠ 1 makes u
+    λ (log π_T − log π_ref) − (log π − log π_ref), which extrapolates beyond the teacher
     (G-OPD, 2602.12125). ``early`` γ multiplies A_t by 1 + γ (1 − Σ_{s<t} |A_s| / Σ_s |A_s|)
     (IW-OPD, 2606.22600).
     """
@@ -62,7 +62,7 @@ class TeacherAdvantage(Signal):
 
     @property
     def needs(self) -> Columns:
-        """Log-probs of the teacher and the policy, and of a reference to extrapolate from."""
+        """Log-probs of teacher and policy, and of a reference for extrapolation."""
         extra = {Column.REFERENCE_LOGPROB} if self.extrapolation != 1 else set()
         return frozenset({Column.TEACHER_LOGPROB, Column.BEHAVIOUR_LOGPROB} | extra)
 
@@ -91,12 +91,12 @@ class TeacherAdvantage(Signal):
 
 @part
 class DeltaAdvantage(Signal):
-    """What a teacher's own tuning added, where plain distillation agrees (OPD², 2607.15161).
+    """Log-ratio of a teacher and its base, where plain distillation agrees (OPD², 2607.15161).
 
-    Δ = log π_T(y) − log π_base(y) and U = log π_T(y) − log π(y), each less its expectation under
-    π; A = ``scale`` · Δ where Δ and U have one sign, else 0. ``base`` is what the teacher was
-    tuned from. Expectations are exact, over the full vocabulary (the paper: over the policy's
-    1024 most likely tokens).
+    Δ = log π_T(y) − log π_base(y) and U = log π_T(y) − log π(y), each minus its expectation under
+    π; A = ``scale`` · Δ where Δ and U have the same sign, else 0. ``base`` is the policy that the
+    teacher was trained from. Expectations are exact, over the full vocabulary (the paper: over the
+    policy's 1024 most likely tokens).
     """
 
     teacher: PolicyRef
@@ -118,7 +118,7 @@ class DeltaAdvantage(Signal):
             )
 
     def references(self) -> tuple[PolicyRef, ...]:
-        """The teacher and what it was tuned from."""
+        """The teacher and its base."""
         return (self.teacher, self.base)
 
     def prepare(self, tools: Tools) -> None:
@@ -146,7 +146,7 @@ class DeltaAdvantage(Signal):
 
 
 def credited(gain_T: Floats, *, credit: str) -> Floats:
-    """[T] what a token is credited with, of the gains of its sequence.
+    """[T] advantages of the tokens of a sequence from their gains.
 
     Example:
         >>> gains = np.array([1.0, 2.0, 4.0])

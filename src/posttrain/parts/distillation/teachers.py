@@ -1,4 +1,4 @@
-"""Teachers: what a frozen policy, or the learner with more to read, says of a text.
+"""Teachers: distributions and log-probs of a frozen policy, or of the learner with more context.
 
     teacher ─┬─ teacher_distribution ──TEACHER_IDS, TEACHER_LOGPROBS──▶ terms of divergences.py
              ├─ teacher_logprobs ─────TEACHER_LOGPROB──▶ teacher_advantage ──ADVANTAGE──▶ policy
@@ -6,12 +6,11 @@
              ├─ span_advantage ───────ADVANTAGE──▶ policy gradients
              └─ foreign_teacher ──────TEACHER_SORTED, TEACHER_ALIGNED──▶ teacher_sorted_l1
 
-A teacher may have more to read than the learner had. Then its own prompt stands before the same
-completion, and what it says of the completion's tokens is moved back to where they stand in the
-learner's trajectory:
+A teacher may have more context than the learner. Then its own prompt precedes the same completion,
+and its values at the completion's tokens are moved to their positions in the learner's trajectory:
 
     learner   q₀ q₁ q₂      | y₀ y₁ y₂        columns    –  –  –       | c₀ c₁ c₂
-    teacher   q₀ q₁ q₂ a₀ a₁| y₀ y₁ y₂        it says    –  –  –  –  – | c₀ c₁ c₂
+    teacher   q₀ q₁ q₂ a₀ a₁| y₀ y₁ y₂        values     –  –  –  –  – | c₀ c₁ c₂
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ from posttrain.protocols import Policy
 
 
 class RoutedTeacher(Signal):
-    """What signals share that ask one teacher per task set, perhaps with more to read."""
+    """Base class of signals from one teacher per task set, optionally with more context."""
 
     routes: dict[str, PolicyRef]
     context: str | None = None
 
     may_ask_learner: ClassVar[bool] = True
-    shown: ClassVar[tuple[str, ...]] = ("answer",)  # what a context may show beside the question
+    shown: ClassVar[tuple[str, ...]] = ("answer",)  # fields of a context besides the question
 
     def __post_init__(self) -> None:
         if not self.routes:
@@ -56,7 +55,7 @@ class RoutedTeacher(Signal):
         return tuple(self.routes.values())
 
     def check(self, scene: Scene) -> None:
-        """Every group has a teacher, and every teacher a group; contexts need tasks."""
+        """Every task set has a teacher, and every teacher a task set; contexts need tasks."""
         routed = set(self.routes)
         asked = {name for s in scene.drawn for name in s.row_names}
         if ("*" not in routed and asked - routed) or routed - asked - {"*"}:
@@ -68,7 +67,7 @@ class RoutedTeacher(Signal):
             need_tasks(self, scene)
 
     def prepare(self, tools: Tools) -> None:
-        """Load the teachers; find a task without the answer that the context asks for."""
+        """Load the teachers; refuse a task without the answer that the context needs."""
         for reference in self.references():
             tools.policy(reference)
         if self.context is None or "{answer}" not in self.context:
@@ -82,7 +81,7 @@ class RoutedTeacher(Signal):
                 )
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
-        """The same groups with what each one's teacher says on every member."""
+        """The same groups with their teacher's columns on every member."""
         by_teacher: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
             by_teacher.setdefault(self._route(group.task), []).append(index)
@@ -98,7 +97,7 @@ class RoutedTeacher(Signal):
     def ask(
         self, reference: PolicyRef, groups: Sequence[Group], tools: Tools
     ) -> list[Mapping[Column, Array]]:
-        """What one teacher says of every member."""
+        """One teacher's columns of every member."""
         raise NotImplementedError
 
     def _route(self, task: str) -> str:
@@ -115,7 +114,7 @@ class RoutedTeacher(Signal):
     def _read(
         self, trajectories: Sequence[Trajectory], teacher: Policy, tools: Tools
     ) -> list[tuple[Trajectory, Trajectory]]:
-        """Each of the learner's trajectories, and what the teacher reads in its place."""
+        """The learner's trajectories, and for each the one that the teacher reads."""
         if self.context is None:
             return [(t, t) for t in trajectories]
         return [(t, read_with(t, teacher, self.context, tools)) for t in trajectories]
@@ -123,23 +122,22 @@ class RoutedTeacher(Signal):
 
 @part
 class TeacherDistribution(RoutedTeacher):
-    """A teacher's next-token distribution at every written token.
+    """A teacher's next-token distribution at every generated token.
 
     ``routes`` chooses the teacher by task set; ``"*"`` is the default. ``top_k`` keeps the
     teacher's K most likely tokens (not the learner's); null keeps the full vocabulary.
 
-    ``context`` is what the teacher reads in place of the question: a template with ``{question}``
-    and, if the teacher is to know it, ``{answer}`` of the task. The completion's tokens are the
-    same; only what stands before them differs. With a context the teacher may be the ``learner``
-    itself: what it says when it knows more (SDFT 2601.19897, OPSD 2601.18734; context
-    distillation 2209.15189).
+    ``context`` is the teacher's prompt in place of the question: a template with ``{question}``
+    and optionally ``{answer}`` of the task. The completion's tokens are the same; only the prompt
+    differs. With a context the teacher may be the ``learner`` itself (SDFT 2601.19897, OPSD
+    2601.18734; context distillation 2209.15189).
 
-    ``{success}`` stands for the first *other* answer of the group with a reward of at least
-    ``success`` (SDPO 2601.20802). An answer without such a sibling is discarded.
+    ``{success}`` is the first *other* answer of the group with a reward of at least ``success``
+    (SDPO 2601.20802). An answer without such a sibling is discarded.
 
-    Written are ``TEACHER_IDS`` [T, K] and ``TEACHER_LOGPROBS`` [T, K]; for the whole vocabulary
-    [T, 0] and [T, V]. Of a teacher whose output head the loss has, the hidden states are enough:
-    ``TEACHER_STATES`` [T, X] and ``TEACHER_HEAD`` in their place.
+    Writes ``TEACHER_IDS`` [T, K] and ``TEACHER_LOGPROBS`` [T, K]; for the whole vocabulary [T, 0]
+    and [T, V]. When the loss has the teacher's output head, it writes hidden states instead:
+    ``TEACHER_STATES`` [T, X] and ``TEACHER_HEAD``.
     """
 
     top_k: int | None = None
@@ -156,28 +154,28 @@ class TeacherDistribution(RoutedTeacher):
 
     @property
     def shows_success(self) -> bool:
-        """True when the teacher reads another answer of the group."""
+        """True when the context has another answer of the group."""
         return "success" in _fields(self.context)
 
     @property
     def min_group(self) -> int:
-        """Two where members are shown each other."""
+        """Two where the context has another member."""
         return 2 if self.shows_success else 1
 
     @property
     def needs(self) -> Columns:
-        """Rewards, if successful answers are shown."""
+        """Rewards, if the context has successful answers."""
         return frozenset({Column.REWARD} if self.shows_success else ())
 
     @property
     def provides(self) -> Columns:
-        """The distribution, and which answers have a sibling to learn from."""
+        """The distribution, and verdicts on answers without a successful sibling."""
         verdict = {Column.DISCARD} if self.shows_success else set()
         return frozenset({Column.TEACHER_IDS, Column.TEACHER_LOGPROBS} | verdict)
 
     @property
     def distributions_of(self) -> tuple[PolicyRef, ...]:
-        """Frozen teachers of whom the whole vocabulary is asked."""
+        """Frozen teachers whose full distribution is used."""
         if self.top_k is not None:
             return ()
         frozen = (r for r in self.references() if r not in (LEARNER, MOVING))
@@ -191,7 +189,7 @@ class TeacherDistribution(RoutedTeacher):
     def ask(
         self, reference: PolicyRef, groups: Sequence[Group], tools: Tools
     ) -> list[Mapping[Column, Array]]:
-        """Its distribution at the tokens of every member."""
+        """The teacher's distribution at the tokens of every member."""
         if self.shows_success:
             return self._ask_with_siblings(reference, groups, tools)
         pairs = self._read(trajectories_of(groups), tools.policy(reference), tools)
@@ -200,7 +198,7 @@ class TeacherDistribution(RoutedTeacher):
     def _ask_with_siblings(
         self, reference: PolicyRef, groups: Sequence[Group], tools: Tools
     ) -> list[Mapping[Column, Array]]:
-        """With a sibling's text in the context, and verdicts."""
+        """Distributions with a sibling's text in the context, and verdicts."""
         teacher, context = tools.policy(reference), self.context or ""
         members = [m for g in groups for m in g.members]
         siblings = [s for g in groups for s in _successful_siblings(g, at_least=self.success)]
@@ -221,7 +219,7 @@ class TeacherDistribution(RoutedTeacher):
         pairs: Sequence[tuple[Trajectory, Trajectory]],
         tools: Tools,
     ) -> list[Mapping[Column, Array]]:
-        """What a teacher says of (the learner's trajectory, what the teacher reads)."""
+        """A teacher's columns, from pairs (learner's trajectory, teacher's trajectory)."""
         teacher, read = tools.policy(reference), [read for _, read in pairs]
         number = tools.heads.get(reference) if self.top_k is None else None
         if number is not None and teacher.hidden is not None:
@@ -243,9 +241,9 @@ class TeacherDistribution(RoutedTeacher):
 
 @part
 class TeacherLogprobs(RoutedTeacher):
-    """A teacher's log-prob of every written token: what a sample costs, not a distribution.
+    """A teacher's log-prob of every generated token.
 
-    ``routes`` and ``context`` as in ``teacher_distribution``. Written is ``TEACHER_LOGPROB`` [T].
+    ``routes`` and ``context`` as in ``teacher_distribution``. Writes ``TEACHER_LOGPROB`` [T].
     """
 
     formula: ClassVar[str] = "log pi_T(y_t | context, y_<t)"
@@ -255,7 +253,7 @@ class TeacherLogprobs(RoutedTeacher):
     def ask(
         self, reference: PolicyRef, groups: Sequence[Group], tools: Tools
     ) -> list[Mapping[Column, Array]]:
-        """Its log-probs of the tokens of every member."""
+        """The teacher's log-probs of the tokens of every member."""
         teacher = tools.policy(reference)
         pairs = self._read(trajectories_of(groups), teacher, tools)
         said = remembered_logprobs(teacher, [read for _, read in pairs], tools.memory)
@@ -269,10 +267,10 @@ class TeacherLogprobs(RoutedTeacher):
 def check_context(
     context: str | None, routes: Mapping[str, PolicyRef], *, shown: tuple[str, ...] = ("answer",)
 ) -> None:
-    """Refuse a template that says nothing new, and a learner that would teach itself nothing.
+    """Refuse an invalid context template, and the learner as a teacher without a context.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: either is the case.
     """
     if context is None:
         if LEARNER in routes.values():
@@ -294,10 +292,10 @@ def check_context(
 
 
 def need_tasks(signal: Signal, scene: Scene) -> None:
-    """Refuse rows of files for a signal that reads the task behind a trajectory.
+    """Refuse rows of files for a signal that reads the task of a trajectory.
 
     Raises:
-        LegalityError: as said.
+        LegalityError: the signal reads rows of files.
     """
     for source in scene.rows:
         raise scene.refuse(
@@ -323,7 +321,7 @@ def read_with(
             expected="a task: the teacher's context is written from its question and answer",
         )
     prompt = teacher.renderer.prompt(with_context(task, context, **shown))
-    cut = trajectory.answer_start  # what was given of the answer stays
+    cut = trajectory.answer_start  # keeps the given part of the answer
     tokens = np.concatenate([prompt.tokens, trajectory.tokens[cut:]]).astype(np.int32)
     if len(tokens) > teacher.context:
         raise TaskError(
@@ -360,7 +358,7 @@ def _successful_siblings(group: Group, *, at_least: float) -> list[Trajectory | 
 
 
 def _verdict(member: Scored, sibling: Trajectory | None) -> Array:
-    """Without a sibling there is nothing to learn; what another signal decided stays."""
+    """Discards a member without a sibling; verdicts of other signals stay."""
     return np.asarray(discarded(member) or float(Discard.NO_SUCCESS.code if sibling is None else 0))
 
 
@@ -380,7 +378,7 @@ def _spans_from(trajectory: Trajectory, cut: int) -> list[Span]:
 
 
 def _moved(values: Array, to: Trajectory, read: Trajectory, *, fill: float = np.nan) -> Array:
-    """[T', ...] values of what the teacher read -> [T, ...] beside the learner's trajectory."""
+    """[T', ...] values of the teacher's trajectory -> [T, ...] of the learner's."""
     if read is to:
         return values
     out = np.full((len(to), *values.shape[1:]), fill, values.dtype)

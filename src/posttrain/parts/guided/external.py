@@ -1,12 +1,11 @@
-"""Policy gradients on text that somebody else wrote, each under an assumption that it names.
+"""Policy gradients on off-policy text without behaviour log-probs, under a named assumption.
 
-A ratio needs the probability with which its author wrote a token. Nobody knows it for a
-demonstration, and a missing log-prob is refused everywhere else. These terms put an assumption in
-its place, and carry it in their names.
+A ratio needs the behaviour policy's probability of a token. For a demonstration it is unknown, and
+all other terms refuse a missing log-prob. These terms assume a value, stated in their names.
 
     assumed_certain_gradient   π_author = 1                        luffy
     assumed_own_gradient       π_author = the policy when drawn    prefix_rft
-    exploration_bonus          no ratio: less of what is read      xpo
+    exploration_bonus          no ratio                            xpo
 
 Shape legend: ``N`` trained tokens.
 """
@@ -22,22 +21,22 @@ from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
 from posttrain.parts.base import ANYONE, Aggregate, Columns, Stats, Term, TokenTerm, Values
 from posttrain.parts.registry import part
-from posttrain.parts.tensors import capped_exp
+from posttrain.parts.tensors import capped_exp, check_bounds
 
 if TYPE_CHECKING:
     from posttrain.numerics.batch import PackedBatch
 
 OTHERS = ANYONE - {Kind.LEARNER}
-"""Everybody but the model being trained."""
+"""All kinds of author except the learner."""
 
 
 @part
 class AssumedCertainGradient(TokenTerm):
     """−f(π(y_t)) A, f(p) = p / (p + γ): assumes that the author was certain of every token.
 
-    With a behaviour probability of 1 the ratio is π itself, and f is its shape: the gradient is
-    −A γ p / (p + γ)² ∇log π, largest at p = γ, so tokens that the policy does not expect are not
-    lost as they would be under p ∇log π. No clip (LUFFY, arXiv 2504.14945).
+    With a behaviour probability of 1 the ratio is π itself, shaped by f: the gradient is
+    −A γ p / (p + γ)² ∇log π, largest at p = γ, so unlikely tokens keep a gradient that they would
+    not have under p ∇log π. No clip (LUFFY, arXiv 2504.14945).
     """
 
     gamma: float = 0.1
@@ -68,7 +67,7 @@ class AssumedOwnGradient(TokenTerm):
 
     π_drawn is the learner when the text was drawn, so r is 1 at the first update of a draw and the
     gradient is that of A log π (Prefix-RFT, arXiv 2507.01679). The assumption is false, and a
-    negative advantage then lowers a right beginning for a wrong end; the paper limits the term to
+    negative advantage lowers a correct prefix for a wrong completion; the paper limits the term to
     the fifth of the tokens of highest entropy.
     """
 
@@ -82,11 +81,7 @@ class AssumedOwnGradient(TokenTerm):
     accepts: ClassVar[frozenset[Kind]] = OTHERS
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip_low <= 1 or self.clip_high <= 0:
-            raise ConfigError(
-                f"clip_low={self.clip_low}, clip_high={self.clip_high}",
-                expected="0 < clip_low <= 1 and clip_high > 0",
-            )
+        check_bounds(self.clip_low, self.clip_high)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −min(r A, clip(r) A)."""
@@ -102,10 +97,10 @@ class AssumedOwnGradient(TokenTerm):
 
 @part
 class ExplorationBonus(Term):
-    """+log π(y), summed over answers that the reference wrote (XPO, arXiv 2405.21046).
+    """+log π(y), summed over answers that the reference sampled (XPO, arXiv 2405.21046).
 
-    Minimised, it lowers what the reference says anyway, which is optimism about everything else.
-    It has no lower bound: weights of the size of 1e-5 are meant.
+    Minimising it lowers the likelihood of the reference's answers, which is optimism about all
+    others. It has no lower bound: use weights of about 1e-5.
     """
 
     aggregate: Aggregate = "sequence_sum"

@@ -1,4 +1,4 @@
-"""Methods that imitate and explore in one step: two sources, a term for each.
+"""Methods with SFT and RL in one step: two sources, a term for each.
 
 Mix ─┬─ demonstrations ──────────────────────────▶ cross-entropy            (weight μ)
      └─ live rollouts ─ verify, group_advantage ─▶ clipped policy gradient  (weight 1 − μ)
@@ -23,7 +23,7 @@ from posttrain.parts.supervised.likelihood import BalancedCrossEntropy, CrossEnt
 
 
 class OnDemonstrationsAndRollouts(Method):
-    """Demonstrations beside live rollouts; ``expert`` is the share of groups of the former."""
+    """Demonstrations and live rollouts; ``expert`` is the share of demonstration groups."""
 
     data: Dataset
     tasks: tuple[str, ...]
@@ -41,7 +41,7 @@ class OnDemonstrationsAndRollouts(Method):
 
 
 def _side_by_side(method: OnDemonstrationsAndRollouts, *terms: Term) -> Composition:
-    """Demonstrations and live rollouts, with a group advantage on these; both losses."""
+    """Demonstrations and live rollouts, with a group advantage on the latter; both losses."""
     shares = (method.expert, 1 - method.expert)
     return Composition(
         source=Mix(parts=(method.data, rollouts(method)), shares=shares),
@@ -52,9 +52,9 @@ def _side_by_side(method: OnDemonstrationsAndRollouts, *terms: Term) -> Composit
 
 @part
 class Chord(OnDemonstrationsAndRollouts):
-    """SFT as an auxiliary loss of GRPO, its weight μ falling while the policy takes over.
+    """SFT as an auxiliary loss of GRPO, with a decreasing weight μ.
 
-    ``expert`` is the share of groups that are demonstrations; they weigh μ whatever their number,
+    ``expert`` is the share of groups that are demonstrations; their weight is μ for any number,
     since each term is averaged over its own tokens. μ falls from ``mu`` to ``mu_end`` on a cosine.
     The paper's variant with token weights p (1 − p) is ``chord_phi``.
     """
@@ -75,7 +75,7 @@ class Chord(OnDemonstrationsAndRollouts):
             )
 
     def compose(self) -> Composition:
-        """Demonstrations and live rollouts; group advantage on these; both losses."""
+        """Demonstrations and live rollouts; group advantage on the latter; both losses."""
         falling = WeightSchedule(end=self.mu_end, shape="cosine")
         rising = WeightSchedule(end=1 - self.mu_end, shape="cosine")
         imitate = CrossEntropy(weight=self.mu, weight_schedule=falling, where=(self.data.author,))
@@ -87,7 +87,7 @@ class Chord(OnDemonstrationsAndRollouts):
 class ChordPhi(OnDemonstrationsAndRollouts):
     """CHORD with a constant weight of the demonstrations, and their tokens weighted p (1 − p).
 
-    Tokens that the policy already writes, and tokens that are far from it, count little, so the
+    Tokens that are very likely or very unlikely under the policy have little weight, so the
     demonstrations need not be faded out.
     """
 
@@ -103,6 +103,6 @@ class ChordPhi(OnDemonstrationsAndRollouts):
             )
 
     def compose(self) -> Composition:
-        """Demonstrations and live rollouts; group advantage on these; both losses."""
+        """Demonstrations and live rollouts; group advantage on the latter; both losses."""
         imitate = BalancedCrossEntropy(weight=self.mu, where=(self.data.author,))
         return _side_by_side(self, imitate, clipped(self, weight=1 - self.mu))

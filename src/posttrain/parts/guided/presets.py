@@ -1,9 +1,9 @@
 """Guided methods: demonstrations inside the learner's own rollouts.
 
-guided_grpo  beginning │ rollout          trained: rollouts
-uft          beginning │ rollout          trained: rollouts, and a little of the beginnings
-prefix_rft   one beginning │ rollout      trained: both, as if the learner wrote both
-luffy        one whole demonstration      trained: both, each with a ratio of its own
+guided_grpo  prefix │ rollout             trained: rollouts
+uft          prefix │ rollout             trained: rollouts, and prefixes with a small weight
+prefix_rft   one prefix │ rollout         trained: both, as if sampled by the learner
+luffy        one whole demonstration      trained: both, with different ratios
 hpt          one whole demonstration      trained: it where rollouts fail, else the rollouts
 """
 
@@ -34,9 +34,9 @@ from posttrain.parts.supervised.likelihood import CrossEntropy
 
 
 class OnGuided(Method):
-    """What guided methods share: whose prompts are answered, and where the demonstrations are.
+    """Base class of guided methods: prompts, demonstrations and decoding.
 
-    ``demonstration`` is the column of a task that holds one: its ``answer``, or another.
+    ``demonstration`` is the task's column with the demonstration: ``answer``, or another.
     """
 
     tasks: tuple[str, ...]
@@ -54,7 +54,7 @@ class OnGuided(Method):
 def _guided(
     method: OnGuided, members: Guided, signals: tuple[Signal, ...], *terms: Term
 ) -> Composition:
-    """Guided rollouts, judged by its ``rewards`` and then by ``signals``, under ``terms``."""
+    """Guided rollouts, the method's ``rewards``, then ``signals``, and the terms."""
     if method.group_size < 2:
         raise ConfigError(
             f"{tag_of(method)} with group_size={method.group_size}",
@@ -73,7 +73,7 @@ def _beginning(
     count: int | None = None,
     learn: bool = False,
 ) -> Guided:
-    """A demonstration's beginning, which gets shorter over the method's ``draws``."""
+    """A prefix of a demonstration, which gets shorter over the method's ``draws``."""
     return Guided(
         column=method.demonstration,
         author=method.author,
@@ -89,14 +89,13 @@ def _beginning(
 
 @part
 class GuidedGrpo(OnGuided):
-    """GRPO on what the learner writes after the beginning of a right answer.
+    """GRPO on completions of a prefix of a right answer.
 
-    All of a group start from the same beginning, which is not trained on. Its share falls from
-    ``start`` to ``end`` over ``draws`` draws, so that hard prompts are met from where they can be
-    solved. ``length: binomial`` draws the beginning's length anew for every prompt, so that short
-    and long ones are met together. A schedule in place of what the papers do: QuestA has two
-    levels (one half, then one quarter), BREAD (arXiv 2506.17211) searches the shortest beginning
-    that helps.
+    All members of a group have the same prefix, which is not trained on. Its share falls from
+    ``start`` to ``end`` over ``draws`` draws, so that hard prompts start where they can be solved.
+    ``length: binomial`` draws the prefix length for every prompt, which mixes short and long ones.
+    The schedule replaces those of the papers: QuestA has two levels (one half, then one quarter),
+    BREAD (arXiv 2506.17211) searches the shortest prefix that helps.
 
     Unconfirmed: the papers were read at second hand, the schedule is ours.
     """
@@ -113,14 +112,14 @@ class GuidedGrpo(OnGuided):
     paper: ClassVar[str] = "2507.13266"
 
     def compose(self) -> Composition:
-        """Rollouts from given beginnings; group advantage; clipped policy gradient."""
+        """Rollouts from given prefixes; group advantage; clipped policy gradient."""
         members = _beginning(self, end=self.end, length=self.length)
         return _guided(self, members, (GroupAdvantage(),), clipped(self, aggregate="sequence_mean"))
 
 
 @part
 class Uft(OnGuided):
-    """Unified fine-tuning: guided GRPO, and a little likelihood of what was given.
+    """Unified fine-tuning: guided GRPO, and cross-entropy on the given prefix.
 
     The number of given slices is drawn per prompt. A slice is a fifth of the demonstration's
     tokens; the paper cuts at steps of the solution. Its KL term is left out.
@@ -138,7 +137,7 @@ class Uft(OnGuided):
     paper: ClassVar[str] = "2505.16984"
 
     def compose(self) -> Composition:
-        """Rollouts from beginnings of random length; GRPO, and cross-entropy on the beginnings."""
+        """Rollouts from prefixes of random length; GRPO, and cross-entropy on the prefixes."""
         members = _beginning(self, end=self.end, length="binomial", slices=self.slices, learn=True)
         given = CrossEntropy(weight=self.nll_weight, where=(self.author,))
         grpo = ClippedPolicyGradient(aggregate="sequence_mean")
@@ -147,9 +146,9 @@ class Uft(OnGuided):
 
 @part
 class PrefixRft(OnGuided):
-    """One rollout of a group begins like a demonstration, and the beginning is trained as well.
+    """One rollout of a group continues a prefix of a demonstration, which is trained on too.
 
-    Its tokens are treated as if the learner had written them, at the fifth of highest entropy.
+    The prefix's tokens are treated as if sampled by the learner, at the fifth of highest entropy.
     Both terms are sums over tokens divided by the same constant.
 
     Unconfirmed: read from the authors' code and notes; the constant is ours.
@@ -183,10 +182,10 @@ class PrefixRft(OnGuided):
 
 @part
 class Luffy(OnGuided):
-    """One demonstration stands among the rollouts of a group, and shares their baseline.
+    """One demonstration is a member of each group of rollouts, and shares their baseline.
 
-    Its ratio assumes that its author was certain of every token, and is shaped so that unlikely
-    tokens keep a gradient. Both terms are sums over tokens divided by the same constant.
+    Its ratio assumes a behaviour probability of 1, and is shaped so that unlikely tokens keep a
+    gradient. Both terms are sums over tokens divided by the same constant.
     """
 
     gamma: float = 0.1
@@ -215,9 +214,9 @@ class Luffy(OnGuided):
 
 @part
 class Hpt(OnGuided):
-    """Hybrid post-training: prompts that fail are imitated, all others are explored.
+    """Hybrid post-training: SFT on prompts that fail, RL on all others.
 
-    Where at most ``gate`` of a group's rollouts are right, the demonstration is learnt and the
+    Where at most ``gate`` of a group's rollouts are right, the demonstration is trained on and the
     rollouts are left out; elsewhere the opposite.
 
     Unconfirmed: that the policy gradient is Dr.GRPO's.

@@ -25,7 +25,7 @@ from posttrain.parts.sources.redraw import Redraw
 
 
 class Clipping(Protocol):
-    """How far a ratio may go from 1."""
+    """Bounds of a clipped ratio."""
 
     @property
     def clip_low(self) -> float: ...
@@ -59,7 +59,7 @@ def redrawn(
     keep: tuple[unions.AnySieve, ...],
     max_draws: int,
 ) -> Composition:
-    """The composition with a source that draws again; ``keep`` decides there, not as signals.
+    """The composition with a source that redraws; ``keep`` filters there, not as signals.
 
     With ``max_draws`` 1 it is the composition itself.
     """

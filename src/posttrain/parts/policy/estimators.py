@@ -22,7 +22,7 @@ EXPECTED_REWARD = PolicyGradient(aggregate="sequence_sum")
 
 @part
 class Reinforce(OnRollouts):
-    """The plain policy gradient, with the mean reward of the draw or a constant as baseline."""
+    """The vanilla policy gradient, with the mean reward of the draw or a constant as baseline."""
 
     group_size: int = 1
     baseline: float | None = None  # null: the mean of the draw
@@ -89,8 +89,7 @@ class ReinforcePlusPlus(OnRollouts):
 class ReinforcePlusPlusBaseline(OnRollouts):
     """REINFORCE++ over groups: minus the group's mean, then whitened over the draw's tokens.
 
-    Whitening subtracts a mean of its own, so a group of equal rewards is not exactly without
-    gradient.
+    Whitening subtracts the draw's mean, so a group of equal rewards has a small gradient.
 
     Unconfirmed: that the paper's KL is k2 in the loss.
     """
@@ -114,7 +113,7 @@ class ReinforcePlusPlusBaseline(OnRollouts):
 
 @part
 class Remax(OnRollouts):
-    """REINFORCE with the reward of the likeliest answer as baseline."""
+    """REINFORCE with the reward of the greedy answer as baseline."""
 
     group_size: int = 1
     kl_beta: float = 0.0
@@ -124,7 +123,7 @@ class Remax(OnRollouts):
     paper: ClassVar[str] = "2310.10505"
 
     def compose(self) -> Composition:
-        """One greedy answer per prompt, judged and not trained on; unclipped policy gradient."""
+        """One greedy answer per prompt, scored and not trained on; unclipped policy gradient."""
         credit = GroupAdvantage(baseline="greedy", scale="none")
         signals = (*kl_in_reward(self.kl_beta, self.reference), GreedyBaseline(), credit)
         return on_rollouts(self, signals, (EXPECTED_REWARD,))
@@ -132,7 +131,7 @@ class Remax(OnRollouts):
 
 @part
 class Opo(OnRollouts):
-    """REINFORCE with the baseline of least variance, if gradients grow with length."""
+    """REINFORCE with the minimum-variance baseline, if gradients grow with length."""
 
     formula: ClassVar[str] = "-(R - sum l R / sum l) log pi, l = length"
     paper: ClassVar[str] = "2505.23585"
@@ -161,7 +160,7 @@ class Gpg(OnRollouts):
 
 @part
 class LitePpo(OnRollouts):
-    """Two of the many tricks: the group's mean with the draw's std, and a token mean."""
+    """GRPO with two changes: the group's mean with the draw's std, and a token mean."""
 
     clip: float = 0.2
 
@@ -176,15 +175,15 @@ class LitePpo(OnRollouts):
 
 @part
 class Gdpo(OnRollouts):
-    """Two rewards, right and short, each normalised in its group before they are added.
+    """Two rewards, for correctness and length, each normalised in its group before they are added.
 
-    More than two rewards share these two places: judges in ``rewards`` add up to the first.
+    With more rewards, the signals in ``rewards`` add up to the first.
 
     Unconfirmed: the formula was read at second hand.
     """
 
     length_cache: int  # the last tokens of max_new_tokens, over which the penalty falls to -1
-    weights: tuple[float, float] = (1.0, 1.0)  # of being right, of being short
+    weights: tuple[float, float] = (1.0, 1.0)  # of correctness, of length
     clip: float = 0.2
 
     formula: ClassVar[str] = "-min(r A, clip(r) A), A = normalised sum of w_k (r_k - mean) / std"

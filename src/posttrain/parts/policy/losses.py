@@ -26,7 +26,6 @@ from posttrain.core.trajectory import Column
 from posttrain.parts.base import Aggregate, Stats, Values
 from posttrain.parts.policy.ratio import (
     RatioTerm,
-    check_bounds,
     check_level,
     log_ratio,
     ratio_shown,
@@ -35,7 +34,7 @@ from posttrain.parts.policy.ratio import (
 )
 from posttrain.parts.policy.shapes import GroupedRollouts
 from posttrain.parts.registry import part
-from posttrain.parts.tensors import capped_exp, sequence_means, sequence_sums
+from posttrain.parts.tensors import capped_exp, check_bounds, sequence_means, sequence_sums
 
 if TYPE_CHECKING:
     from posttrain.numerics.batch import PackedBatch

@@ -20,12 +20,12 @@ from posttrain.parts.supervised.likelihood import CrossEntropy
 
 @part
 class Ppo(OnRollouts):
-    """Proximal policy optimisation: a critic says token by token what was better than expected.
+    """Proximal policy optimisation, with a critic and GAE per token.
 
-    The critic is a second model beside the policy, or a head on the policy itself
-    (``critic: shared``, cheaper; its loss then moves the policy). It starts from ``critic_start``:
-    the policy, a reward model, or a stage of ``value_pretraining``. The KL to the reference is
-    part of the reward. A draw is cut into ``updates_per_draw`` updates; none is read twice.
+    The critic is a separate model, or a head on the policy (``critic: shared``, cheaper; its loss
+    then also trains the policy). It starts from ``critic_start``: the policy, a reward model, or a
+    stage of ``value_pretraining``. The KL to the reference is part of the reward. A draw is split
+    into ``updates_per_draw`` updates; each token is used once.
     """
 
     group_size: int = 1
@@ -60,12 +60,11 @@ class Ppo(OnRollouts):
 
 @part
 class Vapo(OnRollouts):
-    """PPO for long answers: the critic learns from whole returns, the policy looks further in
-    longer answers, and right answers are imitated too.
+    """PPO for long answers: λ = 1 for the critic, a length-dependent λ for the policy, and
+    cross-entropy on right answers.
 
-    λ is 1 for the critic and 1 − 1/(α l) for an answer of l tokens. Precede it with a stage of
-    ``value_pretraining``, whose critic it then starts from: the paper's ablation loses most
-    without.
+    The policy's λ is 1 − 1/(α l) for an answer of l tokens. Run a stage of ``value_pretraining``
+    before it and start from its critic: the paper's largest ablation effect.
 
     Unconfirmed: formulas and defaults were read at second hand.
     """
@@ -99,10 +98,10 @@ class Vapo(OnRollouts):
 
 @part
 class ValuePretraining(OnRollouts):
-    """Fits a critic to the returns of a policy that stays as it is.
+    """Fits a critic to the returns of a fixed policy.
 
-    The stage ends with the policy it began with, and a critic beside it that ``ppo`` and ``vapo``
-    start from. Watch ``critic/explained_variance``: the paper trains until it settles.
+    The stage leaves the policy unchanged and adds a critic that ``ppo`` and ``vapo`` can start
+    from. Watch ``critic/explained_variance``: the paper trains until it converges.
 
     Unconfirmed: read at second hand, like ``vapo``.
     """

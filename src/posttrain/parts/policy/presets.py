@@ -62,7 +62,7 @@ class Grpo(OnRollouts):
 
 @part
 class DrGrpo(OnRollouts):
-    """GRPO without its two biases: no std, and tokens divided by a constant length."""
+    """GRPO without its two biases: no std, and token sums divided by a constant length."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -78,12 +78,12 @@ class DrGrpo(OnRollouts):
 
 @part
 class Dapo(OnRollouts):
-    """GRPO with a higher upper clip, a token mean, informative groups, and care for long answers.
+    """GRPO with a higher upper clip, token mean, dynamic sampling, and overlong reward shaping.
 
-    ``overlong``: ``penalty`` lets the reward fall over the last fifth of ``max_new_tokens`` (the
-    paper's 4096 of 20480), ``filter`` leaves answers that were cut off out of the loss.
-    ``max_draws`` is how often a step may draw to fill itself with informative groups; at 1 dropped
-    groups are not replaced.
+    ``overlong``: ``penalty`` lowers the reward over the last fifth of ``max_new_tokens`` (the
+    paper's 4096 of 20480), ``filter`` leaves truncated answers out of the loss. ``max_draws`` is
+    the maximum number of draws to fill a step with informative groups; at 1 dropped groups are not
+    replaced.
     """
 
     group_size: int = 16
@@ -132,7 +132,7 @@ class Luspo(OnRollouts):
 
 @part
 class ClipCov(OnRollouts):
-    """GRPO in which a few tokens that would cost most entropy are left alone."""
+    """GRPO without a gradient at a few tokens of high covariance, to keep entropy."""
 
     share: float = 2e-4
     clip: float = 0.2
@@ -149,7 +149,7 @@ class ClipCov(OnRollouts):
 
 @part
 class KlCov(OnRollouts):
-    """No clip; tokens that would cost most entropy are held near where they were.
+    """No clip; a KL penalty on the tokens of highest covariance, to keep entropy.
 
     It differs from the unclipped gradient from the second update on a draw.
     """
@@ -168,10 +168,10 @@ class KlCov(OnRollouts):
 
 @part
 class HighEntropy(OnRollouts):
-    """A gradient only where the policy hesitates: the fifth of the tokens of highest entropy.
+    """A gradient only at the fifth of the tokens of highest entropy.
 
     ``over: draw`` compares the tokens of a whole draw, as the paper does with a batch, in one more
-    pass over it; ``sequence`` those of each answer, at no cost.
+    pass over it; ``sequence`` those of each answer, without an extra pass.
     """
 
     over: Literal["draw", "sequence"] = "draw"
@@ -193,10 +193,10 @@ class HighEntropy(OnRollouts):
 
 @part
 class AdaptiveEntropy(OnRollouts):
-    """GRPO with an entropy bonus that is as strong as it must be to keep a target entropy.
+    """GRPO with an entropy bonus of adaptive weight that keeps a target entropy.
 
-    The loss of Skywork-OR1: a token mean, no KL, and no length normalisation. What target is
-    right depends on the policy.
+    The loss of Skywork-OR1: a token mean, no KL, and no length normalisation. The right target
+    depends on the policy.
 
     Unconfirmed: the target of 0.2 nats is from memory.
     """

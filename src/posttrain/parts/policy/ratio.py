@@ -1,4 +1,4 @@
-"""What the losses on the learner's own rollouts share: the ratio, and the weight of a mismatch.
+"""Ratio and mismatch correction, shared by the losses on the learner's own rollouts.
 
     without a mismatch:  r = π / π_sampler
     with one:            r = π / π_trainer, and the loss times w = π_trainer / π_sampler
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Mismatch(Config):
-    """Corrects for a sampler that is not quite the trainer: a constant weight on the loss.
+    """Corrects for numerical differences of sampler and trainer: a constant weight on the loss.
 
     w = π_trainer / π_sampler at the version that sampled, for a ``token``, the product over its
     ``sequence``, or the sequence's ``geometric`` mean (which does not grow with length). Outside
@@ -71,14 +71,6 @@ class RatioTerm(Term):
         """The advantage, and the log-probs of the ratio and its correction."""
         trainer = {Column.TRAINER_LOGPROB} if self.mismatch else set()
         return frozenset({Column.BEHAVIOUR_LOGPROB, Column.ADVANTAGE} | trainer)
-
-
-def check_bounds(low: float, high: float) -> None:
-    """Refuse a clip range that is empty or reaches below a ratio of 0."""
-    if not 0 < low <= 1 or high <= 0:
-        raise ConfigError(
-            f"clip_low={low}, clip_high={high}", expected="0 < clip_low <= 1 and clip_high > 0"
-        )
 
 
 def check_level(mismatch: Mismatch | None) -> None:
@@ -135,7 +127,7 @@ def mismatch_weight(mismatch: Mismatch, batch: PackedBatch) -> Tensor:
 def weighed(
     mismatch: Mismatch | None, loss_N: Tensor, shown: Mapping[str, Tensor], batch: PackedBatch
 ) -> Values:
-    """The loss, times the correction where there is one; the correction is shown."""
+    """The loss times the correction, if any; the correction is a metric."""
     if mismatch is None:
         return Values(loss_N, shown)
     weight_N = mismatch_weight(mismatch, batch)
@@ -143,6 +135,6 @@ def weighed(
 
 
 def ratio_shown(log_ratio_N: Tensor) -> dict[str, Tensor]:
-    """What every loss in a ratio shows: the ratio, and how far the policy has moved."""
+    """Metrics of every loss in a ratio: the ratio, and ``policy_shift`` = −log r."""
     log_ratio_N = log_ratio_N.detach()
     return {"ratio": capped_exp(log_ratio_N), "policy_shift": -log_ratio_N}

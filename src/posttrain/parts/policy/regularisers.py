@@ -1,4 +1,4 @@
-"""Terms that hold a policy back.
+"""Regularisers of a policy.
 
     reference_kl ──▶ towards a reference
     entropy_bonus, adaptive_entropy_bonus ──▶ towards entropy
@@ -51,7 +51,7 @@ class ReferenceKL(TokenTerm):
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.LOGPROB, Stat.SAMPLED_LOGPROB})
 
     def check(self, scene: Scene) -> None:
-        """Samples must be the policy's own, at temperature 1."""
+        """Samples must be from the policy's own distribution, at temperature 1."""
         for source in scene.drawn:
             if source.sampled is not None and source.sampled.temperature != 1:
                 raise scene.refuse(
@@ -64,7 +64,7 @@ class ReferenceKL(TokenTerm):
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] an estimate of KL(π ‖ π_ref) at samples of the behaviour policy."""
         u_N = stats[Stat.LOGPROB] - batch.columns[Column.REFERENCE_LOGPROB]
-        # exp(-u) overflows when the reference is much surer than the policy; 20 nats is e^20.
+        # exp(-u) overflows when the reference is much more confident; 20 nats is e^20.
         k3_N = (-u_N).clamp(max=20).exp() + u_N - 1
         ratio_N = capped_exp(log_ratio(None, stats, batch))
         if self.estimator == "k3_without_ratio":
@@ -95,21 +95,21 @@ class EntropyBonus(TokenTerm):
 
 @part
 class AdaptiveEntropyBonus(TokenTerm):
-    """−c H(π), c moving so that the entropy stays at ``target`` (Skywork-OR1, arXiv 2505.22312).
+    """−c H(π), c adapted to keep the entropy at ``target`` (Skywork-OR1, arXiv 2505.22312).
 
     c starts at ``initial``. After each update with mean entropy H, c grows by ``step`` where
-    H < ``target`` and shrinks by it elsewhere, never below 0. The bonus acts only while the last H
-    measured was at most ``target``; the paper compares the H of the same update. The first update
-    has none to compare with, and acts. c and H are kept with the learner and saved with it.
+    H < ``target`` and shrinks by it elsewhere, never below 0. The bonus is active only while the
+    last measured H is at most ``target``, and at the first update; the paper compares the H of the
+    same update. c and H are saved with the learner.
 
-    Entropies are in nats per token. Choose the target a little below that of the policy at the
-    start: a bonus that can never be satisfied grows without end.
+    Entropies are in nats per token. Choose the target a little below the policy's initial entropy:
+    c grows without bound when the target cannot be reached.
     """
 
     target: float
     initial: float = 0.01
     step: float = 0.005
-    weight: float = 1.0  # of c H, for a schedule; c itself moves as described
+    weight: float = 1.0  # of c H, for a schedule; c itself is adapted
     where: tuple[Kind, ...] = (Kind.LEARNER,)
 
     formula: ClassVar[str] = "-c H [H <= target]; c + step where H < target, else c - step"
@@ -127,11 +127,11 @@ class AdaptiveEntropyBonus(TokenTerm):
 
     @property
     def moves(self) -> bool:
-        """Always: the coefficient follows the entropy."""
+        """Always True: the coefficient follows the entropy."""
         return True
 
     def factor(self, memory: Mapping[str, float]) -> float:
-        """The coefficient in force: 0 while the entropy measured last is above the target.
+        """The active coefficient: 0 while the last measured entropy is above the target.
 
         Example:
             >>> bonus = AdaptiveEntropyBonus(target=0.5)
@@ -145,7 +145,7 @@ class AdaptiveEntropyBonus(TokenTerm):
     def remember(
         self, memory: Mapping[str, float], metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
-        """The coefficient after an update, and the entropy that moved it.
+        """The coefficient after an update, and that update's entropy.
 
         Example:
             >>> bonus = AdaptiveEntropyBonus(target=0.5)
@@ -170,8 +170,8 @@ class AdaptiveEntropyBonus(TokenTerm):
 class LogRatioPenalty(TokenTerm):
     """|log r| at marked tokens, r = π / behaviour (KL-Cov, arXiv 2505.22617).
 
-    Zero, with zero gradient, until the policy has moved: it acts from the second update on a
-    draw. Unmarked tokens count as zeros in the mean.
+    Zero, with zero gradient, at the first update of a draw, where r = 1; active from the second.
+    Unmarked tokens count as zeros in the mean.
     """
 
     where: tuple[Kind, ...] = (Kind.LEARNER,)

@@ -1,4 +1,4 @@
-"""What methods on the learner's own rollouts have in common.
+"""Shapes of methods on the learner's own rollouts.
 
     tasks, group_size, sampling ── rollouts ──▶ source ──┐
     rewards, then the method's own signals ──────────────┼── on_rollouts ──▶ Composition
@@ -26,7 +26,7 @@ from posttrain.parts.sources.rollouts import Rollouts
 
 
 class Answering(Protocol):
-    """Whose prompts are answered, and how."""
+    """Prompts and decoding of a method with rollouts."""
 
     @property
     def tasks(self) -> tuple[str, ...]: ...
@@ -39,7 +39,7 @@ class Answering(Protocol):
 
 
 class Demonstrating(Protocol):
-    """Which column of a task holds a demonstration, and who wrote it."""
+    """The task's column with a demonstration, and its author."""
 
     @property
     def demonstration(self) -> str: ...
@@ -48,7 +48,7 @@ class Demonstrating(Protocol):
 
 
 class OnRollouts(Method):
-    """Which prompts are drawn, how they are answered, and what judges the answers."""
+    """Methods on the learner's rollouts: prompts, decoding and reward signals."""
 
     tasks: tuple[str, ...]
     group_size: int = 8
@@ -64,7 +64,7 @@ class OnRollouts(Method):
 def rollouts(
     method: Answering, *, policy: PolicyRef = "learner", members: AnyMember | None = None
 ) -> Rollouts:
-    """The method's prompts, answered by a policy."""
+    """Rollouts of a policy on the method's prompts."""
     return Rollouts(
         tasks=method.tasks,
         policy=policy,
@@ -76,7 +76,7 @@ def rollouts(
 
 
 def demonstrated(method: Demonstrating) -> Guided:
-    """One member of every group is a whole demonstration, and is trained on."""
+    """One member of every group is a whole demonstration, which is trained on."""
     return Guided(
         column=method.demonstration, author=method.author, count=1, start=1, end=1, learn=True
     )
@@ -90,10 +90,10 @@ def on_rollouts(
     mismatch: Mismatch | None = None,
     scalar_head: ScalarHead | None = None,
 ) -> Composition:
-    """Live rollouts, judged by the method's ``rewards`` and then by ``signals``, under ``terms``.
+    """Live rollouts, the method's ``rewards``, then ``signals``, and the terms.
 
-    ``mismatch`` is that of the terms: it needs the trainer's log-probs. ``scalar_head`` is what
-    terms on values read.
+    ``mismatch`` is that of the terms: it needs the trainer's log-probs. ``scalar_head`` is for
+    terms on values.
     """
     trainer: tuple[Signal, ...] = (TrainerLogprobs(),) if mismatch else ()
     return Composition(
@@ -108,6 +108,6 @@ class GroupedRollouts(OnRollouts, TermMethod):
     """A loss in the ratio and in the advantage over the group, on live rollouts."""
 
     def around(self, term: Term) -> Composition:
-        """Live rollouts; judges and group advantage; the term."""
+        """Live rollouts; rewards and group advantage; the term."""
         assert isinstance(term, RatioTerm)
         return on_rollouts(self, (GroupAdvantage(),), (term,), mismatch=term.mismatch)

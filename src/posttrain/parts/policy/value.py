@@ -4,7 +4,7 @@
                           ├─gae──▶ ADVANTAGE ──▶ policy gradient
     value head (live) ────┘  └───▶ OLD_VALUE, RETURN ──▶ value_loss ──▶ value head
 
-The value V_t is what is still to come when token t has not been written yet.
+The value V_t is the expected return before token t is generated.
 
 Shape legend: ``N`` trained tokens.
 """
@@ -29,8 +29,8 @@ class ValueLoss(TokenTerm):
     """½ max((V − R)², (clip(V, V_old ± ε) − R)²), V the value head before each token.
 
     The loss of PPO's critic (arXiv 1707.06347). R is ``RETURN`` and V_old ``OLD_VALUE``, both
-    constants. The clipped branch keeps a critic from moving more than ε away from its value before
-    the update, as PPO's reference code does; ``clip: null`` is the plain squared error.
+    constants. The clipped branch keeps the critic within ε of its value before the update, as in
+    PPO's reference code; ``clip: null`` is the plain squared error.
     """
 
     clip: float | None = 0.2

@@ -4,9 +4,9 @@ Throughout, ρ = log π(y) − log π_ref(y) summed over an answer's trained tok
 the rejected answer, Δ = ρ_w − ρ_l. A bar is an average over tokens: ρ̄ = ρ/|y|.
 
 β multiplies a *sum* in most losses and a *mean* in ``ipo`` (there τ) and ``ln_dpo``. An answer of
-100 tokens makes the two differ by 100: never carry a β over from one kind to the other.
+100 tokens makes the two differ by a factor of 100: never reuse a β of one kind for the other.
 
-Each is a term, and with a file of pairs a method by itself:
+Each is a term, and with a file of pairs a method:
 
     method: {name: dpo, data: ...} ──OnPairs──▶ Dataset ▶ ReferenceLogprobs, term.signals() ▶ term
 
@@ -77,8 +77,8 @@ class Dpo(PairTerm):
 class RobustDpo(PairTerm):
     """Robust DPO (arXiv 2403.00409): DPO's loss, unbiased when a share ε of pairs is flipped.
 
-    [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε), with ε known. It is not bounded below: flipped
-    pairs pull the other way for ever. It grows without limit as ε approaches 1/2.
+    [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε), with ε known. It is not bounded below: the gradient
+    of the second term never vanishes. It grows without limit as ε approaches 1/2.
     """
 
     beta: float = 0.1
@@ -107,10 +107,10 @@ class RobustDpo(PairTerm):
 class Ipo(PairTerm):
     """IPO (arXiv 2310.12036): (ρ̄_w − ρ̄_l − 1/(2τ))², on log-ratios *averaged* over tokens.
 
-    The paper writes sums; averages are what its authors meant and what libraries do. The minimum
-    is at a gap of 1/(2τ), so preferences cannot push the policy further away than that.
+    The paper writes sums; its authors meant averages, and libraries use them. The minimum is at a
+    gap of 1/(2τ), which bounds the distance from the reference.
 
-    Its tau belongs to means over tokens and is not comparable with a beta on sums, such as DPO's.
+    Its tau applies to means over tokens and is not comparable with a beta on sums, such as DPO's.
     """
 
     tau: float = 0.1
@@ -131,7 +131,7 @@ class Ipo(PairTerm):
 class Hinge(PairTerm):
     """max(0, 1 − βΔ): SLiC's hinge (arXiv 2305.10425) on log-ratios, as in RSO (2309.06657).
 
-    Pairs beyond the margin teach nothing more.
+    Pairs beyond the margin have no gradient.
     """
 
     beta: float = 0.05
@@ -182,10 +182,10 @@ class Exo(PairTerm):
 
 @part(method=OnPairs)
 class Nca(PairTerm):
-    """Noise-contrastive alignment (arXiv 2402.05369): the chosen answer has a target of its own.
+    """Noise-contrastive alignment (arXiv 2402.05369): the chosen answer has its own target.
 
     −log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l), r = βρ. The target is σ(r_w) = 2/3, at
-    r_w = log 2, so unlike DPO's the chosen answer's likelihood does not sink with the rejected
+    r_w = log 2, so unlike in DPO the chosen answer's likelihood does not fall with the rejected
     one's.
     """
 
@@ -209,7 +209,7 @@ class Nca(PairTerm):
 class Sppo(PairTerm):
     """SPPO with hard labels, on given pairs (arXiv 2405.00675): (ρ_w − 1/(2β))² + (ρ_l + 1/(2β))².
 
-    The paper's β of 0.001 asks for log-ratios of ±500 and is meant for tiny learning rates.
+    The paper's β of 0.001 has targets of ±500 for log-ratios and needs tiny learning rates.
     """
 
     beta: float = 1e-3
@@ -233,8 +233,8 @@ class Apo(PairTerm):
     """Anchored preference optimisation (arXiv 2408.06266): each side has its own direction.
 
     ``zero``: 1 − σ(βρ_w) + σ(βρ_l), chosen up and rejected down, for chosen answers better than
-    what the model says now. ``down``: σ(βρ_w) + 1 − σ(βΔ), both down and rejected further, for
-    chosen answers worse than the model's own.
+    the model's own. ``down``: σ(βρ_w) + 1 − σ(βΔ), both down and rejected further, for chosen
+    answers worse than the model's own.
     """
 
     direction: Literal["zero", "down"] = "zero"
@@ -263,12 +263,12 @@ class FDpo(PairTerm):
 
     −log σ(β f'(e^{ρ_w}) − β f'(e^{ρ_l})), with ``forward_kl``: f' = −e^{−ρ}; ``js``
     (Jensen-Shannon): f' = log σ(ρ); ``alpha``: f' = (1 − e^{−αρ})/α, which is DPO as α → 0 and
-    forward KL at α = 1. Constants that cancel are left out. Exponentials go on as straight lines
+    forward KL at α = 1. Constants that cancel are left out. Exponentials are continued linearly
     above e^20, so that they cannot overflow.
     """
 
     divergence: Literal["forward_kl", "js", "alpha"] = "js"
-    alpha: float | None = None  # of the alpha divergence, and of no other
+    alpha: float | None = None  # only for the alpha divergence
     beta: float = 0.1
 
     formula: ClassVar[str] = "-log s(beta f'(exp rho_chosen) - beta f'(exp rho_rejected))"
@@ -289,7 +289,7 @@ class FDpo(PairTerm):
         def derivative(rho_P: Tensor) -> Tensor:
             if self.divergence == "js":
                 return F.logsigmoid(rho_P)
-            alpha = 1.0 if self.alpha is None else self.alpha  # forward KL is the end of the family
+            alpha = 1.0 if self.alpha is None else self.alpha  # forward KL is alpha = 1
             return -capped_exp(-alpha * rho_P) / alpha
 
         rho = sums(log_ratio_N(stats, batch), batch)
@@ -321,11 +321,11 @@ class LnDpo(PairTerm):
 
 @part(method=OnPairs)
 class LdDpo(PairTerm):
-    """Length-desensitised DPO (arXiv 2409.06411): what is longer than the other side counts less.
+    """Length-desensitised DPO (arXiv 2409.06411): tokens beyond the other side's length count less.
 
-    DPO in which tokens up to the shorter side's length count 1 and the rest ``tail``, in π and
-    π_ref alike. ``tail: 1`` is DPO. (TRL shortens π only, which leaves −(1−α) log π_ref of the
-    tail in the margin; here the margin is 0 when both policies are equal.)
+    DPO in which tokens up to the shorter side's length have weight 1 and the rest ``tail``, in π
+    and π_ref. ``tail: 1`` is DPO. (TRL shortens π only, which leaves −(1−α) log π_ref of the tail
+    in the margin; here the margin is 0 when both policies are equal.)
     """
 
     beta: float = 0.1
@@ -339,7 +339,7 @@ class LdDpo(PairTerm):
         require(0 <= self.tail < 1, f"tail={self.tail}", "0 <= tail < 1: 1 is dpo")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
-        """[P] −log σ(βΔ), tokens beyond the shorter answer's length counting ``tail``."""
+        """[P] −log σ(βΔ), with weight ``tail`` beyond the shorter answer's length."""
         rho = shared_sums(log_ratio_N(stats, batch), batch, tail=self.tail)
         z = self.beta * rho.gap
         return paired(-F.logsigmoid(z), z, rho)
@@ -347,7 +347,7 @@ class LdDpo(PairTerm):
 
 @part(method=OnPairs)
 class Wpo(PairTerm):
-    """WPO (arXiv 2406.11827): DPO, each pair weighted by how likely the policy is to write it.
+    """WPO (arXiv 2406.11827): DPO, each pair weighted by its likelihood under the policy.
 
     min(1, w_w w_l) · −log σ(βΔ), w = exp(mean_t [log π(y_t) − log Σ_v π(v)²]), no gradient
     through the weight. The upper bound 1 is that of the authors' code.
@@ -375,13 +375,13 @@ class Wpo(PairTerm):
 
 @part(method=OnPairs)
 class Discopop(PairTerm):
-    """DiscoPOP (arXiv 2406.08414): a loss that a language model proposed, modulated by the gap.
+    """DiscoPOP (arXiv 2406.08414): a loss found by a language model, modulated by the gap.
 
-    (1−m) · −log σ(z) + m · e^{−z}, z = βΔ, m = σ(z/τ): logistic on pairs that are still wrong,
-    exponential on those that are right. It is not convex: at these defaults a policy that equals
-    its reference stands on the wrong side of a hump (local minimum at z = −0.12, maximum at
-    0.07), so it moves the wrong way and stays there. At 0 the slope is −¾ + (1 − log 2)/(4τ): a
-    stage that starts at its reference needs τ above 0.1023.
+    (1−m) · −log σ(z) + m · e^{−z}, z = βΔ, m = σ(z/τ): logistic on pairs with z < 0, exponential
+    on those with z > 0. It is not convex: at these defaults a policy equal to its reference is on
+    the wrong side of a local maximum (local minimum at z = −0.12, maximum at 0.07), so it moves
+    the wrong way. At 0 the slope is −¾ + (1 − log 2)/(4τ): a stage that starts at its reference
+    needs τ above 0.1023.
 
     With the paper's tau, a learner that starts at its reference learns the opposite of the pairs:
     raise tau above 0.11, or start from a policy that already prefers the chosen answers.
@@ -411,8 +411,8 @@ class Aot(PairTerm):
 
     −log σ(β(m − q)), m = log π(y_w) − log π(y_l), and q the reference's margin of the same rank in
     the draw, from ``match_quantiles`` of margins. Summed over a draw it is the cost of
-    transporting one sorted sample of margins to the other: it asks of the distribution of margins,
-    not of each pair, to be larger than the reference's. With a single pair it is DPO.
+    transporting one sorted sample of margins to the other: the distribution of margins, not each
+    single one, should exceed the reference's. With a single pair it is DPO.
 
     Ranks are taken over a whole draw: larger ``groups_per_step`` help.
     """

@@ -1,9 +1,9 @@
-"""Preference methods: on fixed pairs with a second term, and on fresh pairs of rollouts.
+"""Preference methods: on given pairs with a second term, and on pairs of rollouts.
 
     irpo, orpo, cpo, alphapo     file of pairs ─────────────────────────▶ terms
-    online_dpo, iterative_dpo    rollouts ─ judges, rank_pairs ─▶ pairs ─▶ terms
+    online_dpo, iterative_dpo    rollouts ─ rewards, rank_pairs ─▶ pairs ─▶ terms
 
-A method that is one term stands with its term, in pairs.py, unpaired.py and reference_free.py.
+A method that is one term is made with its term, in pairs.py, unpaired.py and reference_free.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _chosen(*, weight: float, aggregate: Aggregate) -> tuple[Term, ...]:
 
 @part
 class Irpo(PairMethod):
-    """DPO plus the likelihood of chosen answers, which keeps them from sinking.
+    """DPO plus cross-entropy on chosen answers, which keeps their likelihood from falling.
 
     This is one round of iterative RPO on given pairs. RPO (2405.16436) has the same two terms with
     ``nll_weight: 0.005``.
@@ -58,7 +58,7 @@ class Irpo(PairMethod):
 
 @part
 class Orpo(PairMethod):
-    """Likelihood of chosen answers plus an odds ratio, in one stage and without a reference."""
+    """Cross-entropy on chosen answers plus an odds ratio, without a reference."""
 
     odds_weight: float = 0.1
     aggregate: Aggregate = "sequence_mean"
@@ -74,7 +74,7 @@ class Orpo(PairMethod):
 
 @part
 class Cpo(PairMethod):
-    """Contrastive preference optimisation: DPO with a uniform reference, plus likelihood."""
+    """Contrastive preference optimisation: DPO with a uniform reference, plus cross-entropy."""
 
     beta: float = 0.1
     nll_weight: float = 1.0
@@ -91,7 +91,7 @@ class Cpo(PairMethod):
 
 @part
 class Alphapo(PairMethod):
-    """SimPO with another shape of reward than the logarithm.
+    """SimPO with another reward function than the logarithm.
 
     Unconfirmed: the shape is derived from a description and from TRL's option of that name.
     """
@@ -113,7 +113,7 @@ class Alphapo(PairMethod):
 
 
 class OnRankedRollouts(Method):
-    """What methods share that make their own pairs."""
+    """Base class of methods that rank rollouts into pairs."""
 
     tasks: tuple[str, ...]
     group_size: int = 2
@@ -128,7 +128,7 @@ class OnRankedRollouts(Method):
 
 
 def _on_ranked(method: OnRankedRollouts, policy: PolicyRef, *terms: Term) -> Composition:
-    """Rollouts of a policy; its judges; best against worst; reference log-probs; the terms."""
+    """Rollouts of a policy; rewards; best against worst; reference log-probs; the terms."""
     if method.group_size < 2:
         raise ConfigError(
             f"{tag_of(method)} with group_size={method.group_size}",
@@ -145,8 +145,8 @@ def _on_ranked(method: OnRankedRollouts, policy: PolicyRef, *terms: Term) -> Com
 class OnlineDpo(OnRankedRollouts):
     """DPO on the learner's own rollouts, the best of a group against the worst.
 
-    The paper ranks two samples with a judge; here the verifier does, and more samples make a
-    strict order likelier. Any other loss on pairs goes with ``compose``.
+    The paper ranks two samples with a judge; here the verifier does, and more samples make ties
+    less likely. For another loss on pairs use ``compose``.
     """
 
     provenance: ClassVar[str] = "on-policy"
@@ -162,8 +162,8 @@ class OnlineDpo(OnRankedRollouts):
 class IterativeDpo(OnRankedRollouts):
     """One round of iterative RPO: pairs come from the policy that the round started from.
 
-    A pipeline of such stages is the whole method: each round samples, and stays close to, its own
-    input.
+    A pipeline of such stages is the whole method: each round samples from its input and uses it as
+    the reference.
     """
 
     nll_weight: float = 1.0

@@ -1,4 +1,4 @@
-"""Signals: pairs out of rewards or authors, and what losses on preferences compare with.
+"""Signals: pairs from rewards or authors, and baselines of losses on preferences.
 
     REWARD ──rank_pairs──▶ PREFERENCE                               (online pairs)
     authors ──prefer_demonstration──▶ PREFERENCE                    (spin)
@@ -6,8 +6,8 @@
                                mismatched_kl──▶ MISMATCHED_KL       (kto)
     PREFERENCE, REFERENCE_LOGPROB ──match_quantiles──▶ QUANTILE     (aot)
 
-Baselines are one number per draw, computed with the weights before the update. They are columns
-like any other: constants, equal in every micro-batch.
+Baselines are one number per draw, computed with the weights before the update. They are columns:
+constants, equal in every micro-batch.
 
 Shape legend: ``P`` pairs of the draw.
 """
@@ -33,9 +33,8 @@ from posttrain.parts.tools import Tools
 class RankPairs(Signal):
     """The best of a group by reward is chosen, the worst rejected; the others are not trained on.
 
-    A group in which nothing is strictly better than anything else makes no pair. Both kinds of
-    leftover are discarded with their reason, so the ledger counts them. Of equal members the first
-    stands for all: rollouts of a group come in no order.
+    A group of equal rewards makes no pair. Members without a pair are discarded with their reason,
+    so the ledger counts them. Of equal members the first is used.
     """
 
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
@@ -71,8 +70,8 @@ class RankPairs(Signal):
 class PreferDemonstration(Signal):
     """The members of a group by ``author`` are chosen, all others rejected (SPIN, 2401.01335).
 
-    A sample that repeats a demonstration word for word is discarded, and so is whoever is then
-    left without the other side.
+    A sample equal to a demonstration is discarded, and so are members that then have no
+    counterpart.
     """
 
     author: Kind = Kind.EXTERNAL
@@ -110,17 +109,15 @@ class PreferDemonstration(Signal):
 
 @part
 class MatchQuantiles(Signal):
-    """What each answer is compared with in optimal transport: the value of its rank (2406.05882).
+    """The target of each answer in optimal transport: the value of its rank (2406.05882).
 
     ``margins``: a pair's margin of log-probs, log π(y_w) − log π(y_l), is compared with the margin
     of the same rank among those of the reference. ``rewards``: the log-ratio of a chosen answer is
-    compared with that of the same rank among the rejected, whatever pair it is in, and the other
-    way round.
+    compared with that of the same rank among the rejected of all pairs, and the other way round.
 
-    Sorting needs all pairs of a draw at once, and the weights before the update are those of its
-    first step, so ranks are found here and are constants in the loss. Micro-batches therefore
-    change nothing. Further updates on the same draw keep the ranks, and for ``rewards`` the other
-    side's values, of the first.
+    Sorting needs all pairs of a draw, so ranks are computed here, with the weights before the
+    update, and are constants in the loss: independent of micro-batches. Further updates on the
+    same draw keep the ranks, and for ``rewards`` the other side's values.
     """
 
     of: Literal["margins", "rewards"] = "margins"
@@ -131,7 +128,7 @@ class MatchQuantiles(Signal):
     provides: ClassVar[Columns] = frozenset({Column.QUANTILE})
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
-        """The same groups with ``QUANTILE`` on every member; 0 on those that are in no pair.
+        """The same groups with ``QUANTILE`` on every member; 0 on those in no pair.
 
         Raises:
             LegalityError: a group with more than one pair, whose values could not be assigned.
@@ -153,9 +150,9 @@ class MatchQuantiles(Signal):
 class MismatchedKL(Signal):
     """KTO's baseline (arXiv 2402.01306): mean log-ratio of answers under other prompts.
 
-    Every prompt of the draw is continued with the answer to another one, and both the live policy
-    and the reference score it. One number per draw, from the weights before the update. A draw
-    with a single prompt is refused. ``policy`` must be that of ``reference_logprobs``.
+    Every prompt of the draw is paired with the answer to another one, scored by both the live
+    policy and the reference. One number per draw, from the weights before the update. A draw with
+    a single prompt is refused. ``policy`` must be that of ``reference_logprobs``.
     """
 
     policy: PolicyRef = "input"
@@ -169,7 +166,7 @@ class MismatchedKL(Signal):
         return (self.policy,)
 
     def check(self, scene: Scene) -> None:
-        """The zero point is that of the log-ratios, so both have one reference."""
+        """Baseline and log-ratios must use the same reference."""
         compared = (s for s in scene.signals if Column.REFERENCE_LOGPROB in s.provides)
         known = {ref for s in compared for ref in s.references()}
         if self.policy not in known:
@@ -197,8 +194,8 @@ class MismatchedKL(Signal):
 class LogRatioCentre(Signal):
     """BCO's shift (2404.04656): half of (mean log-ratio of good answers + mean of bad ones).
 
-    One number per draw, from the weights before the update. A draw with answers of one kind only
-    takes the mean of those.
+    One number per draw, from the weights before the update. With answers of one kind only, it is
+    their mean.
     """
 
     formula: ClassVar[str] = "(mean rho of good answers + mean rho of bad answers) / 2"
@@ -220,10 +217,10 @@ class LogRatioCentre(Signal):
 
 
 def mismatched(trajectories: Sequence[Trajectory], *, context: int) -> list[Trajectory]:
-    """Each prompt, continued with the answer of the next trajectory that has another prompt.
+    """Each prompt with the answer of the next trajectory that has another prompt.
 
-    Answers are cut at ``context``. The authors of the answer's tokens stay what they were, without
-    what was known about the sampling: nobody wrote this text.
+    Answers are truncated at ``context``. The authors of the answer's tokens stay, without their
+    sampling and log-probs, since the sequence was not sampled.
 
     Raises:
         LegalityError: there is only one prompt.
@@ -256,20 +253,20 @@ def _cross(own: Trajectory, other: Trajectory, *, context: int) -> Trajectory:
 
 
 def _cut(spans: Sequence[Span], start: int, stop: int) -> Iterator[Span]:
-    """What lies between two positions, as text of which only the authors are known."""
+    """The spans between two positions, with authors but without sampling or log-probs."""
     at = 0
     for span in spans:
         length = min(at + span.length, stop) - max(at, start)
         at += span.length
         if length > 0:
-            # A live author would claim a version that wrote this: it is nobody's sample.
+            # A live author would imply a learner version, but this was not sampled.
             kind = Kind.TEACHER if span.is_live else span.producer.kind
             author = replace(span.producer, kind=kind)
             yield Span(length=length, role=span.role, producer=author)
 
 
 def _summed(values_T: FloatArray | Array) -> float:
-    """Sum over scored tokens: the others are NaN."""
+    """Sum over scored tokens; the others are NaN."""
     return float(np.nansum(values_T, dtype=np.float64))
 
 
@@ -278,7 +275,7 @@ def _everywhere(groups: Sequence[Group], columns: Mapping[Column, Array]) -> lis
 
 
 def quantiles(pi_P2: Array, ref_P2: Array, *, of: str) -> Array:
-    """[P, 2] what the (chosen, rejected) answers of each pair are compared with.
+    """[P, 2] targets of the (chosen, rejected) answers of each pair.
 
     Args:
         pi_P2: [P, 2] log-probs of the policy, (chosen, rejected).
@@ -300,14 +297,14 @@ def quantiles(pi_P2: Array, ref_P2: Array, *, of: str) -> Array:
 
 
 def _of_same_rank(values: Array, others: Array) -> Array:
-    """For every value the one of its rank among others; equal values rank in their order."""
+    """For every value the one of the same rank in ``others``; ties keep their order."""
     out = np.empty_like(values)
     out[values.argsort(kind="stable")] = np.sort(others)
     return out
 
 
 def _pair(group: Group) -> tuple[int, int] | None:
-    """Places of the chosen and the rejected member that are trained on; None for no pair."""
+    """Indices of the chosen and the rejected member to train on; None without a pair."""
     signs = [0.0 if discarded(m) else (m.scalar(Column.PREFERENCE) or 0.0) for m in group.members]
     chosen, rejected = ([i for i, s in enumerate(signs) if s * side > 0] for side in (1, -1))
     if not chosen or not rejected:

@@ -2,7 +2,7 @@
 
     PREFERENCE, log π ──▶ odds_ratio            with cross_entropy on the chosen: orpo
                           contrastive_logistic  with cross_entropy on the chosen: cpo
-                          simpo                 a method by itself; with alpha: alphapo
+                          simpo                 alone: simpo; with alpha: alphapo
 
 Throughout, w is the chosen and l the rejected answer. Shape legend: ``P`` pairs.
 """
@@ -44,7 +44,7 @@ class OddsRatio(PairTerm):
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(log odds_w − log odds_l)."""
         logp = means(stats[Stat.LOGPROB], batch)
-        # 1 − p̄ would be 0 for an answer that is certain: a millionth is left to the others.
+        # 1 − p̄ would be 0 for an answer of probability 1, so p̄ is capped at 1 − 1e-6.
         other = logp.map(lambda side: (-torch.expm1(side.clamp(max=-1e-6))).log())
         z = logp.gap - other.gap
         return paired(-F.logsigmoid(z), z, logp)
@@ -78,7 +78,7 @@ class Simpo(PairTerm):
     """SimPO (arXiv 2405.14734) and AlphaPO (2501.03884): −log σ(β(r_w − r_l) − γ).
 
     r is the mean token log-prob m for α = 0 (SimPO), else (1 − e^{−αm})/α (AlphaPO), which tends
-    to m as α → 0. γ is a margin to reach.
+    to m as α → 0. γ is the target margin.
 
     Its beta multiplies means over tokens and is not comparable with one on sums, such as DPO's.
     """

@@ -1,8 +1,8 @@
-"""Preference methods in which more moves than the learner: references and opponents.
+"""Preference methods with moving references and opponents.
 
 tr_dpo   a file of pairs                          reference: follows the learner
 spin     demonstration > answer of an opponent    reference: the opponent
-xpo      best > worst of learner and reference    reference: frozen, and explored away from
+xpo      best > worst of learner and reference    reference: frozen, with an exploration bonus
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TrDpo(Method):
     paper: ClassVar[str] = "2404.09656"
 
     def compose(self) -> Composition:
-        """Pairs; log-probs of a reference that moves; DPO."""
+        """Pairs; log-probs of a moving reference; DPO."""
         return Composition(
             source=replace(self.data, preference=True),
             signals=(ReferenceLogprobs(policy=MOVING),),
@@ -58,11 +58,11 @@ class TrDpo(Method):
 
 @part
 class Spin(Method):
-    """Self-play fine-tuning: demonstrations against the answers of an earlier self.
+    """Self-play fine-tuning: demonstrations against the answers of an earlier checkpoint.
 
-    One stage is one iteration: the opponent, who is the reference too, is the policy that the
-    stage started from, and a pipeline of such stages is the method. With ``every`` the opponent is
-    a copy of the learner taken every so many steps: several iterations in one stage.
+    One stage is one iteration: the opponent, also the reference, is the policy that the stage
+    started from, and a pipeline of such stages is the method. With ``every`` the opponent is a
+    copy of the learner, taken every ``every`` steps: several iterations in one stage.
 
     Unconfirmed: the formula was read at second hand.
     """
@@ -98,12 +98,12 @@ class Xpo(Method):
     """Exploratory preference optimisation: the learner against the reference, with a bonus.
 
     Every group has one answer of the reference; the best of a group is chosen and the worst
-    rejected. What the reference says is made less likely as such, by ``bonus``; at 0 this is
-    online DPO with an answer of the reference in every group. Pairs without a winner teach
-    nothing, the bonus included.
+    rejected. ``bonus`` lowers the likelihood of the reference's answers; at 0 this is online DPO
+    with an answer of the reference in every group. Groups without a strict order have no loss,
+    bonus included.
 
-    Unconfirmed: the bonus's sign is derived: what is minimised must make the reference's own
-    answers less likely, or it would not explore.
+    Unconfirmed: the bonus's sign is derived: minimising it must make the reference's own answers
+    less likely, or it would not explore.
     """
 
     tasks: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The data that losses on preferences are made for: files of pairs, and labelled answers.
+"""Shapes of methods on preferences: files of pairs, and labelled answers.
 
 OnPairs                   Dataset(preference) ─ ReferenceLogprobs ─ term.signals() ─▶ term
 OnPairsWithoutReference   Dataset(preference) ──────────────────────────────────────▶ term
@@ -18,7 +18,7 @@ from posttrain.parts.sources.dataset import Dataset
 
 
 def on_pairs(data: Dataset, *terms: Term, reference: PolicyRef | None = None) -> Composition:
-    """A file of pairs; log-probs of a reference, if there is one; the terms."""
+    """A file of pairs; log-probs of a reference, if any; the terms."""
     signals: tuple[Signal, ...] = ()
     if reference is not None:
         compared = (s for term in terms for s in term.signals(reference))
@@ -27,7 +27,7 @@ def on_pairs(data: Dataset, *terms: Term, reference: PolicyRef | None = None) ->
 
 
 class PairMethod(Method):
-    """What methods on a file of pairs share."""
+    """Base class of methods on a file of pairs."""
 
     data: Dataset
 
@@ -37,17 +37,17 @@ class PairMethod(Method):
 
 
 class OnPairs(PairMethod, TermMethod):
-    """A loss on a file of pairs that stays close to a frozen policy."""
+    """A loss on a file of pairs relative to a reference."""
 
     reference: PolicyRef = "input"
 
     def around(self, term: Term) -> Composition:
-        """Pairs; reference log-probs and what the term compares with; the term."""
+        """Pairs; reference log-probs and the term's own signals; the term."""
         return on_pairs(self.data, term, reference=self.reference)
 
 
 class OnPairsWithoutReference(PairMethod, TermMethod):
-    """A loss on a file of pairs that reads nothing but the policy."""
+    """A loss on a file of pairs without a reference."""
 
     def around(self, term: Term) -> Composition:
         """Pairs and the term."""
@@ -55,7 +55,7 @@ class OnPairsWithoutReference(PairMethod, TermMethod):
 
 
 class OnLabels(TermMethod):
-    """A loss on labelled answers. A file of pairs is read as labelled answers too."""
+    """A loss on labelled answers. A file of pairs is read as labelled answers."""
 
     data: Dataset
     reference: PolicyRef = "input"
@@ -65,7 +65,7 @@ class OnLabels(TermMethod):
     tendency: ClassVar[str] = "reshaping"
 
     def around(self, term: Term) -> Composition:
-        """Labelled answers; reference log-probs and what the term compares with; the term."""
+        """Labelled answers; reference log-probs and the term's own signals; the term."""
         return Composition(
             source=replace(self.data, unpaired=True),
             signals=(ReferenceLogprobs(policy=self.reference), *term.signals(self.reference)),

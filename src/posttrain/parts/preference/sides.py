@@ -1,4 +1,4 @@
-"""What losses on preferences are functions of: one number for each side of a pair.
+"""Inputs of losses on preferences: one number for each side of a pair.
 
 Shape legend: ``N`` trained tokens, ``S`` sequences, ``P`` pairs, ``E`` tokens of all sides.
 """
@@ -58,13 +58,13 @@ def means(values_N: Tensor, batch: PackedBatch) -> PairValues:
 
 
 def shared_sums(values_N: Tensor, batch: PackedBatch, *, tail: float) -> PairValues:
-    """Sums in which tokens beyond the shorter answer's length count ``tail``."""
+    """Sums with weight ``tail`` on tokens beyond the shorter answer's length."""
     lengths_S = batch.sequence_N.bincount(minlength=batch.num_sequences)
     starts_S = lengths_S.cumsum(0) - lengths_S
     shared_P = lengths_S[batch.pairs_P2].min(-1).values
 
     def side(sequence_P: Tensor) -> Tensor:
-        # One entry per (pair, token of this side): a sequence may stand in several pairs.
+        # One entry per (pair, token of this side): a sequence may be in several pairs.
         length_P = lengths_S[sequence_P]
         pair_E = torch.arange(len(length_P), device=length_P.device).repeat_interleave(length_P)
         first_P = length_P.cumsum(0) - length_P
@@ -77,7 +77,7 @@ def shared_sums(values_N: Tensor, batch: PackedBatch, *, tail: float) -> PairVal
 
 
 def paired(loss_P: Tensor, margin_P: Tensor, sides: PairValues) -> Values:
-    """With what tells apart "chosen up" from "both down, rejected faster"."""
+    """Loss and metrics of pairs; per-side values show whether the chosen side falls too."""
     margin_P = margin_P.detach()
     shown = {
         "margin": margin_P,
@@ -89,7 +89,7 @@ def paired(loss_P: Tensor, margin_P: Tensor, sides: PairValues) -> Values:
 
 
 def judged(loss_S: Tensor, reward_S: Tensor, label_S: Tensor) -> Values:
-    """[S] with the reward of every answer, and whether its sign is that of the label."""
+    """[S] loss, with the reward of every answer and its accuracy against the label as metrics."""
     right_S = (reward_S.detach() * label_S > 0).float()
     return Values(loss_S, {"reward": reward_S.detach(), "accuracy": right_S})
 
@@ -106,7 +106,7 @@ def positive(name: str, value: float) -> None:
 
 
 class PairTerm(Term):
-    """What every loss on pairs has. ``where`` keeps pairs written by these kinds on both sides."""
+    """Base class of losses on pairs. ``where`` keeps pairs with these authors on both sides."""
 
     unit: ClassVar[Unit] = "pair"
     aggregate: ClassVar[str] = "pair_mean"

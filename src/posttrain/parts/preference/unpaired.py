@@ -1,4 +1,4 @@
-"""Losses on answers that are good or bad by themselves, and on two samples of answers.
+"""Losses on answers labelled good or bad, and on two samples of answers.
 
     LABEL, MISMATCHED_KL ──▶ kto            PREFERENCE, QUANTILE ──▶ aot_unpaired
     LABEL, LOG_RATIO_CENTRE ──▶ bco
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class UnpairedTerm(Term):
-    """A loss on answers that are good or bad by themselves. Every answer counts alike."""
+    """A loss on answers labelled good or bad. Every answer has equal weight."""
 
     unit: ClassVar[Unit] = "sequence"
     aggregate: ClassVar[str] = "per_sequence"
@@ -33,7 +33,7 @@ class UnpairedTerm(Term):
 
 @part(method=OnLabels)
 class Kto(UnpairedTerm):
-    """Kahneman-Tversky optimisation (arXiv 2402.01306): gains and losses against a zero point.
+    """Kahneman-Tversky optimisation (arXiv 2402.01306): gains and losses from a zero point.
 
     Good answers λ_D (1 − σ(β(ρ − z₀))), bad ones λ_U (1 − σ(β(z₀ − ρ))). z₀ = max(0, mean ρ of
     other prompts' answers) comes from the ``mismatched_kl`` signal and carries no gradient. With
@@ -58,7 +58,7 @@ class Kto(UnpairedTerm):
         positive("undesirable_weight", self.undesirable_weight)
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
-        """The zero point of gains and losses."""
+        """The signal of the zero point."""
         return (MismatchedKL(policy=reference),)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
@@ -79,8 +79,8 @@ class Bco(UnpairedTerm):
     """Binary classifier optimisation (arXiv 2404.04656): the log-ratio is the classifier's logit.
 
     −log σ(r − δ) on good answers, −log σ(δ − r) on bad ones, r = βρ. δ/β comes from the
-    ``log_ratio_centre`` signal: half the sum of the mean ρ of good and of bad answers, of this
-    draw alone. TRL smooths δ over steps, which would be a state that a resumed run must carry.
+    ``log_ratio_centre`` signal: half the sum of the mean ρ of good and of bad answers of the draw.
+    TRL smooths δ over steps, which would need state across a resume.
 
     Unconfirmed: a library's document and its code disagree on the formula; this is the code's.
     """
@@ -97,7 +97,7 @@ class Bco(UnpairedTerm):
         positive("beta", self.beta)
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
-        """The threshold of the classifier."""
+        """The signal of the classifier's threshold."""
         return (LogRatioCentre(),)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
@@ -112,11 +112,10 @@ class Bco(UnpairedTerm):
 class AotUnpaired(UnpairedTerm):
     """Optimal transport between all chosen and all rejected answers of a draw (arXiv 2406.05882).
 
-    −log σ(β · sign · (ρ − q)), with q the log-ratio of the same rank on the other side, whatever
-    prompt it answers: a constant, from ``match_quantiles`` of rewards. There are as many of one
-    side as of the other, since they come in pairs. The mean over answers has the value and the
-    gradient of the mean over matched pairs of −log σ(β(ρ_w − ρ_l)): the gradient counts twice,
-    since each side moves one of the two.
+    −log σ(β · sign · (ρ − q)), with q the log-ratio of the same rank on the other side, of any
+    prompt: a constant, from ``match_quantiles`` of rewards. Both sides have equal size, since they
+    come in pairs. The mean over answers has the value and the gradient of the mean over matched
+    pairs of −log σ(β(ρ_w − ρ_l)): the gradient is doubled, since each side moves one of the two.
     """
 
     beta: float = 0.01

@@ -1,4 +1,4 @@
-"""Signals that ask learnt judges, and the one that asks for a score of a whole answer.
+"""Signals from learnt reward models: their base class, and the outcome reward.
 
 model, with a scalar head ──score after the last token──▶ reward_model ──▶ REWARD
 """
@@ -20,10 +20,9 @@ from posttrain.parts.tools import Tools
 
 
 class LearntJudge(Signal):
-    """What signals share that ask a frozen model with a scalar head.
+    """Base class of signals from a frozen model with a scalar head.
 
-    ``add`` adds ``weight`` times the judgement to the reward that is there already, instead of
-    writing it.
+    ``add`` adds ``weight`` times the score to the existing reward, instead of replacing it.
     """
 
     model: PolicyRef
@@ -41,7 +40,7 @@ class LearntJudge(Signal):
 
     @property
     def needs(self) -> Columns:
-        """The reward that it adds to, if it does."""
+        """The existing reward, with ``add``."""
         return frozenset({Column.REWARD}) if self.add else NONE
 
     def references(self) -> tuple[PolicyRef, ...]:
@@ -76,10 +75,10 @@ class LearntJudge(Signal):
 class RewardModel(LearntJudge):
     """``REWARD``: the score of a frozen reward model after the last token of the answer.
 
-    ``model`` is a stage that trained one, a folder that such a stage exported, or a stock
-    classifier with one or two labels. It reads the learner's own tokens, so it must have the
-    learner's tokenizer. ``squash: sigmoid`` makes a probability of the score. ``add`` adds the
-    weighted score to the reward that is there already, instead of writing it.
+    ``model`` is a stage that trained one, a folder that such a stage exported, or a transformers
+    classifier with one or two labels. It must have the learner's tokenizer. ``squash: sigmoid``
+    makes the score a probability. ``add`` adds the weighted score to the existing reward, instead
+    of replacing it.
     """
 
     squash: Literal["none", "sigmoid"] = "none"

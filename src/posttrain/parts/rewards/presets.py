@@ -1,4 +1,4 @@
-"""Training judges: reward models of answers, and process models of steps."""
+"""Methods that train reward models of answers, and process models of steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from posttrain.parts.sources.dataset import Dataset
 class Orm(Method):
     """An outcome reward model from answers labelled right or wrong.
 
-    Use it with ``squash: sigmoid``: its score is the log-odds of being right. ``at: every`` asks
-    for the verdict after every token, as the paper's token-level verifiers do.
+    Use it with ``squash: sigmoid``: its score is the log-odds of being right. ``at: every``
+    trains the score after every token, like the paper's token-level verifiers.
     """
 
     data: Dataset
@@ -37,7 +37,7 @@ class Orm(Method):
     paper: ClassVar[str] = "2110.14168"
 
     def compose(self) -> Composition:
-        """Labelled answers; cross-entropy of the verdict."""
+        """Labelled answers; binary cross-entropy."""
         return Composition(
             source=replace(self.data, unpaired=True),
             terms=(OutcomeBCE(at=self.at),),
@@ -63,7 +63,7 @@ class OrmOnRollouts(Method):
     paper: ClassVar[str] = "2110.14168"
 
     def compose(self) -> Composition:
-        """Frozen rollouts; verifier; cross-entropy of the verdict."""
+        """Frozen rollouts; verifier; binary cross-entropy."""
         return _judge(self, Verify(), OutcomeBCE(at=self.at, target="reward"))
 
 
@@ -97,16 +97,15 @@ class Prm(Method):
 
 @part
 class MathShepherd(Method):
-    """A process reward model without human labels: a step is as good as what comes of it.
+    """A process reward model without human labels: steps are labelled by roll-outs from them.
 
-    A frozen policy answers; from the end of every step ``completer`` goes on ``samples`` times, and
-    the verifier says how often that ends well.
+    A frozen policy answers; from the end of every step ``completer`` samples ``samples``
+    continuations, and the label is the share that the verifier accepts.
 
-    Soft labels are chances, and the first step's chance is below 1 whatever it is worth: their
-    ``min`` or ``product`` over an answer's steps prefers answers with few steps. Ask for ``last``,
-    or use hard labels.
+    Soft labels are success rates, below 1 also for a correct first step: their ``min`` or
+    ``product`` over an answer's steps prefers answers with few steps. Use ``last``, or hard labels.
 
-    Unconfirmed: the formula was read at second hand; how many samples, is ours.
+    Unconfirmed: the formula was read at second hand; the number of samples is ours.
     """
 
     tasks: tuple[str, ...]
@@ -138,7 +137,7 @@ class MathShepherd(Method):
 
 
 def _judge(method: OrmOnRollouts | MathShepherd, signal: Signal, term: Term) -> Composition:
-    """A judge trained on the answers of a policy that does not change meanwhile."""
+    """A reward model trained on the answers of a frozen policy."""
     return Composition(
         source=rollouts(method, policy=method.generator),
         signals=(signal,),

@@ -1,4 +1,4 @@
-"""Judges of steps: process models, and labels by roll-outs from prefixes.
+"""Signals on steps: process reward models, and labels by roll-outs from prefixes.
 
     process model ──score after each step──▶ process_reward ──▶ STEP_REWARD, then REWARD
                                                                 (min, product, last)
@@ -32,19 +32,19 @@ from posttrain.protocols import Policy, Request
 
 @part
 class ProcessReward(LearntJudge):
-    """``STEP_REWARD``: what a frozen process model gives every step, p_k = σ(s_k) after its end.
+    """``STEP_REWARD``: a frozen process model's score of every step, p_k = σ(s_k) after its end.
 
     | ``use`` | writes |
     |---|---|
-    | ``min`` | ``REWARD`` = the least p_k: an answer is as good as its weakest step |
+    | ``min`` | ``REWARD`` = the smallest p_k: an answer is as good as its weakest step |
     | ``product`` | ``REWARD`` = the product of all p_k |
     | ``last`` | ``REWARD`` = p of the last step |
     | ``dense`` | ``TOKEN_REWARD`` p_k where step k ends: the more steps, the more reward |
     | ``progress`` | ``TOKEN_REWARD`` p_k − p_{k−1} where step k ends, p_0 = 0; the sum is p_last |
 
-    All times ``weight``. ``add`` adds to the ``REWARD`` that is there already. Token rewards always
-    add up, and need a reward beside them (0 will do). ``progress`` is a difference of scores, not
-    the advantage under a prover that PAV defines.
+    All times ``weight``. ``add`` adds to the existing ``REWARD``. Token rewards always add up, and
+    also need a ``REWARD`` (0 is enough). ``progress`` is a difference of scores, not the advantage
+    under a prover that PAV defines.
 
     Unconfirmed: ``min`` and ``product`` are from general knowledge.
     """
@@ -70,7 +70,7 @@ class ProcessReward(LearntJudge):
 
     @property
     def provides(self) -> Columns:
-        """Step rewards, and what is made of them."""
+        """Step rewards, and the rewards or token rewards from them."""
         made = Column.TOKEN_REWARD if self.per_token else Column.REWARD
         return frozenset({Column.STEP_REWARD, made})
 
@@ -85,7 +85,7 @@ class ProcessReward(LearntJudge):
         return add_token_rewards(judged, earned) if self.per_token else judged
 
     def _judged(self, member: Scored, scores_T: Array, tools: Tools) -> tuple[Scored, Array]:
-        """The member with its step rewards, and [T] the token rewards that they make."""
+        """The member with its step rewards, and [T] their token rewards."""
         ends, steps_K = self._steps(member.trajectory, scores_T, tools)
         step_T = np.full(len(member.trajectory), np.nan)
         step_T[ends] = steps_K
@@ -97,7 +97,7 @@ class ProcessReward(LearntJudge):
         return scored, earned_T
 
     def _steps(self, trajectory: Trajectory, scores_T: Array, tools: Tools) -> tuple[Array, Array]:
-        """[K] step ends, and the probabilities that the steps are good."""
+        """[K] step ends, and the probabilities that the steps are right."""
         ends = step_ends(tools.renderer, trajectory, self.steps)
         if not len(ends):
             raise LegalityError(
@@ -111,9 +111,10 @@ class ProcessReward(LearntJudge):
 class StepLabels(Signal):
     """``STEP_LABEL`` by roll-outs from prefixes: Math-Shepherd (arXiv 2312.08935).
 
-    From the end of every step but the last, ``policy`` writes ``samples`` continuations, which the
-    verifier judges. ``soft`` is the share that succeeded, ``hard`` 1 if any did. The last step's
-    label is whether the answer itself succeeded. A score of the task set's ``success`` counts.
+    From the end of every step but the last, ``policy`` samples ``samples`` continuations, which
+    the verifier scores. ``soft`` is the share that succeeded, ``hard`` 1 if any did. The last
+    step's label is whether the answer itself succeeded. Success is a score of at least the task
+    set's ``success``.
     """
 
     policy: PolicyRef = "input"
@@ -135,11 +136,11 @@ class StepLabels(Signal):
             )
 
     def references(self) -> tuple[PolicyRef, ...]:
-        """Who writes the continuations."""
+        """The policy that samples the continuations."""
         return (self.policy,)
 
     def check(self, scene: Scene) -> None:
-        """Continuations are verified."""
+        """Continuations need tasks to be verified."""
         for source in scene.rows:
             raise scene.refuse(
                 f"step_labels on rows of {source.files[0]}",
@@ -164,7 +165,7 @@ class StepLabels(Signal):
         done = iter(policy.generate([r for requests in asked for r in requests]))
         tried: list[Group] = []
         for member, requests in zip(members, asked, strict=True):
-            # The answer itself stands last: its own success is the label of its last step.
+            # The answer itself is last: its own success is the label of its last step.
             whole = [np.concatenate([r.prompt, next(done).tokens]) for r in requests]
             texts = [*whole, member.trajectory.tokens]
             tried.append(_attempts(policy, member.trajectory, texts))
@@ -207,7 +208,7 @@ class StepLabels(Signal):
 
 
 def aggregated(steps_K: Array, *, use: str) -> float:
-    """One number for an answer from those of its steps: ``min``, ``product`` or ``last``.
+    """The reward of an answer from those of its steps: ``min``, ``product`` or ``last``.
 
     Example:
         >>> [aggregated(np.array([0.5, 0.25, 1.0]), use=u) for u in ("min", "product", "last")]
@@ -219,7 +220,7 @@ def aggregated(steps_K: Array, *, use: str) -> float:
 
 
 def _attempts(policy: Policy, trajectory: Trajectory, texts: Sequence[IntArray]) -> Group:
-    """Prompt and another answer each. They are judged, and then forgotten."""
+    """The prompt with each of these answers, as a temporary group for the verifier."""
     version, cut = policy.version, trajectory.prompt_length
     members = []
     for tokens in texts:

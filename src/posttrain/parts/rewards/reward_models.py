@@ -1,12 +1,12 @@
-"""Judges that are learnt: terms that train them, and signals that ask them.
+"""Reward models: terms that train them, and the signals that use them.
 
     pairs ──bradley_terry──┐                     ┌─reward_model──▶ REWARD
     labels ─outcome_bce────┼──▶ scalar head ─────┤
     steps ──step_bce───────┘    (a model folder) └─process_reward─▶ STEP_REWARD, then
                                                     REWARD (min, product, last) or TOKEN_REWARD
 
-A score stands *after* what it judges: after the last token of an answer, after the last token of
-a step. The terms are here; the signals are in ``judges.py`` and ``process.py``.
+A score is read *after* what it scores: after the last token of an answer or of a step. The terms
+are here; the signals are in ``judges.py`` and ``process.py``.
 
 Shape legend: ``N`` trained tokens, ``S`` sequences, ``P`` pairs.
 """
@@ -38,12 +38,12 @@ class BradleyTerry(Term):
     """−log σ(s_w − s_l − m) + η (s_w + s_l)², s the score after the last token of an answer.
 
     The probability that w is preferred to l is σ(s_w − s_l) (Bradley and Terry; arXiv 2203.02155).
-    ``margin`` m asks for more distance; ``column`` takes each pair's own from the data set, as
-    for ratings of how much better an answer is (arXiv 2307.09288: 1, 2/3, 1/3 and 0).
-    ``centring`` η keeps scores around 0, which the first part leaves open (arXiv 2312.09244).
+    ``margin`` m is a constant margin; ``column`` takes each pair's own from the data set, such as
+    ratings of how much better an answer is (arXiv 2307.09288: 1, 2/3, 1/3 and 0).
+    ``centring`` η keeps scores around 0, which the first part does not fix (arXiv 2312.09244).
 
-    As a method it makes a reward model of the stage's model; name the stage as ``model`` of a
-    reward_model signal. Pairs may have margins of their own: name their column in the data set.
+    As a method it trains the stage's model into a reward model; name the stage as ``model`` of a
+    reward_model signal. Pairs may have their own margins: name their column in the data set.
     """
 
     margin: float | Literal["column"] = 0.0
@@ -65,7 +65,7 @@ class BradleyTerry(Term):
 
     @property
     def needs(self) -> Columns:
-        """Preferences, and margins where each pair has its own."""
+        """Preferences, and margins with ``margin: column``."""
         margin = {Column.MARGIN} if self.margin == "column" else set()
         return frozenset({Column.PREFERENCE} | margin)
 
@@ -86,9 +86,9 @@ class BradleyTerry(Term):
 class OutcomeBCE(Term):
     """−y log σ(s) − (1 − y) log σ(−s): is the answer right? (ORM, arXiv 2110.14168)
 
-    ``at: last`` judges the whole answer after its last token; ``at: every`` asks for the same
-    verdict after every token, which teaches to see it coming. ``target: label`` takes y from
-    labelled answers, ``reward`` from rewards between 0 and 1.
+    ``at: last`` trains the score after the last token; ``at: every`` trains it after every token
+    with the same target. ``target: label`` takes y from labelled answers, ``reward`` from rewards
+    between 0 and 1.
     """
 
     at: Literal["last", "every"] = "last"
@@ -109,7 +109,7 @@ class OutcomeBCE(Term):
 
     @property
     def needs(self) -> Columns:
-        """The verdicts."""
+        """Labels or rewards."""
         return frozenset({Column.LABEL if self.target == "label" else Column.REWARD})
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
@@ -130,8 +130,8 @@ class OutcomeBCE(Term):
 class StepBCE(Term):
     """−y_k log σ(s_k) − (1 − y_k) log σ(−s_k) after the last token of every labelled step k.
 
-    A process reward model (arXiv 2211.14275, 2305.20050). y may be anything from 0 to 1: a share
-    of continuations that succeeded is a label too (Math-Shepherd, arXiv 2312.08935).
+    A process reward model (arXiv 2211.14275, 2305.20050). y is from 0 to 1, such as the share of
+    continuations that succeeded (Math-Shepherd, arXiv 2312.08935).
     ``token_mean`` is over steps, ``sequence_mean`` over the steps of each answer first.
     """
 
@@ -144,14 +144,14 @@ class StepBCE(Term):
     reads: ClassVar[frozenset[Wanted]] = SCORE
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
-        """[N] the loss at the end of each step: a term per step is given no other tokens."""
+        """[N] the loss at the end of each step; the batch has no other tokens."""
         return _classified(stats[Stat.SCORE], batch.columns[Column.STEP_LABEL])
 
 
 def last_scores(stats: Stats, batch: PackedBatch) -> Tensor:
     """[S] the score after the last trained token of each sequence."""
     ones_N = torch.ones_like(batch.sequence_N)
-    # A sequence's tokens stand together and in order.
+    # A sequence's tokens are contiguous and in order.
     lasts_S = sequence_sums(ones_N, batch).cumsum(0) - 1
     return stats[Stat.SCORE][lasts_S.clamp_min(0)]
 

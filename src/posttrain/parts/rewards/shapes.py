@@ -1,4 +1,4 @@
-"""What methods that train a judge share: its scalar head, and a file of pairs."""
+"""Shapes of methods that train a reward model: its scalar head, and a file of pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from posttrain.parts.composition import Composition, TermMethod
 from posttrain.parts.sources.dataset import Dataset
 
 JUDGE = ScalarHead(trunk="shared")
-"""The model that is trained is the judge: its own hidden states are read."""
+"""A scalar head on the trained model's own hidden states."""
 
 NO_ROLE = "none: it judges, and does not act"
 
@@ -21,7 +21,7 @@ class JudgeOnPairs(TermMethod):
     """A reward model from a file of pairs.
 
     The stage's model is the reward model; name the stage as ``model`` of a reward_model signal.
-    Pairs may have margins of their own: name their column in the data set.
+    Pairs may have their own margins: name their column in the data set.
     """
 
     data: Dataset

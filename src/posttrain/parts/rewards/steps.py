@@ -19,8 +19,8 @@ NO_STEP = -1.0
 class Steps(Config):
     """Steps end with a delimiter, and the last one with the answer.
 
-    ``delimiter`` is found in the decoded text, however the tokenizer cuts it; with ``special`` it
-    is one special token, which decoding would drop. Blank text between two delimiters is no step.
+    ``delimiter`` is found in the decoded text, for any tokenization; with ``special`` it is one
+    special token, which decoding would drop. Blank text between two delimiters is no step.
     """
 
     delimiter: str = "\n"
@@ -35,8 +35,7 @@ def step_ends(renderer: Renderer, trajectory: Trajectory, steps: Steps) -> npt.N
     """Index in T of the last token of every step, in order; empty when nothing is trained.
 
     A step ends with the token that completes a delimiter, the last one with the last trained
-    token. Text that is blank belongs to the step before it. Ends outside of trained tokens, in
-    what somebody else said, are no ends.
+    token. Blank text belongs to the step before it. Delimiters outside trained tokens are ignored.
 
     Example:
         >>> from posttrain.testing import CharRenderer, example_trajectory
@@ -78,13 +77,13 @@ def _text_ends(text: str, delimiter: str) -> list[int]:
 
 
 def _token_at(renderer: Renderer, tokens: npt.NDArray[np.int32], length: int) -> int:
-    """The token with which the decoded text first has ``length`` characters."""
+    """Index of the token at which the decoded text first has ``length`` characters."""
     longer = range(1, len(tokens) + 1)
     return bisect_left(longer, length, key=lambda n: len(renderer.text(tokens[:n])))
 
 
 def _by_token(renderer: Renderer, trajectory: Trajectory, delimiter: str) -> list[int]:
-    """Positions of the special token that have text since the one before them, and after."""
+    """Positions of the special token with text before it, since the previous one, and after it."""
     cut, tokens = trajectory.prompt_length, trajectory.tokens
     marks = [i for i in range(cut, len(tokens)) if renderer.token_text(int(tokens[i])) == delimiter]
     ends, start = list[int](), cut

@@ -30,8 +30,8 @@ class Verify(Signal):
     provides: ClassVar[Columns] = frozenset({Column.REWARD})
 
     def prepare(self, tools: Tools) -> None:
-        """Refuse two tasks with one key: answers would be judged by the wrong one."""
-        _ = tools.tasks  # finds them
+        """Refuse two tasks with one key: answers would be scored for the wrong task."""
+        _ = tools.tasks  # raises for them
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The groups in their order, with a reward on every member.

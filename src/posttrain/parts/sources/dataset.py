@@ -62,9 +62,9 @@ class Dataset(Source):
     """Trajectories from a JSONL or Parquet file (off-policy).
 
     ``format`` is detected from the columns: text (plain documents, every token is trained),
-    prompt/completion, messages, prompt/chosen/rejected, or, for methods that learn from answers
-    judged one by one, prompt/completion/label with a true or false label (``unpaired``), and for
-    process models prompt/completions/labels, an answer cut into steps (``steps``).
+    prompt/completion, messages, prompt/chosen/rejected; for methods on labelled answers
+    prompt/completion/label with a true or false label (``unpaired``); and for process models
+    prompt/completions/labels, an answer split into steps (``steps``).
     ``author`` and ``licence`` go into the ledger.
     """
 
@@ -76,9 +76,9 @@ class Dataset(Source):
     too_long: Literal["error", "skip"] = "error"
     assistant_mask: Literal["template", "prefix"] = "template"
     preference: bool = False  # set by pairwise methods; checked against the file
-    unpaired: bool = False  # set by methods on labelled answers; a file of pairs serves them too
+    unpaired: bool = False  # set by methods on labelled answers; a file of pairs works too
     reward: str | None = None  # the column with each answer's reward, for logged answers
-    weight: str | None = None  # the column that says how much each row counts, 0 or more
+    weight: str | None = None  # the column with each row's weight, 0 or more
     margin: str | None = None  # the column with each pair's margin, for reward models
     steps: Steps | None = None  # set by methods on labelled steps: how the file's steps are joined
 
@@ -107,7 +107,7 @@ class Dataset(Source):
 
     @property
     def number_columns(self) -> Mapping[Column, str | None]:
-        """Columns of the file with a number for each row, by what it is."""
+        """Names of the file's columns with a number for each row, by the column they fill."""
         return {
             Column.REWARD: self.reward,
             Column.WEIGHT: self.weight,
@@ -137,7 +137,7 @@ class Dataset(Source):
 
     @property
     def row_columns(self) -> tuple[str, ...]:
-        """Those that the stage learns from, and the named numbers."""
+        """The columns that the stage trains on, and the named numbers."""
         if self.wants == "steps":
             return ("prompt", "completions", "labels")
         if self.wants == "preferences":
@@ -154,7 +154,7 @@ class Dataset(Source):
 
     @property
     def origin(self) -> str:
-        """Whose file it is."""
+        """The author of the file."""
         return f"off-policy: {self.name or Path(self.path).name} ({self.author})"
 
     def identity(self, root: Path) -> dict[str, object]:
@@ -163,7 +163,7 @@ class Dataset(Source):
 
     @property
     def wants(self) -> Wants:
-        """What the stage learns from, which decides the formats that it can read."""
+        """The kind of supervision, which decides the formats that the stage can read."""
         if self.steps:
             return "steps"
         return "preferences" if self.preference else "labels" if self.unpaired else "answers"
@@ -179,11 +179,11 @@ class Dataset(Source):
         )
 
     def rows(self, *, root: Path, renderer: Renderer, context: int, seed: int = 0) -> DatasetRows:
-        """The file, rendered and checked, for a model that may not be loaded yet."""
+        """The file, rendered and checked, without loading the model."""
         return DatasetRows(self, root=root, renderer=renderer, context=context, seed=seed)
 
     def tokens(self, groups: float, ground: Ground) -> tuple[float, float]:
-        """Exact on average: the rows of the file, over and over."""
+        """Exact on average over epochs of the file."""
         rows = self.rows(root=ground.root, renderer=ground.renderer, context=ground.context)
         passes = groups / rows.num_groups
         return (rows.num_tokens - rows.num_trainable) * passes, rows.num_trainable * passes
@@ -201,9 +201,9 @@ class DatasetRows(PureStream):
         seed: of the order.
 
     Raises:
-        ConfigError: the author named cannot have written a file.
-        DataError: the file is malformed, empty, of another format than the stage reads, or
-            teaches nothing; names the file and the row.
+        ConfigError: this kind of author cannot have written a file.
+        DataError: the file is malformed, empty, of another format than the stage reads, or has
+            no trainable tokens; names the file and the row.
         ModelError: a file of conversations, and the model has no chat template.
     """
 
@@ -250,12 +250,12 @@ class DatasetRows(PureStream):
 
     @property
     def num_groups(self) -> int:
-        """Rows that are drawn: those of the file without the skipped ones."""
+        """Rows of the file without the skipped ones."""
         return len(self._groups)
 
     @property
     def skipped(self) -> int:
-        """DatasetRows left out for their length (``too_long: skip``)."""
+        """Rows left out for their length (``too_long: skip``)."""
         return self._skipped
 
     @property
@@ -269,11 +269,11 @@ class DatasetRows(PureStream):
         return sum(int(t.trainable.sum()) for t in self._trajectories())
 
     def preview(self, index: int = 0) -> str:
-        """A row as the learner sees it, each trained stretch in ⟦ ⟧; a pair in two lines."""
+        """A row as the learner sees it, trained tokens in ⟦ ⟧; a pair in two lines."""
         return "\n".join(self._renderer.show(m.trajectory) for m in self._groups[index].members)
 
     def draw(self, num_groups: int, *, step: int) -> Sequence[Group]:
-        """Groups ``step * num_groups`` and following of an endless, shuffled run of epochs.
+        """Groups ``step * num_groups`` and following of endless shuffled epochs.
 
         Every epoch is another permutation of the rows; a draw may span two of them.
         """
@@ -340,7 +340,7 @@ class DatasetRows(PureStream):
         return (Scored(trajectory=self._checked(written)),)
 
     def _document(self, text: object, *, task: str) -> Trajectory:
-        """A plain document: no prompt, and every token that something stands before is trained."""
+        """A plain document: no prompt, and every token but the first is trained."""
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"a text of type {kind_of(text)}", expected="text that is not empty")
         return self._renderer.completion("", text, producer=self._producer, task=task)
@@ -423,7 +423,7 @@ class DatasetRows(PureStream):
         return trajectory
 
     def _check_whole(self) -> None:
-        """What only the whole file shows: that something is left, is trained, and ends."""
+        """Checks of the whole file: it has rows, trainable tokens, and ended answers."""
         if not self._groups:
             raise DataError(
                 f"{self._path}: all {self._skipped} rows are longer than {self._context} tokens",
@@ -460,8 +460,8 @@ class DatasetRows(PureStream):
 
 @lru_cache(maxsize=4)
 def _order(num_rows: int, *, seed: int, epoch: int) -> npt.NDArray[np.intp]:
-    """A permutation of the rows. It sorts raw counter-based random bits, which NumPy promises
-    to keep over its versions; the promise does not cover ``Generator.permutation``."""
+    """A permutation of the rows. It sorts raw counter-based random bits, which are stable across
+    NumPy versions; ``Generator.permutation`` is not."""
     key = np.array([seed % 2**64, epoch], np.uint64)
     order = np.argsort(np.random.Philox(key=key).random_raw(num_rows), kind="stable")
     order.flags.writeable = False
@@ -469,7 +469,7 @@ def _order(num_rows: int, *, seed: int, epoch: int) -> npt.NDArray[np.intp]:
 
 
 def _read(path: Path) -> list[tuple[int, Row]]:
-    """DatasetRows with their numbers from 1: lines of a JSONL file, rows of a Parquet file."""
+    """Rows with their numbers from 1: lines of a JSONL file, rows of a Parquet file."""
     if path.suffix in (".jsonl", ".ndjson"):
         return read_jsonl(path)
     if path.suffix != ".parquet":
@@ -483,7 +483,7 @@ def _read(path: Path) -> list[tuple[int, Row]]:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a Parquet file: {error}") from error
-    # A column of another row's shape is null in Parquet, and absent in JSONL.
+    # A column that only other rows have is null in Parquet, and absent in JSONL.
     rows = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
     if not rows:
         raise DataError(f"{path} is empty", expected="at least one row")

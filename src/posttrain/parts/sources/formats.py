@@ -1,4 +1,4 @@
-"""What a row of a data file is: its format, and the numbers and steps beside its answer."""
+"""Formats of the rows of a data file, with their numbers and steps."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from posttrain.protocols import Renderer
 Row = Mapping[str, object]
 
 Format = Literal["text", "completion", "messages", "preference", "unpaired", "steps"]
-"""What the rows of a data file are."""
+"""Formats of rows."""
 
 Wants = Literal["answers", "preferences", "labels", "steps"]
-"""What a stage learns from: answers that are all worth imitating, pairs, answers judged one by one,
-or labelled steps."""
+"""The supervision of a stage: demonstrations, pairs, labelled answers, or labelled steps."""
 
 COLUMNS: Mapping[Format, frozenset[str]] = MappingProxyType(
     {
@@ -52,20 +51,20 @@ READABLE: Mapping[Wants, frozenset[Format]] = MappingProxyType(
         "steps": frozenset({"steps"}),
     }
 )
-"""The formats that a stage can learn from."""
+"""The formats that a stage can read."""
 
 
 def format_of(first: Row, *, named: Format | Literal["auto"], wants: Wants, path: object) -> Format:
-    """The format of a file from its first row, checked against what the stage learns from.
+    """The format of a file from its first row, checked against the stage's supervision.
 
     Args:
         first: the first row.
         named: the format that the recipe names, or ``auto``.
-        wants: what the stage learns from.
+        wants: the supervision of the stage.
         path: of the file, for the message.
 
     Raises:
-        DataError: no format fits, or one that the stage cannot learn from.
+        DataError: no format fits, or one that the stage cannot read.
 
     Example:
         >>> format_of({"prompt": "a", "completion": "b"}, named="auto", wants="answers", path="f")
@@ -97,7 +96,7 @@ def format_of(first: Row, *, named: Format | Literal["auto"], wants: Wants, path
 
 
 def _refuse_labels(first: Row, fitting: Sequence[Format], *, place: str) -> None:
-    """Demonstrations of what not to do must not be learnt from by oversight."""
+    """Refuse labelled answers as demonstrations: bad ones would be imitated."""
     if "unpaired" in fitting and isinstance(first["label"], bool):
         raise DataError(
             f"{place} with a label that is true or false, and the stage learns from demonstrations",
@@ -132,7 +131,7 @@ def _misfit(wants: Wants, fitting: Sequence[Format], *, place: str) -> DataError
 def common_start(
     chosen: list[object], rejected: list[object], prompt: object
 ) -> tuple[list[object], list[object], list[object]]:
-    """Split two whole conversations into what they share, and the answers."""
+    """Split two whole conversations into their common prefix and the two answers."""
     same = [a == b for a, b in zip(chosen, rejected, strict=False)]
     shared = same.index(False) if False in same else len(same)
     if shared and shared == min(len(chosen), len(rejected)):
@@ -204,7 +203,7 @@ def joined(row: Row, steps: Steps) -> object:
     """The steps as one answer, in the form of the prompt: text, or one message.
 
     Raises:
-        DataError: no list of texts, or one without content.
+        DataError: not a list of texts, or an empty text.
     """
     parts = row["completions"]
     if not isinstance(parts, list) or not parts or not all(_is_step(p) for p in parts):
@@ -219,8 +218,8 @@ def step_labels(
     """``STEP_LABEL`` [T] from a row's labels.
 
     Raises:
-        DataError: no list of labels between 0 and 1, one per step; or steps that are found again
-            in another number, since one of them holds the delimiter.
+        DataError: not a list of labels between 0 and 1, one per step; or a step contains the
+            delimiter, so that the rendered answer has another number of steps.
     """
     labels, parts = row["labels"], row["completions"]
     assert isinstance(parts, list)

@@ -1,8 +1,8 @@
-"""Members of a group that are made in another way than the rest.
+"""Special members of a group.
 
-    guided   question │ beginning of a right answer → the policy goes on
+    guided   question │ prefix of a right answer → the policy continues
     rival    question → another policy answers
-    hinted   question and a hint → the policy answers; the record shows the question alone
+    hinted   question and a hint → the policy answers; the record has the question alone
 
 They are the last members of their group.
 
@@ -26,21 +26,21 @@ from posttrain.parts.base import LEARNER, PolicyRef
 from posttrain.protocols import Prompt, Renderer
 
 WRITERS = frozenset({Kind.HUMAN, Kind.EXTERNAL, Kind.TEACHER})
-"""Who may have written a demonstration."""
+"""Kinds of author of a demonstration."""
 
 NO_TOKENS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Opening:
-    """Where one member of a group starts from."""
+    """The start of one member of a group."""
 
     prompt: Prompt  # in the record
-    reads: IntArray  # [T] what the policy is given to go on from
-    given: tuple[IntArray, Producer] | None = None  # somebody else's start of the answer
-    learn: bool = False  # what is given is trained too
+    reads: IntArray  # [T] tokens that the policy continues
+    given: tuple[IntArray, Producer] | None = None  # a prefix of the answer by another author
+    learn: bool = False  # the given prefix is trained too
     by_rival: bool = False
-    whole: bool = False  # nothing is left to write
+    whole: bool = False  # the given prefix is the whole answer
     hinted: bool = False  # the policy read another prompt than the record's
 
 
@@ -56,55 +56,55 @@ class Member(Config, tag_field="type"):
 
     @property
     def writer(self) -> Kind | None:
-        """Who has tokens that are trained, beside the sampled policy."""
+        """The author of trained tokens besides the sampled policy."""
         return None
 
     @property
     def moves(self) -> bool:
-        """True when what is given changes from draw to draw."""
+        """True when the given prefix changes from draw to draw."""
         return False
 
     def sampled_from_prompt(self, kind: Kind, *, sampled: Kind) -> bool:
-        """True when what this author wrote was sampled after the recorded prompt."""
+        """True when this author's tokens were sampled after the recorded prompt."""
         return True
 
     def check_task(self, task: Task) -> None:
-        """Find a task without what is needed before anything is drawn.
+        """Refuse, before anything is drawn, a task that cannot be used.
 
         Raises:
-            TaskError: as said.
+            TaskError: the task lacks a needed column.
         """
 
     def opening(
         self, task: Task, renderer: Renderer, prompt: Prompt, *, draw: int, seed: int
     ) -> Opening:
-        """How such a member begins.
+        """The start of such a member.
 
         Args:
             task: the question.
             renderer: of the policy that answers.
             prompt: the rendered question.
-            draw: its number, for what moves over a stage.
-            seed: of the group's own choices.
+            draw: its number, for schedules over a stage.
+            seed: of the group's random choices.
         """
         raise NotImplementedError
 
 
 class Guided(Member, tag="guided"):
-    """The policy goes on from the beginning of a demonstration.
+    """The policy continues a prefix of a demonstration.
 
-    The demonstration is the task's ``answer``, or its ``column`` of another name. A share f of its
-    tokens is given; f moves from ``start`` at the first draw to ``end`` at draw ``draws``, on a
-    cosine, and stays there. ``length`` makes a number of tokens L out of f and of the n tokens of
-    the demonstration, its end-of-turn token included, anew for every group:
+    The demonstration is the task's ``answer``, or another ``column``. A share f of its tokens is
+    given; f changes from ``start`` at the first draw to ``end`` at draw ``draws``, on a cosine, and
+    stays there. ``length`` gives the number of tokens L from f and the n tokens of the
+    demonstration, its end-of-turn token included, for every group:
 
     * ``share``: L = ⌊f n⌋;
     * ``binomial``: L = ⌊k n / slices⌋, k ~ Binomial(slices, f) (UFT, arXiv 2505.16984);
     * ``uniform``: L = ⌊l n⌋, l ~ U(f, start) (Prefix-RFT, arXiv 2507.01679).
 
-    What is given has its own author in the record. With ``learn`` it is part of what is trained,
-    under terms that read its author; without it is part of the prompt, and its last token is
-    always left to the policy. ``count`` is how many of a group are guided; null: all.
+    The given prefix has its own author in the record. With ``learn`` it is trained on, by terms
+    that read its author; without, it is part of the prompt, and the last token of the demonstration
+    is always left to the policy. ``count`` is the number of guided members per group; null: all.
     """
 
     column: str = "answer"
@@ -137,16 +137,16 @@ class Guided(Member, tag="guided"):
 
     @property
     def writer(self) -> Kind | None:
-        """The author of the demonstration, where it is learnt from."""
+        """The author of the demonstration, with ``learn``."""
         return self.author if self.learn else None
 
     @property
     def moves(self) -> bool:
-        """True when the share moves."""
+        """True when the share changes."""
         return self.start != self.end
 
     def sampled_from_prompt(self, kind: Kind, *, sampled: Kind) -> bool:
-        """What was given was sampled by nobody."""
+        """False for the given prefix, which was not sampled."""
         return kind is sampled
 
     def share(self, draw: int) -> float:
@@ -160,7 +160,7 @@ class Guided(Member, tag="guided"):
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * done))
 
     def num_given(self, num_tokens: int, *, draw: int, seed: int) -> int:
-        """How many of a demonstration's tokens are given.
+        """Number of a demonstration's tokens that are given.
 
         Example:
             >>> Guided(start=0.5, end=0.5).num_given(9, draw=3, seed=0)
@@ -171,18 +171,18 @@ class Guided(Member, tag="guided"):
             share = int(rng.binomial(self.slices, share)) / self.slices
         elif self.length == "uniform":
             share = float(rng.uniform(share, self.start))
-        # A hair up: 0.3 * 10 must not become 2 by rounding.
+        # Plus a small epsilon: 0.3 * 10 must not become 2 by rounding.
         most = num_tokens if self.learn else num_tokens - 1
         return min(int(share * num_tokens + 1e-9), most)
 
     def check_task(self, task: Task) -> None:
-        """It has a demonstration."""
+        """The task must have a demonstration."""
         demonstration(task, self.column)
 
     def opening(
         self, task: Task, renderer: Renderer, prompt: Prompt, *, draw: int, seed: int
     ) -> Opening:
-        """The question and the given beginning of the answer."""
+        """The question and the given prefix of the answer."""
         tokens = renderer.answer(task, demonstration(task, self.column))
         given = tokens[: self.num_given(len(tokens), draw=draw, seed=seed)]
         author = Producer(kind=self.author, name=f"{task.taskset}/{self.column}")
@@ -223,11 +223,11 @@ class Rival(Member, tag="rival"):
 
 
 class Hinted(Member, tag="hinted"):
-    """The policy reads a hint, and the record says that it answered without (STaR, 2203.14465).
+    """The policy reads a hint, which the recorded prompt does not have (STaR, 2203.14465).
 
-    ``context`` is a template with ``{question}`` and ``{answer}``. What was sampled after one
-    prompt stands behind another, so these tokens have no behaviour log-probs: nothing that needs
-    a ratio may read them.
+    ``context`` is a template with ``{question}`` and ``{answer}``. The answer was sampled after
+    another prompt than the recorded one, so its tokens have no behaviour log-probs: a term that
+    needs a ratio cannot read them.
     """
 
     context: str
@@ -248,17 +248,17 @@ class Hinted(Member, tag="hinted"):
             )
 
     def sampled_from_prompt(self, kind: Kind, *, sampled: Kind) -> bool:
-        """It was sampled after the prompt with the hint."""
+        """False: it was sampled after the prompt with the hint."""
         return False
 
     def check_task(self, task: Task) -> None:
-        """It has an answer to hint at."""
+        """The task must have an answer for the hint."""
         demonstration(task, "answer")
 
     def opening(
         self, task: Task, renderer: Renderer, prompt: Prompt, *, draw: int, seed: int
     ) -> Opening:
-        """The question in the record; the hint in what the policy reads."""
+        """The question for the record; the hint for the policy."""
         hint = renderer.prompt(with_context(task, self.context))
         return Opening(prompt=prompt, reads=hint.tokens, hinted=True)
 
@@ -267,7 +267,7 @@ AnyMember = Guided | Rival | Hinted
 
 
 def demonstration(task: Task, column: str) -> str:
-    """The text that guides.
+    """The text of the demonstration.
 
     Raises:
         TaskError: the task has none.
@@ -285,15 +285,15 @@ def demonstration(task: Task, column: str) -> str:
 def openings(
     member: Member | None, task: Task, renderer: Renderer, *, size: int, draw: int, seed: int
 ) -> list[Opening]:
-    """One per member of a group, those that differ last.
+    """One per member of a group, the special ones last.
 
     Args:
-        member: how the last members differ.
+        member: the kind of the last members.
         task: the question.
         renderer: of the policy that answers.
         size: members of the group.
-        draw: its number, for what moves over a stage.
-        seed: of the group's own choices.
+        draw: its number, for schedules over a stage.
+        seed: of the group's random choices.
     """
     prompt = renderer.prompt(task)
     plain = Opening(prompt=prompt, reads=prompt.tokens)
@@ -305,7 +305,7 @@ def openings(
 
 
 def spans_of(opening: Opening, completion: Span | None) -> tuple[Span, ...]:
-    """Who wrote what, from the prompt to the end."""
+    """The spans with their authors, from the prompt to the end."""
     spans = list(opening.prompt.spans)
     if opening.given is not None:
         tokens, author = opening.given

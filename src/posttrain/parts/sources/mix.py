@@ -1,4 +1,4 @@
-"""A mix of sources: every draw takes its groups from the parts in their shares.
+"""A mix of sources: every draw takes groups from the parts by their shares.
 
 num_groups, step ──counts──▶ (2, 6) ──▶ parts[0].draw, parts[1].draw ──▶ 8 groups
 """
@@ -27,9 +27,9 @@ from posttrain.protocols import DataFile, Stateful, Stream
 class Mix(Source):
     """Several sources in fixed proportion: ``shares[i]`` of all groups come from ``parts[i]``.
 
-    A column counts as provided for an author when every part that this author writes provides it,
-    so a term on the learner's tokens may need what a data set cannot have. A signal judges the
-    groups whose authors' terms ask for its columns, and no others.
+    A column counts as provided for an author when every part with this author provides it, so a
+    term on the learner's tokens may need columns that a data set cannot have. A signal scores only
+    the groups of authors whose terms need its columns.
 
     Example:
         >>> from posttrain import Dataset, Rollouts
@@ -70,7 +70,7 @@ class Mix(Source):
 
     @property
     def writes(self) -> frozenset[Kind]:
-        """Everybody who writes a part."""
+        """The authors of all parts."""
         return frozenset().union(*(p.writes for p in self.parts))
 
     @property
@@ -79,7 +79,7 @@ class Mix(Source):
         return frozenset.intersection(*(p.provides for p in self.parts))
 
     def provides_for(self, kind: Kind) -> Columns:
-        """Columns that stand beside every group of this author."""
+        """Columns of every group of this author."""
         parts = [p.provides_for(kind) for p in self.parts if kind in p.writes]
         return frozenset.intersection(*parts) if parts else NONE
 
@@ -99,17 +99,17 @@ class Mix(Source):
         return {**plain(self), "parts": [p.identity(root) for p in self.parts]}
 
     def open(self, tools: Tools, *, seed: int) -> MixStream:
-        """All parts at work, each with a seed of its own."""
+        """The streams of all parts, each with its own seed."""
         seeds = (zlib.crc32(f"{seed}/{index}".encode()) for index in range(len(self.parts)))
         opened = zip(self.parts, seeds, strict=True)
         return MixStream(self, [leaf.open(tools, seed=own) for leaf, own in opened])
 
     def counts(self, num_groups: int, *, step: int) -> tuple[int, ...]:
-        """How many groups of a draw come from each part. They sum to ``num_groups``.
+        """Number of groups of a draw from each part. They sum to ``num_groups``.
 
-        Shares that come out in whole groups are met in every draw. Others are met over draws:
-        what a part has given since the first draw is within one group of its share (for two or
-        three parts; each further part may add half a group).
+        Shares that give whole numbers of groups are exact in every draw. Others are met over draws:
+        the cumulative number of a part is within one group of its share (for two or three parts;
+        each further part may add half a group).
         """
         before, after = (self._given((step + more) * num_groups) for more in (0, 1))
         return tuple(b - a for a, b in zip(before, after, strict=True))
@@ -117,12 +117,12 @@ class Mix(Source):
     def _given(self, num_groups: int) -> tuple[int, ...]:
         """Groups of each part among the first ``num_groups``.
 
-        Parts are split off one at a time, each by rounding its share of what is left. Every count
-        then grows with ``num_groups``, which largest remainders over all parts do not promise.
+        Parts are split off one at a time, each by rounding its share of the rest. Every count is
+        then monotone in ``num_groups``, which largest remainders over all parts are not.
         """
         counts, left, share_left = list[int](), num_groups, 1.0
         for share in self.shares[:-1]:
-            # A hair up, so that a half made of float dust rounds like a half.
+            # Plus a small epsilon, so that a half with float error rounds like a half.
             counts.append(min(floor(left * min(share / share_left, 1.0) + 0.5 + 1e-9), left))
             left, share_left = left - counts[-1], share_left - share
         return (*counts, left)
@@ -131,12 +131,12 @@ class Mix(Source):
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class MixStream:
-    """Draws from each part as many groups as its share asks for, one part after the other.
+    """Draws the groups of each part by its share, one part after the other.
 
-    Every part runs through its own groups without a gap, whatever the others do. When all shares
-    come out in whole groups, each part is drawn at once. Otherwise parts are drawn group by group,
-    since a part is a function of (number of groups, step) and the number changes: for rollouts
-    choose ``groups_per_step`` so that it does not, or their sampler works on one group at a time.
+    Every part draws its own groups without gaps, independent of the others. When all shares give
+    whole numbers of groups, each part is drawn at once. Otherwise parts are drawn group by group,
+    since a draw is a function of (number of groups, step) and the number changes: for rollouts
+    choose ``groups_per_step`` so that it does not, or the sampler works on one group at a time.
     """
 
     spec: Mix
@@ -144,7 +144,7 @@ class MixStream:
 
     @property
     def files(self) -> Sequence[DataFile]:
-        """Those drawn from inside."""
+        """The files of all parts."""
         return [file for stream in self.parts for file in stream.files]
 
     @property
@@ -154,12 +154,12 @@ class MixStream:
 
     @property
     def state(self) -> Stateful | None:
-        """That of its parts."""
+        """The states of its parts."""
         states = [stream.state for stream in self.parts]
         return MixState(states) if any(s is not None for s in states) else None
 
     def publish(self, version: int) -> None:
-        """Pass on to every part."""
+        """Publish to every part."""
         for stream in self.parts:
             stream.publish(version)
 
@@ -174,7 +174,7 @@ class MixStream:
                 for stream, count in zip(self.parts, counts, strict=True)
             ]
             return [group for groups in drawn for group in groups]
-        before = self.spec.counts(step * num_groups, step=0)  # what each part gave so far
+        before = self.spec.counts(step * num_groups, step=0)  # groups of each part so far
         return [
             group
             for stream, start, count in zip(self.parts, before, counts, strict=True)
@@ -186,19 +186,19 @@ class MixStream:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class MixState:
-    """The recorded states of several parts, each in a folder of its own."""
+    """The states of several parts, each in its own folder."""
 
     states: Sequence[Stateful | None]
 
     def save(self, folder: Path) -> None:
-        """Every state, by the number of its part."""
+        """Write every state, by the number of its part."""
         for number, state in enumerate(self.states):
             if state is not None:
                 (folder / f"part-{number}").mkdir()
                 state.save(folder / f"part-{number}")
 
     def load(self, folder: Path) -> None:
-        """Take over :meth:`save`."""
+        """Read what :meth:`save` wrote."""
         for number, state in enumerate(self.states):
             if state is not None:
                 state.load(folder / f"part-{number}")

@@ -1,4 +1,4 @@
-"""Drawing again until a step has enough to learn from.
+"""Redrawing until a step has enough informative groups.
 
 source ──draw──▶ groups ──keep──▶ count? ──yes──▶ the step, until it is full; then: surplus
    ▲                                └────no──▶ discarded with a reason
@@ -29,15 +29,15 @@ from posttrain.protocols import DataFile, Stateful, Stream
 
 @part
 class Redraw(Source):
-    """Draws again until enough groups are worth training on (DAPO, arXiv 2503.14476).
+    """Draws until a step is full of groups worth training on (DAPO, arXiv 2503.14476).
 
-    Every draw is judged by ``keep``. A group of which something is left counts; groups are drawn,
-    as many as a step has each time, until a step's worth count or ``max_draws`` draws are over.
-    All that was drawn stays in the record: what was judged useless, and what is more than a step
-    needs, is discarded with its reason. The step is smaller when the last draw does not suffice.
+    Every draw is filtered by ``keep``. A group counts unless all its members are discarded; groups
+    are drawn, a step's number each time, until enough count or after ``max_draws`` draws. All
+    groups stay in the record: discarded ones, and the surplus, with their reason. The step is
+    smaller when the last draw does not suffice.
 
-    Draw n of a stage takes its prompts from the n-th block of ``max_draws`` draws, whether all of
-    them are needed or not, so that what is drawn stays a function of the step.
+    Draw n of a stage takes its prompts from the n-th block of ``max_draws`` draws, even if not all
+    are needed, so that a draw is a function of the step.
     """
 
     source: Rollouts
@@ -69,11 +69,11 @@ class Redraw(Source):
 
     @property
     def writes(self) -> frozenset[Kind]:
-        """Who writes the source."""
+        """The authors of the source."""
         return self.source.writes
 
     def provides_for(self, kind: Kind) -> Columns:
-        """What the source provides, and what its judges write."""
+        """The columns of the source, and those of ``keep``."""
         return self.source.provides_for(kind).union(*(s.provides for s in self.keep))
 
     @property
@@ -83,7 +83,7 @@ class Redraw(Source):
 
     @property
     def origin(self) -> str:
-        """That of the source inside."""
+        """The origin of the source inside."""
         return f"{self.source.origin}, drawn up to {self.max_draws} times"
 
     def identity(self, root: Path) -> dict[str, object]:
@@ -91,7 +91,7 @@ class Redraw(Source):
         return {**plain(self), "source": self.source.identity(root)}
 
     def open(self, tools: Tools, *, seed: int) -> RedrawStream:
-        """The source inside and its judges at work."""
+        """The stream of the source inside, with its filters."""
         judges = [bound(signal, tools) for signal in self.keep]
         return RedrawStream(self, self.source.open(tools, seed=seed), judges)
 
@@ -99,7 +99,7 @@ class Redraw(Source):
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class RedrawStream:
-    """Groups of which something is worth training on, then all others, with their verdicts."""
+    """Groups worth training on, then all others, with their verdicts."""
 
     spec: Redraw
     source: Stream
@@ -107,7 +107,7 @@ class RedrawStream:
 
     @property
     def files(self) -> Sequence[DataFile]:
-        """Those drawn from inside."""
+        """The files of the source inside."""
         return self.source.files
 
     @property
@@ -117,18 +117,18 @@ class RedrawStream:
 
     @property
     def state(self) -> Stateful | None:
-        """That of the source inside."""
+        """The state of the source inside."""
         return self.source.state
 
     def publish(self, version: int) -> None:
-        """Pass on to the source inside."""
+        """Publish to the source inside."""
         self.source.publish(version)
 
     def draw(self, num_groups: int, *, step: int) -> Sequence[Group]:
-        """The groups that count, at most ``num_groups`` of them, and what else was drawn.
+        """The groups that count, at most ``num_groups`` of them, then all others drawn.
 
-        The groups that count come first: a stage that takes several updates on a draw deals them
-        out one by one, so every update gets its share.
+        The groups that count come first: a stage with several updates per draw distributes them
+        round-robin, so every update gets its share.
         """
         kept, useless = list[Group](), list[Group]()
         for number in range(self.spec.max_draws):

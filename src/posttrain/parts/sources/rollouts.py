@@ -1,6 +1,6 @@
 """Rollouts: groups of completions that a policy samples on the training prompts of task sets.
 
-(seed, step) ──▶ tasks ──openings──▶ what is read ──sampler, rival──▶ completions ──▶ groups
+(seed, step) ──▶ tasks ──openings──▶ prompts ──sampler, rival──▶ completions ──▶ groups
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ class Rollouts(Source):
     """Groups of completions sampled from a policy on the training prompts of task sets.
 
     With ``policy: learner`` this is on-policy; any other policy is frozen, hence off-policy.
-    ``members`` says how the last members of every group are made, if not like the others:
-    ``guided``, ``rival`` or ``hinted``.
+    ``members`` makes the last members of every group special: ``guided``, ``rival`` or ``hinted``.
     """
 
     tasks: tuple[str, ...]
@@ -74,12 +73,12 @@ class Rollouts(Source):
 
     @property
     def writes(self) -> frozenset[Kind]:
-        """The live learner or a frozen policy, and who else has tokens that are trained."""
+        """The live learner or a frozen policy, and other authors of trained tokens."""
         other = None if self.members is None else self.members.writer
         return frozenset({self._sampled} if other is None else {self._sampled, other})
 
     def provides_for(self, kind: Kind) -> Columns:
-        """Log-probs of the sampled distribution, where somebody sampled what is trained."""
+        """Log-probs of the sampling distribution, for authors whose tokens were sampled."""
         known = self.members is None or self.members.sampled_from_prompt(
             kind, sampled=self._sampled
         )
@@ -102,29 +101,29 @@ class Rollouts(Source):
 
     @property
     def origin(self) -> str:
-        """Whose rollouts they are."""
+        """The policy of the rollouts."""
         others = "" if self.members is None else f", {tag_of(self.members)}"
         if self.policy == LEARNER:
             return f"on-policy: the learner's own rollouts{others}"
         return f"off-policy: rollouts of {self.policy}{others}"
 
     def references(self) -> tuple[PolicyRef, ...]:
-        """The sampled policy, and a rival."""
+        """The sampled policy, and the rival if any."""
         rival = None if self.members is None else self.members.rival
         return (self.policy,) if rival is None else (self.policy, rival)
 
     def identity(self, root: Path) -> dict[str, object]:
-        """Its options: task sets count by themselves."""
+        """Its options; task sets have their own identity."""
         return plain(self)
 
     def tokens(self, groups: float, ground: Ground) -> tuple[float, float]:
-        """The most that the answers can have."""
+        """Upper bounds: every answer of the maximum length."""
         lengths = [n for name in self.tasks for n in ground.prompt_lengths(name)]
         prompts = groups * sum(lengths) / len(lengths)
         return prompts, groups * self.group_size * self.max_new_tokens
 
     def open(self, tools: Tools, *, seed: int) -> RolloutStream:
-        """The sampled policy, ready to be asked."""
+        """A stream of the sampled policy's rollouts."""
         rival = None if self.members is None else self.members.rival
         return RolloutStream(
             self,
@@ -140,9 +139,8 @@ class Rollouts(Source):
 class RolloutStream(PureStream):
     """Draws prompts and samples a group of completions for each.
 
-    Task sets take turns, so draws hold them in equal shares, up to one prompt. Prompts and seeds
-    are pure functions of (seed, step): a resumed run draws what the interrupted one would have
-    drawn.
+    Task sets alternate, so draws hold them in equal shares, up to one prompt. Prompts and seeds
+    are pure functions of (seed, step): a resumed run draws the same as an uninterrupted one.
 
     Raises:
         TaskError: a prompt leaves no room for a completion in the model's context.
@@ -163,8 +161,8 @@ class RolloutStream(PureStream):
     def draw(self, num_groups: int, *, step: int) -> Sequence[Group]:
         """``num_groups`` groups of ``group_size`` rollouts."""
         first = step * num_groups
-        # Set by set: a stage that splits a draw into several updates takes every n-th group, and
-        # in alternating order each update would see some task sets only.
+        # Set by set: a stage that splits a draw into several updates takes every n-th group; in
+        # alternating order an update could miss some task sets.
         places = sorted(range(num_groups), key=lambda i: (first + i) % len(self.spec.tasks))
         tasks = [self._task(first + i) for i in places]
         size = self.spec.group_size
@@ -210,7 +208,7 @@ class RolloutStream(PureStream):
     def _complete(
         self, starts: Sequence[Opening], samplings: Sequence[Sampling]
     ) -> list[Completion | None]:
-        """What each policy writes, all of its members together; None where nothing is left."""
+        """Completions, batched per policy; None where the given prefix is the whole answer."""
         out: list[Completion | None] = [None] * len(starts)
         for by_rival in (False, True):
             asked = [i for i, s in enumerate(starts) if s.by_rival == by_rival and not s.whole]
@@ -230,7 +228,7 @@ class RolloutStream(PureStream):
         return out
 
     def _task(self, index: int) -> Task:
-        """The index-th prompt of this stage: task sets in turn, each in its own shuffled order."""
+        """The index-th prompt of this stage: task sets alternate, each shuffled by itself."""
         names = self.spec.tasks
         train = self.tasksets[names[index % len(names)]].train
         epoch, at = divmod(index // len(names), len(train))
@@ -265,6 +263,6 @@ class RolloutStream(PureStream):
             producer=author.producer,
             versions=None if version is None else (version, version),
             sampling=sampling,
-            # After another prompt than the recorded one they are not those of this text.
+            # After another prompt than the recorded one, these log-probs do not apply.
             logprobs=None if opening.hinted else completion.logprobs,
         )
