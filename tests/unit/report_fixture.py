@@ -179,7 +179,9 @@ def change(task: str, before: list[float], after: list[float]) -> Attribution:
             count[ChangeKind.LOST] += 1
         else:
             rose, fell = q > p + 0.12, q < p - 0.12
-            count[ChangeKind.SHARPENED if rose else ChangeKind.WEAKENED if fell else ChangeKind.KEPT] += 1
+            count[
+                ChangeKind.SHARPENED if rose else ChangeKind.WEAKENED if fell else ChangeKind.KEPT
+            ] += 1
     was_in = [i for i, p in enumerate(before) if support(p) is Label.IN]
     still = sum(support(after[i]) is Label.IN for i in was_in)
     return attribution(
@@ -250,13 +252,13 @@ def span(text: str, kind: Kind, producer: str, role: Role, logprobs=None) -> Spa
     )
 
 
-def sample(task: str, *told: tuple[Span, tuple[str, ...]], reward: float | None = None) -> Sample:
-    texts = tuple(text for _, words in told for text in words)
+def sample(task: str, *parts: tuple[Span, tuple[str, ...]], reward: float | None = None) -> Sample:
+    texts = tuple(text for _, words in parts for text in words)
     trajectory = Trajectory(
         task=task,
         tokens=np.arange(len(texts), dtype=np.int32),
         prompt_length=1,
-        spans=tuple(s for s, _ in told),
+        spans=tuple(s for s, _ in parts),
     )
     return Sample(trajectory=trajectory, texts=texts, reward=reward)
 

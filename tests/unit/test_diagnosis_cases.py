@@ -62,8 +62,8 @@ def test_a_case_is_what_it_says(bench):
     assert np.exp(answers[bench.answer(3)]) == pytest.approx(0.125)
     assert sum(np.exp(p) for p in answers.values()) == pytest.approx(1)
     tasks = bench.CaseTasks(0.0, np.random.default_rng(0))
-    begun = np.array([ord(c) for c in bench.answer(3)[:2]], np.int32)
+    prefix = np.array([ord(c) for c in bench.answer(3)[:2]], np.int32)
     (group,) = draw_answers(
-        policy, tasks, [tasks.held_out[3]], samples=8, max_new_tokens=6, seed=0, given=[begun]
+        policy, tasks, [tasks.held_out[3]], samples=8, max_new_tokens=6, seed=0, given=[prefix]
     )
     assert all(a.success for a in group)

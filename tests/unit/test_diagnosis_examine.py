@@ -69,8 +69,8 @@ def test_a_budget_that_does_not_reach_for_a_first_look_is_refused(bench):
 
 def test_beginnings_are_given_only_to_prompts_that_were_never_solved(bench):
     """Half the prompts are solved; the others go on rightly from half an answer, never before."""
-    begun = (0.0, 0.0, 1.0, 1.0)
-    steps = [*bench.at_once([1.0] * (P // 2)), *[begun] * (P // 2)]
+    by_share = (0.0, 0.0, 1.0, 1.0)
+    steps = [*bench.at_once([1.0] * (P // 2)), *[by_share] * (P // 2)]
     more = (P // 2) * len(SHARES) * FROM_A_BEGINNING
     seen = look(bench, steps, budget=SAMPLES * P + more)
     (evidence,) = seen.evidence()

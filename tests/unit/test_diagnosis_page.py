@@ -197,7 +197,7 @@ def test_the_picture_comes_first_and_has_a_bar_for_every_task_set():
     assert "sums: 10% right at the first try, 90% within 64 tries" in top
 
 
-def test_reasons_are_told_without_names_of_readings():
+def test_reasons_do_not_use_names_of_readings():
     finding = replace(task().findings[0], because=("efficiency_gap is 0.80, at least 0.15",))
     page = render_card(diagnosis(task(findings=(finding,))))
     assert "success within all tries minus pass@1 is 0.80, at least 0.15" in page

@@ -68,10 +68,10 @@ def test_the_recipe_says_why_and_only_what_is_not_the_default(world):
     )
     notes, _, body = prescription.recipe.partition("\n\n")
     assert all(row.startswith("#") for row in notes.splitlines())
-    told = " ".join(notes.replace("#", " ").split())
+    comments = " ".join(notes.replace("#", " ").split())
     for choice in prescription.choices:
-        assert " ".join(f"{choice.what}: {choice.why}".split()) in told
-    assert f"it worked if: {prescription.gate}" in told
+        assert " ".join(f"{choice.what}: {choice.why}".split()) in comments
+    assert f"it worked if: {prescription.gate}" in comments
     assert "null" not in body
     assert "betas" not in body
     recipe = made(prescription)
@@ -116,7 +116,7 @@ def test_the_stage_fits_the_bottleneck_and_is_legal(world, case, method, terms):
     assert all(c.why and c.setting for c in prescription.choices)
 
 
-def test_without_demonstrations_what_is_not_begun_is_practised_from_its_beginnings(world):
+def test_without_demonstrations_a_missing_entry_is_trained_from_prefixes(world):
     assert only([found("entry")], world, demos={}).treatment == "begin"
 
 
@@ -149,7 +149,7 @@ def test_every_treatment_makes_a_legal_stage(world):
         assert asked == {"t", "u", "v"}, "what must not be lost is watched too"
 
 
-def test_without_supplies_a_support_bottleneck_is_told_what_to_obtain(world):
+def test_without_supplies_a_support_bottleneck_says_what_to_obtain(world):
     prescription = only([found("never")], world, demos={}, teachers={})
     assert prescription.recipe is None
     assert "Nothing on-policy can help" in prescription.obtain

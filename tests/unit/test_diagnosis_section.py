@@ -142,7 +142,7 @@ def test_every_look_has_its_round_its_reason_and_its_cost(out):
     assert (last.cost.looking, last.cost.trained) == (30, 0)
 
 
-def test_a_treatment_is_told_round_by_round(out):
+def test_a_treatment_is_reported_round_by_round(out):
     section = treatment_section(out)
     assert (section.ident, section.title) == ("treatment", "Treatment")
     assert section.html.startswith('<section id="treatment">')

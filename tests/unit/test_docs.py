@@ -129,10 +129,10 @@ def test_the_layers_of_the_contributing_page_are_those_that_are_checked():
         (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
-    told: dict[int, set[str]] = {}
+    on_page: dict[int, set[str]] = {}
     for depth, modules in rows:
-        told.setdefault(int(depth), set()).update(modules.split(", "))
-    assert told == dict(enumerate(LAYERS))
+        on_page.setdefault(int(depth), set()).update(modules.split(", "))
+    assert on_page == dict(enumerate(LAYERS))
 
 
 @pytest.mark.parametrize("page", DECISIONS, ids=lambda p: p.stem)

@@ -323,7 +323,7 @@ def test_hash_folder_refuses_what_it_would_not_see(tmp_path: Path) -> None:
         hash_folder(tmp_path / "top")
 
 
-def test_a_second_holder_is_told_who_has_the_folder(tmp_path: Path) -> None:
+def test_a_second_process_gets_the_name_of_the_lock_holder(tmp_path: Path) -> None:
     with folder_lock(tmp_path / "run"):
         with pytest.raises(RunLocked) as caught, folder_lock(tmp_path / "run"):
             pass

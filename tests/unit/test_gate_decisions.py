@@ -168,7 +168,7 @@ def test_names_that_mean_nothing(name, word):
         ("kl_base", "kl_reverse"),
     ],
 )
-def test_a_retired_name_is_told_the_new_one(retired, new):
+def test_a_retired_name_names_its_replacement(retired, new):
     with pytest.raises(ConfigError, match=f"{new}\\b" if new[-1] != "k" else new):
         check_gate(Gate(task="sums", metric=retired, at_least=0.5), Measure(samples=SAMPLES))
 

@@ -91,7 +91,7 @@ def test_one_letter_answers_have_the_self_bleu_of_their_shares() -> None:
     assert not np.asarray(task.raw["repetition"]).any()
 
 
-def test_a_verifier_that_changes_its_mind_is_told() -> None:
+def test_a_nondeterministic_verifier_is_reported() -> None:
     steady, seen = measured(FakeTaskSet())
     assert steady.tasks[0].raw["recheck"].shape == (8, 4)
     assert not steady.tasks[0].raw["recheck"].any()

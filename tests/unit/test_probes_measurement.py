@@ -187,22 +187,24 @@ def test_other_protocols_are_refused_with_what_differs() -> None:
     base = policy(measured(np.zeros((3, 4))))
     require_comparable(base, policy(measured(np.ones((3, 4))), name="tuned"))
 
-    def told(other: Measurement) -> str:
+    def refusal(other: Measurement) -> str:
         with pytest.raises(RunError) as caught:
             require_comparable(base, other)
         return str(caught.value)
 
-    more = told(policy(measured(np.zeros((3, 8))), name="tuned", protocol="q" * 64))
+    more = refusal(policy(measured(np.zeros((3, 8))), name="tuned", protocol="q" * 64))
     assert "4 and 8 samples" in more
     assert "pppppppp and qqqqqqqq" in more
-    fewer = told(policy(measured(np.zeros((2, 4))), name="tuned", protocol="q" * 64))
+    fewer = refusal(policy(measured(np.zeros((2, 4))), name="tuned", protocol="q" * 64))
     assert "3 and 2 prompts, 2 in common" in fewer
-    bar = told(policy(measured(np.zeros((3, 4)), success=0.5), name="tuned", protocol="q" * 64))
+    bar = refusal(policy(measured(np.zeros((3, 4)), success=0.5), name="tuned", protocol="q" * 64))
     assert "score of 1.0 and 0.5" in bar
-    missing = told(policy(measured(np.zeros((3, 4)), "products"), name="tuned", protocol="q" * 64))
+    missing = refusal(
+        policy(measured(np.zeros((3, 4)), "products"), name="tuned", protocol="q" * 64)
+    )
     assert "only base was measured on 'sums'" in missing
     assert "only tuned was measured on 'products'" in missing
-    assert "decoding, seeds, verifier or prompt texts" in told(replace(base, protocol="q" * 64))
+    assert "decoding, seeds, verifier or prompt texts" in refusal(replace(base, protocol="q" * 64))
 
 
 def test_equal_protocols_that_contradict_themselves_are_refused() -> None:

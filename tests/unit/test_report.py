@@ -242,7 +242,9 @@ NEW, SHARP, KEPT = ChangeKind.NEWLY_REACHABLE, ChangeKind.SHARPENED, ChangeKind.
 WEAK, LOST, OPEN = ChangeKind.WEAKENED, ChangeKind.LOST, ChangeKind.UNDETERMINED
 
 
-def change(parts: dict[ChangeKind, Interval] | None = None, *, task: str = "t", **ends) -> Attribution:
+def change(
+    parts: dict[ChangeKind, Interval] | None = None, *, task: str = "t", **ends
+) -> Attribution:
     """A change; a part that is not given is about zero."""
     return attribution(task, {**dict.fromkeys(ChangeKind, estimate(0.0)), **(parts or {})}, **ends)
 
@@ -398,8 +400,8 @@ def test_headline_without_comparison_judges_by_disjoint_intervals() -> None:
         policy("base", up=estimate(0.2), same=estimate(0.2), bare=estimate(0.2, None)),
         policy("last", up=estimate(0.4), same=estimate(0.28), bare=estimate(0.9, None)),
     )
-    told = {c.task: c.words for c in headline(bare(policies=ends)).clauses}
-    assert told == {
+    words = {c.task: c.words for c in headline(bare(policies=ends)).clauses}
+    assert words == {
         "up": "improved",
         "same": "showed no clear change",
         "bare": "has no interval to judge by",
