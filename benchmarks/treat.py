@@ -25,8 +25,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from kept import RESULTS, Stateful
 from lab_log import write
+from results_file import RESULTS, ResultsFile
 from tour_seeds import over_seeds
 
 from posttrain import api
@@ -425,20 +425,20 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also what has a result already")
     parser.add_argument("--write", action="store_true", help="put the section into the lab log")
     options = parser.parse_args()
-    kept = Stateful(options.results, Result, lambda r: r.key)
+    stored = ResultsFile(options.results, Result, lambda r: r.key)
     names, arms = options.only or list(SITUATIONS), options.arms or [*ARMS, TREAT]
     for seed in options.seeds:  # a whole table early, then more seeds
         for name in names:
             before = [UNTOUCHED] if seed == options.seeds[0] else []
             for arm in [*before, *arms]:
-                if (name, arm, seed) in kept.rows() and not options.again:
+                if (name, arm, seed) in stored.rows() and not options.again:
                     continue
                 result = run_one(SITUATIONS[name], arm, seed, options.out)
-                kept.add(result)
+                stored.add(result)
                 rates = ", ".join(f"{t} {r:.2f}" for t, r in result.rates.items())
                 said = f"{name}, {arm}, seed {seed}: {rates}; {result.tokens} tokens"
                 print(f"{said}, {result.seconds} s", file=sys.stderr, flush=True)
-    found = [r for r in kept.rows().values() if r.situation in names]
+    found = [r for r in stored.rows().values() if r.situation in names]
     seeds = options.seeds or sorted({r.seed for r in found})
     found = [r for r in found if r.seed in seeds]
     text = page(sorted(found, key=lambda r: (names.index(r.situation), r.seed)), seeds)

@@ -1,4 +1,4 @@
-"""Results that took hours, a row each, kept beside the code: a table may grow over many sittings.
+"""Results that took hours, a row each, in a file beside the code: a table may grow over many runs.
 
 run ──add──▶ benchmarks/results/NAME.jsonl ──rows──▶ the table
 """
@@ -15,7 +15,7 @@ Row = TypeVar("Row", bound=msgspec.Struct)
 RESULTS = Path(__file__).parent / "results"
 
 
-class Kept(Generic[Row]):
+class ResultsFile(Generic[Row]):
     """A file with a JSON row per result. Of two rows with one key the later one counts."""
 
     def __init__(self, path: Path, kind: type[Row], key: Callable[[Row], Hashable]) -> None:
