@@ -14,6 +14,7 @@ class TaskSetSpec(Config, tag=snake_case, tag_field="type"):
     """Where a task set comes from. A score of ``success`` or more counts as solved."""
 
     role: ClassVar[str] = "task_set"
+    declares: ClassVar[tuple[str, ...]] = ("identity", "build")
 
     success: float = 1.0
 
