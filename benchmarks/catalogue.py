@@ -30,9 +30,9 @@ from posttrain.core.config import digest, plain
 from posttrain.core.errors import ConfigError, PosttrainError, nearest
 from posttrain.core.files import hash_file, hash_folder, write_atomic
 from posttrain.measure.bootstrap import student_quantile
-from posttrain.measure.measurement import Measurement
 from posttrain.parts.registry import known, tag_of
 from posttrain.recipe import Recipe
+from posttrain.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/lab-catalogue.md"
@@ -153,10 +153,7 @@ def run_one(
 
 def pass_at_1(out: Path, before: str, after: str) -> dict[str, tuple[float, float]]:
     """pass@1 of two policies of a run, by task set."""
-    first, second = (
-        Measurement.from_json((out / "measurements" / f"{n}.json").read_text("utf-8"))
-        for n in (before, after)
-    )
+    first, second = map(RunFolder(out).measurement, (before, after))
     return {
         t.taskset: (float(t.successes.mean()), float(second.task(t.taskset).successes.mean()))
         for t in first.tasks
@@ -270,10 +267,10 @@ def main(arguments: Sequence[str] | None = None, *, runner: Runner = run_here) -
             result = run_one(
                 name, family, situation, seed=seed, folder=folder, stored=stored, runner=runner
             )
-            told = result.failure or ", ".join(
+            words = result.failure or ", ".join(
                 f"{t} {a:.2f} → {b:.2f}" for t, (a, b) in result.tasks.items()
             )
-            print(f"{name} seed {seed}: {told} ({result.seconds:.0f} s)", file=sys.stderr)
+            print(f"{name} seed {seed}: {words} ({result.seconds:.0f} s)", file=sys.stderr)
             # After every run: a long table should be readable before it is complete.
             write_atomic(options.page, page(finished(stored, named), named))
     text = page(finished(stored, named), named)

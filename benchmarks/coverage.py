@@ -20,37 +20,20 @@ import numpy.typing as npt
 from lab_log import write
 
 from posttrain.diagnosis.scaffold import Help, Scaffold, amortisation_gap, amortised_share
-from posttrain.measure.attribution import MeasuredRole, Part, attribute, contributions
+from posttrain.measure.attribution import ChangeKind, MeasuredRole, attribute, contributions
 from posttrain.measure.bootstrap import Interval, combined_interval
-from posttrain.measure.calibration import _gaps, calibration_error
-from posttrain.measure.curves import (
-    cover,
-    crossover,
-    efficiency_gap,
-    failed_tries,
-    sharpening_tax,
-)
-from posttrain.measure.diversity import (
-    answer_entropies,
-    answer_variety,
-    form,
-    token_entropy,
-    verifier_disagreement,
-)
-from posttrain.measure.learnability import (
-    NEEDED,
-    informative,
-    needed_group,
-    support_shares,
-    zero_variance,
-)
+from posttrain.measure.calibration import _gaps
+from posttrain.measure.curves import failed_tries
+from posttrain.measure.diversity import answer_entropies
+from posttrain.measure.learnability import NEEDED
 from posttrain.measure.measurement import TaskMeasurement
 from posttrain.measure.passk import pass_at_k, pass_interval
 from posttrain.measure.reading import Reading
-from posttrain.measure.readings import paired_change
+from posttrain.measure.readings import paired_change, read
+from posttrain.measure.registry import Estimation
 from posttrain.measure.retention import backward_transfer, forgetting, handoff
 from posttrain.measure.support import labels, support_change
-from posttrain.measure.voting import majority, majority_at_k
+from posttrain.measure.voting import answers_column, majority_at_k
 
 Floats = npt.NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int], Floats]
@@ -110,8 +93,7 @@ def sample(rng: np.random.Generator, rates: Floats, p: Floats) -> TaskMeasuremen
         nll=nll,
         distinct=(np.sort(answers, axis=1)[:, 1:] != np.sort(answers, axis=1)[:, :-1]).sum(axis=1)
         + 1,
-        answers=answers,
-        recheck=flips,
+        raw={"answers": answers, "recheck": flips},
     )
 
 
@@ -133,8 +115,14 @@ def mean(values: npt.ArrayLike) -> float:
     return float(np.mean(np.asarray(values, np.float64)))
 
 
-def named(readings: tuple[Reading, ...], name: str) -> Reading:
-    return next(r for r in readings if r.name == name)
+def reads(name: str) -> Callable[[World], Reading | None]:
+    """The reading of that name, of the base."""
+    return lambda w: read(name, w.base, Estimation(epsilon=EPSILON))
+
+
+def changes(name: str) -> Callable[[World], Reading | None]:
+    """The reading of what changed from the base to ``after``."""
+    return lambda w: read(name, w.after, Estimation(epsilon=EPSILON), since=w.base)
 
 
 def tax_of(w: World) -> float:
@@ -168,13 +156,13 @@ def kept_of(w: World) -> float:
     return mean(cells.kept) / mean(w.base.successes)
 
 
-def part_of(part: Part) -> tuple[Callable[[World], Interval], Callable[[World], float]]:
+def part_of(part: ChangeKind) -> tuple[Callable[[World], Interval], Callable[[World], float]]:
     def take(w: World) -> Interval:
         return attribute(w.base, w.after, epsilon=EPSILON).parts[part]
 
     def truth(w: World) -> float:
         cells = contributions(w.base, w.after, epsilon=EPSILON, confidence=0.95)
-        return mean(cells.sharpened if part is Part.SHARPENED else cells.newly_reachable)
+        return mean(cells.sharpened if part is ChangeKind.SHARPENED else cells.newly_reachable)
 
     return take, truth
 
@@ -184,18 +172,15 @@ def amortised_truth(w: World) -> float:
 
 
 def calibration_of(w: World) -> float:
-    assert w.base.answers is not None
-    return float(np.abs(_gaps(w.base.answers, w.base.successes).mean(axis=0)).sum())
+    return float(np.abs(_gaps(w.base.need(answers_column), w.base.successes).mean(axis=0)).sum())
 
 
 def entropy_of(task: TaskMeasurement) -> float:
-    assert task.answers is not None
-    return mean(answer_entropies(task.answers))
+    return mean(answer_entropies(task.need(answers_column)))
 
 
 def votes_of(w: World) -> float:
-    assert w.base.answers is not None
-    return mean(majority_at_k(w.base.answers[:2000], w.base.successes[:2000], 16))
+    return mean(majority_at_k(w.base.need(answers_column)[:2000], w.base.successes[:2000], 16))
 
 
 def thirds(w: World) -> Interval:
@@ -228,61 +213,61 @@ CLAIMS: Mapping[str, Claim] = {
     "pass@64": Claim(
         BOOT, lambda w: pass_interval(w.base, 64), lambda w: mean(1 - (1 - w.p) ** 64)
     ),
-    "maj@16": Claim(BOOT, lambda w: majority(w.base, 16), votes_of, share=0.15),
+    "maj@16": Claim(BOOT, reads("maj@16"), votes_of, share=0.15),
     "efficiency_gap": Claim(
-        BOOT, lambda w: efficiency_gap(w.base), lambda w: mean(1 - (1 - w.p) ** 64 - w.p)
+        BOOT, reads("efficiency_gap"), lambda w: mean(1 - (1 - w.p) ** 64 - w.p)
     ),
     "informative@8": Claim(
-        BOOT, lambda w: informative(w.base, 8), lambda w: mean(1 - w.p**8 - (1 - w.p) ** 8)
+        BOOT, reads("informative@8"), lambda w: mean(1 - w.p**8 - (1 - w.p) ** 8)
     ),
     "needed_group": Claim(
-        "inverted bootstrap", lambda w: needed_group(w.base), group_of, exact=True, share=0.25
+        "inverted bootstrap", reads("needed_group"), group_of, exact=True, share=0.25
     ),
     "cover@0.5": Claim(
         "binomial, label errors taken off",
-        lambda w: cover(w.base, 0.5),
+        reads("cover@0.5"),
         lambda w: mean(w.p >= 0.5),
         exact=True,
     ),
     "in_share": Claim(
         "binomial",
-        lambda w: named(support_shares(w.base, epsilon=EPSILON), "in_share"),
+        reads("in_share"),
         lambda w: mean([x == "in" for x in labels(w.base, epsilon=EPSILON)]),
         exact=True,
     ),
-    "all_wrong": Claim(
+    "all_wrong@64": Claim(
         "binomial",
-        lambda w: named(zero_variance(w.base), "all_wrong"),
+        reads("all_wrong@64"),
         lambda w: mean((1 - w.p) ** N),
         exact=True,
     ),
     "answer_entropy": Claim(
         BOOT,
-        lambda w: named(answer_variety(w.base), "answer_entropy"),
+        reads("answer_entropy"),
         lambda w: entropy_of(w.base),
     ),
     "distinct_answers": Claim(
         BOOT,
-        lambda w: named(answer_variety(w.base), "distinct_answers"),
+        reads("distinct_answers"),
         lambda w: mean(w.base.distinct),
     ),
     "token_entropy": Claim(
         "ratio bootstrap",
-        lambda w: token_entropy(w.base),
+        reads("token_entropy"),
         lambda w: mean((0.2 + w.p) * (5 + 8 * w.p)) / mean(5 + 8 * w.p),
     ),
     "tokens_per_answer": Claim(
         BOOT,
-        lambda w: named(form(w.base), "tokens_per_answer"),
+        reads("tokens_per_answer"),
         lambda w: mean(5 + 8 * w.p),
     ),
-    "truncated": Claim(BOOT, lambda w: named(form(w.base), "truncated"), lambda w: mean(w.p) / 10),
+    "truncated": Claim(BOOT, reads("truncated"), lambda w: mean(w.p) / 10),
     "verifier_disagreement": Claim(
-        "binomial over answers", lambda w: verifier_disagreement(w.base), lambda w: 0.03, exact=True
+        "binomial over answers", reads("verifier_disagreement"), lambda w: 0.03, exact=True
     ),
     "calibration_error": Claim(
         "largest of signed sums",
-        lambda w: calibration_error(w.base),
+        reads("calibration_error"),
         calibration_of,
         share=0.25,
     ),
@@ -296,8 +281,8 @@ CLAIMS: Mapping[str, Claim] = {
         lambda w: paired_change("answer_entropy", w.base, w.after),
         lambda w: entropy_of(w.after) - entropy_of(w.base),
     ),
-    "sharpened": Claim(BOOT, *part_of(Part.SHARPENED), share=0.25),
-    "newly reachable": Claim(BOOT, *part_of(Part.NEWLY_REACHABLE), share=0.25),
+    "sharpened": Claim(BOOT, *part_of(ChangeKind.SHARPENED), share=0.25),
+    "newly reachable": Claim(BOOT, *part_of(ChangeKind.NEWLY_REACHABLE), share=0.25),
     "retention": Claim(
         "ratio bootstrap",
         lambda w: attribute(w.base, w.later, epsilon=EPSILON).retention,
@@ -306,13 +291,13 @@ CLAIMS: Mapping[str, Claim] = {
     ),
     "crossover": Claim(
         "inverted bootstrap",
-        lambda w: crossover(w.base, w.after),
+        changes("crossover"),
         crossing_of,
         exact=True,
         share=0.25,
     ),
     "sharpening_tax": Claim(
-        "bootstrap of a function", lambda w: sharpening_tax(w.base, w.after), tax_of, share=0.5
+        "bootstrap of a function", changes("sharpening_tax"), tax_of, share=0.5
     ),
     "forgetting": Claim(
         "largest of differences",

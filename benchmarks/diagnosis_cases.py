@@ -22,15 +22,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from lab_log import write
 
-from posttrain.core.protocols import Policy
+from posttrain.protocols import Policy
 from posttrain.core.task import Task, TaskSet
 from posttrain.diagnosis.card import Bottleneck, TaskDiagnosis
+from posttrain.diagnosis.conditions import diagnose_task
 from posttrain.diagnosis.drawing import Demonstration
 from posttrain.diagnosis.examine import Examination
-from posttrain.diagnosis.judge import diagnose_task
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.rules import load_rules
-from posttrain.recipe import Measure
+from posttrain.measure.spec import Measure
 from posttrain.testing import TablePolicy
 
 LETTERS = "abcdefgh"

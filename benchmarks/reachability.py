@@ -24,7 +24,7 @@ from posttrain.api import run
 from posttrain.core.learner import Optimizer
 from posttrain.core.task import Task, TaskSet
 from posttrain.diagnosis.drawing import draw_answers
-from posttrain.diagnosis.importance import Evidence, odds_words
+from posttrain.diagnosis.importance import ImportanceSample, odds_words
 from posttrain.diagnosis.reachability import TaskReach, reachability
 from posttrain.engines.local.engine import LocalEngine, LocalPolicy
 from posttrain.lab.corpus import taskset
@@ -33,6 +33,7 @@ from posttrain.lab.tour import ANSWER, BASE, write_tour
 from posttrain.measure.support import clopper_pearson
 from posttrain.parts.policy.presets import Grpo
 from posttrain.recipe import Budget, Recipe, Stage, load_recipe
+from posttrain.run.folder import RunFolder
 
 HEADING = "## Reachability, against the truth"
 PROMPTS, SAMPLES, OWN = 12, 256, 256
@@ -81,7 +82,7 @@ def later(out: Path, *, seed: int) -> LocalPolicy:
 
 def exported(out: Path, stage: str) -> LocalPolicy:
     """The model of a finished stage."""
-    (folder,) = out.glob(f"stages/*{stage}*/model")
+    (folder,) = RunFolder(out).models(stage)
     return LocalEngine(device=torch.device("cpu")).policy(str(folder))
 
 
@@ -188,7 +189,7 @@ def simulated(name: str, first: np.ndarray, second: np.ndarray, *, n: int, trial
     for _ in range(trials):
         counts = rng.multinomial(n, np.append(share, 1 - share.sum()))[:-1]
         seen = np.flatnonzero(counts)
-        one = Evidence(
+        one = ImportanceSample(
             log_base=first[seen], log_later=second[seen], times=counts[seen], num_samples=n
         )
         low = one.low(0.025)

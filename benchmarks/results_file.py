@@ -1,4 +1,4 @@
-"""Results that took hours, a row each, in a file beside the code: a table may grow over many runs.
+"""Results that took hours, a row each, kept beside the code: a table may grow over many days.
 
 run ──add──▶ benchmarks/results/NAME.jsonl ──rows──▶ the table
 """

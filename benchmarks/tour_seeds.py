@@ -16,20 +16,17 @@ import numpy as np
 from posttrain.api import run
 from posttrain.cli.console import Console
 from posttrain.lab.tour import write_tour
-from posttrain.measure.attribution import Part, compare
+from posttrain.measure.attribution import ChangeKind, attribute_changes
 from posttrain.measure.bootstrap import student_quantile
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import load_recipe
+from posttrain.run.folder import RunFolder
 
 
 def measured(out: Path) -> list[Measurement]:
     """Measurements of a finished run, base first."""
-    recipe = load_recipe(out / "recipe.json")
-    names = ["base", *(s.name for s in recipe.stages)]
-    return [
-        Measurement.from_json((out / "measurements" / f"{n}.json").read_text("utf-8"))
-        for n in names
-    ]
+    folder = RunFolder(out)
+    return [folder.measurement(n) for n in ("base", *(s.name for s in folder.recipe().stages))]
 
 
 def over_seeds(values: list[float]) -> str:
@@ -64,15 +61,15 @@ def main() -> None:
         rates = [[float(r[index].task(t).successes.mean()) for r in runs] for t in tasks]
         print(f"| {policy} | {' | '.join(over_seeds(r) for r in rates)} |")
 
-    spec = load_recipe(arguments.out / str(arguments.seeds[0]) / "recipe.json").measure
-    changes = [compare(r[0], r[-1], epsilon=spec.threshold) for r in runs]
+    spec = RunFolder(arguments.out / str(arguments.seeds[0])).recipe().measure
+    changes = [attribute_changes(r[0], r[-1], epsilon=spec.threshold) for r in runs]
     print("\nbase to final: parts of the change, mean ± 95 % interval over seeds;")
     print("in brackets, in how many seeds the part's own interval over prompts excludes zero\n")
-    print(f"| task | {' | '.join(Part)} |")
-    print(f"|---|{'---|' * len(Part)}")
+    print(f"| task | {' | '.join(ChangeKind)} |")
+    print(f"|---|{'---|' * len(ChangeKind)}")
     for task in tasks:
         cells = []
-        for part in Part:
+        for part in ChangeKind:
             intervals = [c.task(task).parts[part] for c in changes]
             shown = sum(i.is_positive for i in intervals)
             cells.append(f"{over_seeds([i.value for i in intervals])} ({shown}/{len(intervals)})")

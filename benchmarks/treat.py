@@ -36,6 +36,7 @@ from posttrain.diagnosis.spending import spent
 from posttrain.lab.corpus import demonstrations, preference_pairs, taskset, write_rows
 from posttrain.lab.settings import SETTINGS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.parts.composition import Method, method
 from posttrain.parts.distillation.presets import Opd, Opsd
 from posttrain.parts.policy.presets import Grpo
@@ -43,7 +44,8 @@ from posttrain.parts.preference.presets import OnlineDpo
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
 from posttrain.parts.supervised.rejection import Raft
-from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.folder import RunFolder
 
 LOOK = Measure(samples=64, max_new_tokens=ANSWER, seed=7)
 JUDGE = Measure(samples=64, max_new_tokens=ANSWER, seed=1_000_003)
@@ -146,7 +148,7 @@ def _trained(out: Path, model: Path, rows: object, *, steps: int, lr: float) -> 
         recipe = Recipe(name=out.name, model=str(model.resolve()), stages=(stage,), threads=1)
         api.run(recipe, out=out / "run", root=out)
         (out / "ready").touch()
-    (made,) = (out / "run/stages").glob("prepare-*/model")
+    (made,) = RunFolder(out / "run").models("prepare")
     return made
 
 
@@ -280,7 +282,7 @@ def fixed(situation: Situation, arm: str, prepared: Path, *, folder: Path, seed:
         trial = folder / f"trial-{number}"
         short = msgspec.structs.replace(ground, stages=(stage,))
         api.run(short, out=trial, root=folder / "inputs")
-        steps = int(situation.budget / len(makers) * TRIAL / spent(trial).total)
+        steps = int(situation.budget / len(makers) * TRIAL / spent(RunFolder(trial)).total)
         stages.append(msgspec.structs.replace(stage, budget=Budget(steps=max(1, steps))))
     return msgspec.structs.replace(ground, stages=tuple(stages))
 
@@ -313,8 +315,9 @@ def run_one(situation: Situation, arm: str, seed: int, out: Path) -> Result:
     else:
         recipe = fixed(situation, arm, prepared, folder=folder, seed=seed)
         ended = api.run(recipe, out=folder / "run", root=inputs)
-        (model,) = (folder / "run/stages").glob(f"{ended.final}-*/model")
-        total = spent(folder / "run").total
+        finished = RunFolder(folder / "run")
+        (model,) = finished.models(ended.final)
+        total = spent(finished).total
     return Result(
         situation=situation.name,
         arm=arm,
@@ -425,20 +428,20 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also what has a result already")
     parser.add_argument("--write", action="store_true", help="put the section into the lab log")
     options = parser.parse_args()
-    stored = ResultsFile(options.results, Result, lambda r: r.key)
+    results = ResultsFile(options.results, Result, lambda r: r.key)
     names, arms = options.only or list(SITUATIONS), options.arms or [*ARMS, TREAT]
     for seed in options.seeds:  # a whole table early, then more seeds
         for name in names:
             before = [UNTOUCHED] if seed == options.seeds[0] else []
             for arm in [*before, *arms]:
-                if (name, arm, seed) in stored.rows() and not options.again:
+                if (name, arm, seed) in results.rows() and not options.again:
                     continue
                 result = run_one(SITUATIONS[name], arm, seed, options.out)
-                stored.add(result)
+                results.add(result)
                 rates = ", ".join(f"{t} {r:.2f}" for t, r in result.rates.items())
                 said = f"{name}, {arm}, seed {seed}: {rates}; {result.tokens} tokens"
                 print(f"{said}, {result.seconds} s", file=sys.stderr, flush=True)
-    found = [r for r in stored.rows().values() if r.situation in names]
+    found = [r for r in results.rows().values() if r.situation in names]
     seeds = options.seeds or sorted({r.seed for r in found})
     found = [r for r in found if r.seed in seeds]
     text = page(sorted(found, key=lambda r: (names.index(r.situation), r.seed)), seeds)

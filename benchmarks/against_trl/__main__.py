@@ -93,7 +93,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Bench:
-    """One sitting: every entry is saved, and the page written again, as soon as it is there."""
+    """One session: every entry is saved, and the page written again, as soon as it is there."""
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         self._chosen, self._file = chosen, chosen.out / "results.json"
@@ -127,7 +127,7 @@ class Bench:
                 self.keep()
 
     def _rate(self, size: str, conditions: Conditions) -> None:
-        """The highest rate seen in this sitting: what it is divided by should not flatter us."""
+        """The highest rate seen in this session: what it is divided by should not flatter us."""
         command = [sys.executable, "-m", "against_trl.machine", size, str(self._chosen.threads)]
         command += [self._chosen.device, self._chosen.dtype]
         rate, best = json.loads(_last(_output(command, threads=self._chosen.threads)))

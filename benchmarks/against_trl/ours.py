@@ -16,7 +16,6 @@ from against_trl.worker import Steps
 from posttrain.core import clock
 from posttrain.core.events import Event, StepDone
 from posttrain.core.learner import Optimizer
-from posttrain.core.protocols import Learner, Policy
 from posttrain.core.trajectory import Column, Group
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.parts.composition import method
@@ -25,10 +24,11 @@ from posttrain.parts.legality import admit
 from posttrain.parts.policy.presets import Grpo
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
+from posttrain.protocols import Learner, Policy
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import Workshop
+from posttrain.run.folder import RunFolder
 from posttrain.run.journal import Journal
-from posttrain.run.ledger import Ledger
 from posttrain.run.plan import PlannedStage, make_plan
 from posttrain.tasks.jsonl import JsonlTasks
 from posttrain.training.stage import micro_batches, run_stage
@@ -160,18 +160,13 @@ def train(job: Job, gate: Steps) -> None:
 
     folder = Path(job.folder) / "journal" / job.work
     shutil.rmtree(folder, ignore_errors=True)
-    journal = Journal(
-        folder,
-        ledger=Ledger.open(folder / "ledger.jsonl"),
-        stage=planned.spec.name,
-        identity=planned.identity,
-        facts={},
-    )
-    gate.open()
-    run_stage(
-        planned.spec,
-        parts,
-        steps=STEPS,
-        journal=journal,
-        observe=observe,
-    )
+    with RunFolder(folder).lock() as writer:
+        journal = Journal(
+            writer.stage_writer(planned.spec.name, planned.identity),
+            ledger=writer.open_ledger(),
+            stage=planned.spec.name,
+            identity=planned.identity,
+            facts={},
+        )
+        gate.open()
+        run_stage(planned.spec, parts, steps=STEPS, journal=journal, observe=observe)

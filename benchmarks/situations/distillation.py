@@ -21,6 +21,7 @@ from posttrain.core.task import with_context
 from posttrain.lab.corpus import demonstrations, taskset, write_rows
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.parts.composition import Method
 from posttrain.parts.distillation.policy_presets import (
     GOpd,
@@ -50,7 +51,7 @@ from posttrain.parts.registry import tag_of
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
 from posttrain.parts.supervised.rejection import Star
-from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 
 STEPS, GROUPS = 40, 64
 TASKS, TEACHERS = (PRODUCTS.name,), {"*": "teacher"}

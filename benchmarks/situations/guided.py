@@ -13,10 +13,11 @@ from types import MappingProxyType
 from posttrain.core.learner import Optimizer
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.parts.composition import Method
 from posttrain.parts.guided.presets import GuidedGrpo, Hpt, Luffy, PrefixRft, Uft
 from posttrain.parts.registry import tag_of
-from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 
 
 def situation(method: Method, *, groups: int, lr: float, seed: int) -> Recipe:

@@ -20,6 +20,7 @@ from posttrain.core.learner import Optimizer
 from posttrain.lab.corpus import preference_pairs, taskset, write_rows
 from posttrain.lab.settings import CALCULATE, PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.parts.base import Signal
 from posttrain.parts.composition import Method, method
 from posttrain.parts.policy.presets import Grpo
@@ -28,7 +29,7 @@ from posttrain.parts.rewards.presets import MathShepherd, Orm, OrmOnRollouts, Pr
 from posttrain.parts.rewards.process import ProcessReward
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
-from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.tasks.base import TaskSetSpec
 from posttrain.tasks.jsonl import JsonlTasks
 from situations.preference import labelled_rows

@@ -18,12 +18,13 @@ from posttrain.core.learner import Optimizer
 from posttrain.lab.corpus import preference_pairs, write_rows
 from posttrain.lab.settings import CHAINS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.parts.composition import Method, method
 from posttrain.parts.preference.presets import Alphapo, Cpo, Irpo, IterativeDpo, OnlineDpo, Orpo
 from posttrain.parts.preference.self_play import Spin, TrDpo, Xpo
 from posttrain.parts.registry import tag_of
 from posttrain.parts.sources.dataset import Dataset
-from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 
 Row = Mapping[str, object]
 PAIRS = Dataset(path="chains-pairs.jsonl", name="lab-chains-pairs", licence="CC0-1.0")

@@ -20,13 +20,14 @@ from posttrain.core.sampling import SamplingSpec
 from posttrain.lab.corpus import demonstrations, taskset, write_rows
 from posttrain.lab.settings import CALCULATE, PRODUCTS, Setting
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.parts.composition import Method, method
 from posttrain.parts.offline.presets import ALol, Awr, RGold
 from posttrain.parts.registry import tag_of
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Asft, Sft, WeightedSft
 from posttrain.parts.supervised.rejection import Raft, RestEm, Rft, Ssd, Star
-from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 
 Situation = Callable[[Path, int], Recipe]
 STEPS = 40

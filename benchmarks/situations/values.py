@@ -12,10 +12,11 @@ from types import MappingProxyType
 from posttrain.core.learner import Optimizer
 from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
+from posttrain.measure.spec import Measure
 from posttrain.parts.policy.ppo import Ppo, ValuePretraining, Vapo
-from posttrain.parts.policy.rollouts import OnRollouts
+from posttrain.parts.policy.shapes import OnRollouts
 from posttrain.parts.registry import tag_of
-from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 
 ROLLOUTS = 128
 """Answers per draw."""

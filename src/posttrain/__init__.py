@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from posttrain.core.sampling import SamplingSpec
     from posttrain.core.task import Message, Task, TaskSet
     from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
+    from posttrain.measure.gates import Gate
+    from posttrain.measure.spec import Measure
     from posttrain.parts.composition import Compose, Composition, method
     from posttrain.parts.distillation.presets import Opd
     from posttrain.parts.policy.presets import Grpo
     from posttrain.parts.sources.dataset import Dataset
     from posttrain.parts.sources.rollouts import Rollouts
     from posttrain.parts.supervised.presets import Sft
-    from posttrain.recipe import Budget, Gate, Measure, Recipe, Stage, load_recipe
+    from posttrain.recipe import Budget, Recipe, Stage, load_recipe
     from posttrain.tasks.jsonl import JsonlTasks
     from posttrain.tasks.reasoning_gym import ReasoningGym
 
@@ -74,13 +76,13 @@ _HOMES = {
     "Composition": "parts.composition",
     "Dataset": "parts.sources.dataset",
     "End": "core.trajectory",
-    "Gate": "recipe",
+    "Gate": "measure.gates",
     "Group": "core.trajectory",
     "Grpo": "parts.policy.presets",
     "JsonlTasks": "tasks.jsonl",
     "Kind": "core.provenance",
     "Lora": "core.learner",
-    "Measure": "recipe",
+    "Measure": "measure.spec",
     "Message": "core.task",
     "Opd": "parts.distillation.presets",
     "Optimizer": "core.learner",

@@ -14,19 +14,17 @@ from pathlib import Path
 import torch
 
 from posttrain.core.events import Observer, ignore
-from posttrain.core.protocols import Engine
 from posttrain.diagnosis.between import Between
 from posttrain.diagnosis.between import between as compare_models
 from posttrain.diagnosis.card import Diagnosis
-from posttrain.diagnosis.diagnose import BUDGET, Practice
-from posttrain.diagnosis.diagnose import diagnose as find_bottleneck
+from posttrain.diagnosis.diagnose import BUDGET, Practice, find_bottleneck
 from posttrain.diagnosis.prescribe import NOTHING, Supplies
 from posttrain.diagnosis.rules import RuleBook, load_rules
-from posttrain.diagnosis.treat import Treated
-from posttrain.diagnosis.treat import treat as close_the_loop
+from posttrain.diagnosis.treat import Treated, run_treatment
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.engines.local.model import pick_device
 from posttrain.measure.measurement import Measurement
+from posttrain.protocols import Engine
 from posttrain.recipe import Recipe
 from posttrain.run import pipeline
 from posttrain.run.measuring import measure_model
@@ -47,7 +45,7 @@ def run(
         recipe: what to do.
         out: the run folder.
         root: folder that the recipe's paths are relative to.
-        observe: told about everything that happens.
+        observe: called with every event.
         stop: asked between draws; True commits and raises ``Interrupted``.
     """
     return pipeline.run(
@@ -86,7 +84,7 @@ def diagnose(
         supplies: what there is to treat the model with.
         book: the rules; None takes the shipped ones.
         budget: the most rollouts to spend; None takes the default.
-        observe: told about progress.
+        observe: called with every event.
     """
     return find_bottleneck(
         recipe,
@@ -119,10 +117,10 @@ def treat(
         root: folder that the recipe's paths are relative to.
         supplies: what there is to treat the model with.
         book: the rules; None takes the shipped ones.
-        observe: told about everything.
+        observe: called with every event.
         stop: asked between draws; True commits and raises ``Interrupted``.
     """
-    return close_the_loop(
+    return run_treatment(
         recipe,
         out=out,
         root=root,

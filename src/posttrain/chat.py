@@ -21,10 +21,10 @@ import numpy as np
 from jinja2 import TemplateError
 
 from posttrain.core.errors import DataError, ModelError, nearest
-from posttrain.core.protocols import Prompt
 from posttrain.core.provenance import IntArray, Kind, Producer, Role, Span
 from posttrain.core.task import Message, Task
 from posttrain.core.trajectory import Trajectory
+from posttrain.protocols import Prompt
 
 AssistantMask = Literal["template", "prefix"]
 Author = tuple[Role, Producer]
@@ -102,6 +102,18 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, /, **options: Any) -> Mapping[str, Any]: ...
 
 
+def token_texts(folder: Path) -> Callable[[int], str]:
+    """A model folder's tokens as text, special tokens by name: what
+    :meth:`ChatRenderer.token_text` gives, for readers who have nothing to render.
+
+    Needs the tokenizers library only: transformers takes seconds to import.
+    """
+    from tokenizers import Tokenizer as Tokens
+
+    tokens = Tokens.from_file(str(folder / "tokenizer.json"))
+    return lambda token: str(tokens.decode([token], skip_special_tokens=False))
+
+
 @final
 class ChatRenderer:
     """Tasks and conversations to tokens with authors, and tokens to text, for one tokenizer.
@@ -139,15 +151,6 @@ class ChatRenderer:
             digest = hashlib.sha256(text.encode()).hexdigest()
             self._template = Producer(kind=Kind.TEMPLATE, name="chat-template", digest=digest)
             self._marks_assistant = _GENERATION_BLOCK.search(text) is not None
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> ChatRenderer:
-        """The renderer of a model folder's tokenizer."""
-        # Imported here: this module stays light, and transformers takes a second.
-        from transformers import AutoTokenizer
-
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        return cls(tokenizer)
 
     @property
     def end_tokens(self) -> frozenset[int]:

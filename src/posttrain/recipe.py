@@ -15,7 +15,9 @@ import msgspec
 from posttrain.core.config import Config, convert, read_yaml
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.core.learner import Lora, Optimizer
-from posttrain.core.sampling import SamplingSpec
+from posttrain.core.monitors import Monitors
+from posttrain.measure.gates import Gate
+from posttrain.measure.spec import Measure
 from posttrain.parts import composition
 from posttrain.parts.base import PolicyRef
 from posttrain.tasks import base as task_sets
@@ -38,117 +40,6 @@ class Budget(Config):
             raise ConfigError(
                 f"budget with steps={self.steps}, epochs={self.epochs}",
                 expected="exactly one of them, above zero",
-            )
-
-
-SINCE_READINGS = ("retention", "expanded_share", "shrunk_share", "crossover", "sharpening_tax")
-"""Metrics of a gate that are changes themselves: ``since`` says since which policy."""
-
-
-class Gate(Config):
-    """A decision after a stage, taken on the bound of an interval, not on its middle.
-
-    ``at_least`` and ``at_most`` ask for the metric itself; ``at_most_lost``, ``at_least_gained``
-    and ``at_most_gained`` for its change, prompt by prompt, since another policy: ``base``,
-    ``input`` (what the stage started from) or an earlier stage. A bound that the whole interval
-    keeps is shown; one that the whole interval breaks is refuted; in between, ``doubt`` decides.
-
-    ``otherwise`` says what a gate that does not pass does: ``stop`` the run, ``warn``,
-    ``roll_back`` (go on from what the stage started from) or ``branch`` to the later stage ``to``.
-
-    Example: ``{task: products, metric: zero_variance@8, at_most: 0.6, otherwise: branch,
-    to: guided}``
-    """
-
-    task: str
-    metric: str = "pass@1"
-    at_least: float | None = None
-    at_most: float | None = None
-    at_most_lost: float | None = None
-    at_least_gained: float | None = None
-    at_most_gained: float | None = None
-    since: PolicyRef = "base"
-    doubt: Literal["fails", "passes"] = "fails"
-    otherwise: Literal["stop", "warn", "roll_back", "branch"] = "stop"
-    to: str | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.asked) != 1:
-            raise ConfigError(
-                f"gate on {self.task} with {', '.join(self.asked) or 'no bound'}",
-                expected="exactly one of at_least, at_most, at_most_lost, at_least_gained, "
-                "at_most_gained",
-            )
-        if (self.otherwise == "branch") != (self.to is not None):
-            raise ConfigError(
-                f"gate on {self.task} with otherwise: {self.otherwise} and to: {self.to}",
-                expected="`to`, a later stage, exactly when it branches",
-            )
-        if self.since != "base" and not self.looks_back:
-            raise ConfigError(
-                f"gate on {self.task} with since: {self.since}",
-                expected="a bound on a change: at_most_lost, at_least_gained or at_most_gained; "
-                f"or one of {', '.join(SINCE_READINGS)}",
-            )
-
-    @property
-    def asked(self) -> dict[str, float]:
-        """The bound, by its name: one entry."""
-        bounds = {
-            "at_least": self.at_least,
-            "at_most": self.at_most,
-            "at_most_lost": self.at_most_lost,
-            "at_least_gained": self.at_least_gained,
-            "at_most_gained": self.at_most_gained,
-        }
-        return {name: bound for name, bound in bounds.items() if bound is not None}
-
-    @property
-    def compares(self) -> bool:
-        """True when it asks for a change since another policy."""
-        return not self.asked.keys() & {"at_least", "at_most"}
-
-    @property
-    def looks_back(self) -> bool:
-        """True when it needs another policy, to count a change from."""
-        return self.compares or self.metric in SINCE_READINGS
-
-    @property
-    def words(self) -> str:
-        """What is asked, in words."""
-        ((name, bound),) = self.asked.items()
-        since = f" since {self.since}" if self.looks_back else ""
-        head, _, tail = name.removeprefix("at_").partition("_")
-        return f"at {head} {bound:g}{' ' + tail if tail else ''}{since}"
-
-
-class Monitors(Config):
-    """Bounds of the alarms that a running stage gives, on means over ``window`` steps.
-
-    Alarms change nothing. null switches one off.
-    """
-
-    window: int = 5  # steps
-    zero_variance: float | None = 0.8  # share of groups with equal rewards
-    entropy_left: float | None = 0.2  # share of the first window's entropy, on the learner's tokens
-    effective_share: float | None = 0.3  # of importance weights, per kind of author (verl's alarm)
-    stale_share: float | None = 0.2  # of groups too old to be trained on
-    truncated_share: float | None = 0.3  # of answers that the token budget cut off
-    kl: float | None = 1.0  # nats per token from the reference
-
-    def __post_init__(self) -> None:
-        shares = (
-            self.zero_variance,
-            self.entropy_left,
-            self.effective_share,
-            self.stale_share,
-            self.truncated_share,
-        )
-        fits = all(s is None or 0 < s < 1 for s in shares)
-        if self.window < 1 or not fits or (self.kl is not None and not self.kl > 0):
-            raise ConfigError(
-                f"monitors {self}",
-                expected="window >= 1; shares above 0 and below 1; kl above 0; null for off",
             )
 
 
@@ -203,49 +94,6 @@ class Stage(Config):
                 f"{self.groups_per_step} groups",
                 expected="updates_per_draw <= groups_per_step",
             )
-
-
-# --- measuring -------------------------------------------------------------------------------
-
-
-class Measure(Config):
-    """How every policy is measured: the same prompts, samples, seeds and decoding for all.
-
-    ``epsilon`` is the success probability below which an answer counts as out of reach; null
-    takes the smallest value that ``samples`` can decide, 1 − (1 − confidence)^(1/samples).
-    """
-
-    tasks: tuple[str, ...] = ()  # empty: every task set
-    samples: int = 64
-    max_new_tokens: int = 64
-    sampling: SamplingSpec = SamplingSpec()
-    confidence: float = 0.95
-    epsilon: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 2 or self.max_new_tokens < 1 or not 0.5 < self.confidence < 1:
-            raise ConfigError(
-                f"measure with samples={self.samples}, max_new_tokens={self.max_new_tokens}, "
-                f"confidence={self.confidence}",
-                expected="samples >= 2, max_new_tokens >= 1 and 0.5 < confidence < 1",
-            )
-        if self.epsilon is not None and self.epsilon < self.decidable:
-            raise ConfigError(
-                f"epsilon={self.epsilon} with {self.samples} samples per prompt",
-                expected=f"at least {self.decidable:.4f}: no failure count could show less",
-                fix="raise samples, or raise epsilon",
-            )
-
-    @property
-    def decidable(self) -> float:
-        """The smallest ε for which 0 successes prove "out of reach"."""
-        return float(1 - (1 - self.confidence) ** (1 / self.samples))
-
-    @property
-    def threshold(self) -> float:
-        """The ε in force."""
-        return self.decidable if self.epsilon is None else self.epsilon
 
 
 # --- the whole -------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from world import (
     make_world,
     recipe,
     rows,
+    run_recipe,
     sft,
-    sit,
     stage_folder,
     tiles,
     write_recipe,
@@ -27,9 +27,11 @@ GATE = {"task": "say", "at_least": 0.0}
 def base(tmp_path_factory):
     """A world whose first stage is finished, and whose second one was killed near its end."""
     world = make_world(tmp_path_factory.mktemp("changes") / "world")
-    code, words = sit(write_recipe(world, recipe(sft())), world / "out")
+    code, words = run_recipe(write_recipe(world, recipe(sft())), world / "out")
     assert code == 0, words
-    code, _ = sit(write_recipe(world, content()), world / "out", Fault(before_row="checkpoint"))
+    code, _ = run_recipe(
+        write_recipe(world, content()), world / "out", Fault(before_row="checkpoint")
+    )
     assert code < 0
     assert not (stage_folder(world / "out", "grpo") / "done.json").exists()
     return world
@@ -190,7 +192,7 @@ def test_unfinished_and_refused_data_then_mended(world, posttrain):
     """A stage that failed before its first step has not started: mended data just run."""
     good = [json.loads(x) for x in (world / "demos.jsonl").read_text().splitlines()]
     path = write_recipe(world, recipe(sft()))
-    code, _ = sit(path, world / "out", Fault(before_file="000002.trajectories.parquet"))
+    code, _ = run_recipe(path, world / "out", Fault(before_file="000002.trajectories.parquet"))
     assert code < 0, "killed in its first commit: nothing is committed"
     write_rows(world / "demos.jsonl", good[:-1])
     code, _, errors = posttrain("run", path, "--out", world / "out")

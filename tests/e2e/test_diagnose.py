@@ -11,11 +11,11 @@ import yaml
 from posttrain.cli.main import main
 from posttrain.core import config
 from posttrain.diagnosis.card import Diagnosis
+from posttrain.diagnosis.page import render_card
 from posttrain.lab.corpus import demonstrations, write_rows
 from posttrain.lab.settings import SETTINGS
 from posttrain.lab.tour import ANSWER, BASE
 from posttrain.recipe import load_recipe
-from posttrain.report.card import render_card
 
 
 @pytest.fixture(scope="module")

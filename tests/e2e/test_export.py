@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import torch
-from world import dpo, grpo, opd, recipe, sft, sit, stage_folder, write_recipe
+from world import dpo, grpo, opd, recipe, run_recipe, sft, stage_folder, write_recipe
 
 PLAIN = """
 import json, sys, warnings
@@ -46,10 +46,10 @@ print(json.dumps(found))
 
 def ours(folder):
     """Greedy tokens by our own sampler."""
-    from posttrain.core.protocols import Request
     from posttrain.core.provenance import Role, Sampling
     from posttrain.core.task import Message, Task
     from posttrain.engines.local.engine import LocalEngine
+    from posttrain.protocols import Request
 
     policy = LocalEngine(device=torch.device("cpu")).policy(str(folder))
     prompts = [
@@ -67,7 +67,7 @@ def test_every_stage_in_plain_transformers(shared, tmp_path):
     names = ["sft", "adapt", "grpo", "dpo", "opd"]
     stages = [sft(), sft("adapt", lora={"rank": 2, "alpha": 4}), grpo(), dpo(), opd()]
     path = write_recipe(shared, recipe(*stages), "export.yaml")
-    code, words = sit(path, tmp_path / "out")
+    code, words = run_recipe(path, tmp_path / "out")
     assert code == 0, words
     folders = [str(stage_folder(tmp_path / "out", n) / "model") for n in names]
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
@@ -88,7 +88,7 @@ def test_every_stage_in_plain_transformers(shared, tmp_path):
 
 def test_adapters_are_saved_without_local_paths(shared, tmp_path):
     path = write_recipe(shared, recipe(sft(lora={"rank": 2}), tasks={}), "adapter.yaml")
-    code, words = sit(path, tmp_path / "out")
+    code, words = run_recipe(path, tmp_path / "out")
     assert code == 0, words
     adapter = stage_folder(tmp_path / "out", "sft") / "model" / "adapter"
     assert sorted(p.name for p in adapter.iterdir()) == [

@@ -12,8 +12,8 @@ from world import (
     make_world,
     recipe,
     rows,
+    run_recipe,
     sft,
-    sit,
     stage_folder,
     tiles,
     trace,
@@ -131,7 +131,7 @@ CASES = [
 def whole(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("whole") / "world")
     path = write_recipe(world, recipe(sft(), grpo(budget={"steps": 2})))
-    code, words = sit(path, world / "out")
+    code, words = run_recipe(path, world / "out")
     assert code == 0, words
     return path, trace(world / "out")
 

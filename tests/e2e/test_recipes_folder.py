@@ -16,10 +16,11 @@ import yaml
 from msgspec import structs
 
 from posttrain.core import config
-from posttrain.measure.asked import OF_ONE
-from posttrain.measure.per_prompt import METRICS
-from posttrain.parts.sources.dataset import Dataset, Rows
-from posttrain.recipe import SINCE_READINGS, Budget, Gate, Measure, Recipe, load_recipe
+from posttrain.measure.gates import Gate
+from posttrain.measure.registry import metrics
+from posttrain.measure.spec import Measure
+from posttrain.parts.sources.dataset import Dataset, DatasetRows
+from posttrain.recipe import Budget, Recipe, load_recipe
 from posttrain.tasks.jsonl import JsonlTasks
 
 ROOT = Path(__file__).parents[2]
@@ -213,9 +214,7 @@ def test_gates_on_the_page_are_gates():
     gates = msgspec.convert(yaml.safe_load(snippet)["gates"], tuple[Gate, ...])
     assert [g.otherwise for g in gates] == ["stop", "branch", "roll_back", "warn"]
     text = PAGE.read_text(encoding="utf-8")
-    assert not [name for name in (*OF_ONE, *SINCE_READINGS) if f"`{name}`" not in text]
-    unnamed = [m for m, spec in METRICS.items() if f"`{m}{'@k' * spec.takes_k}`" not in text]
-    assert not unnamed
+    assert not [m.name for m in metrics() if m.can_be_asked and f"`{m.name}`" not in text]
 
 
 def test_the_page_stays_a_page():
@@ -267,7 +266,7 @@ def test_rows_on_the_page_are_read_as_that_format(kind, tmp_path):
 
     (row,) = snippets(f"json {kind}")
     (tmp_path / "rows.jsonl").write_text(row)
-    source = Rows(
+    source = DatasetRows(
         Dataset(path="rows.jsonl", preference=kind == "preference"),
         root=tmp_path,
         renderer=ChatRenderer(AutoTokenizer.from_pretrained(ROOT / "src/posttrain/lab/base")),

@@ -16,8 +16,8 @@ from world import (
     ppo,
     recipe,
     rows,
+    run_recipe,
     sft,
-    sit,
     stage_folder,
     start_command,
     tiles,
@@ -43,7 +43,7 @@ EVERYTHING = recipe(
 def undisturbed(shared):
     path = write_recipe(shared, EVERYTHING, "everything.yaml")
     out = shared / "undisturbed"
-    code, words = sit(path, out)
+    code, words = run_recipe(path, out)
     assert code == 0, words
     return path, out, trace(out), int(words)
 
@@ -70,7 +70,7 @@ def test_killed_anywhere_again_and_again(undisturbed, tmp_path, seed):
     path, _, expected, moments = undisturbed
     out, rng, kills = tmp_path / "out", random.Random(seed), 0
     while True:
-        code, words = sit(path, out, Fault(moment=rng.randint(1, moments // 4)))
+        code, words = run_recipe(path, out, Fault(moment=rng.randint(1, moments // 4)))
         if code == 0:
             break
         assert code == -signal.SIGKILL, words
@@ -97,9 +97,9 @@ BETWEEN = {
 def test_killed_between(shared, tmp_path, where, short):
     path, expected = short
     out = tmp_path / "out"
-    code, words = sit(path, out, BETWEEN[where])
+    code, words = run_recipe(path, out, BETWEEN[where])
     assert code == -signal.SIGKILL, f"the kill never came: {words}"
-    code, words = sit(path, out)
+    code, words = run_recipe(path, out)
     assert code == 0, words
     verify(out / "ledger.jsonl")
     assert rows(out) == expected["rows"]
@@ -109,7 +109,7 @@ def test_killed_between(shared, tmp_path, where, short):
 @pytest.fixture(scope="module")
 def short(shared):
     path = write_recipe(shared, recipe(sft(), name="short"), "short.yaml")
-    code, words = sit(path, shared / "short")
+    code, words = run_recipe(path, shared / "short")
     assert code == 0, words
     return path, trace(shared / "short")
 
@@ -133,7 +133,7 @@ def test_ctrl_c_commits_and_resumes(shared, tmp_path):
     long = recipe(sft(budget={"steps": 120}, checkpoint_every=50), tasks={}, name="long")
     path = write_recipe(shared, long, "long.yaml")
     whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
-    assert sit(path, whole)[0] == 0
+    assert run_recipe(path, whole)[0] == 0
 
     process = start_command("run", path, "--out", out, log=log)
     wait_for(lambda: num_steps(out, "sft") >= 3, process, log)
@@ -145,7 +145,7 @@ def test_ctrl_c_commits_and_resumes(shared, tmp_path):
     assert 3 <= stopped[1] < 120
     assert stopped[1] == num_steps(out, "sft")
 
-    assert sit(path, out)[0] == 0
+    assert run_recipe(path, out)[0] == 0
     assert tiles(intervals(out, "sft"), 120)
     a, b = trace(whole), trace(out)
     (name,) = (n for n in a if n.startswith("sft"))

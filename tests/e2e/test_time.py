@@ -3,7 +3,7 @@
 import json
 import time
 
-from world import dpo, grpo, opd, recipe, sft, sit, stage_folder, write_recipe
+from world import dpo, grpo, opd, recipe, run_recipe, sft, stage_folder, write_recipe
 
 from posttrain.core.clock import NAMES, seconds_in
 from posttrain.report.load import write_report
@@ -14,7 +14,7 @@ TRAINING = {"draw", "score", "pack", "forward", "backward", "optimizer", "idle"}
 def test_a_run_says_where_the_time_went(shared):
     path = write_recipe(shared, recipe(sft(), grpo(), opd()), "timed.yaml")
     out, started = shared / "timed", time.monotonic()
-    code, words = sit(path, out)
+    code, words = run_recipe(path, out)
     assert code == 0, words
     wall = time.monotonic() - started
     expected = {
@@ -45,7 +45,7 @@ def test_a_reference_is_asked_once_per_row_of_a_data_set(shared):
     """Six pairs, two at a time, eight steps: after one epoch everything is known."""
     path = write_recipe(shared, recipe(dpo(budget={"steps": 8})), "epochs.yaml")
     out = shared / "epochs"
-    code, words = sit(path, out)
+    code, words = run_recipe(path, out)
     assert code == 0, words
     lines = (stage_folder(out, "dpo") / "metrics.jsonl").read_text().splitlines()
     known = [json.loads(line)["logprobs_remembered"] for line in lines]
@@ -56,7 +56,7 @@ def test_under_adapters_the_reference_is_the_learner_itself(shared):
     """The recipe's reference is the policy that the stage starts from: no second model."""
     lora = {"lora": {"rank": 2, "alpha": 4}, "budget": {"steps": 3}}
     path = write_recipe(shared, recipe(sft(), dpo(**lora), grpo(**lora)), "lora.yaml")
-    code, words = sit(path, shared / "lora")
+    code, words = run_recipe(path, shared / "lora")
     assert code == 0, words
     for name in ("dpo", "grpo"):
         lines = (stage_folder(shared / "lora", name) / "metrics.jsonl").read_text().splitlines()

@@ -7,15 +7,19 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from world import listing, unnamed
 
 from posttrain import api
 from posttrain.core import config
+from posttrain.core.errors import RunLocked
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.lab.settings import PRODUCTS, REVERSE
 from posttrain.lab.tour import ANSWER, BASE
 from posttrain.measure.measurement import Measurement
-from posttrain.recipe import Measure, Recipe
+from posttrain.measure.spec import Measure
+from posttrain.recipe import Recipe
+from posttrain.run.folder import RunFolder
 from posttrain.training.stage import Interrupted
 
 BUDGET = 60_000
@@ -84,6 +88,21 @@ def test_every_decision_is_in_the_ledger_once(done):
     assert again.rounds == done.rounds
     after = (done.out / "ledger.jsonl").read_text().splitlines()
     assert len(after) == len(rows), "a finished treatment is not treated again"
+
+
+def test_every_file_of_a_treatment_has_its_name(done):
+    assert {"treat.json", "diagnoses/0.json"} <= set(listing(done.out))
+    assert unnamed(done.out) == set()
+
+
+def test_nobody_else_writes_into_a_treatment(tmp_path):
+    def observe(event: object) -> None:
+        with pytest.raises(RunLocked), RunFolder(tmp_path).lock():
+            pass
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.treat(GROUND, out=tmp_path, budget=BUDGET, observe=observe)
 
 
 def test_an_interrupted_treatment_ends_like_one_that_was_not(done, tmp_path):

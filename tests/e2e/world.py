@@ -1,6 +1,6 @@
 """A tiny world to run whole recipes in, and processes that can be killed at any moment of one.
 
-Processes are forked from a server that has imported torch once, so a sitting starts in
+Processes are forked from a server that has imported torch once, so a process starts in
 milliseconds and is a process of its own all the same: it locks, it dies, it is resumed.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from posttrain.run.folder import RunFolder
 from posttrain.testing import tiny_model
 
 REWARD = """
@@ -176,7 +177,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _sit(path: Path, out: Path, fault: Fault, report: Path) -> None:
+def _run_recipe(path: Path, out: Path, fault: Fault, report: Path) -> None:
     import torch
 
     from posttrain import api
@@ -206,11 +207,11 @@ def _sit(path: Path, out: Path, fault: Fault, report: Path) -> None:
     report.write_text(str(moments.count))
 
 
-def sit(path: Path, out: Path, fault: Fault = NEVER) -> tuple[int, str]:
+def run_recipe(path: Path, out: Path, fault: Fault = NEVER) -> tuple[int, str]:
     """One process that runs a recipe; returns its exit code and last words."""
     report = path.parent / "last-words"
     report.unlink(missing_ok=True)
-    process = SERVER.Process(target=_sit, args=(path, out, fault, report))
+    process = SERVER.Process(target=_run_recipe, args=(path, out, fault, report))
     process.start()
     process.join()
     words = report.read_text() if report.exists() else ""
@@ -252,12 +253,31 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in x.items() if not k.startswith("seconds/")} for x in lines]
 
 
-def rows(out: Path, *, sittings: bool = False) -> list[tuple[str, dict]]:
-    """Ledger rows without clocks, and without the rows that say who sat down when."""
+def rows(out: Path, *, run_rows: bool = False) -> list[tuple[str, dict]]:
+    """Ledger rows without clocks, and without those of kind ``run``, one per process."""
     from posttrain.run.ledger import read
 
-    kept = [r for r in read(out / "ledger.jsonl") if sittings or r.kind != "run"]
+    kept = [r for r in read(out / "ledger.jsonl") if run_rows or r.kind != "run"]
     return [(str(r.kind), {k: v for k, v in r.body.items() if k != "seconds"}) for r in kept]
+
+
+def unnamed(out: Path) -> set[str]:
+    """Files of a run that its folder has no name for."""
+    run = RunFolder(out)
+    named = {
+        *(run.recipe_file, run.ledger_file, run.report_file, run.treatment_file, out / "lock"),
+        *out.glob(f"{run.ledger_file.name}.torn-*"),
+        *(run.measurement_file(policy) for policy in run.measured()),
+        *(run.diagnosis_file(n) for n in run.diagnoses()),
+        *(run.diagnosis_page(n) for n in run.diagnoses()),
+    }
+    whole = set[Path]()  # folders that belong to whoever saves into them
+    for stage in run.stages():
+        named |= {stage.record_file, stage.metrics_file, stage.result_file}
+        named |= {*stage.trajectory_files(), *stage.use_files()}
+        whole |= {stage.checkpoint, stage.model}
+    files = (p for p in out.rglob("*") if p.is_file() and not whole & set(p.parents))
+    return {str(p.relative_to(out)) for p in files} - {str(p.relative_to(out)) for p in named}
 
 
 def sha(path: Path) -> str:
@@ -272,6 +292,7 @@ def listing(folder: Path) -> dict[str, tuple[int, str]]:
 
 def trace(out: Path) -> dict:
     """Everything of a run that must not depend on where it was interrupted."""
+    assert unnamed(out) == set()
     found: dict = {"rows": rows(out)}
     for folder in sorted((out / "stages").iterdir()):
         assert folder.name[0] != ".", folder

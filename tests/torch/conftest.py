@@ -14,5 +14,4 @@ def engine() -> LocalEngine:
 
 @pytest.fixture
 def learner(engine, tiny_folder):
-
     return engine.learner(str(tiny_folder), name="test", optimizer=Optimizer(lr=1e-3), lora=None)

@@ -8,10 +8,11 @@ from posttrain.core.events import StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import Workshop
+from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
-from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
+from posttrain.tasks.jsonl import JsonlTasks
 from posttrain.training.stage import run_stage
 
 REWARD = (
@@ -46,7 +47,7 @@ class World:
         """(learner, metrics of every step taken). The folder decides where it goes on."""
         planned = self.plan(method, steps=steps, **options)
         spec = JsonlTasks(path="rows.jsonl", reward="reward.py:reward", held_out=2)
-        taskset = JsonlTaskSet("rows", spec, root=self.root, chat=True)
+        taskset = spec.build("rows", root=self.root, chat=True)
         learner = self.engine.learner(
             str(self.model),
             name="s",
@@ -63,7 +64,7 @@ class World:
         seen = []
         folder = self.root / out
         journal = Journal(
-            folder / "stage",
+            StageWriter(folder / "stage"),
             ledger=Ledger.open(folder / "ledger.jsonl"),
             stage="s",
             identity=planned.identity,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from posttrain.engines.local import tiles as tiling
 from posttrain.engines.local.attention import PackedPlan
-from posttrain.engines.local.engine import tiles as tiling
 from posttrain.engines.local.flex import FlexBlocks
 from posttrain.engines.local.tiles import Tiles
 from posttrain.numerics.batch import Segment

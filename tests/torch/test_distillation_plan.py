@@ -10,11 +10,12 @@ from posttrain import JsonlTasks, Recipe, Stage, api
 from posttrain.core.config import convert, plain
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
+from posttrain.measure.spec import Measure
 from posttrain.parts.distillation.presets import Gkd, Kd, Opsd, SeqKd
 from posttrain.parts.guided.hybrid import Chord
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.sources.mix import Mix
-from posttrain.recipe import Budget, Measure
+from posttrain.recipe import Budget
 from posttrain.run.ledger import read
 from posttrain.run.plan import make_plan
 from posttrain.run.preview import preview

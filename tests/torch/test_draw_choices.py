@@ -22,8 +22,8 @@ from posttrain.parts.preference.reference_free import Simpo
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
-from posttrain.testing import check_signal, check_term
-from posttrain.training.objective import Objective
+from posttrain.testing import check_signal, check_term, fake_tools
+from posttrain.training.objective import StageObjective
 
 
 @pytest.fixture
@@ -54,14 +54,12 @@ def marks(groups):
 
 def test_marked_are_the_tokens_of_highest_entropy_in_the_draw(learner):
     groups = random_groups()
-    spec = MarkEntropy(share=0.2)
-    signal = MarkEntropySignal(spec, learner.policy)
-    check_signal(signal, groups, provides=spec.provides)
-    marked = marks(signal.score(groups)) > 0
+    scored = check_signal(MarkEntropy(share=0.2), groups, fake_tools(learner.policy))
+    marked = marks(scored) > 0
     entropy = entropies(learner, groups)
     assert marked.sum() == np.ceil(0.2 * len(entropy))
     assert entropy[marked].min() >= entropy[~marked].max()
-    per_answer = [m.columns[Column.MARK].sum() for g in signal.score(groups) for m in g.members]
+    per_answer = [m.columns[Column.MARK].sum() for g in scored for m in g.members]
     assert 0 in per_answer, "an answer that is sure throughout has no mark"
 
 
@@ -79,7 +77,7 @@ def test_discarded_answers_neither_count_nor_are_marked(learner):
     groups = random_groups(num_groups=2, size=4)
     out = iter([Discard.CUT_OFF.code, 0] * 4)
     groups = with_column(groups, Column.DISCARD, lambda t: np.array(float(next(out))))
-    scored = MarkEntropySignal(MarkEntropy(share=0.5), learner.policy).score(groups)
+    scored = MarkEntropy(share=0.5).score(groups, fake_tools(learner.policy))
     lengths = [int(m.trajectory.trainable.sum()) for g in scored for m in g.members]
     counts = [int(m.columns[Column.MARK].sum()) for g in scored for m in g.members]
     assert counts[0::2] == [0] * 4
@@ -87,10 +85,10 @@ def test_discarded_answers_neither_count_nor_are_marked(learner):
 
 
 def test_only_marked_tokens_have_a_gradient_whatever_the_micro_batches(learner):
-    groups = MarkEntropySignal(MarkEntropy(share=0.3), learner.policy).score(random_groups())
+    groups = MarkEntropy(share=0.3).score(random_groups(), fake_tools(learner.policy))
     term = CrossEntropy(where=(Kind.LEARNER,), limit=Limit(marked=True))
     check_term(term)
-    objective, needs = Objective((term,)), column_readers((term,))
+    objective, needs = StageObjective((term,)), column_readers((term,))
     (whole,) = pack(groups, needs=needs, max_tokens=9999)
     assert objective.counts([whole]) == (int(marks(groups).sum()),)
     value, grads = gradients(learner, [whole], objective)
@@ -152,24 +150,22 @@ def read(group, column):
 @pytest.mark.parametrize(("gate", "failed"), [(0, [True, False, False]), (1, [True, True, False])])
 def test_a_group_either_imitates_or_explores(gate, failed):
     groups = [mixed(0, 0, 0), mixed(0, 1, 0), mixed(1, 1, 0)]
-    spec = ImitateFailures(gate=gate)
-    signal = ImitateFailuresSignal(spec)
-    check_signal(signal, groups, provides=spec.provides)
+    scored = check_signal(ImitateFailures(gate=gate), groups)
     imitated, unneeded = Discard.IMITATED.code, Discard.NOT_NEEDED.code
-    for group, shown in zip(signal.score(groups), failed, strict=True):
+    for group, shown in zip(scored, failed, strict=True):
         expected = [imitated] * 3 + [0] if shown else [0] * 3 + [unneeded]
         assert read(group, Column.DISCARD) == expected
 
 
 def test_the_demonstration_is_no_part_of_the_baseline():
-    groups = ImitateFailuresSignal(ImitateFailures()).score([mixed(0, 0, 0), mixed(0, 1, 0)])
+    groups = ImitateFailures().score([mixed(0, 0, 0), mixed(0, 1, 0)], fake_tools())
     spec = GroupAdvantage(scale="none", kept_only=True)
     assert Column.DISCARD in spec.needs
-    failed, fine = GroupAdvantageSignal(spec).score(groups)
+    failed, fine = spec.score(groups, fake_tools())
     assert all((m.columns[Column.ADVANTAGE] == 0).all() for m in failed.members)
     got = [float(m.columns[Column.ADVANTAGE][-1]) for m in fine.members]
     assert got == pytest.approx([-1 / 3, 2 / 3, -1 / 3, 0])
-    (plain,) = GroupAdvantageSignal(GroupAdvantage(scale="none")).score([mixed(0, 1, 0)])
+    (plain,) = GroupAdvantage(scale="none").score([mixed(0, 1, 0)], fake_tools())
     first = float(plain.members[0].columns[Column.ADVANTAGE][-1])
     assert first == pytest.approx(-1 / 2), "with it in the mean"
 

@@ -9,14 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from staging import make_world
 
-from posttrain import Dataset, Recipe, Rollouts
-from posttrain.catalogue.example import datasets_of, legal_example
-from posttrain.core.config import convert
-from posttrain.core.errors import ConfigError
+from posttrain import Dataset, Rollouts
 from posttrain.core.trajectory import Column, Group
-from posttrain.parts.base import bound
 from posttrain.parts.registry import find, known
 from posttrain.parts.rewards.verify import Verify
 from posttrain.testing import (

@@ -45,7 +45,7 @@ def run(term, *, advantage, was):
     )
     logp = torch.tensor(NOW, requires_grad=True)
     stats = {Stat.LOGPROB: logp, Stat.SAMPLED_LOGPROB: logp}
-    loss = TERMS[type(term)].values(term, stats, batch).loss
+    loss = term.values(stats, batch).loss
     loss.sum().backward()
     return loss.detach().numpy(), logp.grad.numpy()
 

@@ -33,7 +33,7 @@ def evaluate(term, logp):
     members = tuple(Scored(trajectory=trajectory([1], [3] * 3, kind=Kind.EXTERNAL)) for _ in "ab")
     (batch,) = pack([Group(task="test/0", members=members)], needs=frozenset(), max_tokens=999)
     columns = {Column.ADVANTAGE: torch.tensor(A), Column.TRAINER_LOGPROB: torch.tensor(np.log(OLD))}
-    return TERMS[type(term)].values(term, {Stat.LOGPROB: logp}, replace(batch, columns=columns))
+    return term.values({Stat.LOGPROB: logp}, replace(batch, columns=columns))
 
 
 def logp():
@@ -84,9 +84,7 @@ def test_balanced_cross_entropy_by_hand():
     # the weight is a constant: only log p has a gradient
     np.testing.assert_allclose(at.grad.numpy(), -P * (1 - P), rtol=1e-12)
     sure = torch.tensor([math.log(1 - 1e-12), -40.0], dtype=torch.float64)
-    values = (
-        TERMS[BalancedCrossEntropy].values(BalancedCrossEntropy(), {Stat.LOGPROB: sure}, None).loss
-    )
+    values = BalancedCrossEntropy().values({Stat.LOGPROB: sure}, None).loss
     assert float(values.abs().max()) < 1e-10
 
 

@@ -10,17 +10,18 @@ from posttrain.lab.settings import SETTINGS, Support
 from posttrain.lab.tokenizer import build_tokenizer
 from posttrain.lab.tour import ANSWER, BASE, write_tour
 from posttrain.measure.bootstrap import mean_interval
-from posttrain.measure.measure import measure
+from posttrain.measure.measure import measure_policy
 from posttrain.measure.passk import pass_at_k, pass_interval
+from posttrain.measure.spec import Measure
 from posttrain.measure.support import clopper_pearson
-from posttrain.recipe import Measure, load_recipe
+from posttrain.recipe import load_recipe
 
 SAMPLES = 256
 
 
 @pytest.fixture(scope="module")
 def measured(engine):
-    return measure(
+    return measure_policy(
         "base",
         engine.policy(str(BASE)),
         [taskset(s) for s in SETTINGS.values()],

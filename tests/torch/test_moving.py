@@ -12,6 +12,7 @@ from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Discard
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.numerics.batch import pack
+from posttrain.parts.base import bound
 from posttrain.parts.composition import Compose, Composition, method
 from posttrain.parts.distillation.divergences import TeacherReverseKL
 from posttrain.parts.distillation.presets import SUCCESS_SHOWN, Sdft, Sdpo
@@ -22,13 +23,13 @@ from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.preference.self_play import TrDpo
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.dataset import Dataset
-from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.recipe import Budget, Stage
-from posttrain.testing import FakeTaskSet, check_signal
-from posttrain.training.objective import Objective
+from posttrain.testing import FakeTaskSet, check_signal, fake_tools
+from posttrain.training.objective import StageObjective
 
-OBJECTIVE = Objective((CrossEntropy(),))
+OBJECTIVE = StageObjective((CrossEntropy(),))
 PAIRS = Dataset(path="pairs.jsonl")
 
 
@@ -153,7 +154,7 @@ def test_tr_dpo_with_a_copy_at_every_step_never_leaves_log_2(world):
     """The reference is the policy that is about to be updated: every ratio is 1."""
     _, metrics = world.run(TrDpo(data=PAIRS, every=1, rate=1.0), "tr", steps=3)
     assert [m["loss"] for m in metrics] == pytest.approx([np.log(2)] * 3, abs=1e-5)
-    assert all(abs(m["pairwise_logistic/margin"]) < 1e-4 for m in metrics)
+    assert all(abs(m["dpo/margin"]) < 1e-4 for m in metrics)
     assert all(m["grad_norm"] > 0.1 for m in metrics), "and still there is something to learn"
 
 
@@ -189,23 +190,22 @@ def test_sdft_from_the_learner_or_from_a_frozen_policy_keeps_no_second_weights()
 def rewarded(learner, *rewards):
     tasks = {"letters": FakeTaskSet()}
     spec = Rollouts(tasks=("letters",), group_size=len(rewards), max_new_tokens=4)
-    (group,) = RolloutStream(spec, tasks, learner.policy, 3).draw(1, step=0)
+    tools = fake_tools(learner.policy, policies={"t": learner.policy}, tasksets=tasks)
+    (group,) = spec.open(tools, seed=3).draw(1, step=0)
     left = iter(rewards)
     (group,) = with_column([group], Column.REWARD, lambda t: np.array(next(left)))
-    return group, {t.key: t for t in tasks["letters"].train}
+    return group, tools
 
 
 def test_a_teacher_is_shown_the_first_other_answer_that_succeeded(learner):
-    group, by_key = rewarded(learner, 0.0, 1.0, 1.0, 0.5)
+    group, tools = rewarded(learner, 0.0, 1.0, 1.0, 0.5)
     spec = TeacherDistribution(routes={"*": "t"}, context="{success}! {question}")
-    signal = TeacherSignal(spec, {"t": learner.policy}, by_key)
-    check_signal(signal, [group], provides=spec.provides)
-    (scored,) = signal.score([group])
+    (scored,) = check_signal(spec, [group], tools)
     renderer = learner.policy.renderer
     for member, shown in zip(scored.members, (1, 2, 1, 1), strict=True):
         record, sibling = member.trajectory, group.members[shown].trajectory
         text = renderer.text(sibling.tokens[sibling.prompt_length :])
-        question = by_key[record.task].text
+        question = tools.drawn_tasks[record.task].text
         prompt = renderer.prompt(Task(taskset="x", prompt=f"{text}! {question}")).tokens
         answer = record.tokens[record.prompt_length :]
         by_hand = trajectory(prompt.tolist(), answer.tolist())
@@ -217,14 +217,14 @@ def test_a_teacher_is_shown_the_first_other_answer_that_succeeded(learner):
 
 def test_without_a_successful_sibling_there_is_nothing_to_learn(learner):
     spec = TeacherDistribution(routes={"*": "t"}, context=SUCCESS_SHOWN, top_k=4)
-    group, by_key = rewarded(learner, 0.0, 1.0, 0.0)
-    signal = TeacherSignal(spec, {"t": learner.policy}, by_key)
-    (scored,) = signal.score([group])
+    group, tools = rewarded(learner, 0.0, 1.0, 0.0)
+    score = bound(spec, tools)
+    (scored,) = score([group])
     alone = Discard.NO_SUCCESS.code
     assert [m.scalar(Column.DISCARD) for m in scored.members] == [0, alone, 0], "not itself"
     cut = iter([Discard.CUT_OFF.code, 0, 0])
     (marked,) = with_column([group], Column.DISCARD, lambda t: np.array(float(next(cut))))
-    (scored,) = signal.score([marked])
+    (scored,) = score([marked])
     assert [m.scalar(Column.DISCARD) for m in scored.members] == [2, alone, 0]
     admitted = admit([scored], (CrossEntropy(),), version=0, max_age=0)
     assert len(admitted.kept[0].members) == 1

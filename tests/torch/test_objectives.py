@@ -9,19 +9,21 @@ from material import gradients, largest_gap, on_policy, random_groups, trajector
 
 from posttrain.core.provenance import Kind
 from posttrain.core.sampling import SamplingSpec
-from posttrain.core.statistics import Stat
+from posttrain.core.statistics import Divergence, DivergenceKind, Stat
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.numerics.batch import pack
-from posttrain.numerics.head import reverse_kl
+from posttrain.numerics.divergence import divergence
 from posttrain.parts.credit.advantages import GroupAdvantage, group_advantages
 from posttrain.parts.distillation.divergences import TeacherReverseKL
 from posttrain.parts.distillation.teachers import TeacherDistribution
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.policy.regularisers import ReferenceKL
 from posttrain.parts.preference.pairs import Dpo
-from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
-from posttrain.training.objective import Objective
+from posttrain.testing import FakeTaskSet, fake_tools
+from posttrain.training.objective import StageObjective
+from posttrain.training.reduce import reduce_units
 
 
 def batch_of(groups, needs):
@@ -30,7 +32,7 @@ def batch_of(groups, needs):
 
 
 def value(term, stats, batch):
-    return TERMS[type(term)].values(term, stats, batch)
+    return term.values(stats, batch)
 
 
 def two_answers(*, kind=Kind.LEARNER):
@@ -52,10 +54,8 @@ def per_token(groups, column, rows):
 def test_cross_entropy_token_and_sequence_mean():
     batch = batch_of(two_answers(), frozenset())
     stats = {Stat.LOGPROB: torch.tensor([-1.0, -2.0, -5.0])}
-    objective = Objective((CrossEntropy(), CrossEntropy(aggregate="sequence_mean")))
+    objective = StageObjective((CrossEntropy(), CrossEntropy(aggregate="sequence_mean")))
     assert objective.counts([batch]) == (3, 2)
-    from posttrain.training.reduce import reduce_units
-
     loss = value(CrossEntropy(), stats, batch).loss
     tokens = reduce_units(CrossEntropy(), loss, batch, count=3)
     sequences = reduce_units(CrossEntropy(aggregate="sequence_mean"), loss, batch, count=2)
@@ -64,7 +64,7 @@ def test_cross_entropy_token_and_sequence_mean():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_pairwise_logistic_by_hand(smoothing):
+def test_dpo_by_hand(smoothing):
     groups = per_token(two_answers(), Column.REFERENCE_LOGPROB, [[-1.5, -1.0], [-2.0]])
     signs = iter([1.0, -1.0])
     groups = with_column(groups, Column.PREFERENCE, lambda t: np.array(next(signs)))
@@ -104,7 +104,7 @@ def test_on_policy_the_clipped_gradient_is_reinforce(learner):
     groups = with_column(
         groups, Column.ADVANTAGE, lambda t: np.full(len(t), rng.normal(), np.float32)
     )
-    objective = Objective((ClippedPolicyGradient(),))
+    objective = StageObjective((ClippedPolicyGradient(),))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     _, grads = gradients(learner, batches, objective)
 
@@ -120,8 +120,6 @@ def test_on_policy_the_clipped_gradient_is_reinforce(learner):
 
 def test_ratio_is_one_on_fresh_rollouts_at_any_temperature(learner):
     """Sampler and trainer agree, also when the temperature is not 1."""
-    from posttrain.testing import FakeTaskSet
-
     for temperature in (1.0, 0.7, 1.6):
         spec = Rollouts(
             tasks=("letters",),
@@ -129,11 +127,12 @@ def test_ratio_is_one_on_fresh_rollouts_at_any_temperature(learner):
             max_new_tokens=9,
             sampling=SamplingSpec(temperature=temperature),
         )
-        source = RolloutStream(spec, {"letters": FakeTaskSet()}, learner.policy, 0)
+        tools = fake_tools(learner.policy, tasksets={"letters": FakeTaskSet()})
+        source = spec.open(tools, seed=0)
         groups = with_column(
             source.draw(3, step=0), Column.ADVANTAGE, lambda t: np.ones(len(t), np.float32)
         )
-        objective = Objective((ClippedPolicyGradient(),))
+        objective = StageObjective((ClippedPolicyGradient(),))
         report = learner.step(
             pack(groups, needs=objective.needs, max_tokens=999), objective, lr_scale=0.0
         )
@@ -145,8 +144,8 @@ def test_equal_rewards_give_exactly_no_gradient(learner):
     groups = on_policy(random_groups(), learner.policy)
     groups = with_column(groups, Column.REWARD, lambda t: np.array(0.1 + 0.2))
     for scale in ("std", "none"):
-        scored = GroupAdvantageSignal(GroupAdvantage(scale=scale)).score(groups)
-        objective = Objective((ClippedPolicyGradient(),))
+        scored = GroupAdvantage(scale=scale).score(groups, fake_tools())
+        objective = StageObjective((ClippedPolicyGradient(),))
         batches = pack(scored, needs=objective.needs, max_tokens=10_000)
         _, grads = gradients(learner, batches, objective)
         assert all(float(g.abs().max()) == 0 for g in grads.values())
@@ -165,8 +164,9 @@ def test_group_advantages_by_hand():
 def test_a_teacher_equal_to_the_student_gives_no_gradient(learner, engine, tiny_folder, top_k):
     spec = TeacherDistribution(routes={"*": "base"}, top_k=top_k)
     teacher = engine.policy(str(tiny_folder))
-    groups = TeacherSignal(spec, {"base": teacher}).score(random_groups())
-    objective = Objective((TeacherReverseKL(),))
+    tools = fake_tools(learner.policy, policies={"base": teacher})
+    groups = spec.score(random_groups(), tools)
+    objective = StageObjective((TeacherReverseKL(),))
     loss, grads = gradients(
         learner, pack(groups, needs=objective.needs, max_tokens=10_000), objective
     )
@@ -178,15 +178,16 @@ def test_reverse_kl_by_hand_and_top_k_as_lower_bound():
     p = np.array([0.5, 0.2, 0.2, 0.1])
     q = np.array([0.1, 0.6, 0.25, 0.05])
     full = float((p * np.log(p / q)).sum())
+    wanted = Divergence(DivergenceKind.REVERSE_KL)
     logp, logq = (torch.from_numpy(x[None]).log().float() for x in (p, q))
     nothing = torch.empty(1, 0, dtype=torch.int64)
-    assert float(reverse_kl(logp, nothing, logq)) == pytest.approx(full, rel=1e-5)
+    assert float(divergence(wanted, logp, nothing, logq)) == pytest.approx(full, rel=1e-5)
     everything = torch.tensor([[1, 2, 0, 3]])
     reordered = logq.gather(-1, everything)
-    assert float(reverse_kl(logp, everything, reordered)) == pytest.approx(full, rel=1e-5)
+    assert float(divergence(wanted, logp, everything, reordered)) == pytest.approx(full, rel=1e-5)
     ids = torch.tensor([[1, 2]])  # the teacher's two most likely; the rest is one outcome
     merged = 0.2 * np.log(0.2 / 0.6) + 0.2 * np.log(0.2 / 0.25) + 0.6 * np.log(0.6 / 0.15)
-    got = float(reverse_kl(logp, ids, logq.gather(-1, ids)))
+    got = float(divergence(wanted, logp, ids, logq.gather(-1, ids)))
     assert got == pytest.approx(merged, rel=1e-5)
     assert got <= full
 
@@ -216,7 +217,7 @@ def test_reference_kl_has_the_gradient_of_the_kl():
 
 def test_where_limits_a_term_by_author(learner):
     mixed = random_groups(num_groups=1, kind=Kind.EXTERNAL) + random_groups(num_groups=1)
-    external = Objective((CrossEntropy(where=(Kind.EXTERNAL,)),))
+    external = StageObjective((CrossEntropy(where=(Kind.EXTERNAL,)),))
     both = pack(mixed, needs=frozenset(), max_tokens=10_000)
     only = pack(mixed[:1], needs=frozenset(), max_tokens=10_000)
     loss, grads = gradients(learner, both, external)
@@ -233,11 +234,11 @@ def test_each_term_has_its_own_global_count(learner):
         CrossEntropy(where=(Kind.LEARNER,), weight=0.2),
     )
     batches = pack(mixed, needs=frozenset(), max_tokens=15)
-    loss, _ = gradients(learner, batches, Objective(terms))
+    loss, _ = gradients(learner, batches, StageObjective(terms))
     separate = 0.0
     for term, part in zip(terms, (mixed[:2], mixed[2:]), strict=True):
         alone = pack(part, needs=frozenset(), max_tokens=10_000)
-        separate += gradients(learner, alone, Objective((term,)))[0]
+        separate += gradients(learner, alone, StageObjective((term,)))[0]
     assert loss == pytest.approx(separate, abs=1e-6)
 
 
@@ -249,7 +250,7 @@ def test_a_greedy_answer_does_not_poison_its_micro_batch(learner):
     member = Scored(trajectory=greedy)
     both = [*live, *on_policy([Group(task="test/0", members=(member,))], learner.policy)]
     both = with_column(both, Column.ADVANTAGE, lambda t: np.ones(len(t), np.float32))
-    objective = Objective((ClippedPolicyGradient(),))
+    objective = StageObjective((ClippedPolicyGradient(),))
     whole = pack(both, needs=objective.needs, max_tokens=10_000)
     loss, grads = gradients(learner, whole, objective)
     assert math.isfinite(loss)

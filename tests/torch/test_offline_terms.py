@@ -17,7 +17,7 @@ from posttrain.parts.offline.weighted import AdvantageWeighted, LeftoverLunch, R
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.likelihood import CrossEntropy, WeightedCrossEntropy
 from posttrain.testing import fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 LOGP = np.log([0.5, 0.05, 0.9])  # two answers, of 2 and 1 tokens
 REFERENCE = LOGP - np.log([1.2, 0.75, 3.0])  # token ratios; the first answer's is 0.9
@@ -67,7 +67,7 @@ def numbered(seed=0, *, mean=0.0):
 
 
 def objective_gradients(learner, term, groups, max_tokens=10_000):
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     return gradients(learner, pack(groups, needs=objective.needs, max_tokens=max_tokens), objective)
 
 

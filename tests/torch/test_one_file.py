@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from posttrain.training.build import Workshop
 
 from posttrain.core.events import StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.lab.settings import PRODUCTS
 from posttrain.parts.policy.presets import Grpo
+from posttrain.protocols import PureStream
 from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.build import Workshop
+from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
@@ -49,7 +51,7 @@ class Trace:
     weights: dict = field(default_factory=dict)
 
 
-class Recorder:
+class Recorder(PureStream):
     """A source that remembers the answers it drew, in the order the updates consume them."""
 
     def __init__(self, source, updates):
@@ -104,7 +106,7 @@ def composed(folder, spec, taskset, settings, *, root, out) -> Trace:
         trace.rewards.append(event.metrics["reward"])
 
     journal = Journal(
-        out / "stage",
+        StageWriter(out / "stage"),
         ledger=Ledger.open(out / "ledger.jsonl"),
         stage="same",
         identity=planned.identity,
@@ -206,7 +208,7 @@ def test_the_one_file_is_the_library_on_prompts_of_many_lengths(
     assert len({len(a) for step in ours.answers for a in step}) > 2
 
 
-def test_the_one_file_reads_nothing_of_the_machinery_and_fits_a_sitting():
+def test_the_one_file_reads_nothing_of_the_machinery_and_is_short():
     source = FILE.read_text()
     ours = [line.split()[1] for line in source.splitlines() if line.startswith("from posttrain")]
     assert set(ours) <= {

@@ -16,11 +16,12 @@ from posttrain.parts.credit.advantages import GroupAdvantage
 from posttrain.parts.credit.shaping import KLPenalty
 from posttrain.parts.policy.losses import PolicyGradient
 from posttrain.parts.policy.regularisers import EntropyBonus, LogRatioPenalty, ReferenceKL
-from posttrain.testing import check_term
+from posttrain.testing import check_term, fake_tools
 
 REFERENCE = torch.tensor([0.15, 0.5, 0.25, 0.1], dtype=torch.float64).log()
 REWARDS = torch.tensor([1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
 BETA = 0.4
+TOOLS = fake_tools()
 
 
 def every_answer(rewards=REWARDS):
@@ -57,7 +58,7 @@ def expected_loss(term, logits, groups, behaviour):
         Stat.SAMPLED_LOGPROB: policy,
         Stat.ENTROPY: -(policy.exp() * policy).sum().expand(4),
     }
-    values = TERMS[type(term)].values(term, stats, batch_of(groups, term))
+    values = term.values(stats, batch_of(groups, term))
     return (behaviour.exp() * values.loss).sum()
 
 
@@ -121,9 +122,9 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl(seed):
     logits = logits_at(seed)
     behaviour = logits.detach().log_softmax(-1)
     groups = with_column(scored(behaviour), Column.REWARD, lambda t: np.array(0.0))
-    groups = KLPenaltySignal(KLPenalty(beta=BETA)).score(groups)
+    groups = KLPenalty(beta=BETA).score(groups, TOOLS)
     credit = GroupAdvantage(baseline="constant", value=0.0, scale="none")
-    groups = GroupAdvantageSignal(credit).score(groups)
+    groups = credit.score(groups, TOOLS)
     got = gradient(expected_loss(PolicyGradient(), logits, groups, behaviour), logits)
     np.testing.assert_allclose(got, BETA * exact_kl_gradient(logits), atol=1e-7)
 
@@ -141,19 +142,20 @@ def climbed(loss_at, *, steps=400, lr=3.0):
 
 OPTIMUM = (REFERENCE + REWARDS / BETA).softmax(-1)
 """max E[R] − β KL(π ‖ q) has π ∝ q exp(R / β) (arXiv 2205.11275)."""
-CREDIT = GroupAdvantageSignal(GroupAdvantage(baseline="constant", value=0.5, scale="none"))
+CREDIT = GroupAdvantage(baseline="constant", value=0.5, scale="none")
 
 
 def test_the_regularised_bandit_ends_at_its_known_optimum():
     """Three ways to say the same objective, all through our signals and terms."""
 
     def in_reward(logits, behaviour):
-        groups = KLPenaltySignal(KLPenalty(beta=BETA)).score(scored(behaviour))
-        return expected_loss(PolicyGradient(), logits, CREDIT.score(groups), behaviour)
+        groups = KLPenalty(beta=BETA).score(scored(behaviour), TOOLS)
+        credited = CREDIT.score(groups, TOOLS)
+        return expected_loss(PolicyGradient(), logits, credited, behaviour)
 
     def in_loss(estimator):
         def loss(logits, behaviour):
-            groups = CREDIT.score(scored(behaviour))
+            groups = CREDIT.score(scored(behaviour), TOOLS)
             kl = expected_loss(ReferenceKL(estimator=estimator), logits, groups, behaviour)
             return expected_loss(PolicyGradient(), logits, groups, behaviour) + BETA * kl
 

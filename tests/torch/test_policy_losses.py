@@ -22,8 +22,8 @@ from posttrain.parts.policy.losses import (
     Sapo,
     Vespo,
 )
-from posttrain.testing import check_term
-from posttrain.training.objective import Objective
+from posttrain.testing import check_term, fake_tools
+from posttrain.training.objective import StageObjective
 from posttrain.training.reduce import count_units, reduce_units
 
 LENGTHS = [3, 1, 2, 4]
@@ -52,7 +52,7 @@ def batch():
 
 def evaluate(term, logp, at=None):
     stats = {Stat.SAMPLED_LOGPROB: logp, Stat.ENTROPY: torch.zeros(len(logp))}
-    return TERMS[type(term)].values(term, stats, batch() if at is None else at)
+    return term.values(stats, batch() if at is None else at)
 
 
 def loss_of(term, logp, at=None):
@@ -233,8 +233,8 @@ def rewarded(groups, *, seed=0):
 @pytest.mark.parametrize("term", LOSSES, ids=lambda t: type(t).__name__)
 def test_on_policy_every_loss_is_reinforce(learner, term):
     groups = rewarded(on_policy(random_groups(), learner.policy))
-    groups = GroupAdvantageSignal(GroupAdvantage()).score(groups)
-    objective = Objective((term,))
+    groups = GroupAdvantage().score(groups, fake_tools())
+    objective = StageObjective((term,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     _, grads = gradients(learner, batches, objective)
 
@@ -253,8 +253,8 @@ def test_on_policy_every_loss_is_reinforce(learner, term):
 def test_equal_rewards_leave_every_weight_alone(learner, term):
     groups = on_policy(random_groups(), learner.policy)
     groups = with_column(groups, Column.REWARD, lambda t: np.array(0.1 + 0.2))
-    groups = GroupAdvantageSignal(GroupAdvantage(baseline="leave_one_out")).score(groups)
-    objective = Objective((term,))
+    groups = GroupAdvantage(baseline="leave_one_out").score(groups, fake_tools())
+    objective = StageObjective((term,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     _, grads = gradients(learner, batches, objective)
     assert all(float(g.abs().max()) == 0 for g in grads.values())
@@ -277,8 +277,8 @@ def test_grpo_is_dr_grpo_times_a_constant_when_stds_and_lengths_are_equal(learne
         "std": ClippedPolicyGradient(aggregate="sequence_mean"),
         "none": ClippedPolicyGradient(aggregate="sequence_sum", weight=1 / longest),
     }.items():
-        scored = GroupAdvantageSignal(GroupAdvantage(scale=scale)).score(groups)
-        objective = Objective((term,))
+        scored = GroupAdvantage(scale=scale).score(groups, fake_tools())
+        objective = StageObjective((term,))
         batches = pack(scored, needs=objective.needs, max_tokens=10_000)
         _, found[scale] = gradients(learner, batches, objective)
     factor = 1 / (0.5 + 1e-6) * longest / 3
@@ -288,9 +288,9 @@ def test_grpo_is_dr_grpo_times_a_constant_when_stds_and_lengths_are_equal(learne
 
 @pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean", "sequence_sum"])
 def test_no_aggregate_depends_on_how_a_step_is_split(learner, aggregate):
-    objective = Objective((ClippedPolicyGradient(aggregate=aggregate),))
+    objective = StageObjective((ClippedPolicyGradient(aggregate=aggregate),))
     groups = rewarded(on_policy(random_groups(), learner.policy))
-    groups = GroupAdvantageSignal(GroupAdvantage()).score(groups)
+    groups = GroupAdvantage().score(groups, fake_tools())
     whole = pack(groups, needs=objective.needs, max_tokens=10_000)
     parts = pack(groups, needs=objective.needs, max_tokens=12)
     assert len(whole) == 1

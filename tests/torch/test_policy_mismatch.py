@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,17 +10,22 @@ from material import gradients, largest_gap, on_policy, random_groups, with_colu
 from test_policy_losses import ADVANTAGES, BEHAVIOUR, LENGTHS, RATIOS, by_sequence, material, spread
 
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import Sampling
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Discard
 from posttrain.numerics.batch import pack
+from posttrain.parts.composition import method
+from posttrain.parts.credit.greedy import GreedyBaseline
 from posttrain.parts.legality import admit
+from posttrain.parts.logprobs import TrainerLogprobs
 from posttrain.parts.policy.losses import Cispo, ClippedPolicyGradient, Gspo, PolicyGradient
 from posttrain.parts.policy.ratio import Mismatch, mismatch_weight
-from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
-from posttrain.testing import FakeTaskSet, check_method, check_signal, check_term
-from posttrain.training.objective import Objective
+from posttrain.parts.registry import known
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.protocols import Request
+from posttrain.testing import FakeTaskSet, check_method, check_signal, check_term, fake_tools
+from posttrain.training.objective import StageObjective
 from posttrain.training.stage import group_metrics
 
 GAPS = [0.0, 0.5, -0.2, 1.2, -1.5, 0.3, 0.1, 0.0, -0.4, 0.2]  # log w
@@ -74,11 +78,11 @@ def test_the_correction_multiplies_a_loss_whose_ratio_is_to_the_trainer(term):
     spec = Mismatch(high=1.5)
     logp = torch.tensor(BEHAVIOUR + np.log(RATIOS), requires_grad=True)
     stats = {Stat.SAMPLED_LOGPROB: logp}
-    out = TERMS[term].values(term(mismatch=spec), stats, batch())
+    out = term(mismatch=spec).values(stats, batch())
     to_trainer = material(
         {Column.BEHAVIOUR_LOGPROB: BEHAVIOUR + GAPS, Column.ADVANTAGE: spread(ADVANTAGES)}
     )
-    plain = TERMS[term].values(term(), stats, to_trainer)
+    plain = term().values(stats, to_trainer)
     weights = torch.tensor([min(math.exp(g), 1.5) for g in GAPS], dtype=torch.float64)
     np.testing.assert_allclose(out.loss.detach(), (weights * plain.loss).detach())
     (got,) = torch.autograd.grad(out.loss.sum(), logp, retain_graph=True)
@@ -93,7 +97,7 @@ def test_a_loss_per_sequence_takes_a_weight_per_sequence():
     spec = Mismatch(level="geometric", outside="reject", low=0.9, high=1.1)
     term = Gspo(mismatch=spec)
     stats = {Stat.SAMPLED_LOGPROB: torch.tensor(BEHAVIOUR)}
-    kept = TERMS[type(term)].values(term, stats, batch()).loss != 0
+    kept = term.values(stats, batch()).loss != 0
     inside = [0.9 <= math.exp(np.mean(part)) <= 1.1 for part in by_sequence(GAPS)]
     assert kept.tolist() == spread(inside)
     assert any(inside)
@@ -129,24 +133,19 @@ def test_corrected_terms_keep_the_contract_of_terms(term):
 
 def test_on_one_device_there_is_nothing_to_correct(learner):
     """The local sampler is the trainer: w = 1, and the correction changes no gradient."""
-    source = RolloutStream(
-        Rollouts(tasks=("letters",), group_size=3, max_new_tokens=7),
-        {"letters": FakeTaskSet()},
-        learner.policy,
-        0,
-    )
+    tools = fake_tools(learner.policy, tasksets={"letters": FakeTaskSet()})
+    source = Rollouts(tasks=("letters",), group_size=3, max_new_tokens=7).open(tools, seed=0)
     groups = with_column(
         source.draw(4, step=0), Column.ADVANTAGE, lambda t: np.full(len(t), 0.5, np.float32)
     )
-    signal = TrainerLogprobsSignal(learner.policy)
-    check_signal(signal, groups, provides=frozenset({Column.TRAINER_LOGPROB}))
-    groups = signal.score(groups)
+    assert TrainerLogprobs().provides == {Column.TRAINER_LOGPROB}
+    groups = check_signal(TrainerLogprobs(), groups, tools)
     health = group_metrics(admit(groups, (PolicyGradient(),), version=0, max_age=0))
     assert health["mismatch/mean_weight"] == pytest.approx(1, abs=1e-5)
     assert health["mismatch/effective_share"] == pytest.approx(1, abs=1e-5)
     found = []
     for term in (PolicyGradient(), PolicyGradient(mismatch=Mismatch(level="sequence"))):
-        objective = Objective((term,))
+        objective = StageObjective((term,))
         batches = pack(groups, needs=objective.needs, max_tokens=999)
         found.append(gradients(learner, batches, objective)[1])
     assert largest_gap(*found) < 1e-4
@@ -154,18 +153,20 @@ def test_on_one_device_there_is_nothing_to_correct(learner):
 
 def test_greedy_baseline_is_the_reward_of_the_likeliest_answer(learner):
     letters = FakeTaskSet()
-    source = RolloutStream(
-        Rollouts(tasks=("letters",), group_size=2, max_new_tokens=6),
-        {"letters": letters},
-        learner.policy,
-        0,
-    )
+    tools = fake_tools(learner.policy, tasksets={"letters": letters})
+    source = Rollouts(tasks=("letters",), group_size=2, max_new_tokens=6).open(tools, seed=0)
     groups = source.draw(3, step=0)
-    judge = Verifier({"letters": letters}, learner.policy.renderer)
-    signal = GreedyBaselineSignal(learner.policy, judge, 6)
-    check_signal(signal, groups, provides=frozenset({Column.BASELINE}))
+    verify = Verify()
+    judged = fake_tools(
+        learner.policy,
+        tasksets={"letters": letters},
+        longest=6,
+        judge=lambda groups: verify.score(groups, tools),
+    )
+    assert GreedyBaseline().provides == {Column.BASELINE}
+    scored = check_signal(GreedyBaseline(), groups, judged)
     by_key = {t.key: t for t in letters.train}
-    for group in signal.score(groups):
+    for group in scored:
         assert len(group.members) == 2  # the greedy answer is no member
         first = group.members[0].trajectory
         request = Request(
@@ -185,7 +186,7 @@ def test_a_step_that_loses_everything_changes_nothing(learner):
     groups = with_column(groups, Column.ADVANTAGE, lambda t: np.zeros(len(t), np.float32))
     code = float(Discard.EQUAL_REWARDS.code)
     groups = with_column(groups, Column.DISCARD, lambda t: np.array(code))
-    objective = Objective((ClippedPolicyGradient(),))
+    objective = StageObjective((ClippedPolicyGradient(),))
     admission = admit(groups, objective.terms, version=0, max_age=0)
     assert admission.kept == ()
     metrics = group_metrics(admission)
@@ -203,15 +204,20 @@ def test_a_step_that_loses_everything_changes_nothing(learner):
 @pytest.mark.parametrize("level", ["token", "geometric"])
 def test_methods_with_a_correction_ask_for_the_trainer(level):
     for name in ("grpo", "dapo", "cispo"):
-        check_method(METHODS[name](tasks=("a",), mismatch=Mismatch(level=level)))
+        check_method(method(name, tasks=("a",), mismatch=Mismatch(level=level)))
 
 
 OPTIONS = {"gdpo": {"length_cache": 2}}
 
 
-POLICY_METHODS = [m.__struct_config__.tag for m in get_args(PolicyMethod)]
+HOME = "posttrain.parts.policy."
+POLICY_METHODS = [t for t, m in known("method").items() if m.__module__.startswith(HOME)]
+
+
+def test_the_family_is_found_by_its_folder():
+    assert {"grpo", "gspo", "rloo", "adaptive_entropy", "ppo"} <= set(POLICY_METHODS)
 
 
 @pytest.mark.parametrize("name", POLICY_METHODS)
 def test_every_method_keeps_the_contract_of_methods(name):
-    check_method(METHODS[name](tasks=("a",), **OPTIONS.get(name, {})))
+    check_method(method(name, tasks=("a",), **OPTIONS.get(name, {})))

@@ -31,7 +31,7 @@ from posttrain.parts.preference.pairs import (
 from posttrain.parts.preference.reference_free import ContrastiveLogistic, OddsRatio, Simpo
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.parts.tensors import capped_exp
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 NEEDS = frozenset({Column.REFERENCE_LOGPROB, Column.PREFERENCE})
 
@@ -99,7 +99,7 @@ COLLISION = torch.tensor([-0.5, -1.0, -0.2, -0.8, -0.3], dtype=torch.float64)
 def loss(term, pair, *, logp=None, collision=None):
     logp = pair.logp if logp is None else logp
     stats = {Stat.LOGPROB: logp, Stat.LOG_COLLISION: collision}
-    out = TERMS[type(term)].values(term, stats, pair.batch())
+    out = term.values(stats, pair.batch())
     assert out.loss.shape == (1,)
     return out.loss[0]
 
@@ -442,7 +442,7 @@ CHOSEN = CrossEntropy(limit=Limit(preference="chosen"))
     ids=lambda terms: terms[-1].__struct_config__.tag,
 )
 def test_splitting_a_step_into_micro_batches_changes_nothing(learner, terms):
-    objective, groups = Objective(terms), pairs()
+    objective, groups = StageObjective(terms), pairs()
     whole = pack(groups, needs=objective.needs, max_tokens=9999)
     split = pack(groups, needs=objective.needs, max_tokens=20)
     assert len(whole) == 1 < len(split)
@@ -456,11 +456,11 @@ def test_splitting_a_step_into_micro_batches_changes_nothing(learner, terms):
 def test_cross_entropy_on_the_chosen_is_sft_on_the_chosen(learner, aggregate):
     groups = pairs()
     limited = CrossEntropy(aggregate=aggregate, limit=Limit(preference="chosen"))
-    both = Objective((limited,))
+    both = StageObjective((limited,))
     assert Column.PREFERENCE in both.needs
     value, grads = gradients(learner, pack(groups, needs=both.needs, max_tokens=25), both)
     alone = [Group(task=g.task, members=(g.members[0],)) for g in groups]
-    plain = Objective((CrossEntropy(aggregate=aggregate),))
+    plain = StageObjective((CrossEntropy(aggregate=aggregate),))
     value_alone, grads_alone = gradients(
         learner, pack(alone, needs=frozenset(), max_tokens=9999), plain
     )
@@ -484,7 +484,7 @@ def test_a_sequence_in_several_pairs_shares_a_length_with_each():
     (batch,) = pack([Group(task="test/0", members=members)], needs=NEEDS, max_tokens=99)
     stats = {Stat.LOGPROB: torch.tensor([x for logp, _ in answers for x in logp])}
     term = LdDpo(beta=1.0, tail=0.1)
-    got = TERMS[LdDpo].values(term, stats, batch).loss
+    got = term.values(stats, batch).loss
     chosen = np.array([-1.0 - 0.1 * 5.0, -3.0 - 0.1 * 3.0])
     np.testing.assert_allclose(got, -log_sigmoid(chosen - np.array([-1.5, -1.2])), rtol=1e-6)
 
@@ -494,7 +494,7 @@ def test_a_pair_counts_only_when_both_sides_are_of_the_wanted_author(learner):
         Group(task="t", members=(a.members[0], b.members[1]))
         for a, b in zip(pairs(3), pairs(3, seed=1), strict=True)
     ]
-    objective = Objective((Dpo(where=(Kind.EXTERNAL,)),))
+    objective = StageObjective((Dpo(where=(Kind.EXTERNAL,)),))
     batches = pack(mixed, needs=objective.needs, max_tokens=9999)
     assert objective.counts(batches) == (0,)
 
@@ -517,7 +517,7 @@ def test_a_pair_counts_only_when_both_sides_are_of_the_wanted_author(learner):
         (lambda: FDpo(divergence="alpha"), "alpha=None"),
         (lambda: FDpo(divergence="js", alpha=0.5), "no alpha with the others"),
         (lambda: FDpo(divergence="alpha", alpha=1.0), "alpha < 1"),
-        (lambda: LdDpo(tail=1.0), "1 is pairwise_logistic"),
+        (lambda: LdDpo(tail=1.0), "1 is dpo"),
         (lambda: Discopop(tau=0), "tau > 0"),
         (lambda: Simpo(gamma=-1), "gamma >= 0"),
     ],

@@ -21,9 +21,16 @@ from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.preference.ranking import LogRatioCentre, MismatchedKL, mismatched
 from posttrain.parts.preference.unpaired import Bco, Kto
-from posttrain.parts.sources.dataset import Dataset, Rows
-from posttrain.testing import FakePolicy, check_signal, check_source, tiny_model, tiny_tokenizer
-from posttrain.training.objective import Objective
+from posttrain.parts.sources.dataset import Dataset, DatasetRows
+from posttrain.testing import (
+    FakePolicy,
+    check_signal,
+    check_source,
+    fake_tools,
+    tiny_model,
+    tiny_tokenizer,
+)
+from posttrain.training.objective import StageObjective
 
 TINY = ChatRenderer(tiny_tokenizer())
 
@@ -60,7 +67,7 @@ def run(term, *, baseline=0.0, rho=RHO):
     halves = np.repeat(rho / 2 - 1, 2)
     logp = torch.tensor(halves, requires_grad=True)
     batch = labelled_batch(term, baseline=baseline)
-    values = TERMS[type(term)].values(term, {Stat.LOGPROB: logp}, batch)
+    values = term.values({Stat.LOGPROB: logp}, batch)
     values.loss.sum().backward()
     return values.loss.detach().numpy(), logp.grad.numpy()[::2]  # one slope per answer
 
@@ -116,7 +123,7 @@ def labelled(num_groups=6, seed=0):
 
 @pytest.mark.parametrize("term", [Kto(), Bco(beta=0.3)])
 def test_splitting_a_step_into_micro_batches_changes_nothing(learner, term):
-    objective, groups = Objective((term,)), labelled()
+    objective, groups = StageObjective((term,)), labelled()
     whole = pack(groups, needs=objective.needs, max_tokens=9999)
     split = pack(groups, needs=objective.needs, max_tokens=12)
     assert len(whole) == 1 < len(split)
@@ -145,7 +152,7 @@ def test_where_keeps_answers_of_one_author(learner):
         )
         for g in own
     ]
-    objective = Objective((Kto(where=(Kind.EXTERNAL,)),))
+    objective = StageObjective((Kto(where=(Kind.EXTERNAL,)),))
     mixed = pack([*labelled(3), *own], needs=objective.needs, max_tokens=9999)
     alone = pack(labelled(3), needs=objective.needs, max_tokens=9999)
     assert objective.counts(mixed) == (3,)
@@ -203,7 +210,7 @@ def test_a_draw_with_one_prompt_is_refused():
     policy = FakePolicy({"a": 1.0})
     for draw in ([group([5])], [group([5]), group([6])]):
         with pytest.raises(LegalityError, match="at least two prompts"):
-            MismatchedKLSignal(policy, policy).score(draw)
+            MismatchedKL(policy="base").score(draw, fake_tools(policy, policies={"base": policy}))
 
 
 def letters(*texts, prompt):
@@ -214,11 +221,11 @@ def letters(*texts, prompt):
 def test_mismatched_kl_is_the_mean_log_ratio_of_the_moved_answers():
     live, frozen = FakePolicy({"a": 0.5, "b": 0.5}, version=3), FakePolicy({"a": 0.2, "b": 0.8})
     draw = [letters("a", prompt="x"), letters("aab", prompt="y"), letters("b", prompt="z")]
-    signal = MismatchedKLSignal(live, frozen)
-    check_signal(signal, draw, provides=frozenset({Column.MISMATCHED_KL}))
+    tools = fake_tools(live, policies={"input": frozen})
+    scored = check_signal(MismatchedKL(), draw, tools)
     a, b = math.log(0.5 / 0.2), math.log(0.5 / 0.8)
     expected = ((2 * a + b) + b + a) / 3  # x gets aab, y gets b, z gets a
-    for g in signal.score(draw):
+    for g in scored:
         assert float(g.members[0].columns[Column.MISMATCHED_KL]) == pytest.approx(expected)
 
 
@@ -227,23 +234,22 @@ def test_the_centre_lies_between_good_and_bad_whatever_their_numbers():
     draw = [letters("a", "b", prompt="x"), letters("a", prompt="y"), letters("aa", prompt="z")]
     labels = iter([1.0, -1.0, 1.0, 1.0])
     draw = with_column(draw, Column.LABEL, lambda t: np.array(next(labels)))
-    draw = list(ReferenceSignal(frozen).score(draw))
-    signal = LogRatioCentreSignal(live)
-    check_signal(signal, draw, provides=frozenset({Column.LOG_RATIO_CENTRE}))
+    tools = fake_tools(live, policies={"input": frozen})
+    draw = list(ReferenceLogprobs().score(draw, tools))
+    scored = check_signal(LogRatioCentre(), draw, tools)
     a, b = math.log(0.5 / 0.2), math.log(0.5 / 0.8)
     expected = ((a + a + 2 * a) / 3 + b) / 2
-    (value,) = {
-        float(m.columns[Column.LOG_RATIO_CENTRE]) for g in signal.score(draw) for m in g.members
-    }
+    (value,) = {float(m.columns[Column.LOG_RATIO_CENTRE]) for g in scored for m in g.members}
     assert value == pytest.approx(expected)
-    alone = signal.score(draw[1:])
+    alone = LogRatioCentre().score(draw[1:], tools)
     assert float(alone[0].members[0].columns[Column.LOG_RATIO_CENTRE]) == pytest.approx(1.5 * a)
 
 
 def test_equal_policies_have_a_zero_point_of_zero(learner, engine, tiny_folder):
     frozen = engine.policy(str(tiny_folder))
     draw = random_groups(num_groups=4, size=1, kind=Kind.EXTERNAL)
-    (value, *_) = MismatchedKLSignal(learner.policy, frozen).score(draw)
+    tools = fake_tools(learner.policy, policies={"input": frozen})
+    (value, *_) = MismatchedKL().score(draw, tools)
     assert float(value.members[0].columns[Column.MISMATCHED_KL]) == 0
 
 
@@ -258,7 +264,7 @@ def test_the_zero_point_is_scored_with_the_weights_of_the_moment(learner, engine
             for t in moved
         ]
     )
-    scored = MismatchedKLSignal(learner.policy, other).score(draw)
+    scored = MismatchedKL().score(draw, fake_tools(learner.policy, policies={"input": other}))
     got = float(scored[-1].members[0].columns[Column.MISMATCHED_KL])
     assert got == pytest.approx(float(expected), rel=1e-5)
     assert abs(got) > 0.1, "two models that differ"
@@ -270,7 +276,7 @@ def test_the_zero_point_is_scored_with_the_weights_of_the_moment(learner, engine
 def source(tmp_path, rows, **options):
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     spec = Dataset(**{"path": "d.jsonl", **options})
-    return Rows(spec, root=tmp_path, renderer=TINY, context=99, seed=0)
+    return DatasetRows(spec, root=tmp_path, renderer=TINY, context=99, seed=0)
 
 
 def refused(tmp_path, rows, **options):
@@ -296,9 +302,10 @@ def signs(s, num_groups):
 
 def test_labelled_answers(tmp_path):
     s = source(tmp_path, [GOOD, BAD, TURNS], unpaired=True)
+    tools = fake_tools(FakePolicy({"a": 1.0}, version=0, renderer=TINY), root=tmp_path)
+    check_source(Dataset(path="d.jsonl", unpaired=True), tools, num_groups=1)
     assert (s.format, s.num_groups) == ("unpaired", 3)
     assert signs(s, 3) == [-1.0, 1.0, 1.0]
-    check_source(s, provides=Dataset(path="d", unpaired=True).provides, num_groups=1)
     members = [m for g in s.draw(3, step=0) for m in g.members]
     assert all(Column.PREFERENCE not in m.columns for m in members)
 

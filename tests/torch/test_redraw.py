@@ -9,6 +9,7 @@ from staging import check_resume, make_world
 
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.trajectory import Column, Discard
+from posttrain.parts.base import bound
 from posttrain.parts.composition import Composition
 from posttrain.parts.credit.advantages import GroupAdvantage
 from posttrain.parts.credit.selection import DropCutOff, KeepInformative
@@ -20,7 +21,9 @@ from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.members import Guided
 from posttrain.parts.sources.redraw import Redraw, RedrawStream
 from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.protocols import PureStream
 from posttrain.run.store import read_uses
+from posttrain.testing import fake_tools
 from posttrain.training.stage import group_metrics
 
 INNER = Rollouts(tasks=("rows",), group_size=2, max_new_tokens=4)
@@ -28,8 +31,8 @@ SPEC = Redraw(source=INNER, max_draws=4)
 
 
 @dataclass
-class Scripted:
-    """A source whose draws have these rewards: per draw a list of groups."""
+class Scripted(PureStream):
+    """A stream whose draws have these rewards: per draw a list of groups."""
 
     script: list
     asked: list = field(default_factory=list)
@@ -44,7 +47,7 @@ class Scripted:
 
 
 YES, NO = (1, 0), (1, 1)
-KEEP = (KeepInformativeSignal(KeepInformative()),)
+KEEP = (bound(KeepInformative(), fake_tools()),)
 
 
 def verdicts(groups):
@@ -86,12 +89,12 @@ def test_a_group_counts_when_something_of_it_is_left():
     keep = KeepRewards(at_least=1.0)
     spec = Redraw(source=INNER, keep=(Verify(), keep), max_draws=2)
     inner = Scripted([[YES, (0, 0)], [NO, NO]])
-    drawn = RedrawStream(spec, inner, (KeepRewardsSignal(keep),)).draw(2, step=0)
+    drawn = RedrawStream(spec, inner, (bound(keep, fake_tools()),)).draw(2, step=0)
     low = float(Discard.LOW_REWARD.code)
     assert verdicts(drawn) == [(0, low), (0, 0), (SURPLUS, SURPLUS), (low, low)]
     # a verdict that a member has stays, also in a group that came too much
     inner = Scripted([[(0, 0), YES], [YES, YES]])
-    drawn = RedrawStream(spec, inner, (KeepRewardsSignal(keep),)).draw(2, step=0)
+    drawn = RedrawStream(spec, inner, (bound(keep, fake_tools()),)).draw(2, step=0)
     assert verdicts(drawn)[2] == (SURPLUS, low)
 
 
@@ -110,13 +113,13 @@ def test_dapo_fills_its_steps_and_resumes_exactly(world):
     assert max(m["groups"] for m in metrics) > 4
     assert all(m["groups"] == 4 for m in poor)
     assert min(4 * 2 - m.get("discarded/equal rewards", 0) for m in poor) < 8
-    told = [
+    uses = [
         u
         for p in sorted((world.root / "straight/stage/shards").glob("*.uses.parquet"))
         for u in read_uses(p)
     ]
-    assert len(told) == sum(m["groups"] * 2 for m in metrics), "everything drawn is recorded"
-    assert {u.reason for u in told} <= {None, "equal rewards", "surplus"}
+    assert len(uses) == sum(m["groups"] * 2 for m in metrics), "everything drawn is recorded"
+    assert {u.reason for u in uses} <= {None, "equal rewards", "surplus"}
 
 
 def test_the_composition_of_dapo_written_out():
@@ -137,7 +140,7 @@ def test_the_composition_of_dapo_written_out():
         (lambda: Redraw(source=INNER, max_draws=1), "at least 2 draws"),
         (lambda: Redraw(source=INNER, keep=(Verify(),)), "a signal that discards"),
         (
-            lambda: Redraw(source=Rollouts(tasks=("t",), company=Guided(start=0.5)), max_draws=2),
+            lambda: Redraw(source=Rollouts(tasks=("t",), members=Guided(start=0.5)), max_draws=2),
             "share moves",
         ),
     ],

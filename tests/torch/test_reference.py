@@ -6,20 +6,22 @@ import numpy as np
 import pytest
 import torch
 from material import random_groups
-from posttrain.training.build import Workshop
 
 from posttrain.core.learner import Lora, Optimizer
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import Kind, Producer, Sampling
 from posttrain.core.trajectory import Column
 from posttrain.numerics.batch import pack
 from posttrain.parts.composition import method
+from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.memory import Memory
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.protocols import Request
 from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.build import Workshop
 from posttrain.run.plan import make_plan
-from posttrain.training.objective import Objective
+from posttrain.testing import fake_tools
+from posttrain.training.objective import StageObjective
 
 
 class Counting:
@@ -45,15 +47,18 @@ def flat(groups):
 
 def test_the_second_epoch_asks_nothing_and_says_the_same(frozen):
     policy, groups = Counting(frozen), random_groups(num_groups=3, size=4)
-    signal = ReferenceSignal(policy, Memory())
-    first, again = (flat(signal.score(groups)) for _ in range(2))
-    mixed = flat(signal.score(random_groups(num_groups=1, size=2, seed=9) + groups[:1]))
+    remembering = fake_tools(policies={"input": policy}, memory=Memory())
+    signal = ReferenceLogprobs()
+    first, again = (flat(signal.score(groups, remembering)) for _ in range(2))
+    others = random_groups(num_groups=1, size=2, seed=9)
+    mixed = flat(signal.score(others + groups[:1], remembering))
     assert policy.asked == [12, 2]
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(first[:4], mixed[2:], strict=True):
         np.testing.assert_array_equal(a, b)
-    for a, b in zip(first, flat(ReferenceSignal(frozen).score(groups)), strict=True):
+    plain = signal.score(groups, fake_tools(policies={"input": frozen}))
+    for a, b in zip(first, flat(plain), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -117,7 +122,7 @@ def test_adapters_off_are_the_policy_it_started_from(engine, tiny_folder):
     learner, frozen = learner_with_adapters(engine, tiny_folder), engine.policy(str(tiny_folder))
     groups = random_groups(num_groups=3, size=4)
     trajectories = [m.trajectory for g in groups for m in g.members]
-    objective = Objective((CrossEntropy(),))
+    objective = StageObjective((CrossEntropy(),))
     for _ in range(3):
         learner.step(pack(groups, needs=frozenset(), max_tokens=999), objective, lr_scale=1.0)
     moved = learner.policy.logprobs(trajectories)
@@ -147,7 +152,7 @@ def test_asking_the_start_changes_nothing_for_the_learner(engine, tiny_folder):
     for _ in range(3):
         asked.start.logprobs([m.trajectory for g in groups for m in g.members])
         for learner in (asked, plain):
-            learner.step(batches, Objective((CrossEntropy(),)), lr_scale=1.0)
+            learner.step(batches, StageObjective((CrossEntropy(),)), lr_scale=1.0)
     weights = dict(plain.policy.model.causal.named_parameters())
     for name, weight in asked.policy.model.causal.named_parameters():
         assert torch.equal(weight, weights[name])
@@ -170,8 +175,15 @@ def test_a_stage_with_adapters_takes_its_reference_from_the_learner(engine, worl
     asked, planned = [], stage_with_reference(world)
     learner = learner_with_adapters(engine, world / "model")
     shop = Workshop(root=world, seed=0, tasksets={}, policy=asked.append)
-    (signal,) = shop.parts(planned, learner).signals
-    assert signal.policy is learner.start
+    parts = shop.parts(planned, learner)
+    groups, objective = parts.source.draw(1, step=0), StageObjective((CrossEntropy(),))
+    learner.step(pack(groups, needs=frozenset(), max_tokens=999), objective, lr_scale=1.0)
+    (signal,) = parts.signals
+    trajectories = [m.trajectory for g in groups for m in g.members]
+    start, live = (p.logprobs(trajectories) for p in (learner.start, learner.policy))
+    for said, own, moved in zip(flat(signal(groups)), start, live, strict=True):
+        np.testing.assert_array_equal(said, own)
+        assert np.nanmax(np.abs(said - moved)) > 1e-3, "the learner itself has moved"
     assert asked == []
 
 
@@ -180,8 +192,13 @@ def test_a_data_set_with_a_reference_has_a_memory_in_its_checkpoints(engine, wor
     learner = learner_with_adapters(engine, world / "model")
     shop = Workshop(root=world, seed=0, tasksets={}, policy=None)
     parts = shop.parts(planned, learner)
-    assert [type(k) for k in parts.kept] == [Memory]
-    assert parts.signals[0].memory is parts.kept[0]
+    (memory,) = parts.stateful
+    assert isinstance(memory, Memory)
+    assert memory.num_bytes == 0
+    groups = parts.source.draw(1, step=0)
+    (signal,) = parts.signals
+    said = flat(signal(groups))
+    assert memory.num_bytes == sum(v.nbytes for v in said), "it holds what the signal asked for"
 
 
 @pytest.fixture
@@ -194,8 +211,8 @@ def world(tmp_path, tiny_folder):
 
 
 def stage_with_reference(root):
-    method = method("dpo", data=Dataset(path="pairs.jsonl"))
-    stage = Stage(name="dpo", method=method, budget=Budget(steps=1), lora=Lora(rank=4))
+    dpo = method("dpo", data=Dataset(path="pairs.jsonl"))
+    stage = Stage(name="dpo", method=dpo, budget=Budget(steps=1), lora=Lora(rank=4))
     recipe = Recipe(name="r", model="model", stages=(stage,))
     (planned,) = make_plan(recipe, root=root, base="-").stages
     return planned

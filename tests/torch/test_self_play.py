@@ -14,6 +14,7 @@ from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Discard, Group, Scored
 from posttrain.numerics.batch import pack
+from posttrain.parts.base import bound
 from posttrain.parts.composition import Composition, method
 from posttrain.parts.guided.external import ExplorationBonus
 from posttrain.parts.legality import admit, check_composition, column_readers
@@ -34,8 +35,8 @@ from posttrain.parts.sources.members import Guided, Hinted, Rival
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.parts.supervised.rejection import Star
-from posttrain.testing import check_signal, check_term
-from posttrain.training.objective import Objective
+from posttrain.testing import check_signal, check_term, fake_tools
+from posttrain.training.objective import StageObjective
 
 PAIRS = Dataset(path="pairs.jsonl")
 
@@ -118,7 +119,7 @@ def test_aot_is_the_cost_between_sorted_samples_and_has_its_gradient(paired):
         Column.REFERENCE_LOGPROB: torch.tensor(flat[1]),
     }
     at = replace(batch, columns=columns)
-    loss = TERMS[type(term)].values(term, {Stat.LOGPROB: logp}, at).loss.mean()
+    loss = term.values({Stat.LOGPROB: logp}, at).loss.mean()
     expected = aot(summed(TOKENS), summed(REFERENCE), beta=beta, paired=paired)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-9)
     loss.backward()
@@ -142,12 +143,9 @@ def pairs(learner, *, groups=5, seed=2):
 
 @pytest.mark.parametrize("of", ["margins", "rewards"])
 def test_micro_batches_change_nothing_about_ranks(learner, of):
-    spec = MatchQuantiles(of=of)
     term = (Aot(beta=0.5),) if of == "margins" else (AotUnpaired(beta=0.5),)
-    signal = MatchQuantilesSignal(spec, learner.policy)
-    check_signal(signal, pairs(learner), provides=spec.provides)
-    groups = signal.score(pairs(learner))
-    objective, needs = Objective(term), column_readers(term)
+    groups = check_signal(MatchQuantiles(of=of), pairs(learner), fake_tools(learner.policy))
+    objective, needs = StageObjective(term), column_readers(term)
     value, grads = gradients(learner, pack(groups, needs=needs, max_tokens=9999), objective)
     split = pack(groups, needs=needs, max_tokens=12)
     assert len(split) > 2
@@ -158,14 +156,13 @@ def test_micro_batches_change_nothing_about_ranks(learner, of):
 
 @pytest.mark.parametrize("of", ["margins", "rewards"])
 def test_on_one_pair_it_is_dpo(learner, of):
-    (group,) = MatchQuantilesSignal(MatchQuantiles(of=of), learner.policy).score(
-        pairs(learner, groups=1)
-    )
+    tools = fake_tools(learner.policy)
+    (group,) = MatchQuantiles(of=of).score(pairs(learner, groups=1), tools)
     term = Aot(beta=0.3) if of == "margins" else AotUnpaired(beta=0.3)
     both = (term, Dpo(beta=0.3))
     batches = pack([group], needs=column_readers(both), max_tokens=999)
-    value, grads = gradients(learner, batches, Objective((term,)))
-    plain, expected = gradients(learner, batches, Objective((both[1],)))
+    value, grads = gradients(learner, batches, StageObjective((term,)))
+    plain, expected = gradients(learner, batches, StageObjective((both[1],)))
     assert value == pytest.approx(plain, rel=1e-5)
     assert largest_gap(expected, grads) < 1e-4
 
@@ -174,24 +171,24 @@ def test_what_is_in_no_pair_takes_no_part(learner):
     groups = pairs(learner)
     out = iter([Discard.EQUAL_REWARDS.code] * 2 + [0] * 8)
     marked = with_column(groups, Column.DISCARD, lambda t: np.array(float(next(out))))
-    signal = MatchQuantilesSignal(MatchQuantiles(), learner.policy)
-    (first, *rest) = signal.score(marked)
+    score = bound(MatchQuantiles(), fake_tools(learner.policy))
+    (first, *rest) = score(marked)
     assert [m.scalar(Column.QUANTILE) for m in first.members] == [0, 0]
-    alone = signal.score(groups[1:])
+    alone = score(groups[1:])
     for a, b in zip(rest, alone, strict=True):
         got, expected = ([m.scalar(Column.QUANTILE) for m in g.members] for g in (a, b))
         assert got == pytest.approx(expected)
-    assert signal.score(marked[:1])[0].members[0].scalar(Column.QUANTILE) == 0
+    assert score(marked[:1])[0].members[0].scalar(Column.QUANTILE) == 0
     three = Group(task="test/0", members=(*groups[0].members, groups[1].members[0]))
     with pytest.raises(LegalityError, match="one of each"):
-        signal.score([three])
+        score([three])
 
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_aot_learns_and_resumes_exactly(world, paired):
-    method = (Aot if paired else AotUnpaired)(data=PAIRS, beta=0.5)
-    _, metrics = check_resume(world, method, steps=6, stop_after=3, groups_per_step=6)
-    name = "pairwise_transport" if paired else "transported_reward"
+    name = "aot" if paired else "aot_unpaired"
+    transport = method(name, data=PAIRS, beta=0.5)
+    _, metrics = check_resume(world, transport, steps=6, stop_after=3, groups_per_step=6)
     assert metrics[0][name] == pytest.approx(np.log(2), abs=1e-4), "it starts at its reference"
     assert metrics[-1][name] < 0.5
 
@@ -208,7 +205,7 @@ def test_aot_in_draws_of_one_pair_is_dpo(world):
 # --- SPIN ------------------------------------------------------------------------------------
 
 
-def told(*members):
+def written(*members):
     return Group(
         task="test/0",
         members=tuple(Scored(trajectory=trajectory([1], a, kind=kind)) for kind, a in members),
@@ -217,10 +214,8 @@ def told(*members):
 
 def test_demonstrations_are_chosen_and_repetitions_are_left_out():
     sample, demo = (Kind.TEACHER, [5, 6]), (Kind.EXTERNAL, [7, 8])
-    signal = PreferDemonstrationSignal(PreferDemonstration())
-    groups = [told(sample, demo), told((Kind.TEACHER, [7, 8]), demo), told(sample, sample)]
-    check_signal(signal, groups, provides=PreferDemonstration.provides)
-    first, same, alone = signal.score(groups)
+    groups = [written(sample, demo), written((Kind.TEACHER, [7, 8]), demo), written(sample, sample)]
+    first, same, alone = check_signal(PreferDemonstration(), groups)
 
     def read(group, column):
         return [m.scalar(column) for m in group.members]
@@ -240,7 +235,7 @@ def test_a_step_of_spin_is_a_step_of_dpo_on_the_same_pairs(world):
     method = Spin(tasks=("rows",), max_new_tokens=4)
     _, metrics = check_resume(world, method, steps=3)
     assert metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
-    assert metrics[-1]["pairwise_logistic/chosen"] > metrics[-1]["pairwise_logistic/rejected"]
+    assert metrics[-1]["dpo/chosen"] > metrics[-1]["dpo/rejected"]
 
 
 def test_iterations_inside_a_stage_start_anew(world):
@@ -253,11 +248,11 @@ def test_iterations_inside_a_stage_start_anew(world):
 
 
 def test_spin_written_out():
-    company = Guided(members=1, start=1, end=1, learn=True)
+    members = Guided(count=1, start=1, end=1, learn=True)
     for every, opponent in ((None, "input"), (50, "moving")):
         composition = Spin(tasks=("t",), every=every).compose()
         assert composition == Composition(
-            source=Rollouts(tasks=("t",), policy=opponent, group_size=2, company=company),
+            source=Rollouts(tasks=("t",), policy=opponent, group_size=2, members=members),
             signals=(PreferDemonstration(), ReferenceLogprobs(policy=opponent)),
             terms=(Dpo(beta=0.1),),
             moving=None if every is None else MovingReference(every=50),
@@ -276,18 +271,18 @@ def test_the_bonus_lowers_what_the_reference_says(learner):
     term = ExplorationBonus(weight=0.5)
     check_term(term)
     batches = pack([*mine, *theirs], needs=frozenset(), max_tokens=999)
-    value, grads = gradients(learner, batches, Objective((term,)))
+    value, grads = gradients(learner, batches, StageObjective((term,)))
     logp = learner.policy.logprobs([m.trajectory for g in theirs for m in g.members])
     assert value == pytest.approx(0.5 * np.mean([np.nansum(v) for v in logp]), rel=1e-5)
     nll = CrossEntropy(weight=0.5, aggregate="sequence_sum", where=(Kind.TEACHER,))
-    _, imitating = gradients(learner, batches, Objective((nll,)))
+    _, imitating = gradients(learner, batches, StageObjective((nll,)))
     assert all(torch.allclose(grads[n], -g, atol=1e-6) for n, g in imitating.items())
 
 
-def test_without_its_bonus_xpo_is_online_dpo_in_company():
+def test_without_its_bonus_xpo_is_online_dpo_against_the_reference():
     plain = Xpo(tasks=("t",), bonus=0.0).compose()
     assert plain == Composition(
-        source=Rollouts(tasks=("t",), group_size=2, company=Rival(policy="input")),
+        source=Rollouts(tasks=("t",), group_size=2, members=Rival(policy="input")),
         signals=(Verify(), RankPairs(), ReferenceLogprobs()),
         terms=(Dpo(beta=0.1),),
     )
@@ -308,7 +303,7 @@ def test_a_bonus_that_would_imitate_is_refused():
     with pytest.raises(LegalityError, match="where=learner"):
         check_composition(
             Composition(
-                source=Rollouts(tasks=("t",), company=Rival()),
+                source=Rollouts(tasks=("t",), members=Rival()),
                 terms=(ExplorationBonus(where=(Kind.LEARNER,)), CrossEntropy()),
             ),
             stage="s",
@@ -325,17 +320,17 @@ def test_the_plain_answer_comes_first_and_the_hinted_one_mends_failures():
     groups = random_groups(num_groups=4, size=2)
     left = iter([r for row in rewards for r in row])
     groups = with_column(groups, Column.REWARD, lambda t: np.array(float(next(left))))
-    judged = KeepRewardsSignal(keep).score(groups)
+    judged = keep.score(groups, fake_tools())
     kept = [[m.scalar(Column.DISCARD) == 0 for m in g.members] for g in judged]
     assert kept == [[True, False], [True, False], [False, True], [False, False]]
 
 
 def test_star_with_and_without_a_hint_written_out():
     plain = Star(tasks=("t",)).compose()
-    assert plain.source.company is None
+    assert plain.source.members is None
     assert plain.source.group_size == 1
     hinted = Star(tasks=("t",), hint="{question} ({answer})").compose()
-    assert hinted.source.company == Hinted(context="{question} ({answer})")
+    assert hinted.source.members == Hinted(context="{question} ({answer})")
     assert hinted.source.group_size == 2
     check_composition(hinted, stage="s")
     with pytest.raises(ConfigError, match="hinted with context"):

@@ -22,6 +22,7 @@ from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.parts.supervised.rejection import Raft, RestEm, Rft, Ssd, Star
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import Workshop
+from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
@@ -200,7 +201,7 @@ def world(tmp_path, tiny_folder):
 
         folder = tmp_path / out
         journal = Journal(
-            folder / "stage",
+            StageWriter(folder / "stage"),
             ledger=Ledger.open(folder / "ledger.jsonl"),
             stage="s",
             identity=planned.identity,

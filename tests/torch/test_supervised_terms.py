@@ -25,7 +25,7 @@ from posttrain.parts.supervised.likelihood import (
 )
 from posttrain.parts.supervised.presets import Asft
 from posttrain.testing import fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 P = np.array([0.5, 0.05, 0.9])  # π(y) of two answers, of 2 and 1 tokens
 
@@ -64,7 +64,7 @@ def external(seed=0):
 
 
 def objective_gradients(learner, term, groups):
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     return gradients(learner, pack(groups, needs=objective.needs, max_tokens=10_000), objective)
 
 
@@ -180,7 +180,7 @@ def test_asft_without_an_anchor_is_dft():
 def test_asft_is_dft_where_it_starts_and_adds_the_forward_kl_elsewhere(learner):
     """KL(anchor ‖ π) has no gradient at π = anchor; its gradient elsewhere is π − anchor."""
     composition = Asft(data=Dataset(path="rows.jsonl"), kl_weight=0.7).compose()
-    objective = Objective(composition.terms)
+    objective = StageObjective(composition.terms)
     trajectories = [m.trajectory for g in external() for m in g.members]
 
     def anchored(values):
@@ -244,7 +244,7 @@ def test_psft_starts_as_cross_entropy_and_leaves_it_after_an_update(learner):
     _, plain = objective_gradients(learner, CrossEntropy(), groups)
     assert loss == pytest.approx(-1, abs=1e-5)
     assert largest_gap(grads, plain) < 1e-4
-    objective = Objective((proximal,))
+    objective = StageObjective((proximal,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     reports = [learner.step(batches, objective, lr_scale=5.0) for _ in range(6)]
     assert reports[0].metrics["psft/ratio"] == pytest.approx(1, abs=1e-5)
@@ -272,7 +272,7 @@ def test_micro_batches_change_nothing(learner, term):
     groups = OwnLogprobs().score(external(), fake_tools(learner.policy))
     for column in (Column.WEIGHT, Column.REWARD):
         groups = with_column(groups, column, lambda t: np.asarray(rng.random()))
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     whole = pack(groups, needs=objective.needs, max_tokens=10_000)
     parts = pack(groups, needs=objective.needs, max_tokens=12)
     assert len(parts) > 3

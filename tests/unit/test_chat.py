@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.chat import ChatRenderer, messages_from
+from posttrain.chat import ChatRenderer, messages_from, token_texts
 from posttrain.core.errors import DataError, ModelError
 from posttrain.core.files import read_jsonl
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.task import Message, Task
+from posttrain.lab.tour import BASE
 
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -363,3 +364,14 @@ def test_keys_without_a_value_are_no_keys():
     assert messages_from([{"role": "user", "content": "x", "tool_calls": None}]) == (
         Message(Role.USER, "x"),
     )
+
+
+def test_a_folder_gives_the_texts_that_its_renderer_gives(tmp_path):
+    """Special tokens by name, parts of a character as what stands for them."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    tokenizer.save_pretrained(tmp_path)
+    renderer, text_of = ChatRenderer(tokenizer), token_texts(tmp_path)
+    every = range(len(tokenizer))
+    assert [text_of(i) for i in every] == [renderer.token_text(i) for i in every]
+    assert "<extra>" in map(text_of, every)

@@ -67,14 +67,14 @@ def test_another_thread_has_another_clock():
     inside, done = threading.Event(), threading.Event()
 
     def other():
-        with clock.measure("decode"):
+        with clock.timed("decode"):
             inside.set()
             done.wait(5)
 
     thread = threading.Thread(target=other)
     thread.start()
     assert inside.wait(5)
-    with clock.measure("pack"):
+    with clock.timed("pack"):
         time.sleep(0.01)
     seconds = clock.drain()
     done.set()

@@ -8,10 +8,14 @@ import pytest
 from posttrain.core.errors import LegalityError, TaskError
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Column
-from posttrain.measure.measure import measure
+from posttrain.measure.measure import measure_policy
+from posttrain.measure.spec import Measure
+from posttrain.parts.base import Signal, Source, bound
 from posttrain.parts.credit.advantages import GroupAdvantage
-from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
-from posttrain.recipe import Measure
+from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.rewards.verify import Verify
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.protocols import PureStream
 from posttrain.testing import (
     FakePolicy,
     FakeTaskSet,
@@ -21,6 +25,7 @@ from posttrain.testing import (
     check_source,
     check_taskset,
     example_trajectory,
+    fake_tools,
 )
 
 TASKS = FakeTaskSet(size=8)
@@ -31,8 +36,13 @@ def live(**answers):
     return FakePolicy(answers or {"a": 0.3, "b": 0.7}, version=0)
 
 
+def tools_of(policy=None, *more, **policies):
+    sets = {t.name: t for t in (TASKS, *more)}
+    return fake_tools(policy or live(), policies=policies, tasksets=sets)
+
+
 def rollouts(policy=None, seed=0):
-    return RolloutStream(SPEC, {"letters": TASKS}, policy or live(), seed)
+    return SPEC.open(tools_of(policy), seed=seed)
 
 
 def test_fakes_keep_the_contracts():
@@ -41,43 +51,54 @@ def test_fakes_keep_the_contracts():
 
 
 def test_rollouts_keep_the_contract():
-    check_source(rollouts(), provides=SPEC.provides)
+    check_source(SPEC, tools_of())
 
 
 def test_signals_keep_the_contract():
     groups = rollouts().draw(3, step=0)
-    verifier = Verifier({"letters": TASKS}, live().renderer)
-    check_signal(verifier, groups, provides=frozenset({Column.REWARD}))
-    judged = verifier.score(groups)
-    credit = GroupAdvantageSignal(GroupAdvantage())
-    check_signal(credit, judged, provides=frozenset({Column.ADVANTAGE}))
-    reference = ReferenceSignal(FakePolicy({"a": 0.5, "b": 0.5}))
-    check_signal(reference, groups, provides=frozenset({Column.REFERENCE_LOGPROB}))
+    tools = tools_of(input=FakePolicy({"a": 0.5, "b": 0.5}))
+    assert Verify().provides == {Column.REWARD}
+    judged = check_signal(Verify(), groups, tools)
+    assert GroupAdvantage().provides == {Column.ADVANTAGE}
+    check_signal(GroupAdvantage(), judged, tools)
+    assert ReferenceLogprobs().provides == {Column.REFERENCE_LOGPROB}
+    check_signal(ReferenceLogprobs(), groups, tools)
 
 
 def test_a_broken_part_fails_its_contract():
-    class Forgetful:
-        def score(self, groups):
+    class Forgetful(Signal):
+        provides = frozenset()
+
+        def score(self, groups, tools):
             return groups[:-1]
 
-    class Copier:
-        def score(self, groups):
+    class Copier(Signal):
+        provides = frozenset()
+
+        def score(self, groups, tools):
             return [as_group(*(replace(m.trajectory) for m in g.members)) for g in groups]
 
-    class Cursor:
-        def __init__(self):
-            self.at = 0
+    class CursorStream(PureStream):
+        at = 0
 
         def draw(self, num_groups, *, step):
             self.at += 1
             return rollouts(seed=self.at).draw(num_groups, step=step)
 
+    class Cursor(Source):
+        writes = SPEC.writes
+        provides = SPEC.provides
+
+        def open(self, tools, *, seed):
+            return CursorStream()
+
     groups = rollouts().draw(3, step=0)
-    for signal in (Forgetful(), Copier()):
-        with pytest.raises(AssertionError):
-            check_signal(signal, groups, provides=frozenset())
+    with pytest.raises(AssertionError, match="3 groups in, 2 out"):
+        check_signal(Forgetful(), groups)
+    with pytest.raises(AssertionError, match="must not copy"):
+        check_signal(Copier(), groups)
     with pytest.raises(AssertionError, match="same step twice"):
-        check_source(Cursor(), provides=SPEC.provides)
+        check_source(Cursor())
 
 
 def test_rollouts_know_their_author_version_and_distribution():
@@ -97,7 +118,7 @@ def test_rollouts_know_their_author_version_and_distribution():
 def test_rollouts_share_task_sets_and_cover_an_epoch():
     other = FakeTaskSet(name="others", size=4)
     spec = Rollouts(tasks=("letters", "others"), group_size=1, max_new_tokens=3)
-    source = RolloutStream(spec, {"letters": TASKS, "others": other}, live(), 0)
+    source = spec.open(tools_of(None, other), seed=0)
     keys = [g.task for step in range(4) for g in source.draw(4, step=step)]
     assert sum(k.startswith("letters") for k in keys) == 8
     assert len({k for k in keys if k.startswith("letters")}) == 8, "each prompt once per epoch"
@@ -110,18 +131,18 @@ def test_a_prompt_without_room_is_refused():
 
 
 def test_a_group_of_one_or_without_rewards_is_refused():
-    credit = GroupAdvantageSignal(GroupAdvantage())
+    score = bound(GroupAdvantage(), fake_tools())
     with pytest.raises(LegalityError, match="at least two members"):
-        credit.score([as_group(example_trajectory())])
+        score([as_group(example_trajectory())])
     with pytest.raises(LegalityError, match="each with a reward"):
-        credit.score([as_group(example_trajectory(), example_trajectory())])
+        score([as_group(example_trajectory(), example_trajectory())])
 
 
 def test_measuring_an_exactly_known_policy():
     """Success rate, entropy and KL of a two-letter policy against their closed forms."""
     policy, base = FakePolicy({"a": 0.3, "b": 0.7}), FakePolicy({"a": 0.6, "b": 0.4})
     seen = []
-    result = measure(
+    result = measure_policy(
         "fake",
         policy,
         [FakeTaskSet(size=40)],
@@ -136,11 +157,11 @@ def test_measuring_an_exactly_known_policy():
     entropy = -(0.3 * np.log(0.3) + 0.7 * np.log(0.7)) / 2  # two tokens, the second is certain
     assert task.nll.mean() == pytest.approx(entropy, abs=0.02)
     kl = 0.3 * np.log(0.3 / 0.6) + 0.7 * np.log(0.7 / 0.4)
-    assert task.kl_base.mean() == pytest.approx(kl, abs=0.08)
+    assert task.raw["kl_base"].mean() == pytest.approx(kl, abs=0.08)
     assert (task.distinct == 2).all()
     assert not task.truncated.any()
     assert [e.done for e in seen] == [0, 1]
-    again = measure(
+    again = measure_policy(
         "fake",
         policy,
         [FakeTaskSet(size=40)],
@@ -155,7 +176,7 @@ def test_measuring_an_exactly_known_policy():
 def test_every_update_of_a_draw_sees_every_task_set():
     other = FakeTaskSet(name="others", size=8)
     spec = Rollouts(tasks=("letters", "others"), group_size=1, max_new_tokens=3)
-    source = RolloutStream(spec, {"letters": TASKS, "others": other}, live(), 0)
+    source = spec.open(tools_of(None, other), seed=0)
     for step in range(3):
         groups = source.draw(8, step=step)
         for update in range(2):

@@ -11,7 +11,7 @@ from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind, Producer, Role, Span
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
-from posttrain.parts.composition import Composition
+from posttrain.parts.composition import Composition, method
 from posttrain.parts.credit.advantages import (
     BestOfKAdvantage,
     DecoupledAdvantage,
@@ -20,6 +20,7 @@ from posttrain.parts.credit.advantages import (
 )
 from posttrain.parts.credit.selection import (
     ClipCovariance,
+    DropCutOff,
     KeepInformative,
     MarkCovariance,
     covariances,
@@ -30,9 +31,11 @@ from posttrain.parts.logprobs import ReferenceLogprobs, TrainerLogprobs
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.testing import fake_tools
 from posttrain.training.draw_metrics import mismatch_metrics
 
 EPS = 1e-6
+TOOLS = fake_tools()
 ME = Producer(kind=Kind.LEARNER, name="me")
 ASKER = Producer(kind=Kind.ENVIRONMENT, name="task")
 
@@ -64,7 +67,7 @@ def of_rewards(*rewards):
 def advantages(groups, spec):
     """Per group and member, the advantage at the last token; all written tokens must agree."""
     out = []
-    for g in GroupAdvantageSignal(spec).score(groups):
+    for g in spec.score(groups, TOOLS):
         row = []
         for m in g.members:
             values = m.columns[Column.ADVANTAGE]
@@ -184,7 +187,7 @@ def test_token_rewards_are_part_of_the_return():
 def test_returns_to_go_leave_out_what_was_earned_before():
     g = group(member(1.0, 3, token_reward=[-0.5, 0.25, -1.0]), member(0.0, 1, token_reward=[0.5]))
     spec = GroupAdvantage(baseline="constant", value=0.0, scale="none", credit="to_go")
-    first, second = GroupAdvantageSignal(spec).score([g])[0].members
+    first, second = spec.score([g], TOOLS)[0].members
     np.testing.assert_allclose(first.columns[Column.ADVANTAGE][2:], [-0.25, 0.25, 0.0])
     np.testing.assert_allclose(second.columns[Column.ADVANTAGE][2:], [0.5])
 
@@ -225,26 +228,26 @@ def test_best_of_k_is_an_unbiased_gradient_of_the_expected_best():
 
 
 def test_best_of_the_whole_group_rewards_its_lead_only():
-    [g] = BestOfKSignal(BestOfKAdvantage()).score([of_rewards(0.2, 0.9, 0.5)])
+    [g] = BestOfKAdvantage().score([of_rewards(0.2, 0.9, 0.5)], TOOLS)
     np.testing.assert_allclose([m.columns[Column.ADVANTAGE][-1] for m in g.members], [0, 0.4, 0])
-    [flat] = BestOfKSignal(BestOfKAdvantage(k=2)).score([of_rewards(0.3, 0.3, 0.3)])
+    [flat] = BestOfKAdvantage(k=2).score([of_rewards(0.3, 0.3, 0.3)], TOOLS)
     assert all((m.columns[Column.ADVANTAGE] == 0).all() for m in flat.members)
     with pytest.raises(LegalityError, match="at least 3 members"):
-        BestOfKSignal(BestOfKAdvantage(k=3)).score([of_rewards(1.0, 0.0)])
+        BestOfKAdvantage(k=3).score([of_rewards(1.0, 0.0)], TOOLS)
 
 
 def test_decoupled_rewards_are_normalised_one_by_one():
     first = group(member(1.0, token_reward=[-9.0]), member(0.0, token_reward=[-1.0]))
     second = group(member(0.5, token_reward=[0.0]), member(0.5, token_reward=[2.0]))
     spec = DecoupledAdvantage(weights=(1.0, 0.5))
-    scored = DecoupledSignal(spec).score([first, second])
+    scored = spec.score([first, second], TOOLS)
     a = 1 / np.sqrt(2)  # (1 - 0.5) / std of {0, 1}, whatever the scale of a reward
     sums = np.array([a - 0.5 * a, -a + 0.5 * a, -0.5 * a, 0.5 * a])
     want = sums / np.sqrt((sums**2).sum() / 3)
     got = [m.columns[Column.ADVANTAGE][-1] for g in scored for m in g.members]
     np.testing.assert_allclose(got, want, rtol=1e-5)
     same = group(*(member(0.1, token_reward=[0.2]) for _ in range(3)))
-    [flat] = DecoupledSignal(spec).score([same])
+    [flat] = spec.score([same], TOOLS)
     assert all((m.columns[Column.ADVANTAGE] == 0).all() for m in flat.members)
 
 
@@ -253,8 +256,8 @@ def test_penalties_add_up_and_stay_off_the_prompt():
         member(1.0, 3, behaviour_logprob=[-1.0, -2.0, -0.5], reference_logprob=[-1.5, -1.0, -0.5]),
         member(0.0, 1, behaviour_logprob=[-1.0], reference_logprob=[-1.0]),
     )
-    length = SoftLengthPenaltySignal(SoftLengthPenalty(max_tokens=3, cache_tokens=2))
-    both = length.score(KLPenaltySignal(KLPenalty(beta=0.1)).score([g]))[0].members
+    length = SoftLengthPenalty(max_tokens=3, cache_tokens=2)
+    both = length.score(KLPenalty(beta=0.1).score([g], TOOLS), TOOLS)[0].members
     np.testing.assert_allclose(
         both[0].columns[Column.TOKEN_REWARD], [0, 0, -0.05, 0.1, -1.0], atol=1e-12
     )
@@ -264,8 +267,8 @@ def test_penalties_add_up_and_stay_off_the_prompt():
 
 def test_keep_informative_and_cut_off_give_reasons_that_admission_acts_on():
     flat, mixed = of_rewards(1.0, 1.0), group(member(1.0), member(0.0, end=End.LENGTH))
-    groups = KeepInformativeSignal(KeepInformative()).score([flat, mixed])
-    groups = DropCutOffSignal().score(groups)
+    groups = KeepInformative().score([flat, mixed], TOOLS)
+    groups = DropCutOff().score(groups, TOOLS)
     terms = (ClippedPolicyGradient(),)
     admission = admit(groups, terms, version=0, max_age=0)
     assert [len(g.members) for g in admission.kept] == [1]
@@ -274,8 +277,8 @@ def test_keep_informative_and_cut_off_give_reasons_that_admission_acts_on():
         "cut off": [1],
     }
     assert [len(g.members) for g in admission.fresh] == [2, 2]
-    first = DropCutOffSignal().score([group(member(1.0, end=End.LENGTH), member(1.0))])
-    again = KeepInformativeSignal(KeepInformative()).score(first)  # an earlier reason stays
+    first = DropCutOff().score([group(member(1.0, end=End.LENGTH), member(1.0))], TOOLS)
+    again = KeepInformative().score(first, TOOLS)  # an earlier reason stays
     assert sorted(map(str, admit(again, terms, version=0, max_age=0).discarded)) == [
         "cut off",
         "equal rewards",
@@ -302,21 +305,21 @@ def test_covariance_by_hand():
 def test_covariance_signals_touch_the_tokens_they_should():
     groups, cov = with_covariances(), covariances(with_covariances())
     spec = ClipCovariance(share=0.05, low=0.5, high=3.0)
-    clipped = ClipCovarianceSignal(spec).score(groups)
+    clipped = spec.score(groups, TOOLS)
     zeroed = np.concatenate(
         [m.columns[Column.ADVANTAGE][2:] == 0 for g in clipped for m in g.members]
     )
     assert zeroed.sum() == 5  # 5 % of 100 tokens
     assert ((cov[zeroed] > 0.5) & (cov[zeroed] < 3.0)).all()
-    again = ClipCovarianceSignal(spec).score(with_covariances())
+    again = spec.score(with_covariances(), TOOLS)
     repeated = np.concatenate(
         [m.columns[Column.ADVANTAGE][2:] == 0 for g in again for m in g.members]
     )
     assert (zeroed == repeated).all()
-    marked = MarkCovarianceSignal(MarkCovariance(share=0.03)).score(groups)
+    marked = MarkCovariance(share=0.03).score(groups, TOOLS)
     marks = np.concatenate([m.columns[Column.MARK][2:] for g in marked for m in g.members])
     assert set(np.flatnonzero(marks)) == set(np.argsort(-cov)[:3])
-    nothing = ClipCovarianceSignal(ClipCovariance(low=1e6, high=1e7)).score(groups)
+    nothing = ClipCovariance(low=1e6, high=1e7).score(groups, TOOLS)
     kept = zip(groups, nothing, strict=True)
     for a, b in ((a, b) for g, h in kept for a, b in zip(g.members, h.members, strict=True)):
         np.testing.assert_array_equal(a.columns[Column.ADVANTAGE], b.columns[Column.ADVANTAGE])
@@ -431,17 +434,16 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_is_legal(name):
-    method = METHODS[name](tasks=("a",), **OPTIONS.get(name, {}))
-    composition = method.compose()
+    composition = method(name, tasks=("a",), **OPTIONS.get(name, {})).compose()
     check_composition(composition, stage=name)
     assert composition.source.writes == {Kind.LEARNER}
 
 
 def test_methods_spell_out_their_papers():
-    dr = METHODS["dr_grpo"](tasks=("a",), max_new_tokens=50).compose()
+    dr = method("dr_grpo", tasks=("a",), max_new_tokens=50).compose()
     assert dr.signals == (Verify(), GroupAdvantage(scale="none"))
     assert dr.terms == (ClippedPolicyGradient(aggregate="sequence_sum", weight=0.02),)
-    dapo = METHODS["dapo"](tasks=("a",), max_new_tokens=20480, max_draws=1).compose()
+    dapo = method("dapo", tasks=("a",), max_new_tokens=20480, max_draws=1).compose()
     assert dapo.signals == (
         Verify(),
         SoftLengthPenalty(max_tokens=20480, cache_tokens=4096),
@@ -449,6 +451,6 @@ def test_methods_spell_out_their_papers():
         KeepInformative(),
     )
     assert dapo.terms == (ClippedPolicyGradient(clip_high=0.28),)
-    rloo = METHODS["rloo"](tasks=("a",)).compose()
+    rloo = method("rloo", tasks=("a",)).compose()
     credit = GroupAdvantage(baseline="leave_one_out", scale="none")
     assert rloo.signals == (Verify(), ReferenceLogprobs(), KLPenalty(beta=0.03), credit)

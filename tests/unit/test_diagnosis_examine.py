@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from posttrain.core.errors import ConfigError
+from posttrain.diagnosis.conditions import diagnose_task
 from posttrain.diagnosis.examine import FROM_A_BEGINNING, SHARES, WITH_HELP, Examination
-from posttrain.diagnosis.judge import diagnose_task
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.rules import load_rules
-from posttrain.recipe import Measure
+from posttrain.measure.spec import Measure
 
 ROOT = Path(__file__).parents[2]
 SAMPLES, P = 64, 32

@@ -11,7 +11,7 @@ from diagnosis_readings import TRUTHS, evidence, sampling
 from posttrain.core import config
 from posttrain.core.errors import ConfigError
 from posttrain.diagnosis.card import Bottleneck
-from posttrain.diagnosis.judge import diagnose_task
+from posttrain.diagnosis.conditions import diagnose_task
 from posttrain.diagnosis.prescribe import (
     Supplies,
     fill,
@@ -20,7 +20,8 @@ from posttrain.diagnosis.prescribe import (
     prescribe,
 )
 from posttrain.diagnosis.rules import load_rules
-from posttrain.recipe import Measure, Recipe
+from posttrain.measure.spec import Measure
+from posttrain.recipe import Recipe
 from posttrain.run.plan import make_plan
 from posttrain.tasks.jsonl import JsonlTasks
 

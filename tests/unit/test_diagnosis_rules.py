@@ -8,7 +8,7 @@ from diagnosis_readings import TRUTHS, evidence, sampling, seen
 
 from posttrain.core.errors import ConfigError
 from posttrain.diagnosis.card import Bottleneck, Evidence
-from posttrain.diagnosis.judge import Verdict, diagnose_task, judge
+from posttrain.diagnosis.conditions import ConditionVerdict, decide_condition, diagnose_task
 from posttrain.diagnosis.rules import Condition, load_rules
 
 BOOK = load_rules()
@@ -24,16 +24,18 @@ def of(*readings) -> Evidence:
 @pytest.mark.parametrize(
     ("value", "half", "expected"),
     [
-        (0.6, 0.1, Verdict.HOLDS),  # the lower bound lies on the threshold
-        (0.6, 0.11, Verdict.OPEN),
-        (0.9, 0.41, Verdict.OPEN),  # the middle is far above; the bound is not
-        (0.3, 0.1, Verdict.FAILS),
-        (0.4, 0.1, Verdict.OPEN),  # the upper bound lies on it
+        (0.6, 0.1, ConditionVerdict.HOLDS),  # the lower bound lies on the threshold
+        (0.6, 0.11, ConditionVerdict.OPEN),
+        (0.9, 0.41, ConditionVerdict.OPEN),  # the middle is far above; the bound is not
+        (0.3, 0.1, ConditionVerdict.FAILS),
+        (0.4, 0.1, ConditionVerdict.OPEN),  # the upper bound lies on it
     ],
 )
 def test_at_least_is_decided_on_the_bounds_and_at_most_is_its_mirror(value, half, expected):
-    above = judge(Condition(reading="pass@1", at_least=0.5), of(seen("pass@1", value, half=half)))
-    below = judge(
+    above = decide_condition(
+        Condition(reading="pass@1", at_least=0.5), of(seen("pass@1", value, half=half))
+    )
+    below = decide_condition(
         Condition(reading="pass@1", at_most=0.5), of(seen("pass@1", 1 - value, half=half))
     )
     assert above.verdict is below.verdict is expected
@@ -44,34 +46,41 @@ def test_a_difference_takes_the_cautious_ends():
     # 0.8 ± 0.1 less 0.3 ± 0.2 is 0.5 ± 0.3
     for threshold, expected in [(0.2, "holds"), (0.21, "open"), (0.81, "fails")]:
         condition = Condition(reading="pass@64", minus="pass@1", at_least=threshold)
-        assert judge(condition, both).verdict == expected
+        assert decide_condition(condition, both).verdict == expected
 
 
 def test_what_was_not_measured_is_neither_true_nor_false():
     condition = Condition(reading="pass@64", minus="pass@1", at_least=0.1)
-    assert judge(condition, of(seen("pass@64", 0.8))).verdict is Verdict.UNREAD
+    assert decide_condition(condition, of(seen("pass@64", 0.8))).verdict is ConditionVerdict.UNREAD
 
 
 def test_how_much_more_it_takes_follows_the_square_root_law():
     # 0.6 ± 0.3 on 32 prompts against 0.5: a third of the width is needed, so nine times as many.
     found = diagnose_task(evidence({**sampling(0.0, 0.0)}), BOOK)  # decided: nothing is asked for
     assert not found.open
-    wide = judge(Condition(reading="pass@1", at_least=0.5), of(seen("pass@1", 0.6, half=0.3)))
-    assert wide.verdict is Verdict.OPEN
+    wide = decide_condition(
+        Condition(reading="pass@1", at_least=0.5), of(seen("pass@1", 0.6, half=0.3))
+    )
+    assert wide.verdict is ConditionVerdict.OPEN
     assert wide.more == pytest.approx(9)
-    on_it = judge(Condition(reading="pass@1", at_least=0.5), of(seen("pass@1", 0.5, half=0.3)))
+    on_it = decide_condition(
+        Condition(reading="pass@1", at_least=0.5), of(seen("pass@1", 0.5, half=0.3))
+    )
     assert math.isinf(on_it.more)
 
 
 def test_an_infinite_reading_is_judged():
     needs = of(seen("needed_group", math.inf))
-    assert judge(Condition(reading="needed_group", at_least=64), needs).verdict is Verdict.HOLDS
+    assert (
+        decide_condition(Condition(reading="needed_group", at_least=64), needs).verdict
+        is ConditionVerdict.HOLDS
+    )
     half = Evidence(
         task="t",
         readings=(type(seen("pass@1", 0))("needed_group", "t", math.inf, 8, math.inf, 9, 9, ""),),
     )
-    straddles = judge(Condition(reading="needed_group", at_least=64), half)
-    assert (straddles.verdict, straddles.more) == (Verdict.OPEN, math.inf)
+    straddles = decide_condition(Condition(reading="needed_group", at_least=64), half)
+    assert (straddles.verdict, straddles.more) == (ConditionVerdict.OPEN, math.inf)
 
 
 # --- the shipped rules -----------------------------------------------------------------------

@@ -6,8 +6,10 @@ import pytest
 from test_probes_measurement import measured, policy
 
 from posttrain.core.errors import DataError, ResumeRefused
-from posttrain.diagnosis.treat import Chart, _opened
-from posttrain.diagnosis.verdict import judge_stage
+from posttrain.diagnosis.rounds import Chart
+from posttrain.diagnosis.stage_decision import decide_stage
+from posttrain.diagnosis.treat import _opened
+from posttrain.run.folder import RunFolder
 
 
 def rates(**by_task: float):
@@ -20,7 +22,7 @@ def rates(**by_task: float):
 
 
 def decided(before, after, treated, counted=None):
-    return judge_stage(
+    return decide_stage(
         before,
         after,
         treated=treated,
@@ -63,11 +65,11 @@ def test_task_sets_count_alike_whatever_their_size():
 def test_only_the_same_treatment_goes_on_and_a_larger_budget_reopens_it(tmp_path):
     path = tmp_path / "treat.json"
     path.write_bytes(msgspec.json.encode(Chart(ground="g", budget=10, ended="budget spent")))
-    assert _opened(tmp_path, digest="g", budget=10).ended == "budget spent"
-    assert _opened(tmp_path, digest="g", budget=20) == Chart(ground="g", budget=20)
+    assert _opened(RunFolder(tmp_path), digest="g", budget=10).ended == "budget spent"
+    assert _opened(RunFolder(tmp_path), digest="g", budget=20) == Chart(ground="g", budget=20)
     with pytest.raises(ResumeRefused, match="another model"):
-        _opened(tmp_path, digest="h", budget=10)
+        _opened(RunFolder(tmp_path), digest="h", budget=10)
     path.write_text("{")
     with pytest.raises(DataError, match=r"treat\.json is damaged"):
-        _opened(tmp_path, digest="g", budget=10)
-    assert _opened(tmp_path / "new", digest="g", budget=5).rounds == ()
+        _opened(RunFolder(tmp_path), digest="g", budget=10)
+    assert _opened(RunFolder(tmp_path / "new"), digest="g", budget=5).rounds == ()

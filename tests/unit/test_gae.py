@@ -19,7 +19,7 @@ from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
-from posttrain.testing import FakePolicy, as_group, check_signal, example_trajectory
+from posttrain.testing import FakePolicy, as_group, check_signal, example_trajectory, fake_tools
 from posttrain.training.draw_metrics import value_metrics
 
 LIVE = Rollouts(tasks=("sums",))
@@ -59,7 +59,8 @@ def test_without_values_and_discount_every_token_gets_the_reward():
 
 
 def critic(value):
-    return FakePolicy({"a": 1.0}, version=0, judgement=value)
+    """Tools whose learner has this value head."""
+    return fake_tools(FakePolicy({"a": 1.0}, version=0, judgement=value))
 
 
 def rewarded(*rewards, answers=None):
@@ -73,7 +74,7 @@ def rewarded(*rewards, answers=None):
 def test_columns_of_a_draw():
     """Worked out by hand: values are a tenth of the number of characters read."""
     spec = Gae(gamma=1.0, lam=0.0, value_lam=1.0, whiten=False)
-    (group,) = GaeSignal(spec, critic(lambda text: len(text) / 10)).score([rewarded(1.0, 0.5)])
+    (group,) = spec.score([rewarded(1.0, 0.5)], critic(lambda text: len(text) / 10))
     first, second = (m.columns for m in group.members)
     np.testing.assert_allclose(first[Column.OLD_VALUE][3:], [0.3, 0.4, 0.5], rtol=1e-6)
     np.testing.assert_allclose(first[Column.ADVANTAGE][3:], [0.1, 0.1, 0.5], rtol=1e-5)
@@ -90,8 +91,7 @@ def test_token_rewards_are_earned_where_they_stand():
         task=group.task,
         members=tuple(m.with_columns({Column.TOKEN_REWARD: earned}) for m in group.members),
     )
-    signal = GaeSignal(Gae(lam=1.0, whiten=False), critic(lambda text: 0.0))
-    (scored,) = signal.score([group])
+    (scored,) = Gae(lam=1.0, whiten=False).score([group], critic(lambda text: 0.0))
     np.testing.assert_allclose(
         scored.members[0].columns[Column.ADVANTAGE][3:], [0.75, 1.25, 1.0], rtol=1e-6
     )
@@ -100,9 +100,8 @@ def test_token_rewards_are_earned_where_they_stand():
 def test_longer_answers_look_further():
     spec = Gae(lam=0.3, length_alpha=0.5, value_lam=1.0, whiten=False)
     assert [spec.lam_of(n) for n in (1, 2, 4, 40)] == [0.0, 0.0, 0.5, 0.95]
-    signal = GaeSignal(spec, critic(lambda text: 0.1 * len(text)))
     group = rewarded(1.0, answers=[(4, 5, 6, 7)])
-    (scored,) = signal.score([group])
+    (scored,) = spec.score([group], critic(lambda text: 0.1 * len(text)))
     values = 0.1 * np.arange(3, 7)
     expected = by_definition([0, 0, 0, 1.0], values, 1.0, 0.5)
     columns = scored.members[0].columns
@@ -111,21 +110,19 @@ def test_longer_answers_look_further():
 
 
 def test_whitened_over_trained_tokens_of_the_draw():
-    signal = GaeSignal(Gae(), critic(lambda text: len(text) / 10))
-    groups = signal.score([rewarded(1.0, 0.0), rewarded(0.5)])
+    tools = critic(lambda text: len(text) / 10)
+    groups = Gae().score([rewarded(1.0, 0.0), rewarded(0.5)], tools)
     flat = np.concatenate([m.columns[Column.ADVANTAGE][3:] for g in groups for m in g.members])
     assert flat.mean() == pytest.approx(0, abs=1e-6)
     assert flat.std(ddof=1) == pytest.approx(1, abs=1e-4)
-    plain_ = GaeSignal(Gae(whiten=False), critic(lambda text: len(text) / 10))
-    raw = plain_.score([rewarded(1.0, 0.0), rewarded(0.5)])
+    raw = Gae(whiten=False).score([rewarded(1.0, 0.0), rewarded(0.5)], tools)
     assert [m.columns[Column.RETURN].tolist()[3:] for g in raw for m in g.members] == [
         m.columns[Column.RETURN].tolist()[3:] for g in groups for m in g.members
     ], "the critic's target is not whitened"
 
 
 def test_identical_rewards_and_a_flat_critic_teach_nothing():
-    signal = GaeSignal(Gae(lam=1.0), critic(lambda text: 0.25))
-    groups = signal.score([rewarded(1.0, 1.0)])
+    groups = Gae(lam=1.0).score([rewarded(1.0, 1.0)], critic(lambda text: 0.25))
     assert not any(m.columns[Column.ADVANTAGE].any() for g in groups for m in g.members)
 
 
@@ -145,30 +142,30 @@ def test_text_between_turns_has_no_value_and_passes_credit_on():
         task="t/0",
         members=(group.members[0].with_columns({Column.REWARD: np.array(1.0)}),),
     )
-    signal = GaeSignal(Gae(lam=0.5, whiten=False), critic(lambda text: 0.1 * len(text)))
-    columns = signal.score([group])[0].members[0].columns
+    signal = Gae(lam=0.5, whiten=False)
+    columns = signal.score([group], critic(lambda text: 0.1 * len(text)))[0].members[0].columns
     expected = by_definition([0, 0, 1.0], [0.2, 0.5, 0.6], 1.0, 0.5)
     np.testing.assert_allclose(columns[Column.ADVANTAGE][[2, 5, 6]], expected, rtol=1e-5)
     assert np.isnan(columns[Column.RETURN][[0, 1, 3, 4]]).all()
 
 
 def test_contract():
-    signal = GaeSignal(Gae(), critic(lambda text: len(text) / 10))
-    check_signal(signal, [rewarded(1.0, 0.0), rewarded(0.5)], provides=Gae().provides)
-    assert signal.score([]) == []
+    tools = critic(lambda text: len(text) / 10)
+    check_signal(Gae(), [rewarded(1.0, 0.0), rewarded(0.5)], tools)
+    assert Gae().score([], tools) == []
 
 
 def test_no_reward_and_no_head_are_refused():
     bare = as_group(example_trajectory(kind=Kind.LEARNER))
     with pytest.raises(LegalityError, match="no reward"):
-        GaeSignal(Gae(), critic(lambda text: 0.0)).score([bare])
+        Gae().score([bare], critic(lambda text: 0.0))
     with pytest.raises(LegalityError, match="no scalar head"):
-        GaeSignal(Gae(), FakePolicy({"a": 1.0})).score([rewarded(1.0)])
+        Gae().score([rewarded(1.0)], fake_tools(FakePolicy({"a": 1.0})))
 
 
 def test_explained_variance():
-    signal = GaeSignal(Gae(lam=1.0, whiten=False), critic(lambda text: len(text) / 10))
-    scored = signal.score([rewarded(1.0, 0.0)])
+    signal, tools = Gae(lam=1.0, whiten=False), critic(lambda text: len(text) / 10)
+    scored = signal.score([rewarded(1.0, 0.0)], tools)
     returns, values = np.array([1, 1, 1, 0, 0.0]), np.array([0.3, 0.4, 0.5, 0.3, 0.4])
     metrics = value_metrics(scored)
     assert metrics["critic/explained_variance"] == pytest.approx(
@@ -177,7 +174,7 @@ def test_explained_variance():
     assert metrics["critic/value"] == pytest.approx(values.mean())
     assert metrics["critic/return"] == pytest.approx(0.6)
     assert value_metrics([rewarded(1.0)]) == {}
-    flat = signal.score([rewarded(1.0, 1.0)])
+    flat = signal.score([rewarded(1.0, 1.0)], tools)
     assert "critic/explained_variance" not in value_metrics(flat)
 
 

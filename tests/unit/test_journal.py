@@ -9,7 +9,8 @@ import pytest
 
 from posttrain.core.errors import RunError
 from posttrain.parts.legality import Admission
-from posttrain.run.journal import About, Journal, has_started, read_about, read_done, read_progress
+from posttrain.run.folder import StageFolder, StageRecord, StageWriter
+from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger, read, verify
 from posttrain.run.store import read_uses
 from posttrain.testing import as_group, example_trajectory
@@ -53,7 +54,7 @@ class Cut:
 def journal(out, *, cut=None, ledger=None):
     real = ledger or Ledger.open(out / "ledger.jsonl")
     return Journal(
-        out / "stages" / "s-1",
+        StageWriter(out / "stages" / "s-1"),
         ledger=real if cut is None else Cut(real, cut),
         stage="s",
         identity="1" * 64,
@@ -143,7 +144,7 @@ def test_steps_after_the_checkpoint_are_forgotten(tmp_path):
 
 
 def test_shards_without_a_checkpoint_do_not_count(tmp_path, monkeypatch):
-    """A commit at step 3 dies before its checkpoint; the next sitting commits at 2 and 4."""
+    """A commit at step 3 dies before its checkpoint; the next process commits at 2 and 4."""
     learner = FakeLearner()
     book = journal(tmp_path)
     book.resume(learner)
@@ -183,49 +184,57 @@ def test_a_commit_between_its_two_renames(tmp_path):
     book.commit(4, learner)
     (folder / "checkpoint").rename(folder / ".checkpoint.partial")
     (tmp_path / "first").rename(folder / ".checkpoint.old")
-    assert has_started(folder)
+    assert StageWriter(folder).has_started()
     assert journal(tmp_path).resume(learner) == 4
     assert kinds(tmp_path) == WHOLE
 
 
 def test_what_counts_as_started(tmp_path):
     folder = tmp_path / "stages" / "s-1"
+    stage = StageWriter(folder)
     learner = FakeLearner()
     book = journal(tmp_path)
     book.resume(learner)
     take(book, learner, range(1))
-    assert not has_started(folder), "metrics alone are no work that is kept"
+    assert not stage.has_started(), "metrics alone are no work that is kept"
     book.commit(1, learner)
-    assert has_started(folder)
+    assert stage.has_started()
     (folder / "checkpoint").rename(folder / "model")
-    assert has_started(folder), "a finished stage whose checkpoint was cleaned away"
+    assert stage.has_started(), "a finished stage whose checkpoint was cleaned away"
 
 
 @pytest.mark.parametrize(
     ("name", "reader", "fix"),
     [
-        ("checkpoint/progress.json", read_progress, "to start this stage again"),
-        ("stage.json", read_about, "to start this stage again"),
-        ("done.json", read_done, "to export again"),
+        ("checkpoint/progress.json", StageFolder.progress, "to start this stage again"),
+        ("stage.json", StageFolder.record, "to start this stage again"),
+        ("done.json", StageFolder.result, "to export again"),
     ],
 )
 def test_damaged_files_say_what_to_do(tmp_path, name, reader, fix):
-    assert reader(tmp_path) is None
+    assert reader(StageFolder(tmp_path)) is None
     (tmp_path / "model").mkdir()
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{"half')
     with pytest.raises(RunError, match=f"(?s){name}.*is damaged.*{fix}"):
-        reader(tmp_path)
+        reader(StageFolder(tmp_path))
 
 
 def test_a_finished_stage_without_its_model(tmp_path):
     (tmp_path / "done.json").write_text('{"steps": 1, "seconds": 0.0, "digest": "x"}')
     with pytest.raises(RunError, match="its model folder is gone"):
-        read_done(tmp_path)
+        StageFolder(tmp_path).result()
     (tmp_path / "model").mkdir()
-    assert read_done(tmp_path).steps == 1
+    assert StageFolder(tmp_path).result().steps == 1
 
 
-def test_about_reads_what_was_written(tmp_path):
-    (tmp_path / "stage.json").write_text('{"name": "s", "identity": "1", "inputs": {"a": 1}}')
-    assert read_about(tmp_path) == About(name="s", identity="1", inputs={"a": 1})
+def test_a_stage_record_is_read_as_it_was_written(tmp_path):
+    record = StageRecord(name="s", identity="1", init="base", inputs={"a": 1})
+    StageWriter(tmp_path).write_record(record)
+    assert json.loads((tmp_path / "stage.json").read_text()) == {
+        "name": "s",
+        "identity": "1",
+        "init": "base",
+        "inputs": {"a": 1},
+    }
+    assert StageFolder(tmp_path).record() == record

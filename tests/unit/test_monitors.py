@@ -5,8 +5,7 @@ import math
 import pytest
 
 from posttrain.core.errors import ConfigError
-from posttrain.core.monitors import Watch, alarms
-from posttrain.recipe import Monitors
+from posttrain.core.monitors import Monitors, Watch, alarms
 
 
 def rang(bounds, *steps):

@@ -13,16 +13,16 @@ from posttrain.core.errors import ConfigError, RunError
 from posttrain.measure.attribution import (
     FOLDS,
     MATERIAL,
+    ChangeKind,
     MeasuredRole,
-    Part,
     attribute,
-    compare,
+    attribute_changes,
     contributions,
     role_in_run,
 )
 from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.spec import Measure
 from posttrain.measure.support import cutoffs
-from posttrain.recipe import Measure
 
 EPSILON = Measure(samples=64).threshold
 NAMES = (
@@ -67,17 +67,24 @@ def test_reported_parts_add_up_to_the_change() -> None:
     p = rng.beta(0.3, 0.5, 40)
     a = attribute(sampled(p, rng), sampled(p[::-1], rng), epsilon=EPSILON)
     v = {part: interval.value for part, interval in a.parts.items()}
-    signed = v[Part.NEWLY_REACHABLE] + v[Part.SHARPENED] - v[Part.WEAKENED] - v[Part.LOST]
-    assert set(v) == set(Part)
-    assert signed + v[Part.UNDETERMINED] == pytest.approx(a.change.value, abs=1e-12)
+    signed = (
+        v[ChangeKind.NEWLY_REACHABLE]
+        + v[ChangeKind.SHARPENED]
+        - v[ChangeKind.WEAKENED]
+        - v[ChangeKind.LOST]
+    )
+    assert set(v) == set(ChangeKind)
+    assert signed + v[ChangeKind.UNDETERMINED] == pytest.approx(a.change.value, abs=1e-12)
     assert a.after.value - a.before.value == pytest.approx(a.change.value, abs=1e-12)
     net = a.undetermined_gain.value - a.undetermined_loss.value
-    assert v[Part.UNDETERMINED] == pytest.approx(net, abs=1e-12)
+    assert v[ChangeKind.UNDETERMINED] == pytest.approx(net, abs=1e-12)
     assert a.balance.value == pytest.approx(a.gained.value - a.gone.value, abs=1e-12)
-    assert a.gained.value == pytest.approx(v[Part.NEWLY_REACHABLE] + v[Part.SHARPENED], abs=1e-12)
-    assert a.gone.value == pytest.approx(v[Part.WEAKENED] + v[Part.LOST], abs=1e-12)
+    assert a.gained.value == pytest.approx(
+        v[ChangeKind.NEWLY_REACHABLE] + v[ChangeKind.SHARPENED], abs=1e-12
+    )
+    assert a.gone.value == pytest.approx(v[ChangeKind.WEAKENED] + v[ChangeKind.LOST], abs=1e-12)
     gains = a.gained.value + a.undetermined_gain.value
-    assert v[Part.KEPT] + gains == pytest.approx(a.after.value, abs=1e-12)
+    assert v[ChangeKind.KEPT] + gains == pytest.approx(a.after.value, abs=1e-12)
 
 
 def test_turning_time_around_turns_gains_into_losses() -> None:
@@ -180,8 +187,11 @@ def test_intervals_of_the_parts_cover(power: float) -> None:
     rng = np.random.default_rng(5)
     p = rng.beta(0.4, 0.8, 30_000)
     part = split(sampled(p, rng), sampled(p**power, rng))
-    truth = {p: part[str(p)].mean() for p in (Part.SHARPENED, Part.WEAKENED, Part.KEPT, Part.LOST)}
-    hits: dict[Part, list[bool]] = {t: [] for t in truth}
+    truth = {
+        p: part[str(p)].mean()
+        for p in (ChangeKind.SHARPENED, ChangeKind.WEAKENED, ChangeKind.KEPT, ChangeKind.LOST)
+    }
+    hits: dict[ChangeKind, list[bool]] = {t: [] for t in truth}
     for _ in range(150):
         p = rng.beta(0.4, 0.8, 24)
         a = attribute(sampled(p, rng), sampled(p**power, rng), epsilon=EPSILON)
@@ -238,7 +248,7 @@ def test_an_amount_never_claims_to_be_below_zero() -> None:
     rng = np.random.default_rng(8)
     for _ in range(20):
         a = attribute(sampled(MIDDLE, rng), sampled(MIDDLE**0.8, rng), epsilon=EPSILON)
-        for amount in (a.gained, a.gone, a.parts[Part.WEAKENED], a.undetermined_loss):
+        for amount in (a.gained, a.gone, a.parts[ChangeKind.WEAKENED], a.undetermined_loss):
             assert amount.low <= amount.value <= amount.high
             assert amount.high >= 0
         assert a.retention is not None
@@ -255,7 +265,7 @@ def test_retention() -> None:
     a = attribute(sampled(np.full(40, 0.8), rng), sampled(half, rng), epsilon=EPSILON)
     assert a.retention is not None
     assert a.retention.low <= 0.5 <= a.retention.high
-    kept = a.parts[Part.KEPT].value / a.before.value
+    kept = a.parts[ChangeKind.KEPT].value / a.before.value
     assert a.retention.value == pytest.approx(kept, abs=1e-12)
     from_nothing = attribute(sampled(half * 0, rng), sampled(half, rng), epsilon=EPSILON)
     assert from_nothing.retention is None
@@ -269,12 +279,12 @@ def test_compare_takes_tasks_by_name_and_repeats() -> None:
     sums, products = (rng.random((16, 64)) < rng.beta(0.5, 0.5, (16, 1)) for _ in range(2))
     base = policy(measured(sums, "sums"), measured(products, "products"))
     tuned = policy(measured(products, "products"), measured(~sums, "sums"), name="tuned")
-    c = compare(base, tuned, epsilon=EPSILON, seed=5)
+    c = attribute_changes(base, tuned, epsilon=EPSILON, seed=5)
     assert (c.before, c.after) == ("base", "tuned")
     assert [t.task for t in c.tasks] == [s.task for s in c.support] == ["sums", "products"]
     assert c.tasks[0].after.value == pytest.approx((~sums).mean())
     assert c.tasks[1].change.value == 0.0
-    assert c == compare(base, tuned, epsilon=EPSILON, seed=5)
+    assert c == attribute_changes(base, tuned, epsilon=EPSILON, seed=5)
     assert c.task("products") is c.tasks[1]
     assert c.task("other") is None
 
@@ -282,7 +292,7 @@ def test_compare_takes_tasks_by_name_and_repeats() -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     task = measured(np.zeros((3, 4)))
     with pytest.raises(RunError, match="measured in different ways"):
-        compare(policy(task), policy(task, protocol="q" * 64), epsilon=0.5)
+        attribute_changes(policy(task), policy(task, protocol="q" * 64), epsilon=0.5)
     with pytest.raises(RunError, match="4 and 8 samples"):
         attribute(task, measured(np.zeros((3, 8))), epsilon=0.5)
     with pytest.raises(ConfigError, match="1 sample"):

@@ -7,8 +7,10 @@ import pytest
 from test_probes_measurement import measured
 
 from posttrain.core.errors import ConfigError
-from posttrain.measure.calibration import _gaps, calibration_error
+from posttrain.measure.calibration import _gaps
 from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.readings import read
+from posttrain.measure.voting import answers_column
 
 
 def drawn(
@@ -26,7 +28,7 @@ def test_a_calibrated_policy_is_not_found_guilty() -> None:
     values, covered = [], []
     for _ in range(60):
         said = rng.choice([0.6, 0.75, 0.9], 32)
-        r = calibration_error(drawn(said, rng.random(32) < said, rng))
+        r = read("calibration_error", drawn(said, rng.random(32) < said, rng))
         values.append(r.value)
         covered.append(r.low == 0)
     assert np.mean(covered) >= 0.95
@@ -37,8 +39,7 @@ def test_the_gaps_of_a_calibrated_policy_have_expectation_zero_in_every_bin() ->
     rng = np.random.default_rng(3)
     said = rng.choice([0.55, 0.65, 0.75, 0.9], 6000)
     task = drawn(said, rng.random(6000) < said, rng, n=8)
-    assert task.answers is not None
-    gaps = _gaps(task.answers, task.successes)
+    gaps = _gaps(task.need(answers_column), task.successes)
     error = gaps.std(axis=0) / np.sqrt(6000)
     assert (np.abs(gaps.mean(axis=0)) < 4 * error).all()
     assert (error > 0).all()
@@ -49,7 +50,8 @@ def test_a_known_error_is_found() -> None:
     # right by 0.4 too seldom, those of the second (a tenth) by 0.4 too often.
     rng = np.random.default_rng(1)
     found = [
-        calibration_error(drawn(np.full(64, 0.9), rng.random(64) < 0.5, rng)) for _ in range(25)
+        read("calibration_error", drawn(np.full(64, 0.9), rng.random(64) < 0.5, rng))
+        for _ in range(25)
     ]
     assert np.mean([r.value for r in found]) == pytest.approx(0.4, abs=0.05)
     assert all(r.low > 0.05 for r in found)
@@ -58,7 +60,7 @@ def test_a_known_error_is_found() -> None:
 
 def test_the_word_says_in_which_direction() -> None:
     rng = np.random.default_rng(2)
-    over = calibration_error(drawn(np.full(40, 0.95), rng.random(40) < 0.3, rng))
+    over = read("calibration_error", drawn(np.full(40, 0.95), rng.random(40) < 0.3, rng))
     assert "less often" in over.words
     with pytest.raises(ConfigError, match="at least 4"):
-        calibration_error(drawn(np.full(8, 0.9), np.ones(8, bool), rng, n=3))
+        read("calibration_error", drawn(np.full(8, 0.9), np.ones(8, bool), rng, n=3))

@@ -9,14 +9,8 @@ import pytest
 from test_probes_measurement import measured
 
 from posttrain.core.errors import ConfigError
-from posttrain.measure.diversity import (
-    answer_entropies,
-    answer_variety,
-    form,
-    highest_entropy,
-    token_entropy,
-    verifier_disagreement,
-)
+from posttrain.measure.diversity import answer_entropies, highest_entropy
+from posttrain.measure.readings import read, take
 
 
 def two_answers(c: int, n: int) -> np.ndarray:
@@ -52,16 +46,18 @@ def test_variety_readings() -> None:
     answers = rng.integers(0, 3, (30, 64))
     distinct = [len(set(row)) for row in answers.tolist()]
     task = measured(answers == 0, answers=answers, distinct=distinct)
-    single, entropy, number = answer_variety(task)
-    assert (single.name, single.value) == ("single_answer", 0.0)
+    single, entropy, number = (
+        read(name, task) for name in ("single_answer", "answer_entropy", "distinct_answers")
+    )
+    assert single.value == 0.0
     assert entropy.value == pytest.approx(log(3), abs=0.02)
     assert entropy.low < entropy.value < entropy.high
     assert number.value == 3.0
     collapsed = np.zeros((32, 8), int)
-    same = answer_variety(measured(collapsed == 0, answers=collapsed))[0]
+    same = read("single_answer", measured(collapsed == 0, answers=collapsed))
     assert (same.value, same.low) == (1.0, pytest.approx(0.025 ** (1 / 32)))
-    with pytest.raises(ConfigError, match="which answers are the same"):
-        answer_variety(measured(answers == 0))
+    with pytest.raises(ConfigError, match="answers were not kept"):
+        read("answer_entropy", measured(answers == 0))
 
 
 def test_token_entropy_weighs_tokens_not_samples() -> None:
@@ -69,13 +65,13 @@ def test_token_entropy_weighs_tokens_not_samples() -> None:
     nll = np.zeros((12, 10))
     lengths = np.ones((12, 10), int)
     nll[:, 0], lengths[:, 0] = 2.0, 9
-    r = token_entropy(measured(np.zeros((12, 10)), nll=nll, lengths=lengths))
+    r = read("token_entropy", measured(np.zeros((12, 10)), nll=nll, lengths=lengths))
     assert r.value == pytest.approx(1.0)
     # All prompts are alike; others could be anywhere between 0 and the 2 nats that were seen.
     unseen = 1 - 0.025 ** (1 / 12)
     assert (r.low, r.high) == (pytest.approx(1 - unseen), pytest.approx(1 + unseen))
     with pytest.raises(ConfigError, match="no finite log-probs"):
-        token_entropy(measured(np.zeros((3, 2)), nll=np.full((3, 2), np.nan)))
+        read("token_entropy", measured(np.zeros((3, 2)), nll=np.full((3, 2), np.nan)))
 
 
 def test_form() -> None:
@@ -86,7 +82,8 @@ def test_form() -> None:
         self_bleu=np.full(8, 0.5),
         repetition=np.tile([0, 0, 0.2, 0.2], (8, 1)),
     )
-    values = {r.name: r.value for r in form(task)}
+    names = ("truncated", "tokens_per_answer", "self_bleu", "repetition")
+    values = {name: read(name, task).value for name in names}
     assert values == {
         "truncated": 0.25,
         "tokens_per_answer": 2.5,
@@ -94,14 +91,14 @@ def test_form() -> None:
         "repetition": pytest.approx(0.1),
     }
     bare = measured(np.zeros((8, 4)))
-    assert [r.name for r in form(bare)] == ["truncated", "tokens_per_answer"]
+    assert [r.name for r in take(bare) if r.name in names] == ["tokens_per_answer", "truncated"]
 
 
 def test_verifier_disagreement_is_exact_over_answers() -> None:
     recheck = np.zeros((32, 4), bool)
     recheck[:4, 0] = True
-    r = verifier_disagreement(measured(np.zeros((32, 8)), recheck=recheck))
+    r = read("verifier_disagreement", measured(np.zeros((32, 8)), recheck=recheck))
     assert (r.value, r.units, r.samples) == (4 / 128, 32, 4)
     assert r.low == pytest.approx(0.0086, abs=1e-4)  # Clopper and Pearson, 4 of 128
     with pytest.raises(ConfigError, match="scored twice"):
-        verifier_disagreement(measured(np.zeros((4, 8))))
+        read("verifier_disagreement", measured(np.zeros((4, 8))))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from posttrain.core.errors import ConfigError
-from posttrain.diagnosis.importance import Evidence, odds_words
+from posttrain.diagnosis.importance import ImportanceSample, odds_words
 
 
-def evidence(log_base, log_later, counts, n, **own) -> Evidence:  # type: ignore[no-untyped-def]
+def evidence(log_base, log_later, counts, n, **own) -> ImportanceSample:  # type: ignore[no-untyped-def]
     seen = np.flatnonzero(counts)
-    return Evidence(
+    return ImportanceSample(
         log_base=np.asarray(log_base)[seen],
         log_later=np.asarray(log_later)[seen],
         times=np.asarray(counts)[seen],
@@ -177,9 +177,9 @@ def test_impossible_evidence_is_refused(fields) -> None:  # type: ignore[no-unty
         "times": np.array([3]),
         "num_samples": 64,
     }
-    Evidence(**usual)
+    ImportanceSample(**usual)
     with pytest.raises(ConfigError):
-        Evidence(**{**usual, **fields})
+        ImportanceSample(**{**usual, **fields})
 
 
 def test_odds_in_words() -> None:

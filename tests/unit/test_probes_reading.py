@@ -7,7 +7,8 @@ import math
 import pytest
 
 from posttrain.core.errors import ConfigError
-from posttrain.measure.reading import NAMES, Reading, meaning
+from posttrain.measure.reading import Reading
+from posttrain.measure.registry import find_metric, metrics
 
 ASKED = [
     "pass@1",
@@ -19,8 +20,7 @@ ASKED = [
     "in_share",
     "out_share",
     "undetermined_share",
-    "all_wrong",
-    "all_right",
+    "all_wrong@64",
     "informative@8",
     "needed_group",
     "answer_entropy",
@@ -56,15 +56,17 @@ ASKED = [
 
 @pytest.mark.parametrize("name", ASKED)
 def test_names_that_rules_use_exist(name: str) -> None:
-    assert meaning(name) in NAMES.values()
-    assert Reading(name, "sums", 0.5, 0.5, 1.0, 8, 4, "half").meaning is meaning(name)
+    metric = find_metric(name).metric
+    assert metric in metrics()
+    assert Reading(name, "sums", 0.5, 0.5, 1.0, 8, 4, "half").metric is metric
 
 
 def test_every_listed_name_can_be_read_with_its_number() -> None:
     numbers = {"k": "4", "g": "8", "t": "0.5", "f": "0.25"}
-    for listed, entry in NAMES.items():
-        stem, mark, letter = listed.rpartition("@") if "@" in listed else listed.rpartition("^")
-        assert meaning(f"{stem}{mark}{numbers[letter]}" if mark else listed) is entry
+    for metric in metrics():
+        k = float(numbers[metric.parameter.letter]) if metric.parameter else 0.0
+        asked = find_metric(metric.at(k))
+        assert (asked.metric, asked.k) == (metric, k)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_other_names_are_refused(name: str) -> None:
 
 def test_a_misspelt_name_gets_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'retention'"):
-        meaning("retenion")
+        find_metric("retenion")
 
 
 def test_bounds_hold_the_value_and_infinity_is_a_value() -> None:

@@ -18,8 +18,9 @@ from posttrain.measure.readings import (
     take,
     take_change,
 )
+from posttrain.measure.registry import Estimation
 
-EPSILON = 1 - 0.05 ** (1 / 64)
+HOW = Estimation(epsilon=1 - 0.05 ** (1 / 64))
 
 
 def drawn(rate: float, seed: int = 0, prompts: int = 24, n: int = 64) -> TaskMeasurement:
@@ -45,10 +46,11 @@ def by_name(readings: tuple[Reading, ...]) -> dict[str, Reading]:
 
 def test_every_reading_of_a_full_measurement() -> None:
     task = drawn(0.3)
-    found = by_name(take(task, epsilon=EPSILON))
+    found = by_name(take(task, HOW))
     expected = (
-        "pass@1 pass@2 pass@4 pass@8 pass@16 pass@32 pass@64 pass^4 pass^8 cover@0.1 cover@0.5 "
-        "cover@0.9 in_share out_share undetermined_share all_wrong all_right band_share "
+        "pass@1 pass@2 pass@4 pass@8 pass@16 pass@32 pass@64 pass^4 pass^8 pass^64 "
+        "cover@0.1 cover@0.5 cover@0.9 in_share out_share undetermined_share all_wrong@64 "
+        "band_share "
         "informative@4 informative@8 informative@16 needed_group efficiency_gap truncated "
         "tokens_per_answer self_bleu repetition token_entropy answer_entropy single_answer "
         "distinct_answers maj@16 calibration_error verifier_disagreement"
@@ -65,13 +67,20 @@ def test_every_reading_of_a_full_measurement() -> None:
 
 def test_old_files_give_fewer_readings_and_say_why() -> None:
     bare = measured(np.random.default_rng(0).random((24, 8)) < 0.5, nll=np.full((24, 8), np.nan))
-    found = by_name(take(bare, epsilon=0.4))
+    found = by_name(take(bare, Estimation(epsilon=0.4)))
     assert "pass@8" in found
     assert not {"answer_entropy", "maj@16", "token_entropy", "self_bleu"} & set(found)
-    assert len(not_taken(bare)) == 4
+    assert not_taken(bare) == (
+        "answers were not kept: no maj@16, answer_entropy, calibration_error",
+        "8 samples per prompt: no informative@16",
+        "texts were not looked at: no self_bleu, repetition",
+        "no finite log-probs: no token_entropy",
+        "no answer was scored twice, so the verifier may not be deterministic: no "
+        "verifier_disagreement",
+    )
     assert "informative@16" not in found
     few = drawn(0.5, n=8)
-    assert not_taken(few) == ("8 samples per prompt: no majority vote of 16",)
+    assert not_taken(few) == ("8 samples per prompt: no maj@16, informative@16",)
 
 
 def test_room_is_asked_of_known_answers_and_of_the_way_the_policy_takes() -> None:
@@ -91,7 +100,7 @@ def test_room_is_asked_of_known_answers_and_of_the_way_the_policy_takes() -> Non
 
 def test_changes() -> None:
     before, after = drawn(0.3), drawn(0.6, seed=1)
-    found = by_name(take_change(before, after, epsilon=EPSILON))
+    found = by_name(take_change(before, after, HOW))
     assert set(found) == {
         "expanded_share",
         "shrunk_share",
@@ -100,7 +109,7 @@ def test_changes() -> None:
         "sharpening_tax",
     }
     assert found["retention"].value > 0.9
-    none = by_name(take_change(drawn(0.0), drawn(0.0, seed=1), epsilon=EPSILON))
+    none = by_name(take_change(drawn(0.0), drawn(0.0, seed=1), HOW))
     assert "retention" not in none
 
 
@@ -113,8 +122,9 @@ def test_paired_changes_of_diversity_and_cost() -> None:
     assert tokens is not None
     assert tokens.value == pytest.approx(after.lengths.mean() - before.lengths.mean())
     assert paired_change("answer_entropy", before, measured(np.zeros((24, 64)))) is None
-    with pytest.raises(ConfigError, match="the change of self_bleu"):
-        paired_change("self_bleu", before, after)
+    for name in ("in_share", "retention", "kl_prior"):
+        with pytest.raises(ConfigError, match=f"the change of {name}"):
+            paired_change(name, before, after)
     with pytest.raises(RunError, match="24 and 23 prompts"):
         paired_change("tokens_per_answer", before, drawn(0.3, prompts=23))
 
@@ -124,5 +134,5 @@ def test_too_few_prompts_are_named() -> None:
     with pytest.raises(ConfigError, match=r"too few prompts to judge by: sums \(4\)"):
         require_prompts(policy(drawn(0.5, prompts=FEWEST - 1)))
     # The probes themselves answer for any number, with intervals that are wide for few.
-    wide = by_name(take(drawn(0.5, prompts=2), epsilon=EPSILON))
+    wide = by_name(take(drawn(0.5, prompts=2), HOW))
     assert wide["pass@1"].high - wide["pass@1"].low > 0.5

@@ -8,6 +8,7 @@ from scipy import stats
 from test_probes_measurement import measured
 
 from posttrain.core.errors import ConfigError, RunError
+from posttrain.measure.spec import Measure
 from posttrain.measure.support import (
     Label,
     Solvable,
@@ -18,7 +19,6 @@ from posttrain.measure.support import (
     labels,
     support_change,
 )
-from posttrain.recipe import Measure
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 1000, 8192])

@@ -11,7 +11,8 @@ import pytest
 from test_probes_measurement import measured
 
 from posttrain.core.errors import ConfigError
-from posttrain.measure.voting import majority, majority_at_k
+from posttrain.measure.readings import read
+from posttrain.measure.voting import majority_at_k
 
 
 def plurality(votes: tuple[int, ...], right: dict[int, float]) -> float:
@@ -72,10 +73,10 @@ def test_reading_and_refusals() -> None:
     rng = np.random.default_rng(0)
     answers = (rng.random((24, 16)) < 0.3).astype(int)
     task = measured(answers == 0, answers=answers)
-    r = majority(task, 5)
+    r = read("maj@5", task)
     assert (r.name, r.units, r.samples) == ("maj@5", 24, 16)
     assert 0.7 < r.low < r.value < r.high <= 1
     with pytest.raises(ConfigError, match="16 samples"):
-        majority(task, 17)
-    with pytest.raises(ConfigError, match="which answers are the same"):
-        majority(measured(answers == 0), 5)
+        read("maj@17", task)
+    with pytest.raises(ConfigError, match="answers were not kept"):
+        read("maj@5", measured(answers == 0))

@@ -19,11 +19,11 @@ from posttrain.cli.tables import (
     readings_words,
     support_table,
 )
-from posttrain.measure.attribution import compare
+from posttrain.measure.attribution import attribute_changes
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.reading import Reading
+from posttrain.measure.spec import Measure
 from posttrain.measure.support import support_change
-from posttrain.recipe import Measure
 
 SPEC = Measure(samples=64)
 LONG = "/a/very/long/path/to/a/run/of/many/words/that/goes/on/stages/student-f89fc47c/model"
@@ -73,7 +73,8 @@ def test_what_cannot_be_trusted_is_said() -> None:
     cut[:, :16] = True
     recheck = np.zeros((3, 4), bool)
     recheck[0, 0] = True
-    shaky = replace(task, truncated=cut, recheck=recheck, repetition=np.full((3, 64), 0.5))
+    raw = {**task.raw, "recheck": recheck, "repetition": np.full((3, 64), 0.5)}
+    shaky = replace(task, truncated=cut, raw=raw)
     text = measurement_table(policy(shaky), SPEC)
     for words in (
         "3 prompts are too few to judge by",
@@ -86,7 +87,7 @@ def test_what_cannot_be_trusted_is_said() -> None:
 
 def test_comparison_and_change() -> None:
     before, after = named(0.1, 0.5), named(0.6, 0.5, name="grpo")
-    text = comparison_table(compare(before, after, epsilon=SPEC.threshold))
+    text = comparison_table(attribute_changes(before, after, epsilon=SPEC.threshold))
     assert fits(text)
     assert "student-f89fc47c/model → grpo" in text
     beside = change_table(before, after)

@@ -22,7 +22,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-def _supplied(command: Callable[..., None]) -> Callable[..., None]:
+def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that both commands have: what to look at, and what there is to work with."""
     for option in reversed(
         [
@@ -52,7 +52,7 @@ def _supplied(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@_supplied
+@_shared_options
 @click.option("--budget", type=click.IntRange(min=1), help="Rollouts to spend.  [default: 60000]")
 @click.option("--out", type=FOLDER, default=Path("out/diagnosis"), show_default=True)
 def diagnose(
@@ -102,7 +102,7 @@ def diagnose(
 
 
 @click.command()
-@_supplied
+@_shared_options
 @click.option(
     "--budget",
     type=click.IntRange(min=1),
@@ -130,6 +130,7 @@ def treat(
     from rich.console import Console as Terminal
 
     from posttrain.cli.console import Console, interrupts
+    from posttrain.cli.pages import write_cards, write_run_report
     from posttrain.recipe import measuring_recipe
 
     ground = measuring_recipe(tasks, model=model, name="treatment")
@@ -139,7 +140,6 @@ def treat(
     from posttrain.api import treat as run_treat
     from posttrain.diagnosis.rules import load_rules
     from posttrain.diagnosis.show import course
-    from posttrain.report.load import write_report
 
     book = load_rules(rules)
     try:
@@ -158,22 +158,9 @@ def treat(
         click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
         sys.exit(INTERRUPTED)
     Terminal(highlight=False).print(course(done))
-    for page in _pages(out / "diagnoses"):
+    for page in write_cards(out):
         click.echo(f"diagnosis: {page.resolve()}")
-    click.echo(f"report: {write_report(out).resolve()}")
-
-
-def _pages(folder: Path) -> list[Path]:
-    """Write the page of every diagnosis of a treatment, beside its numbers."""
-    from posttrain.core.files import write_atomic
-    from posttrain.diagnosis.card import Diagnosis
-    from posttrain.report.card import render_card
-
-    pages = []
-    for found in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
-        pages.append(found.with_suffix(".html"))
-        write_atomic(pages[-1], render_card(Diagnosis.from_json(found.read_text(encoding="utf-8"))))
-    return pages
+    click.echo(f"report: {write_run_report(out).resolve()}")
 
 
 def _supplies(

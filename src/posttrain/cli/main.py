@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from posttrain.cli import diagnosis as clinic
-from posttrain.core.errors import ConfigError, DataError, PosttrainError, nearest
+from posttrain.cli.diagnosis import diagnose, treat
+from posttrain.core.errors import ConfigError, PosttrainError, nearest
 
 if TYPE_CHECKING:
     from posttrain.measure.measurement import Measurement
-    from posttrain.recipe import Measure, Recipe
+    from posttrain.measure.spec import Measure
     from posttrain.run.pipeline import Outcome
 
 MISTAKE, STOPPED_BY_GATE, INTERRUPTED = 2, 3, 130
@@ -93,9 +93,9 @@ def _go(recipe_path: Path, out: Path | None) -> None:
 
 
 def _finish(outcome: Outcome, say: Callable[[Outcome, Path], None]) -> None:
-    from posttrain.report.load import write_report
+    from posttrain.cli.pages import write_run_report
 
-    say(outcome, write_report(outcome.out))
+    say(outcome, write_run_report(outcome.out))
     if outcome.stopped_by:
         sys.exit(STOPPED_BY_GATE)
 
@@ -133,8 +133,8 @@ def probe(model: str, tasks: Path, out: Path | None, samples: int | None, detail
     click.echo((readings_table if details else measurement_table)(result, recipe.measure))
 
 
-cli.add_command(clinic.diagnose)
-cli.add_command(clinic.treat)
+cli.add_command(diagnose)
+cli.add_command(treat)
 
 
 @cli.command()
@@ -151,7 +151,7 @@ def compare(before: str, after: str | None, tasks: str | None, samples: int | No
 
     BEFORE and AFTER are measurement files, or RUN:POLICY such as out/tour:base. A run folder
     alone compares its base with its last policy. With `--tasks recipe.yaml` they are models, which
-    are measured first: then KL, and how probable new successes were before, are told as well.
+    are measured first: then KL, and how probable new successes were before, are shown as well.
     """
     from posttrain.measure.measurement import require_comparable
     from posttrain.measure.readings import require_prompts
@@ -174,18 +174,18 @@ def compare(before: str, after: str | None, tasks: str | None, samples: int | No
     click.echo(_comparison(first, second, spec))
     if run is not None:
         from posttrain.cli.tables import retention_table
-        from posttrain.report.load import load_retention
+        from posttrain.run.history import read_history
 
-        if kept := load_retention(run):
+        if kept := read_history(run).retained():
             click.echo(f"\n{retention_table(kept)}")
 
 
 def _comparison(first: Measurement, second: Measurement, spec: Measure) -> str:
-    """All that samples of two policies tell."""
+    """All that samples of two policies show."""
     from posttrain.cli.tables import change_table, comparison_table, support_table
-    from posttrain.measure.attribution import compare as attribute
+    from posttrain.measure.attribution import attribute_changes
 
-    change = attribute(first, second, epsilon=spec.threshold, confidence=spec.confidence)
+    change = attribute_changes(first, second, epsilon=spec.threshold, confidence=spec.confidence)
     support = support_table(first, second, spec)
     rest = change_table(first, second, confidence=spec.confidence)
     return f"{comparison_table(change)}\n\n{support}\n\n{rest}"
@@ -208,8 +208,8 @@ def _between(before: str, after: str | None, tasks: Path, samples: int | None) -
         found = compare_models(recipe, *sides, root=tasks.parent, observe=console.observe)
     blocks = [_comparison(found.before, found.after, recipe.measure)]
     for task in recipe.measured_tasks:
-        told = [r for r in found.readings if r.task == task]
-        blocks += [readings_words(f"{task}: distance", told)] if told else []
+        distances = [r for r in found.readings if r.task == task]
+        blocks += [readings_words(f"{task}: distance", distances)] if distances else []
     blocks += [reach_words(found.reach)] if found.reach else []
     blocks += [f"missing: {words}" for words in found.missing]
     return "\n\n".join(blocks)
@@ -221,19 +221,20 @@ def _model_of(name: str) -> str:
     Raises:
         ConfigError: neither of them.
     """
+    from posttrain.run.folder import RunFolder
     from posttrain.run.plan import is_hub_id, model_path
 
-    folder, colon, policy = name.rpartition(":")
+    out, colon, policy = name.rpartition(":")
+    folder = RunFolder(Path(out))
     if Path(name).is_dir():
         return str(Path(name).resolve())
-    if colon and (Path(folder) / "recipe.json").is_file():
+    if colon and folder.is_run:
         if policy == "base":
-            return model_path(_recipe_of(Path(folder)).model, Path(folder))
-        made = sorted((Path(folder) / "stages").glob(f"{policy}-*/model"))
-        if made:
+            return model_path(folder.recipe().model, folder.path)
+        if made := folder.models(policy):
             return str(made[-1].resolve())
-        known = ["base", *(s.name for s in _recipe_of(Path(folder)).stages)]
-        raise ConfigError(f"{folder} has no model of {policy!r}", fix=nearest(policy, known))
+        known = ["base", *(s.name for s in folder.recipe().stages)]
+        raise ConfigError(f"{out} has no model of {policy!r}", fix=nearest(policy, known))
     if not is_hub_id(name):
         raise ConfigError(
             f"no model {name}",
@@ -243,23 +244,13 @@ def _model_of(name: str) -> str:
     return name
 
 
-def _recipe_of(out: Path) -> Recipe:
-    """The recipe of a run folder."""
-    from posttrain.recipe import load_recipe
-
-    if not (out / "recipe.json").is_file():
-        raise ConfigError(
-            f"{out} is not a run folder",
-            expected="a folder that `posttrain run` or `tour` wrote, with recipe.json in it",
-            fix="check the path: it is what --out said, or out/<recipe name>",
-        )
-    return load_recipe(out / "recipe.json")
-
-
 def _policies(out: Path) -> list[str]:
     """Names of the measured policies of a run, in order."""
-    names = ["base", *(s.name for s in _recipe_of(out).stages)]
-    done = [n for n in names if (out / "measurements" / f"{n}.json").is_file()]
+    from posttrain.run.folder import RunFolder
+
+    folder = RunFolder(out)
+    names, measured = ["base", *(s.name for s in folder.recipe().stages)], folder.measured()
+    done = [n for n in names if n in measured]
     if len(done) < 2:
         raise ConfigError(
             f"{out} has measured {', '.join(done) or 'no policy'} so far",
@@ -274,36 +265,24 @@ def _measurement(text: str) -> tuple[Measurement, Measure]:
 
     A file alone is read as :class:`Measure` reads its number of samples by default.
     """
-    from posttrain.measure.measurement import Measurement
-    from posttrain.recipe import Measure
+    from posttrain.measure.spec import Measure
+    from posttrain.run.folder import RunFolder, read_measurement
 
-    path, spec = Path(text), None
-    if not path.is_file():
-        folder, colon, policy = text.rpartition(":")
-        if not colon:
-            raise ConfigError(
-                f"no measurement {text}",
-                expected="a file that `posttrain probe --out` wrote, or RUN:POLICY, such as "
-                "out/tour:base",
-                fix=_how_to_name(path),
-            )
-        recipe = _recipe_of(Path(folder))
-        path, spec = Path(folder) / "measurements" / f"{policy}.json", recipe.measure
-        if not path.is_file():
-            known = [p.stem for p in path.parent.glob("*.json")]
-            raise ConfigError(
-                f"{folder} has no measured policy {policy!r}", fix=nearest(policy, known)
-            )
-    try:
-        found = Measurement.from_json(path.read_text(encoding="utf-8"))
-    except (DataError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a measurement: {error}",
-            expected="a file that `posttrain probe --out` wrote, or RUN:POLICY",
-        ) from None
-    if spec is None:
-        spec = Measure(samples=found.tasks[0].num_samples) if found.tasks else Measure()
-    return found, spec
+    path = Path(text)
+    if path.is_file():
+        found = read_measurement(path)
+        return found, Measure(samples=found.tasks[0].num_samples) if found.tasks else Measure()
+    out, colon, policy = text.rpartition(":")
+    if not colon:
+        raise ConfigError(
+            f"no measurement {text}",
+            expected="a file that `posttrain probe --out` wrote, or RUN:POLICY, such as "
+            "out/tour:base",
+            fix=_how_to_name(path),
+        )
+    folder = RunFolder(Path(out))
+    spec = folder.recipe().measure
+    return folder.measurement(policy), spec
 
 
 def _how_to_name(path: Path) -> str:
@@ -317,10 +296,12 @@ def _how_to_name(path: Path) -> str:
 @click.argument("run_folder", metavar="RUN", type=OUT)
 def report(run_folder: Path) -> None:
     """Write RUN/report.html again: one self-contained page."""
-    _recipe_of(run_folder)
-    from posttrain.report.load import write_report
+    from posttrain.run.folder import RunFolder
 
-    click.echo(write_report(run_folder))
+    RunFolder(run_folder).recipe()
+    from posttrain.cli.pages import write_run_report
+
+    click.echo(write_run_report(run_folder))
 
 
 @cli.command()
@@ -342,11 +323,13 @@ def ledger() -> None:
 @click.option("--head", help="The head that somebody else knows.")
 def verify(path: Path, head: str | None) -> None:
     """Check a run's hash chain. PATH is a run folder or a ledger file."""
+    from posttrain.run.folder import RunFolder
     from posttrain.run.ledger import verify as verify_ledger
 
-    file = path / "ledger.jsonl" if path.is_dir() else path
+    inside = RunFolder(path).ledger_file
+    file = inside if path.is_dir() else path
     if not file.is_file():
-        raise ConfigError(f"no ledger in {path}", expected="a run folder, or its ledger.jsonl")
+        raise ConfigError(f"no ledger in {path}", expected=f"a run folder, or its {inside.name}")
     result = verify_ledger(file, head=head)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.kinds.items()))
     click.echo(f"{file}: the chain holds over {result.num_records} records ({kinds})")

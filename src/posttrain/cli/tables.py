@@ -22,50 +22,31 @@ from posttrain.catalogue import (
 )
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.diagnosis.reachability import TaskReach
-from posttrain.measure.attribution import Attribution, Comparison, Part, compare
-from posttrain.measure.bootstrap import Interval
+from posttrain.measure.attribution import Attribution, ChangeKind, PolicyChange, attribute_changes
+from posttrain.measure.bootstrap import Interval, interval_words
 from posttrain.measure.curves import crossover
-from posttrain.measure.diversity import answer_entropies
-from posttrain.measure.measure import verifier_words
+from posttrain.measure.diversity import repetition_column
 from posttrain.measure.measurement import Measurement, TaskMeasurement
 from posttrain.measure.reading import FEWEST, Reading, number_words
-from posttrain.measure.readings import not_taken, paired_change, take
+from posttrain.measure.readings import not_taken, paired_change, read, take
+from posttrain.measure.registry import Estimation, metrics
+from posttrain.measure.rescoring import verifier_words
+from posttrain.measure.retained import Retained
+from posttrain.measure.spec import Measure
 from posttrain.measure.support import Label, labels, support_change
-from posttrain.measure.voting import answers_of
 from posttrain.parts.base import Term
-from posttrain.recipe import Measure, load_recipe
-from posttrain.report.view import RetentionView
+from posttrain.run.folder import RunFolder
 
 WIDTH = 100
-CHANGES = ("answer_entropy", "distinct_answers", "tokens_per_answer")
-VARIETY = (
-    "informative@8",
-    "answer_entropy",
-    "distinct_answers",
-    "calibration_error",
-    "tokens_per_answer",
-)
 CUT_OFF, LOOPED = 0.05, 0.05
 """Shares of cut-off samples and of repeated 4-grams from which a table warns (the latter: the
 guard of arXiv 2604.08527)."""
 
 
-def interval_words(interval: Interval | None) -> str:
-    """A value and its interval, or a dash.
-
-    Example:
-        >>> interval_words(Interval(value=.5, low=.4, high=.6, num_prompts=8, seed=0,
-        ...                         confidence=.95))
-        '0.50 [0.40, 0.60]'
-    """
-    if interval is None:
-        return "–"
-    return f"{interval.value:z.2f} [{interval.low:z.2f}, {interval.high:z.2f}]"
-
-
 def measurement_table(measurement: Measurement, spec: Measure) -> str:
     """How often a policy succeeds, whether it can learn from itself, and what its answers are."""
     n = measurement.tasks[0].num_samples if measurement.tasks else 0
+    overview = [m.overview for m in metrics() if m.overview is not None]
     success = _table(
         f"{_named(measurement.policy)}: {n} samples per prompt, "
         f"support threshold {spec.threshold:.3g}",
@@ -73,26 +54,18 @@ def measurement_table(measurement: Measurement, spec: Measure) -> str:
     )
     variety = _table(
         "what there is to learn from, and what the answers look like",
-        (
-            "task",
-            "no signal",
-            "groups of 8",
-            "entropy",
-            "answers",
-            "calibration",
-            "tokens",
-        ),
+        ("task", "no signal", *(heading for _, heading in overview)),
     )
     for task in measurement.tasks:
-        read = {r.name: r for r in take(task, epsilon=spec.threshold, confidence=spec.confidence)}
+        found = {r.name: r for r in take(task, _estimation(spec))}
         support = labels(task, epsilon=spec.threshold, confidence=spec.confidence)
         success.add_row(
             task.taskset,
-            *(_cell(read.get(name)) for name in ("pass@1", f"pass@{n}", "maj@16")),
+            *(_cell(found.get(name)) for name in ("pass@1", f"pass@{n}", "maj@16")),
             *(str(sum(x is label for x in support)) for label in Label),
         )
-        silent = f"{read['all_wrong'].value:.2f} wrong\n{read['all_right'].value:.2f} right"
-        cells = (_cell(read.get(name), lines=2) for name in VARIETY)
+        silent = f"{found[f'all_wrong@{n}'].value:.2f} wrong\n{found[f'pass^{n}'].value:.2f} right"
+        cells = (_cell(found.get(name), lines=2) for name, _ in overview)
         variety.add_row(task.taskset, silent, *cells)
     notes = [note for task in measurement.tasks for note in _warnings(task)]
     return "\n".join(
@@ -115,7 +88,7 @@ def readings_table(measurement: Measurement, spec: Measure) -> str:
     """Every reading of a policy, one line each, with the sentence that says what it means."""
     blocks = []
     for task in measurement.tasks:
-        found = take(task, epsilon=spec.threshold, confidence=spec.confidence)
+        found = take(task, _estimation(spec))
         blocks.append(readings_words(task.taskset, found, missing=not_taken(task)))
     return "\n\n".join(blocks)
 
@@ -145,9 +118,9 @@ def _warnings(task: TaskMeasurement) -> list[str]:
             f"  ! {task.taskset}: {len(task.prompts)} prompts are too few to judge by; "
             f"compare and diagnose ask for {FEWEST}"
         )
-    if told := verifier_words(task):
-        found.append(f"  ! {told}")
-    cut, looped = float(task.truncated.mean()), task.repetition
+    if doubts := verifier_words(task):
+        found.append(f"  ! {doubts}")
+    cut, looped = float(task.truncated.mean()), task.find(repetition_column)
     if cut >= CUT_OFF:
         found.append(f"  ! {task.taskset}: {cut:.0%} of samples were cut off by the token budget")
     if looped is not None and float(looped.mean()) >= LOOPED:
@@ -155,7 +128,7 @@ def _warnings(task: TaskMeasurement) -> list[str]:
     return found
 
 
-def comparison_table(comparison: Comparison) -> str:
+def comparison_table(comparison: PolicyChange) -> str:
     """The five-way change per task set, with the role that the intervals support."""
     table = _table(
         f"{_named(comparison.before)} → {_named(comparison.after)}: where the change came from",
@@ -171,7 +144,7 @@ def comparison_table(comparison: Comparison) -> str:
         ),
     )
     for task in comparison.tasks:
-        parts = [task.parts[p] for p in Part if p is not Part.UNDETERMINED]
+        parts = [task.parts[p] for p in ChangeKind if p is not ChangeKind.UNDETERMINED]
         table.add_row(
             task.task,
             f"{task.before.value:.2f} →\n{task.after.value:.2f}",
@@ -223,17 +196,17 @@ def change_table(before: Measurement, after: Measurement, *, confidence: float =
 
     Differences are paired by prompt.
     """
+    how = Estimation(confidence=confidence)
+    changing = [m for m in metrics() if m.in_changes]
+    headings = (m.name.replace("_", " ") for m in changing)
     table = _table(
         f"{_named(before.policy)} → {_named(after.policy)}: variety and cost",
-        ("task", "answer entropy", "distinct answers", "tokens per answer", "behind from k ="),
+        ("task", *headings, "behind from k ="),
     )
     for old in before.tasks:
         new = after.task(old.taskset)
-        cells = []
-        for name in CHANGES:
-            change = paired_change(name, old, new, confidence=confidence)
-            cells.append("–" if change is None else _changed(change, *_ends(name, old, new)))
-        crossing = crossover(old, new, confidence=confidence)
+        cells = [_changed(m.name, old, new, how) for m in changing]
+        crossing = crossover(old, new, how).interval
         k = number_words(crossing.value, digits=0)
         bounds = [number_words(b, digits=0) for b in (crossing.low, crossing.high)]
         table.add_row(old.taskset, *cells, f"{k}\n[{bounds[0]}, {bounds[1]}]")
@@ -247,21 +220,21 @@ def change_table(before: Measurement, after: Measurement, *, confidence: float =
     )
 
 
-def retention_table(kept: Sequence[RetentionView]) -> str:
+def retention_table(retained: Sequence[Retained]) -> str:
     """What later stages left of what each task set had; a dash where there was no later stage."""
     columns = ("task set", "first gained in", "before that", "since then", "forgotten", "handed on")
     table = _table("retention over the stages", columns)
-    for row in kept:
+    for row in retained:
         numbers = (row.forward, row.backward, row.forgetting, row.handoff)
-        cells = ("–" if e.value is None else e.words for e in numbers)
+        cells = (interval_words(r, missing="–") for r in numbers)
         table.add_row(row.task, row.learned, *cells)
-    told = (
+    legend = (
         "first gained in: the first stage clearly above the base. before that: gain over the base\n"
         "by earlier stages (forward transfer). since then: change of pass@1 by later stages\n"
         "(backward transfer). forgotten: best pass@1 so far less the last. handed on: of the\n"
         "prompts its stage brought into reach, the share still there."
     )
-    return f"{_text(table)}\n{told}"
+    return f"{_text(table)}\n{legend}"
 
 
 def reach_words(reached: Sequence[TaskReach], *, most: int = 4) -> str:
@@ -277,23 +250,19 @@ def reach_words(reached: Sequence[TaskReach], *, most: int = 4) -> str:
     return "\n".join(lines)
 
 
-def _ends(name: str, *sides: TaskMeasurement) -> list[float]:
-    """The value of a reading before and after."""
-    values = []
-    for task in sides:
-        if name == "answer_entropy":
-            values.append(float(answer_entropies(answers_of(task)).mean()))
-        elif name == "distinct_answers":
-            values.append(float(task.distinct.mean()))
-        else:
-            values.append(float(task.lengths.mean()))
-    return values
-
-
-def _changed(change: Reading, old: float, new: float) -> str:
+def _changed(name: str, old: TaskMeasurement, new: TaskMeasurement, how: Estimation) -> str:
+    """Before and after, and the paired change; a dash where it was not measured."""
+    change = paired_change(name, old, new, how)
+    ends = [read(name, side, how) for side in (old, new)] if change else []
+    if change is None or ends[0] is None or ends[1] is None:
+        return "–"
     star = "*" if change.low > 0 or change.high < 0 else ""
     bounds = f"[{_bare(change.low)},{_bare(change.high)}]"
-    return f"{old:.2f} → {new:.2f}\n{_zero(change.value):+.2f}{star} {bounds}"
+    return f"{ends[0].value:.2f} → {ends[1].value:.2f}\n{_zero(change.value):+.2f}{star} {bounds}"
+
+
+def _estimation(spec: Measure) -> Estimation:
+    return Estimation(confidence=spec.confidence, epsilon=spec.threshold)
 
 
 def _highlighted(interval: Interval) -> str:
@@ -312,13 +281,13 @@ def _bare(x: float) -> str:
 
 
 def _named(policy: str) -> str:
-    """A policy's name; of a path the last two parts, which tell runs of one name apart."""
+    """A policy's name; of a path the last two parts, which distinguish runs of one name."""
     return "/".join(Path(policy).parts[-2:]) if Path(policy).is_absolute() else policy
 
 
 def _note(task: Attribution) -> str:
     kept = f"retention {interval_words(task.retention)}" if task.retention else ""
-    unclear = task.parts[Part.UNDETERMINED]
+    unclear = task.parts[ChangeKind.UNDETERMINED]
     open_ = f"undetermined {interval_words(unclear)}" if abs(unclear.value) >= 0.005 else ""
     words = ", ".join(w for w in (kept, open_) if w)
     return f"  {task.task}: {words}" if words else ""
@@ -326,17 +295,17 @@ def _note(task: Attribution) -> str:
 
 def outcome_table(out: Path, *, final: str) -> str:
     """Base to final policy of a run."""
-    recipe = load_recipe(out / "recipe.json")
+    folder = RunFolder(out)
+    recipe = folder.recipe()
     if final == "base":
         return "the run ended with the base: every stage was rolled back, or there was none"
-    files = [out / "measurements" / f"{name}.json" for name in ("base", final)]
-    if not all(f.is_file() for f in files):
+    if not {"base", final} <= set(folder.measured()):
         return "nothing was measured: the recipe has no task sets"
-    base, result = (Measurement.from_json(f.read_text("utf-8")) for f in files)
+    base, result = folder.measurement("base"), folder.measurement(final)
     if not base.tasks:
         return "nothing was measured: the recipe has no task sets"
     spec = recipe.measure
-    change = compare(base, result, epsilon=spec.threshold, confidence=spec.confidence)
+    change = attribute_changes(base, result, epsilon=spec.threshold, confidence=spec.confidence)
     confidence = spec.confidence
     return "\n\n".join(
         [comparison_table(change), change_table(base, result, confidence=confidence)]

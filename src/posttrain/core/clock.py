@@ -1,7 +1,7 @@
 """Where the time of a step goes: seconds by name, each second counted once. And what was saved.
 
-    with clock.measure("score"):            score     ██    ██
-        with clock.measure("reference"):    reference   ████        what is inside is subtracted
+    with clock.timed("score"):            score     ██    ██
+        with clock.timed("reference"):    reference   ████        what is inside is subtracted
 
     clock.drain()  ──▶  {"score": 0.2, "reference": 0.4, "idle": 0.1}    sums to the wall time
 
@@ -36,7 +36,7 @@ Name = Literal[
     "journal",  # metrics, shards, checkpoints
     "idle",  # the rest of the wall time
 ]
-"""What is told apart. Stable: reports and ``metrics.jsonl`` use these words."""
+"""What is measured apart. Stable: reports and ``metrics.jsonl`` use these words."""
 
 NAMES: tuple[str, ...] = get_args(Name)
 PREFIX = "seconds/"
@@ -58,8 +58,8 @@ class Clock:
     Example:
         >>> ticks = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
         >>> clock = Clock(lambda: next(ticks))
-        >>> with clock.measure("score"):  # from 1 to 10
-        ...     with clock.measure("teacher"):  # from 3 to 6
+        >>> with clock.timed("score"):  # from 1 to 10
+        ...     with clock.timed("teacher"):  # from 3 to 6
         ...         pass
         >>> clock.drain()
         {'score': 6.0, 'teacher': 3.0, 'idle': 6.0}
@@ -118,7 +118,7 @@ def _current() -> Clock:
     return clock
 
 
-def measure(name: Name) -> AbstractContextManager[None]:
+def timed(name: Name) -> AbstractContextManager[None]:
     """Count the time inside a ``with`` to ``name``, less what is measured within."""
     return _current().measure(name)
 

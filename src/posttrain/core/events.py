@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it. Plain values; the watcher decides how to show them."""
+"""What a run reports to its observer. Plain values; the observer decides how to show them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 metrics of a step ──Watch.see──▶ window of the last steps ──▶ Alarm, once until it has calmed down
 
 An alarm is a pure function of the metrics in order, so a report reads the same ones off
-``metrics.jsonl`` that the run showed. Alarms change nothing: gates decide, monitors tell.
+``metrics.jsonl`` that the run showed. Alarms change nothing: gates decide, monitors report.
 """
 
 from __future__ import annotations
@@ -13,11 +13,42 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
+from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
-from posttrain.recipe import Monitors
 
 CALM = 0.8
 """An alarm may ring again once its number has come back to this share of the way to its bound."""
+
+
+class Monitors(Config):
+    """Bounds of the alarms that a running stage gives, on means over ``window`` steps.
+
+    Alarms change nothing. null switches one off.
+    """
+
+    window: int = 5  # steps
+    zero_variance: float | None = 0.8  # share of groups with equal rewards
+    entropy_left: float | None = 0.2  # share of the first window's entropy, on the learner's tokens
+    effective_share: float | None = 0.3  # of importance weights, per kind of author (verl's alarm)
+    stale_share: float | None = 0.2  # of groups too old to be trained on
+    truncated_share: float | None = 0.3  # of answers that the token budget cut off
+    kl: float | None = 1.0  # nats per token from the reference
+
+    def __post_init__(self) -> None:
+        shares = (
+            self.zero_variance,
+            self.entropy_left,
+            self.effective_share,
+            self.stale_share,
+            self.truncated_share,
+        )
+        fits = all(s is None or 0 < s < 1 for s in shares)
+        if self.window < 1 or not fits or (self.kl is not None and not self.kl > 0):
+            raise ConfigError(
+                f"monitors {self}",
+                expected="window >= 1; shares above 0 and below 1; kl above 0; null for off",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

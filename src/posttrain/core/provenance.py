@@ -35,6 +35,14 @@ class Kind(StrEnum):
     TEMPLATE = "template"  # tokens that the chat template adds
 
 
+class Regime(StrEnum):
+    """Who sampled what a stage learns from, as seen from the model that learns from it."""
+
+    OFF = "off-policy"
+    ON = "on-policy"
+    MIXED = "mixed"
+
+
 class Role(StrEnum):
     """Whose turn a span belongs to, in the chat sense."""
 

@@ -1,5 +1,5 @@
 """What holds a model back, how we know, and what to do next.
 
 examine ──Evidence──▶ rules ──Finding──▶ TaskDiagnosis ──prescribe──▶ Prescription: a recipe
-                                                  └────────── Diagnosis: the card ──▶ report
+                                                  └────────── Diagnosis: the card ──▶ page
 """

@@ -13,15 +13,16 @@ from pathlib import Path
 
 from posttrain.core.errors import ConfigError, ModelError
 from posttrain.core.events import Note, Observer, ignore
-from posttrain.core.protocols import Engine, Policy
 from posttrain.core.task import TaskSet
 from posttrain.diagnosis.drift import drift
 from posttrain.diagnosis.reachability import TaskReach, reachability
 from posttrain.measure.measurement import Measurement, require_comparable
 from posttrain.measure.reading import Reading
 from posttrain.measure.readings import require_prompts
-from posttrain.recipe import Measure, Recipe
-from posttrain.run.measuring import measure_policy, measured_tasksets
+from posttrain.measure.spec import Measure
+from posttrain.protocols import Engine, Policy
+from posttrain.recipe import Recipe
+from posttrain.run.measuring import measure_for_recipe, measured_tasksets
 
 DRIFT_SAMPLES = 16
 """Answers per prompt and model from which distances are estimated."""
@@ -58,14 +59,14 @@ def between(
         after: a folder or hub id.
         root: folder that the recipe's paths are relative to.
         engine: makes the policies.
-        observe: told about progress.
+        observe: called with every event.
 
     Raises:
         RunError: the templates of the two differ, so that they answer different prompts.
         ConfigError: too few prompts.
     """
     models = [engine.policy(name) for name in (before, after)]
-    sides = [measure_policy(ground, model, root=root, observe=observe) for model in models]
+    sides = [measure_for_recipe(ground, model, root=root, observe=observe) for model in models]
     require_comparable(*sides)
     require_prompts(sides[0])
     found: list[Reading] = []

@@ -57,35 +57,6 @@ _MEANINGS = {
 }
 
 
-def plainly(text: str) -> str:
-    """A sentence about readings with their names told, for people who do not know them.
-
-    Example:
-        >>> plainly("efficiency_gap is 0.78 [0.61, 0.87], at least 0.15")
-        'success within all tries minus pass@1 is 0.78 [0.61, 0.87], at least 0.15'
-    """
-    for name, told in _PLAIN.items():
-        text = text.replace(name, told)
-    return text
-
-
-_PLAIN = {
-    "efficiency_gap": "success within all tries minus pass@1",  # a task may have more than 64
-    "continue@0.5": "success from half a right answer",
-    "informative@8": "the share of groups of 8 with a success and a failure",
-    "answer_room": "the share of known right answers that take at most half of the budget",
-    "truncated": "the share of answers cut off by the token budget",
-    "amortisation_gap": "the gain from the scaffold",
-    "exposure_excess": "the excess error on its own paths",
-    "teacher_forced_accuracy": "the share of next tokens foreseen on right paths",
-    "answer_entropy": "the entropy of the answers",
-    "kl_prior": "KL on earlier tasks",
-    "shrunk_share": "the share of prompts that went out of reach",
-    "verifier_disagreement": "the share of answers scored otherwise at a second look",
-    "repetition": "the share of repeated 4-grams",
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """The readings of one task set, and what was not looked at, with the reason."""

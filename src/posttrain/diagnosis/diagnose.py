@@ -15,15 +15,15 @@ from posttrain.core import config
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.core.events import Observer, ignore
 from posttrain.core.files import write_atomic
-from posttrain.core.protocols import Engine
 from posttrain.diagnosis.card import Diagnosis
+from posttrain.diagnosis.conditions import diagnose_task
 from posttrain.diagnosis.examine import SAMPLES, Examination
-from posttrain.diagnosis.judge import diagnose_task
+from posttrain.diagnosis.page import render_card
 from posttrain.diagnosis.prescribe import NOTHING, Supplies, prescribe
 from posttrain.diagnosis.rules import RuleBook, load_rules
 from posttrain.measure.measurement import Measurement
+from posttrain.protocols import Engine
 from posttrain.recipe import Recipe
-from posttrain.report.card import render_card
 from posttrain.run.plan import is_hub_id, model_path, protocol_of
 from posttrain.run.preview import read_shape
 
@@ -50,7 +50,7 @@ class Practice:
     tried: frozenset[tuple[str, str]] = frozenset()
 
 
-def diagnose(
+def find_bottleneck(
     ground: Recipe,
     *,
     root: Path,
@@ -74,7 +74,7 @@ def diagnose(
         budget: the most rollouts to spend.
         known: samples that were taken before.
         labels: spend what is left of the budget on which prompts are in reach.
-        observe: told about progress.
+        observe: called with every event.
         stop: asked between probes.
 
     Raises:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.core.protocols import Policy
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
 from posttrain.diagnosis.drawing import (
@@ -34,13 +33,14 @@ from posttrain.diagnosis.median import MedianInterval, median_interval
 from posttrain.diagnosis.unbounded import mean_of, ratio_of
 from posttrain.measure.bootstrap import Interval, mean_interval
 from posttrain.measure.reading import Reading, reading
+from posttrain.protocols import Policy
 
 Floats = npt.NDArray[np.float64]
 WHY_PLAIN = "a divergence is estimated on samples of the policy's own distribution"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Divergence:
+class PolicyDistance:
     """KL(first ‖ second) within the token budget, on samples of ``first``.
 
     For a sample y it is Σ_t log first − log second: unbiased, and negative for some samples (the
@@ -139,10 +139,10 @@ class Surprise:
 class Drift:
     """Both divergences on a task, the base's view of the successes, and earlier tasks."""
 
-    reverse: Divergence
-    forward: Divergence
+    reverse: PolicyDistance
+    forward: PolicyDistance
     surprise: Surprise | None  # None: no success among the policy's samples
-    prior: tuple[Divergence, ...] = ()
+    prior: tuple[PolicyDistance, ...] = ()
 
     @property
     def readings(self) -> tuple[Reading, ...]:
@@ -196,17 +196,17 @@ def drift(
     later, own = draw(policy, taskset), draw(base, taskset)
     asked = {"samples": samples, "seed": seed}
     return Drift(
-        reverse=divergence(policy, base, later, confidence=confidence, **asked),
-        forward=divergence(base, policy, own, confidence=confidence, **asked),
+        reverse=policy_distance(policy, base, later, confidence=confidence, **asked),
+        forward=policy_distance(base, policy, own, confidence=confidence, **asked),
         surprise=surprise(base, later, own, confidence=confidence, **asked),
         prior=tuple(
-            divergence(base, policy, draw(base, one), confidence=confidence, **asked)
+            policy_distance(base, policy, draw(base, one), confidence=confidence, **asked)
             for one in prior
         ),
     )
 
 
-def divergence(
+def policy_distance(
     first: Policy,
     second: Policy,
     answers: Sequence[tuple[Answer, ...]],
@@ -214,7 +214,7 @@ def divergence(
     samples: int,
     seed: int,
     confidence: float = 0.95,
-) -> Divergence:
+) -> PolicyDistance:
     """KL(first ‖ second) from answers that ``first`` drew at temperature 1, untruncated."""
     flat = [a for group in answers for a in group]
     trajectories = [a.trajectory for a in flat]
@@ -222,7 +222,7 @@ def divergence(
     mine, theirs = token_logprobs(first, trajectories), token_logprobs(second, trajectories)
     gaps = iter([float((p - q).sum()) for p, q in zip(mine, theirs, strict=True)])
     lengths = iter([len(p) for p in mine])
-    return Divergence(
+    return PolicyDistance(
         task=flat[0].task.taskset,
         first=first.producer.name,
         second=second.producer.name,

@@ -21,7 +21,6 @@ import msgspec
 from posttrain.chat import ChatRenderer
 from posttrain.core.errors import ConfigError, ModelError
 from posttrain.core.events import Note, Observer, ignore
-from posttrain.core.protocols import Policy
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.task import Message, Task, TaskSet, with_context
 from posttrain.diagnosis.adaptive import AdaptiveDesign, adaptive_support
@@ -33,15 +32,17 @@ from posttrain.diagnosis.drawing import (
     draw_answers,
     require_same_language,
 )
-from posttrain.diagnosis.drift import divergence
+from posttrain.diagnosis.drift import policy_distance
 from posttrain.diagnosis.exposure import exposure_to_teacher
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.scaffold import amortisation_gap
-from posttrain.measure.measure import measure
+from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement, TaskMeasurement
 from posttrain.measure.reading import FEWEST, Reading
 from posttrain.measure.readings import answer_room, not_taken, take, take_change
-from posttrain.recipe import Measure
+from posttrain.measure.registry import Estimation
+from posttrain.measure.spec import Measure
+from posttrain.protocols import Policy
 
 SAMPLES = 64
 """Samples per prompt of the first look: the rules ask for pass@64."""
@@ -72,18 +73,20 @@ three cases of four."""
 _ANSWERER = Producer(kind=Kind.EXTERNAL, name="answers")
 
 
-# --- right answers, and questions told otherwise -----------------------------------------------
+# --- right answers, and questions helped otherwise -----------------------------------------------
 
 
 @final
-class _Told:
-    """A task set whose questions are told through a scaffold; judged as before."""
+class _WithScaffold:
+    """A task set whose questions are helped through a scaffold; judged as before."""
 
     def __init__(self, taskset: TaskSet, scaffold: str) -> None:
         self.name, self.success = taskset.name, taskset.success
         self.train: Sequence[Task] = ()
         self.held_out = [with_context(t, scaffold) for t in taskset.held_out]
-        self._plain = {told.key: t for told, t in zip(self.held_out, taskset.held_out, strict=True)}
+        self._plain = {
+            helped.key: t for helped, t in zip(self.held_out, taskset.held_out, strict=True)
+        }
         self._score = taskset.score
 
     def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
@@ -211,7 +214,7 @@ class Examination:
             return known
         assert policy is not None
         self._say(f"sampling {policy.producer.name}")
-        taken = measure(
+        taken = measure_policy(
             policy.producer.name,
             policy,
             self.tasksets,
@@ -231,10 +234,11 @@ class Examination:
     ) -> Evidence:
         if self.stop():
             raise KeyboardInterrupt
-        spec, missing = self.spec, list(not_taken(now))
-        found = [*take(now, epsilon=spec.threshold, confidence=spec.confidence)]
+        missing = list(not_taken(now))
+        how = Estimation(confidence=self.spec.confidence, epsilon=self.spec.threshold)
+        found = [*take(now, how)]
         if was is not None:
-            found += take_change(was, now, epsilon=spec.threshold, confidence=spec.confidence)
+            found += take_change(was, now, how)
             found += self._drifted(taskset, was, missing)
         else:
             missing.append("retention: no earlier policy was given (--before)")
@@ -275,7 +279,7 @@ class Examination:
         tokens = sum(len(a.completion.tokens) for group in answers for a in group)
         self._spent(cost, tokens)
         self.scored += 2 * tokens
-        moved = divergence(
+        moved = policy_distance(
             self.before,
             self.policy,
             answers,
@@ -359,18 +363,18 @@ class Examination:
         if self.rollouts + len(taskset.held_out) * WITH_HELP > self.budget:
             missing.append("amortisation: the budget is spent")
             return ()
-        told = _Told(taskset, scaffold)
-        (helped,) = measure(
+        asked = _WithScaffold(taskset, scaffold)
+        (helped,) = measure_policy(
             self.policy.producer.name,
             self.policy,
-            [told],
+            [asked],
             spec=msgspec.structs.replace(self.spec, samples=WITH_HELP, epsilon=None),
             protocol=self.protocol,
             observe=ignore,
             stop=self.stop,
         ).tasks
         self._spent(helped.scores.size, int(helped.lengths.sum()))
-        same = replace(helped, prompts=now.prompts)  # the same questions, told otherwise
+        same = replace(helped, prompts=now.prompts)  # the same questions, helped otherwise
         return (amortisation_gap(now, same, confidence=self.spec.confidence),)
 
     def _labelled(self, evidence: Evidence, taskset: TaskSet) -> Evidence:

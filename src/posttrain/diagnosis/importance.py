@@ -1,6 +1,6 @@
 """How probable success is under one policy, from the successes of another.
 
-successes of π₁: tokens, log π₀, log π₁ ──▶ Evidence ──▶ estimate, valid bounds, reasons for doubt
+successes of π₁: tokens, log π₀, log π₁ ──▶ ImportanceSample ──▶ estimate, bounds, reasons for doubt
 
 p₀ = Σ_y π₀(y) over successful answers y. A base that failed n times says only p₀ <= 3/n. A later
 policy that succeeds shows *which* answers succeed, and the base can be asked how probable it finds
@@ -35,7 +35,7 @@ _MARKOV = 0.1  # weight of the plain Markov bound among the bets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Evidence:
+class ImportanceSample:
     """The successful answers of a later policy π₁ on one prompt, as the base π₀ sees them.
 
     Answers are token sequences; ``times`` says how often each came up in ``num_samples`` draws at
@@ -46,8 +46,8 @@ class Evidence:
         ConfigError: arrays of different lengths, more successes than draws, a positive log-prob.
 
     Example:
-        >>> one = Evidence(log_base=np.log([1e-8]), log_later=np.log([0.5]), times=np.array([32]),
-        ...                num_samples=64, base_samples=256)
+        >>> one = ImportanceSample(log_base=np.log([1e-8]), log_later=np.log([0.5]),
+        ...                        times=np.array([32]), num_samples=64, base_samples=256)
         >>> round(one.log10, 6), round(one.floor, 6), one.doubt
         (-8.0, -8.0, None)
     """

@@ -1,7 +1,7 @@
 """From "0 of 256" to "about 1 in 40 million": what the base could do, asked through a later policy.
 
-tasks ──later policy draws──▶ successes ──base and later score──▶ Evidence per prompt ──▶ Reach
-                                                                                   └──▶ TaskReach
+tasks ──later policy draws──▶ successes ──both score──▶ ImportanceSample per prompt ──▶ Reach
+                                                                           └──▶ TaskReach
 
 Sharpening of something very rare and true expansion look the same in samples of the base: it never
 succeeds. They differ in how probable the base finds the successes of the policy that came after.
@@ -17,7 +17,6 @@ from types import MappingProxyType
 import numpy as np
 
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import Policy
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import Task, TaskSet
 from posttrain.diagnosis.drawing import (
@@ -27,9 +26,10 @@ from posttrain.diagnosis.drawing import (
     require_same_language,
     token_logprobs,
 )
-from posttrain.diagnosis.importance import Evidence, odds_words
+from posttrain.diagnosis.importance import ImportanceSample, odds_words
 from posttrain.diagnosis.median import median_interval
 from posttrain.measure.reading import Reading
+from posttrain.protocols import Policy
 
 WHY_PLAIN = (
     "the estimate divides by the probability with which the later policy wrote an answer, and "
@@ -225,7 +225,7 @@ def reach_of(
     flat = [answer for group in firsts for answer, _ in group]
     scored = iter(token_logprobs(base, [answer.trajectory for answer in flat]))
     evidence = [
-        Evidence(
+        ImportanceSample(
             log_base=np.array([float(next(scored).sum()) for _ in found], np.float64),
             log_later=np.array([min(a.logprob, 0.0) for a, _ in found], np.float64),
             times=np.array([times for _, times in found], np.int64),
@@ -262,7 +262,7 @@ def reach_of(
     )
 
 
-def reach(evidence: Evidence, *, key: str, confidence: float = 0.95) -> Reach:
+def reach(evidence: ImportanceSample, *, key: str, confidence: float = 0.95) -> Reach:
     """Estimate, bounds and doubts of one prompt."""
     tail = (1 - confidence) / 2
     low, high = evidence.low(tail), evidence.high(tail)

@@ -15,7 +15,7 @@ import msgspec
 from posttrain.core.config import Config, convert, read_yaml
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.diagnosis.card import Bottleneck
-from posttrain.measure.reading import meaning
+from posttrain.measure.registry import find_metric
 
 SHIPPED = Path(__file__).parent / "rules.yaml"
 
@@ -43,7 +43,7 @@ class Condition(Config):
 
     def __post_init__(self) -> None:
         for name in self.names:
-            meaning(name)
+            find_metric(name)
         if (self.at_least is None) == (self.at_most is None):
             raise ConfigError(
                 f"condition on {self.reading} with at_least={self.at_least}, "
@@ -86,7 +86,7 @@ class Rule(Config):
 
     def __post_init__(self) -> None:
         for name in self.without:
-            meaning(name)
+            find_metric(name)
         if not self.when or self.bottleneck is Bottleneck.UNDETERMINED:
             raise ConfigError(
                 f"rule {self.id} with {len(self.when)} conditions for {self.bottleneck}",

@@ -18,7 +18,7 @@ from posttrain.measure.bootstrap import Floats, function_interval, mean_interval
 from posttrain.measure.measurement import TaskMeasurement
 from posttrain.measure.passk import pass_at_k
 from posttrain.measure.reading import Reading, reading
-from posttrain.measure.voting import answers_of, majority_at_k
+from posttrain.measure.voting import majority
 
 
 class Help(StrEnum):
@@ -56,8 +56,7 @@ class Scaffold:
             case Help.BEST:
                 return pass_at_k(task.counts, task.num_samples, self.k)
             case Help.MAJORITY:
-                votes = majority_at_k(answers_of(task), task.successes, self.k)
-                return np.asarray(np.clip(votes, 0.0, 1.0))
+                return majority(task, self.k)
 
 
 def amortisation_gap(

@@ -15,10 +15,10 @@ from posttrain.diagnosis.card import (
     Evidence,
     Prescription,
     TaskDiagnosis,
-    plainly,
 )
 from posttrain.diagnosis.treat import Treated
 from posttrain.measure.passk import pass_interval
+from posttrain.measure.registry import plain_words
 
 INDENT = 14
 BAR = 30
@@ -110,16 +110,19 @@ def _task(task: TaskDiagnosis) -> RenderableType:
         (task.bottleneck.upper().replace("_", " "), f"bold {colour}"),
         (f", likely {task.leaning.replace('_', ' ')}" if task.leaning else "", "dim"),
     )
-    lines: list[RenderableType] = [title, Text(plainly(task.headline))]
+    lines: list[RenderableType] = [title, Text(plain_words(task.headline))]
     if task.findings and task.bottleneck is not Bottleneck.UNDETERMINED:
         first = task.findings[0]
-        lines += [Text(f"because {plainly(b)}", style="dim") for b in first.because]
+        lines += [Text(f"because {plain_words(b)}", style="dim") for b in first.because]
         lines.append(Text(f"overturned by {first.overturned_by}", style="dim italic"))
         others = [f for f in task.findings[1:] if f.bottleneck is not first.bottleneck]
         lines += [Text(f"also: {f.words}", style="dim") for f in others]
     else:
         lines += [
-            Text(f"{o.bottleneck.replace('_', ' ')}: {plainly('; '.join(o.because))}", style="dim")
+            Text(
+                f"{o.bottleneck.replace('_', ' ')}: {plain_words('; '.join(o.because))}",
+                style="dim",
+            )
             for o in task.open[:2]
         ]
         lines += [Text(f"shown already: {f.words}", style="dim") for f in task.findings[:1]]

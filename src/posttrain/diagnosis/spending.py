@@ -7,7 +7,6 @@ passes of references, teachers and judges are not counted, for any method.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from posttrain.diagnosis.card import Diagnosis
 from posttrain.measure.measurement import Measurement
 from posttrain.parts.base import Signal, Source
 from posttrain.recipe import Recipe
+from posttrain.run.folder import RunFolder, StageFolder
 from posttrain.run.plan import make_plan
 from posttrain.run.preview import ground_of, leaf_tokens, volume
 from posttrain.run.store import tokens_by_producer
@@ -38,7 +38,11 @@ class Spent:
 
 
 def spent(
-    out: Path, *, looks: Sequence[str] = (), diagnoses: Sequence[Path] = (), stages: str = "*"
+    out: RunFolder,
+    *,
+    looks: Sequence[str] = (),
+    diagnoses: Sequence[int] = (),
+    stages: Sequence[StageFolder] | None = None,
 ) -> Spent:
     """What a run folder has cost so far, read off what it wrote.
 
@@ -46,26 +50,21 @@ def spent(
         out: the run folder.
         looks: the policies whose measurements count; a final judgement that every method gets
             alike may be left out.
-        diagnoses: cards of this run.
-        stages: pattern of the stage folders that count; an empty one counts none.
+        diagnoses: numbers of those that count.
+        stages: those that count; None for all.
     """
-    folders = sorted((out / "stages").glob(stages)) if stages else []
-    looking = sum(_sampled(out / "measurements" / f"{name}.json") for name in looks)
-    for card in diagnoses:
-        looking += Diagnosis.from_json(card.read_text(encoding="utf-8")).cost.sampled_tokens
-    uses = tokens_by_producer([p for f in folders for p in sorted(f.glob("shards/*.uses.parquet"))])
+    stages = out.stages() if stages is None else stages
+    looking = sum(_sampled(out.measurement(name)) for name in looks)
+    for number in diagnoses:
+        card = out.diagnosis_file(number).read_text(encoding="utf-8")
+        looking += Diagnosis.from_json(card).cost.sampled_tokens
+    uses = tokens_by_producer([file for stage in stages for file in stage.use_files()])
     rolled = sum(u.completion_tokens for u in uses if u.kind in (Kind.LEARNER, Kind.TEACHER))
-    trained = sum(
-        int(json.loads(line)["tokens"])
-        for folder in folders
-        for file in folder.glob("metrics.jsonl")
-        for line in file.read_text(encoding="utf-8").splitlines()
-    )
+    trained = sum(int(line["tokens"]) for stage in stages for line in stage.metrics())
     return Spent(looking=looking, sampled=rolled, trained=trained)
 
 
-def _sampled(path: Path) -> int:
-    found = Measurement.from_json(path.read_text(encoding="utf-8"))
+def _sampled(found: Measurement) -> int:
     return sum(int(task.lengths.sum()) for task in found.tasks)
 
 

@@ -5,7 +5,7 @@ measure base ─▶ diagnose ─▶ prescribe ─▶ run one stage ─▶ measur
                   └──── from the policy that is kept ◀── roll back what did harm ◀───┘
 
 All stages live in one run folder, with one ledger: the recipe grows by a stage per round. What
-was decided is in OUT/treat.json, so the same command goes on from where it was.
+was decided is written there too, so the same command goes on from where it was.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from typing import final
 import msgspec
 
 from posttrain.core import config
-from posttrain.core.config import Config
-from posttrain.core.errors import DataError, ResumeRefused
+from posttrain.core.errors import ResumeRefused
 from posttrain.core.events import Event, Measured, Note, Observer, StageStarted, ignore
-from posttrain.core.files import write_atomic
-from posttrain.core.protocols import Engine
-from posttrain.diagnosis.card import Bottleneck, Diagnosis, Evidence, Prescription
-from posttrain.diagnosis.diagnose import Known, Practice, diagnose, grounded
+from posttrain.diagnosis.card import Diagnosis, Evidence, Prescription
+from posttrain.diagnosis.diagnose import Known, Practice, find_bottleneck, grounded
 from posttrain.diagnosis.prescribe import Supplies
+from posttrain.diagnosis.rounds import Chart, Round
 from posttrain.diagnosis.rules import RuleBook
 from posttrain.diagnosis.spending import Spent, expected, spent
-from posttrain.diagnosis.verdict import judge_stage
+from posttrain.diagnosis.stage_decision import decide_stage
+from posttrain.measure.gates import Gate
 from posttrain.measure.measurement import Measurement
-from posttrain.recipe import Budget, Gate, Recipe, Stage
-from posttrain.run.ledger import Ledger, RecordKind, read
+from posttrain.protocols import Engine
+from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.folder import RunFolder, RunWriter
+from posttrain.run.ledger import RecordKind
 from posttrain.run.measuring import measure_model
-from posttrain.run.pipeline import run
+from posttrain.run.pipeline import run_in
 
-OUTSIDE = "_earlier.json"
-"""The measurement of a policy from outside the run; no stage may have this name."""
+OUTSIDE = "_earlier"
+"""What a policy from outside the run is called; no stage may have this name."""
 
 ROUNDS = 12
 """More stages than this are never a treatment."""
@@ -60,28 +61,6 @@ LOOKS = 2300
 success from a part of an answer needs for 32 prompts, and some more."""
 
 
-class Round(Config):
-    """One turn of the loop. ``kept`` is null while its stage is not finished."""
-
-    number: int
-    treatment: str
-    tasks: tuple[str, ...]
-    bottleneck: Bottleneck
-    stage: Stage
-    kept: bool | None = None
-    helped: bool | None = None
-    words: str = ""
-
-
-class Chart(Config):
-    """What was decided so far: OUT/treat.json."""
-
-    ground: str  # digest of what is treated, and with what
-    budget: int
-    rounds: tuple[Round, ...] = ()
-    ended: str | None = None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Treated:
     """How a treatment ended."""
@@ -97,7 +76,7 @@ class Treated:
     after: Measurement
 
 
-def treat(
+def run_treatment(
     ground: Recipe,
     *,
     out: Path,
@@ -120,11 +99,12 @@ def treat(
             not fit is shortened, or not begun.
         supplies: what there is to work with.
         book: rules and treatments.
-        observe: told about everything.
+        observe: called with every event.
         stop: asked between draws; True commits and raises.
 
     Raises:
         ResumeRefused: ``out`` holds the treatment of something else.
+        RunLocked: another process works in ``out``.
         Interrupted: ``stop`` said so. Call again to go on.
     """
     ground = grounded(ground, root=root)
@@ -135,24 +115,19 @@ def treat(
             "rules": config.digest(book),
         }
     )
-    chart = _opened(out, digest=digest, budget=budget)
-    return _Course(ground, out, root, engine, supplies, book, observe, stop, chart).go()
+    with RunFolder(out).lock() as folder:
+        chart = _opened(folder, digest=digest, budget=budget)
+        return _Course(ground, folder, root, engine, supplies, book, observe, stop, chart).go()
 
 
-def _opened(out: Path, *, digest: str, budget: int) -> Chart:
-    """The chart of an earlier sitting, or a new one. A larger budget reopens what it ended."""
-    path = out / "treat.json"
-    if not path.is_file():
+def _opened(folder: RunFolder, *, digest: str, budget: int) -> Chart:
+    """The chart of an earlier process, or a new one. A larger budget reopens what it ended."""
+    known = folder.treatment(Chart)
+    if known is None:
         return Chart(ground=digest, budget=budget)
-    try:
-        known = msgspec.json.decode(path.read_bytes(), type=Chart)
-    except msgspec.MsgspecError as error:
-        raise DataError(
-            f"{path} is damaged: {error}", fix=f"start again in another folder: {out}-2"
-        ) from None
     if known.ground != digest:
         raise ResumeRefused(
-            f"{out} holds the treatment of another model, task set, supply or rule",
+            f"{folder.path} holds the treatment of another model, task set, supply or rule",
             expected="the same as when it began",
             fix="undo the change, or choose another --out",
         )
@@ -166,10 +141,10 @@ def _opened(out: Path, *, digest: str, budget: int) -> Chart:
 @final
 @dataclass(slots=True, eq=False)
 class _Course:
-    """One sitting of a treatment."""
+    """The work of one process on a treatment."""
 
     ground: Recipe
-    out: Path
+    folder: RunWriter
     root: Path
     engine: Engine
     supplies: Supplies
@@ -189,7 +164,7 @@ class _Course:
             self._turn()
         current = self._current
         return Treated(
-            out=self.out,
+            out=self.folder.path,
             policy=current,
             model=self._model(current),
             rounds=self.chart.rounds,
@@ -228,13 +203,14 @@ class _Course:
         return kept[-1] if kept else "base"
 
     def _diagnosis(self) -> Diagnosis:
-        """The card of the current policy; that of an earlier sitting when there is one."""
-        path = self.out / "diagnoses" / f"{len(self.chart.rounds)}.json"
+        """The card of the current policy; that of an earlier process when there is one."""
+        number = len(self.chart.rounds)
+        path = self.folder.diagnosis_file(number)
         if path.is_file():
             return Diagnosis.from_json(path.read_text(encoding="utf-8"))
         current = self._current
         best = self._best()
-        found = diagnose(
+        found = find_bottleneck(
             msgspec.structs.replace(self.ground, model=str(self._model(current))),
             root=self.root,
             engine=self.engine,
@@ -246,8 +222,7 @@ class _Course:
             observe=self.observe,
             stop=self.stop,
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, found.to_json())
+        self.folder.write_diagnosis(number, found.to_json())
         for task in found.tasks:
             self._say(
                 f"{task.task}: {task.bottleneck}"
@@ -260,13 +235,12 @@ class _Course:
         before = self.supplies.before
         if before is None or self._outside in self.measured:
             return
-        path = self.out / "measurements" / OUTSIDE
-        if not path.is_file():
+        if OUTSIDE not in self.folder.measured():
             self._say(f"sampling {before}")
             ground = msgspec.structs.replace(self.ground, model=before)
             taken = measure_model(ground, root=self.root, engine=self.engine, observe=self.observe)
-            write_atomic(path, taken.to_json())
-        self.measured[self._outside] = Measurement.from_json(path.read_text(encoding="utf-8"))
+            self.folder.write_measurement(OUTSIDE, taken)
+        self.measured[self._outside] = self.folder.measurement(OUTSIDE)
 
     @property
     def _outside(self) -> str:
@@ -310,7 +284,7 @@ class _Course:
             msgspec.yaml.decode(prescription.recipe), Recipe, origin="prescription"
         )
         (stage,) = recipe.stages
-        # Decisions are the loop's: a gate of an earlier stage must not end a later sitting.
+        # Decisions are the loop's: a gate of an earlier stage must not end a later process.
         gates = tuple(_only_warns(gate) for gate in stage.gates)
         name = f"{len(self.chart.rounds) + 1}-{stage.name}"
         stage = msgspec.structs.replace(stage, name=name, init=self._current, gates=gates)
@@ -322,7 +296,7 @@ class _Course:
             lengths={t.task: _length(t.evidence) for t in found.tasks},
         )
         # The stage is measured afterwards, like the base was.
-        left = self.chart.budget - self._spent.total - spent(self.out, looks=("base",)).looking
+        left = self.chart.budget - self._spent.total - spent(self.folder, looks=("base",)).looking
         share = dose(left, whole)
         if share is None or stage.budget.steps is None:
             return None
@@ -346,7 +320,7 @@ class _Course:
 
     def _decide(self) -> None:
         last = self.chart.rounds[-1]
-        decision = judge_stage(
+        decision = decide_stage(
             self.measured[last.stage.init],
             self.measured[last.stage.name],
             treated=last.tasks,
@@ -375,33 +349,30 @@ class _Course:
         recipe = msgspec.structs.replace(
             self.ground, stages=tuple(r.stage for r in self.chart.rounds)
         )
-        run(
+        run_in(
+            self.folder,
             recipe,
-            out=self.out,
             root=self.root,
             engine=self.engine,
             observe=_only_new(self.observe),
             stop=self.stop,
         )
         for name in ("base", *(s.name for s in recipe.stages)):
-            text = (self.out / "measurements" / f"{name}.json").read_text(encoding="utf-8")
-            self.measured[name] = Measurement.from_json(text)
+            self.measured[name] = self.folder.measurement(name)
 
     @property
     def _spent(self) -> Spent:
         return spent(
-            self.out,
-            looks=[
-                OUTSIDE.removesuffix(".json") if n == self._outside else n for n in self.measured
-            ],
-            diagnoses=sorted((self.out / "diagnoses").glob("*.json")),
+            self.folder,
+            looks=[OUTSIDE if n == self._outside else n for n in self.measured],
+            diagnoses=self.folder.diagnoses(),
         )
 
     def _model(self, policy: str) -> Path:
         if policy == "base":
             return Path(self.ground.model)
-        (folder,) = (d for d in (self.out / "stages").glob(f"{policy}-*") if (d / "model").is_dir())
-        return folder / "model"
+        (model,) = self.folder.models(policy)
+        return model
 
     def _end(self, words: str) -> None:
         self._say(words)
@@ -410,10 +381,9 @@ class _Course:
 
     def _record(self, body: Mapping[str, object]) -> None:
         """A row of the run's ledger, once."""
-        path = self.out / "ledger.jsonl"
-        same = [r for r in read(path) if r.kind is RecordKind.STAGE and dict(r.body) == dict(body)]
-        if not same:
-            Ledger.open(path).append(RecordKind.STAGE, body)
+        recorded = [dict(r.body) for r in self.folder.records() if r.kind is RecordKind.STAGE]
+        if dict(body) not in recorded:
+            self.folder.open_ledger().append(RecordKind.STAGE, body)
 
     def _write(self, *, rounds: tuple[Round, ...] | None = None, ended: str | None = None) -> None:
         self.chart = msgspec.structs.replace(
@@ -421,8 +391,7 @@ class _Course:
             rounds=self.chart.rounds if rounds is None else rounds,
             ended=ended,
         )
-        text = msgspec.json.format(msgspec.json.encode(self.chart))
-        write_atomic(self.out / "treat.json", text)
+        self.folder.write_treatment(self.chart)
 
     def _say(self, text: str) -> None:
         self.observe(Note(text=text))
@@ -449,15 +418,16 @@ def dose(left: float, whole: float) -> float | None:
 
 
 def _only_new(observe: Observer) -> Observer:
-    """Leaves out what an earlier round has told already."""
-    told = False
+    """Leaves out what an earlier round has reported already."""
+    reported = False
 
     def pass_on(event: Event) -> None:
-        nonlocal told
+        nonlocal reported
         if isinstance(event, StageStarted):
-            told = event.finished
+            reported = event.finished
         known = isinstance(event, Measured) and event.cached
-        if not (told or known or (isinstance(event, Note) and event.text.startswith("loading"))):
+        loading = isinstance(event, Note) and event.text.startswith("loading")
+        if not (reported or known or loading):
             observe(event)
 
     return pass_on

@@ -22,6 +22,7 @@ from posttrain.lab.tokenizer import build_tokenizer
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
 from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.folder import RunFolder
 
 SEED = 11
 STEPS = 2_900
@@ -88,10 +89,10 @@ def pretrain(out: Path, *, steps: int = STEPS) -> Path:
         write_rows(out / "corpus.jsonl", (d.row for d in corpus))
     with Console() as console:
         run(pretraining(steps), out=out, root=out, observe=console.observe)
-    (stage,) = (out / "stages").iterdir()
+    (stage,) = RunFolder(out).stages()
     base = out / "base"
     shutil.rmtree(base, ignore_errors=True)
-    shutil.copytree(stage / "model", base)
+    shutil.copytree(stage.model, base)
     return base
 
 

@@ -18,12 +18,13 @@ from posttrain.core.files import write_atomic
 from posttrain.core.learner import Optimizer
 from posttrain.lab.corpus import demonstrations, preference_pairs, write_rows
 from posttrain.lab.settings import CHAINS, REVERSE, SETTINGS
+from posttrain.measure.spec import Measure
 from posttrain.parts.composition import method
 from posttrain.parts.distillation.presets import Opd
 from posttrain.parts.policy.presets import Grpo
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
-from posttrain.recipe import Budget, Measure, Recipe, Stage
+from posttrain.recipe import Budget, Recipe, Stage
 
 BASE = Path(__file__).parent / "base"
 """The lab's base model, in ordinary Hugging Face format."""

@@ -54,7 +54,7 @@ RETAINED = 0.75
 """Lower bound of retention from which "kept" is a finding rather than a lack of one."""
 
 
-class Part(StrEnum):
+class ChangeKind(StrEnum):
     """A share of the success rate. Losses are amounts, positive when something went away."""
 
     NEWLY_REACHABLE = "newly reachable"  # gained where before was OUT and after is IN
@@ -88,7 +88,7 @@ class Attribution:
     before: Interval  # pass@1
     after: Interval  # pass@1
     change: Interval  # after − before, paired
-    parts: Mapping[Part, Interval]
+    parts: Mapping[ChangeKind, Interval]
     undetermined_gain: Interval
     undetermined_loss: Interval
     gained: Interval  # newly reachable + sharpened
@@ -116,18 +116,18 @@ class Attribution:
         than what they name.
         """
         unclear = max(self.undetermined_gain.value, self.undetermined_loss.value)
-        new, sharper = self.parts[Part.NEWLY_REACHABLE], self.parts[Part.SHARPENED]
+        new, sharper = self.parts[ChangeKind.NEWLY_REACHABLE], self.parts[ChangeKind.SHARPENED]
         named = max(unclear, MATERIAL)
         if self.gone.is_positive and self.balance.high < 0 and self.gone.value >= named:
             return MeasuredRole.ATTRITION
         larger = new if new.value >= sharper.value else sharper
         if larger.is_positive and self.balance.is_positive and larger.value >= named:
             return MeasuredRole.EXPANSION if larger is new else MeasuredRole.RESHAPING
-        changes = [new, sharper, self.parts[Part.WEAKENED], self.parts[Part.LOST]]
+        changes = [new, sharper, self.parts[ChangeKind.WEAKENED], self.parts[ChangeKind.LOST]]
         changes += [self.undetermined_gain, self.undetermined_loss]
         still = not any(c.is_positive and c.value >= MATERIAL for c in changes)
         kept = self.retention is not None and self.retention.low >= RETAINED
-        if still and kept and self.parts[Part.KEPT].is_positive:
+        if still and kept and self.parts[ChangeKind.KEPT].is_positive:
             return MeasuredRole.CONSOLIDATION
         return MeasuredRole.UNDETERMINED
 
@@ -154,7 +154,7 @@ def role_in_run(change: Attribution, earlier: Sequence[Attribution]) -> Measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class PolicyChange:
     """Two measured policies: what changed, and how their support changed, per task set."""
 
     before: str
@@ -167,14 +167,14 @@ class Comparison:
         return next((t for t in self.tasks if t.task == name), None)
 
 
-def compare(
+def attribute_changes(
     before: Measurement,
     after: Measurement,
     *,
     epsilon: float,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Comparison:
+) -> PolicyChange:
     """Attribute the change from ``before`` to ``after`` on every task set.
 
     Args:
@@ -190,7 +190,7 @@ def compare(
     """
     require_comparable(before, after)
     pairs = [(task, after.task(task.taskset)) for task in before.tasks]
-    return Comparison(
+    return PolicyChange(
         before=before.policy,
         after=after.policy,
         tasks=tuple(
@@ -224,8 +224,9 @@ def attribute(
         ...         prompts=tuple(f"sums/{i}" for i in range(len(rates))), truncated=zeros,
         ...         nll=zeros, distinct=zeros[:, 0])
         >>> a = attribute(measured([0, 0.5] * 8), measured([1, 0.5] * 8), epsilon=0.05)
-        >>> a.parts[Part.NEWLY_REACHABLE].value, a.parts[Part.KEPT].value, str(a.dominant)
-        (0.5, 0.25, 'expansion')
+        >>> kinds = ChangeKind.NEWLY_REACHABLE, ChangeKind.KEPT
+        >>> [a.parts[kind].value for kind in kinds], str(a.dominant)
+        ([0.5, 0.25], 'expansion')
     """
     require_same_task(before, after)
     cells = contributions(before, after, epsilon=epsilon, confidence=confidence)
@@ -249,12 +250,12 @@ def attribute(
         replace(row, high=max(row.high, 0.0)) for row in rows[6:]
     )
     parts = {
-        Part.NEWLY_REACHABLE: new,
-        Part.SHARPENED: sharpened,
-        Part.KEPT: kept,
-        Part.WEAKENED: weakened,
-        Part.LOST: lost,
-        Part.UNDETERMINED: undetermined,
+        ChangeKind.NEWLY_REACHABLE: new,
+        ChangeKind.SHARPENED: sharpened,
+        ChangeKind.KEPT: kept,
+        ChangeKind.WEAKENED: weakened,
+        ChangeKind.LOST: lost,
+        ChangeKind.UNDETERMINED: undetermined,
     }
     retention = None
     _, min_in = cutoffs(before.num_samples, epsilon=epsilon, confidence=confidence)

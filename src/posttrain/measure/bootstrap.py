@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,36 @@ class Interval:
         return self.low > 0
 
 
+class Bounded(Protocol):
+    """A number and its bounds: an interval or a reading."""
+
+    @property
+    def value(self) -> float: ...
+
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
+
+
+def interval_words(of: Bounded | None, *, missing: str = "not measured") -> str:
+    """A number with its bounds as people read it; ``missing`` where there is no finite number.
+
+    Example:
+        >>> half = Interval(value=.5, low=.4, high=.6, num_prompts=8, seed=0, confidence=.95)
+        >>> interval_words(half), interval_words(None, missing="–")
+        ('0.50 [0.40, 0.60]', '–')
+        >>> interval_words(student_interval([0.81]))
+        '0.81 (no interval)'
+    """
+    if of is None or not math.isfinite(of.value):
+        return missing
+    if not (math.isfinite(of.low) and math.isfinite(of.high)):
+        return f"{of.value:z.2f} (no interval)"
+    return f"{of.value:z.2f} [{of.low:z.2f}, {of.high:z.2f}]"
+
+
 def mean_interval(
     values: npt.ArrayLike,
     *,
@@ -72,6 +103,31 @@ def mean_interval(
     column = np.asarray(values, np.float64)[:, None]
     ranges = ((lowest, highest),)
     return mean_intervals(column, confidence=confidence, seed=seed, ranges=ranges)[0]
+
+
+def student_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Interval:
+    """Student's interval of the mean of per-prompt values [P] that have no bounds.
+
+    One value says nothing about the spread: its interval is infinite.
+
+    Example:
+        >>> i = student_interval([1.0, 2.0, 3.0])
+        >>> [round(x, 2) for x in (i.value, i.low, i.high)]
+        [2.0, -0.48, 4.48]
+    """
+    x = np.asarray(values, np.float64)
+    mean, half = float(x.mean()), math.inf
+    if len(x) > 1:
+        t = student_quantile((1 + confidence) / 2, degrees=len(x) - 1)
+        half = t * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return Interval(
+        value=mean,
+        low=mean - half,
+        high=mean + half,
+        num_prompts=len(x),
+        seed=0,
+        confidence=confidence,
+    )
 
 
 def mean_intervals(

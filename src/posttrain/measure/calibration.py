@@ -14,15 +14,29 @@ import numpy.typing as npt
 
 from posttrain.core.errors import ConfigError
 from posttrain.measure.bootstrap import Floats, Interval, mean_intervals
+from posttrain.measure.estimators import of_task
 from posttrain.measure.measurement import TaskMeasurement
-from posttrain.measure.reading import Reading, reading
-from posttrain.measure.voting import answers_of
+from posttrain.measure.registry import USUAL, Better, Estimation, Found, Topic
+from posttrain.measure.voting import answers_column
 
 BINS = 5
 """Equal bins of confidence. A task set has tens of prompts, which do not fill the usual ten."""
+FEWEST_SAMPLES = 4
+"""Per prompt: two to choose a bin, and two to say how likely and how often right it is."""
 
 
-def calibration_error(task: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0) -> Reading:
+@of_task(
+    "calibration_error",
+    topic=Topic.TRUST,
+    meaning="confidence (share of equal answers) against success",
+    unit="probability",
+    better=Better.LOWER,
+    source="1706.04599",
+    columns=(answers_column,),
+    lacks=lambda task: None if task.num_samples >= FEWEST_SAMPLES else _too_few(task.num_samples),
+    overview=("calibration_error", "calibration"),
+)
+def calibration_error(task: TaskMeasurement, how: Estimation = USUAL) -> Found:
     """Expected calibration error of the answer's probability: Σ_b share_b · |right_b − said_b|.
 
     The confidence of a sample is the probability of its final answer under the policy, measured
@@ -44,18 +58,18 @@ def calibration_error(task: TaskMeasurement, *, confidence: float = 0.95, seed: 
     Raises:
         ConfigError: fewer than 4 samples per prompt, or a measurement without answers.
     """
-    answers, n = answers_of(task), task.num_samples
-    if n < 4:
-        raise ConfigError(f"calibration from {n} samples per prompt", expected="at least 4")
+    answers, n = task.need(answers_column), task.num_samples
+    if n < FEWEST_SAMPLES:
+        raise ConfigError(f"calibration from {_too_few(n)}", expected=f"at least {FEWEST_SAMPLES}")
     gaps = _gaps(answers, task.successes)
     gaps = gaps[:, (gaps != 0).any(axis=0)]
     num, bins = len(gaps), gaps.shape[1]
     signs = np.array(list(product((1.0, -1.0), repeat=bins)))  # [2^bins, bins]
     sums = np.clip(gaps @ signs.T, -1.0, 1.0)
     ranges = ((-1.0, 1.0),) * len(signs)
-    shared = 1 - (1 - confidence) / len(signs)
-    usual = mean_intervals(sums, ranges=ranges, confidence=confidence, seed=seed)
-    strict = mean_intervals(sums, ranges=ranges, confidence=shared, seed=seed)
+    shared = 1 - (1 - how.confidence) / len(signs)
+    usual = mean_intervals(sums, ranges=ranges, confidence=how.confidence, seed=how.seed)
+    strict = mean_intervals(sums, ranges=ranges, confidence=shared, seed=how.seed)
     noise = gaps.var(axis=0, ddof=1) / num if num > 1 else np.zeros(bins)
     means = gaps.mean(axis=0)
     value = float(np.sqrt(np.maximum(means**2 - noise, 0.0)).sum())
@@ -64,15 +78,19 @@ def calibration_error(task: TaskMeasurement, *, confidence: float = 0.95, seed: 
         low=min(max(0.0, *(i.low for i in strict)), value),
         high=max(value, *(i.high for i in usual)),
         num_prompts=num,
-        seed=seed,
-        confidence=confidence,
+        seed=how.seed,
+        confidence=how.confidence,
     )
     over = float(means.sum()) < 0
     words = (
         f"answers are right {value:.2f} {'less' if over else 'more'} often "
         "than the policy's agreement with itself says"
     )
-    return reading("calibration_error", task.taskset, interval, samples=n, words=words)
+    return Found(interval, words)
+
+
+def _too_few(num_samples: int) -> str:
+    return f"{num_samples} samples per prompt"
 
 
 def _gaps(answers: npt.NDArray[np.integer], successes: npt.NDArray[np.bool_]) -> Floats:

@@ -1,6 +1,6 @@
-"""What the whole pass@k curve says: breadth, head-room, crossing, and the price of sharpening.
+"""What the whole pass@k curve says: breadth, crossing, and the price of sharpening.
 
-counts [P] of one policy ──▶ cover@t, efficiency_gap
+counts [P] of one policy ──▶ cover@t
 counts [P] of two        ──▶ crossover, sharpening_tax
 
 Shape legend: ``P`` prompts, ``n`` samples per prompt.
@@ -18,13 +18,13 @@ from posttrain.measure.bootstrap import (
     Floats,
     Interval,
     function_interval,
-    mean_interval,
     mean_intervals,
     proportion_interval,
 )
+from posttrain.measure.estimators import of_task, since
 from posttrain.measure.measurement import TaskMeasurement, require_same_task
 from posttrain.measure.passk import check_k, pass_at_k
-from posttrain.measure.reading import Reading, reading
+from posttrain.measure.registry import USUAL, Better, Estimation, Found, Topic
 from posttrain.measure.support import cutoffs
 
 LABEL_ERROR = 0.01
@@ -46,7 +46,16 @@ def cover_share(rates: npt.ArrayLike, t: float) -> float:
     return float((np.asarray(rates, np.float64) >= t).mean())
 
 
-def cover(task: TaskMeasurement, t: float, *, confidence: float = 0.95) -> Reading:
+@of_task(
+    "cover@t",
+    topic=Topic.SUCCESS,
+    meaning="prompts solved at a rate of t or more",
+    unit="share",
+    better=Better.HIGHER,
+    source="2510.08325",
+    usual=lambda n: (0.1, 0.5, 0.9),
+)
+def cover(task: TaskMeasurement, t: float, how: Estimation = USUAL) -> Found:
     """cover@t: the share of prompts that the policy solves with probability ``t`` or more.
 
     The value is the observed share, which is biased where rates lie near t: no estimator from n
@@ -61,8 +70,8 @@ def cover(task: TaskMeasurement, t: float, *, confidence: float = 0.95) -> Readi
     n, num = task.num_samples, len(task.prompts)
     most_out, fewest_in = cutoffs(n, epsilon=t, confidence=1 - LABEL_ERROR)
     above, below = int((task.counts >= fewest_in).sum()), int((task.counts <= most_out).sum())
-    low = proportion_interval(above, num, confidence=confidence).low
-    high = 1 - proportion_interval(below, num, confidence=confidence).low
+    low = proportion_interval(above, num, confidence=how.confidence).low
+    high = 1 - proportion_interval(below, num, confidence=how.confidence).low
     value = cover_share(task.counts / n, t)
     interval = Interval(
         value=value,
@@ -70,48 +79,21 @@ def cover(task: TaskMeasurement, t: float, *, confidence: float = 0.95) -> Readi
         high=max(min(high / (1 - LABEL_ERROR), 1.0), value),
         num_prompts=num,
         seed=0,
-        confidence=confidence,
+        confidence=how.confidence,
     )
     words = f"{value:.0%} of prompts are solved in at least {t:.0%} of tries"
-    return reading(f"cover@{t:g}", task.taskset, interval, samples=n, words=words)
+    return Found(interval, words)
 
 
-def efficiency_gap(
-    task: TaskMeasurement,
-    *,
-    base: TaskMeasurement | None = None,
-    k: int | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Reading:
-    """pass@k minus pass@1: what choosing better among what is reachable could still gain.
-
-    Of one policy, or of the base's pass@k and the later policy's pass@1 (Δ_SE of arXiv 2504.13837,
-    section 4.3). k is n by default.
-
-    Raises:
-        ConfigError: k outside 1 to n.
-        RunError: the two were not measured on the same prompts in the same way.
-    """
-    first = task if base is None else base
-    require_same_task(first, task)
-    n = task.num_samples
-    k = n if k is None else k
-    gap = pass_at_k(first.counts, n, k) - pass_at_k(task.counts, n, 1)
-    lowest = 0.0 if base is None else -1.0
-    interval = mean_interval(gap, lowest=lowest, confidence=confidence, seed=seed)
-    whose = "" if base is None else " of the base"
-    words = f"one try succeeds {interval.value:.2f} less often than the best of {k}{whose}"
-    return reading("efficiency_gap", task.taskset, interval, samples=n, words=words)
-
-
-def crossover(
-    before: TaskMeasurement,
-    after: TaskMeasurement,
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Reading:
+@since(
+    "crossover",
+    topic=Topic.CHANGE,
+    meaning="smallest k at which the later policy's pass@k is below the earlier one's",
+    unit="tries",
+    better=Better.HIGHER,
+    source="2504.13837",
+)
+def crossover(before: TaskMeasurement, after: TaskMeasurement, how: Estimation = USUAL) -> Found:
     """The smallest k at which the later policy's pass@k is below the earlier one's.
 
     Infinite when that happens at no k up to n (arXiv 2504.13837: for RL in the tens to hundreds).
@@ -130,7 +112,7 @@ def crossover(
         [pass_at_k(after.counts, n, k) - pass_at_k(before.counts, n, k) for k in ks], axis=1
     )
     rows = mean_intervals(
-        columns, ranges=((-1.0, 1.0),) * len(ks), confidence=confidence, seed=seed
+        columns, ranges=((-1.0, 1.0),) * len(ks), confidence=how.confidence, seed=how.seed
     )
 
     def first(below: list[bool]) -> float:
@@ -144,27 +126,32 @@ def crossover(
         else f"from {value:.0f} tries on the earlier policy succeeds more often"
         + ("" if math.isfinite(high) else ", but that is not certain")
     )
-    return Reading(
-        "crossover",
-        after.taskset,
-        value,
-        first([r.low < 0 for r in rows]),
-        high,
-        len(before.prompts),
-        n,
-        words,
-        confidence,
+    interval = Interval(
+        value=value,
+        low=first([r.low < 0 for r in rows]),
+        high=high,
+        num_prompts=len(before.prompts),
+        seed=how.seed,
+        confidence=how.confidence,
     )
+    return Found(interval, words)
 
 
+@since(
+    "sharpening_tax",
+    topic=Topic.CHANGE,
+    meaning="how much less a further try helps the later policy, in shares of failures",
+    unit="share",
+    better=Better.LOWER,
+    source="2610.01509",
+)
 def sharpening_tax(
     before: TaskMeasurement,
     after: TaskMeasurement,
+    how: Estimation = USUAL,
     *,
     k: int | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Reading:
+) -> Found:
     """How much less a further try helps after training (arXiv 2610.01509).
 
     A(K) = Σ_k<K [pass@K − pass@k] is the expected number of failed tries before a success within
@@ -195,14 +182,14 @@ def sharpening_tax(
         tax,
         bounds=(-1.0, 1.0),
         extremes=_tax_extremes(columns_PD.mean(axis=0)),
-        confidence=confidence,
-        seed=seed,
+        confidence=how.confidence,
+        seed=how.seed,
     )
     words = (
         f"a further try after a failure helps {abs(interval.value):.2f} "
         f"{'less' if interval.value >= 0 else 'more'} than before"
     )
-    return reading("sharpening_tax", after.taskset, interval, samples=n, words=words)
+    return Found(interval, words)
 
 
 def _tax_extremes(means: Floats) -> tuple[float, float]:

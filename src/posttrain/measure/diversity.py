@@ -5,26 +5,28 @@ texts          ──▶ self_bleu, repetition            (worked out while meas
 log-probs      ──▶ token_entropy
 lengths        ──▶ tokens_per_answer, truncated
 
-All of it depends on temperature and truncation: compare at equal decoding and n only.
+All of it depends on temperature and truncation: compare at equal decoding and n only. Means over
+prompts have intervals that allow for prompts not asked that vary as much as n samples can: with 32
+prompts that never vary, up to 0.11 of that.
+
 Shape legend: ``P`` prompts, ``n`` samples per prompt.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from posttrain.core.errors import ConfigError
-from posttrain.measure.bootstrap import (
-    Floats,
-    Interval,
-    mean_interval,
-    proportion_interval,
-    ratio_interval,
-)
+from posttrain.measure.bootstrap import Floats, proportion_interval
+from posttrain.measure.estimators import of_task, per_prompt, ratio
 from posttrain.measure.measurement import TaskMeasurement
-from posttrain.measure.reading import Reading, reading
-from posttrain.measure.voting import answers_of
+from posttrain.measure.recording import TaskSamples, raw_column
+from posttrain.measure.registry import Better, Estimation, Found, Topic
+from posttrain.measure.texts import repeated_share, self_bleu
+from posttrain.measure.voting import answers_column
 
 
 def answer_entropies(answers: npt.NDArray[np.integer]) -> Floats:
@@ -55,129 +57,184 @@ def highest_entropy(num_samples: int) -> float:
     return float((1.0 / np.arange(1, num_samples)).sum())
 
 
-def answer_variety(
-    task: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0
-) -> tuple[Reading, ...]:
-    """answer_entropy, distinct_answers and single_answer.
+# --- answers ---------------------------------------------------------------------------------
 
-    The first two are means over prompts, whose intervals allow for prompts not asked that vary as
-    much as n samples can: with 32 prompts that never vary, up to 0.11 of that. ``single_answer``
-    is a share of prompts, and says more about a policy that has collapsed.
 
-    Raises:
-        ConfigError: the measurement is of a version that did not keep the answers.
-    """
-    answers, n = answers_of(task), task.num_samples
-    entropy = mean_interval(
-        answer_entropies(answers), highest=highest_entropy(n), confidence=confidence, seed=seed
-    )
-    distinct = mean_interval(
-        task.distinct, lowest=1.0, highest=float(n), confidence=confidence, seed=seed
-    )
+@per_prompt(
+    "answer_entropy",
+    topic=Topic.DIVERSITY,
+    meaning="entropy of the final answer",
+    unit="nats",
+    better=Better.NEITHER,
+    source="2507.14843",
+    columns=(answers_column,),
+    limits=lambda values, tasks: (0.0, highest_entropy(tasks[0].num_samples)),
+    sentence=lambda value, k, task: (
+        f"the answers to a prompt vary as much as {np.exp(value):.1f} equally likely ones"
+    ),
+    phrase="the entropy of the answers",
+    overview=("answer_entropy", "entropy"),
+    in_changes=True,
+)
+def _answer_entropy(task: TaskMeasurement) -> Floats:
+    return answer_entropies(task.need(answers_column))
+
+
+@per_prompt(
+    "distinct_answers",
+    topic=Topic.DIVERSITY,
+    meaning="different answers to a prompt",
+    unit="answers",
+    better=Better.NEITHER,
+    source="2507.14843",
+    limits=lambda values, tasks: (1.0, float(tasks[0].num_samples)),
+    sentence=lambda value, k, task: (
+        f"{value:.1f} different answers to a prompt in {task.num_samples} tries"
+    ),
+    overview=("distinct_answers", "answers"),
+    in_changes=True,
+    formerly={"distinct": "distinct_answers"},
+)
+def _distinct_answers(task: TaskMeasurement) -> Floats:
+    return task.distinct.astype(np.float64)
+
+
+@of_task(
+    "single_answer",
+    topic=Topic.DIVERSITY,
+    meaning="prompts with the same answer in all samples",
+    unit="share",
+    better=Better.NEITHER,
+    source="2507.14843",
+)
+def _single_answer(task: TaskMeasurement, how: Estimation) -> Found:
+    """A share of prompts, which says more than a mean about a policy that has collapsed."""
     same = int((task.distinct == 1).sum())
-    single = proportion_interval(same, len(answers), confidence=confidence)
-    return (
-        _reading(
-            task,
-            "single_answer",
-            single,
-            f"{single.value:.0%} of prompts got the same answer in all of {n} tries",
-        ),
-        _reading(
-            task,
-            "answer_entropy",
-            entropy,
-            f"the answers to a prompt vary as much as {np.exp(entropy.value):.1f} equally likely "
-            "ones",
-        ),
-        _reading(
-            task,
-            "distinct_answers",
-            distinct,
-            f"{distinct.value:.1f} different answers to a prompt in {n} tries",
-        ),
-    )
+    share = proportion_interval(same, len(task.prompts), confidence=how.confidence)
+    words = f"{share.value:.0%} of prompts got the same answer in all of {task.num_samples} tries"
+    return Found(share, words)
 
 
-def token_entropy(task: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0) -> Reading:
-    """Mean entropy of the next token along the policy's own samples, in nats (arXiv 2505.22617).
+# --- tokens ----------------------------------------------------------------------------------
 
-    −log π of a sampled token is unbiased for the entropy at its place, so the mean over all tokens
-    estimates it: Σ −log π / Σ tokens, both resampled by prompt. It is the entropy of what was
-    sampled from: at another temperature it is that distribution's.
 
-    For the bound on prompts not asked, no prompt is taken to have more than the largest value of
-    any sample seen.
+def _known_logprobs(task: TaskMeasurement) -> npt.NDArray[np.bool_]:
+    return np.asarray(np.isfinite(task.nll) & (task.lengths > 0))
+
+
+def _nll_range(task: TaskMeasurement) -> tuple[float, float]:
+    """No prompt is taken to have more than the largest value of any sample seen."""
+    seen = np.asarray(task.nll, np.float64)[_known_logprobs(task)]
+    return min(float(seen.min()), 0.0), max(float(seen.max()), 1e-9)
+
+
+@ratio(
+    "token_entropy",
+    topic=Topic.DIVERSITY,
+    meaning="entropy of the next token",
+    unit="nats",
+    better=Better.NEITHER,
+    source="2505.22617",
+    limits=_nll_range,
+    lacks=lambda task: None if _known_logprobs(task).any() else "no finite log-probs",
+    sentence=lambda value, k, task: (
+        f"the next token is as open as {np.exp(value):.2f} equally likely ones"
+    ),
+    formerly={"entropy": "token_entropy"},
+)
+def _token_entropy(task: TaskMeasurement) -> tuple[Floats, Floats]:
+    """Σ −log π over Σ tokens, along the policy's own samples.
+
+    −log π of a sampled token is unbiased for the entropy at its place. It is the entropy of what
+    was sampled from: at another temperature it is that distribution's.
     """
     nll, lengths = np.asarray(task.nll, np.float64), task.lengths.astype(np.float64)
-    finite = np.isfinite(nll) & (lengths > 0)
+    finite = _known_logprobs(task)
     sums, tokens = np.where(finite, nll * lengths, 0.0), np.where(finite, lengths, 0.0)
     if not finite.any():
         raise ConfigError(f"{task.taskset}: no finite log-probs", fix="measure the policy again")
-    most = max(float(nll[finite].max()), 1e-9)
-    interval = ratio_interval(
-        sums.sum(axis=1),
-        tokens.sum(axis=1),
-        confidence=confidence,
-        seed=seed,
-        limits=(min(float(nll[finite].min()), 0.0), most),
-    )
-    words = f"the next token is as open as {np.exp(interval.value):.2f} equally likely ones"
-    return _reading(task, "token_entropy", interval, words)
+    return sums.sum(axis=1), tokens.sum(axis=1)
 
 
-def form(task: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0) -> tuple[Reading, ...]:
-    """truncated, tokens_per_answer, and where they were kept self_bleu and repetition."""
-
-    def mean(values: npt.ArrayLike, highest: float) -> Interval:
-        return mean_interval(values, highest=highest, confidence=confidence, seed=seed)
-
-    cut = mean(task.truncated.mean(axis=1, dtype=np.float64), 1.0)
-    tokens = mean(task.lengths.mean(axis=1, dtype=np.float64), max(float(task.lengths.max()), 1.0))
-    found = [
-        _reading(task, "truncated", cut, f"{cut.value:.0%} of samples were cut off by the budget"),
-        _reading(task, "tokens_per_answer", tokens, f"{tokens.value:.1f} tokens per sample"),
-    ]
-    if task.self_bleu is not None:
-        alike = mean(task.self_bleu, 1.0)
-        words = f"samples of a prompt are {alike.value:.2f} alike in wording, on a scale to 1"
-        found.append(_reading(task, "self_bleu", alike, words))
-    if task.repetition is not None:
-        again = mean(task.repetition.mean(axis=1, dtype=np.float64), 1.0)
-        words = f"{again.value:.0%} of the 4-grams of a sample repeat earlier ones"
-        found.append(_reading(task, "repetition", again, words))
-    return tuple(found)
+@per_prompt(
+    "truncated",
+    topic=Topic.FORM,
+    meaning="samples that the budget cut off",
+    unit="share",
+    better=Better.LOWER,
+    source="2604.08527",
+    sentence=lambda value, k, task: f"{value:.0%} of samples were cut off by the budget",
+    phrase="the share of answers cut off by the token budget",
+)
+def _truncated(task: TaskMeasurement) -> Floats:
+    return _means(task.truncated)
 
 
-def verifier_disagreement(task: TaskMeasurement, *, confidence: float = 0.95) -> Reading:
-    """The share of answers that the verifier scored otherwise when asked again.
-
-    Exact, with answers as the units: the verifier's chance is drawn anew for each of them. 0 says
-    that none of those was, not that the verifier is deterministic; see the upper bound.
-
-    Raises:
-        ConfigError: the measurement is of a version that did not score twice.
-    """
-    if task.recheck is None:
-        raise ConfigError(
-            f"{task.taskset}: no answer of this measurement was scored twice",
-            fix="measure the policy again",
-        )
-    changed, size = int(task.recheck.sum()), task.recheck.size
-    interval = proportion_interval(changed, size, confidence=confidence)
-    words = f"{changed} of {size} answers got another score at a second look"
-    return Reading(
-        "verifier_disagreement",
-        task.taskset,
-        interval.value,
-        interval.low,
-        interval.high,
-        len(task.prompts),
-        task.recheck.shape[1],
-        words,
-        confidence,
-    )
+@per_prompt(
+    "tokens_per_answer",
+    topic=Topic.FORM,
+    meaning="tokens of a sample",
+    unit="tokens",
+    better=Better.LOWER,
+    source="count",
+    limits=lambda values, tasks: (0.0, max(1.0, *(float(t.lengths.max()) for t in tasks))),
+    sentence=lambda value, k, task: f"{value:.1f} tokens per sample",
+    overview=("tokens_per_answer", "tokens"),
+    in_changes=True,
+    formerly={"tokens": "tokens_per_answer"},
+)
+def _tokens_per_answer(task: TaskMeasurement) -> Floats:
+    return _means(task.lengths)
 
 
-def _reading(task: TaskMeasurement, name: str, interval: Interval, words: str) -> Reading:
-    return reading(name, task.taskset, interval, samples=task.num_samples, words=words)
+def _means(values: npt.NDArray[Any]) -> Floats:
+    return np.asarray(values.mean(axis=1, dtype=np.float64))
+
+
+# --- texts -----------------------------------------------------------------------------------
+
+_NO_TEXTS = "texts were not looked at"
+
+
+@raw_column("self_bleu", dtype=np.float32, per="prompt", absent=_NO_TEXTS)
+def self_bleu_column(samples: TaskSamples) -> list[float]:
+    """[P] 0 to 1, see texts.py."""
+    return [self_bleu(row) for row in samples.rows(samples.texts)]
+
+
+@per_prompt(
+    "self_bleu",
+    topic=Topic.DIVERSITY,
+    meaning="likeness of a prompt's samples to each other",
+    unit="0 to 1",
+    better=Better.NEITHER,
+    source="1802.01886",
+    columns=(self_bleu_column,),
+    sentence=lambda value, k, task: (
+        f"samples of a prompt are {value:.2f} alike in wording, on a scale to 1"
+    ),
+)
+def _self_bleu(task: TaskMeasurement) -> Floats:
+    return task.need(self_bleu_column).astype(np.float64)
+
+
+@raw_column("repetition", dtype=np.float32, per="sample", absent=_NO_TEXTS)
+def repetition_column(samples: TaskSamples) -> npt.ArrayLike:
+    """[P, n] 0 to 1, see texts.py."""
+    shares = [repeated_share(c.tokens) for c in samples.completions]
+    return np.array(shares).reshape(-1, samples.num_samples)
+
+
+@per_prompt(
+    "repetition",
+    topic=Topic.FORM,
+    meaning="4-grams of a sample that it repeats",
+    unit="share",
+    better=Better.LOWER,
+    source="1908.04319",
+    columns=(repetition_column,),
+    sentence=lambda value, k, task: f"{value:.0%} of the 4-grams of a sample repeat earlier ones",
+    phrase="the share of repeated 4-grams",
+)
+def _repetition(task: TaskMeasurement) -> Floats:
+    return _means(task.need(repetition_column))

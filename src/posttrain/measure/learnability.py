@@ -1,7 +1,7 @@
 """Whether a policy's own samples can teach it: where groups differ, and how large they must be.
 
-counts [P] ──▶ all_wrong, all_right, band_share     shares of prompts, exact
-           └─▶ informative@g, needed_group          expected share of groups with a signal
+counts [P] ──▶ band_share, in_share, …                          shares of prompts, exact
+           └─▶ informative@g, zero_variance@g, needed_group     expected share of groups
 
 Shape legend: ``P`` prompts, ``n`` samples per prompt, ``G`` samples of a group.
 """
@@ -16,77 +16,121 @@ import numpy.typing as npt
 from posttrain.core.errors import ConfigError
 from posttrain.measure.bootstrap import (
     Floats,
-    mean_interval,
+    Interval,
     mean_intervals,
     proportion_interval,
 )
+from posttrain.measure.estimators import of_task, per_prompt, since
 from posttrain.measure.measurement import TaskMeasurement
 from posttrain.measure.passk import pass_at_k, pass_hat_k
-from posttrain.measure.reading import Reading, reading
-from posttrain.measure.support import Label, labels
+from posttrain.measure.registry import USUAL, Better, Estimation, Found, Topic
+from posttrain.measure.support import Label, SupportChange, labels, support_change
 
 BAND = (0.2, 0.8)
 """Success rates at which groups differ most of the time (arXiv 2605.26606 keeps these)."""
 NEEDED = 0.5
 """Share of informative groups that ``needed_group`` asks for by default."""
 
-_SUPPORT_WORDS = {
-    Label.IN: ("in_share", "in reach"),
-    Label.OUT: ("out_share", "out of reach"),
-    Label.UNDETERMINED: ("undetermined_share", "not decided by so few samples"),
-}
+# --- shares of prompts -----------------------------------------------------------------------
 
 
-def zero_variance(task: TaskMeasurement, *, confidence: float = 0.95) -> tuple[Reading, ...]:
-    """all_wrong, all_right and band_share: what the samples of a prompt look like.
-
-    Each is a share of prompts with a property of their n observed samples, so the exact interval
-    for a share holds. All of them depend on n: a prompt of rate 0.01 is all wrong in half of the
-    looks at 64 samples. That is what ``out_share`` is careful about.
-    """
-    n, counts = task.num_samples, task.counts
-    low, high = BAND
-    kinds = (
-        ("all_wrong", counts == 0, f"never solved in {n} tries"),
-        ("all_right", counts == n, f"solved in all of {n} tries"),
-        (
-            "band_share",
-            (counts >= low * n) & (counts <= high * n),
-            "solved in a fifth to four fifths of tries",
-        ),
-    )
-    return tuple(
-        _share(task, name, mask, f"of prompts are {words}", confidence=confidence)
-        for name, mask, words in kinds
-    )
+@of_task(
+    "band_share",
+    topic=Topic.SIGNAL,
+    meaning="prompts with a success rate from 0.2 to 0.8",
+    unit="share",
+    better=Better.HIGHER,
+    source="2605.26606",
+)
+def _band_share(task: TaskMeasurement, how: Estimation) -> Found:
+    n, counts, (low, high) = task.num_samples, task.counts, BAND
+    inside = (counts >= low * n) & (counts <= high * n)
+    return _share(inside, "solved in a fifth to four fifths of tries", how)
 
 
-def support_shares(
-    task: TaskMeasurement, *, epsilon: float, confidence: float = 0.95
-) -> tuple[Reading, ...]:
-    """in_share, out_share and undetermined_share: prompts by label, with exact intervals.
-
-    They are shares of labels, so they too depend on n, through ``undetermined``. The bounds of
-    the labels and of the shares have the same confidence.
-    """
-    found = np.array(labels(task, epsilon=epsilon, confidence=confidence), object)
-    return tuple(
-        _share(task, name, found == label, f"of prompts are {words}", confidence=confidence)
-        for label, (name, words) in _SUPPORT_WORDS.items()
-    )
+@of_task(
+    "in_share",
+    topic=Topic.SUPPORT,
+    meaning="prompts in reach",
+    unit="share",
+    better=Better.HIGHER,
+    source="2507.14843",
+)
+def _in_share(task: TaskMeasurement, how: Estimation) -> Found:
+    return _share(_labelled(task, Label.IN, how), "in reach", how)
 
 
-def _share(
-    task: TaskMeasurement,
-    name: str,
-    mask: npt.NDArray[np.bool_],
-    words: str,
-    *,
-    confidence: float,
-) -> Reading:
-    interval = proportion_interval(int(mask.sum()), len(mask), confidence=confidence)
-    said = f"{interval.value:.0%} {words}"
-    return reading(name, task.taskset, interval, samples=task.num_samples, words=said)
+@of_task(
+    "out_share",
+    topic=Topic.SUPPORT,
+    meaning="prompts out of reach",
+    unit="share",
+    better=Better.LOWER,
+    source="2507.14843",
+)
+def _out_share(task: TaskMeasurement, how: Estimation) -> Found:
+    return _share(_labelled(task, Label.OUT, how), "out of reach", how)
+
+
+@of_task(
+    "undetermined_share",
+    topic=Topic.SUPPORT,
+    meaning="prompts with too few samples to say",
+    unit="share",
+    better=Better.NEITHER,
+    source="2507.14843",
+)
+def _undetermined_share(task: TaskMeasurement, how: Estimation) -> Found:
+    return _share(_labelled(task, Label.UNDETERMINED, how), "not decided by so few samples", how)
+
+
+@since(
+    "expanded_share",
+    topic=Topic.CHANGE,
+    meaning="prompts that came into reach",
+    unit="share",
+    better=Better.HIGHER,
+    source="2507.14843",
+)
+def _expanded_share(before: TaskMeasurement, after: TaskMeasurement, how: Estimation) -> Found:
+    change = support_change(before, after, epsilon=how.epsilon, confidence=how.confidence)
+    return _crossed(change.expanded, change, f"came from {Label.OUT} to {Label.IN}", how)
+
+
+@since(
+    "shrunk_share",
+    topic=Topic.CHANGE,
+    meaning="prompts that went out of reach",
+    unit="share",
+    better=Better.LOWER,
+    source="2507.14843",
+    phrase="the share of prompts that went out of reach",
+)
+def _shrunk_share(before: TaskMeasurement, after: TaskMeasurement, how: Estimation) -> Found:
+    change = support_change(before, after, epsilon=how.epsilon, confidence=how.confidence)
+    return _crossed(change.shrunk, change, f"went from {Label.IN} to {Label.OUT}", how)
+
+
+def _crossed(count: int, change: SupportChange, words: str, how: Estimation) -> Found:
+    """A share of prompts whose label crossed over, exact."""
+    num = len(change.before)
+    interval = proportion_interval(count, num, confidence=how.confidence)
+    return Found(interval, f"{count} of {num} prompts {words}")
+
+
+def _labelled(task: TaskMeasurement, label: Label, how: Estimation) -> npt.NDArray[np.bool_]:
+    """[P] True for prompts with this label. Labels and their share have the same confidence."""
+    found = labels(task, epsilon=how.epsilon, confidence=how.confidence)
+    return np.array([x is label for x in found])
+
+
+def _share(mask: npt.NDArray[np.bool_], words: str, how: Estimation) -> Found:
+    """A share of prompts with a property of their n samples. Exact, and dependent on n."""
+    interval = proportion_interval(int(mask.sum()), len(mask), confidence=how.confidence)
+    return Found(interval, f"{interval.value:.0%} of prompts are {words}")
+
+
+# --- groups ----------------------------------------------------------------------------------
 
 
 def informative_at(counts: npt.ArrayLike, num_samples: int, group: int) -> Floats:
@@ -106,25 +150,47 @@ def informative_at(counts: npt.ArrayLike, num_samples: int, group: int) -> Float
     return np.asarray(np.clip(pass_at_k(counts, num_samples, group) - alike, 0.0, 1.0))
 
 
-def informative(
-    task: TaskMeasurement, group: int, *, confidence: float = 0.95, seed: int = 0
-) -> Reading:
-    """informative@G with its interval over prompts.
+@per_prompt(
+    "informative@g",
+    topic=Topic.SIGNAL,
+    meaning="a group of g samples holds a success and a failure",
+    unit="probability",
+    better=Better.HIGHER,
+    source="2503.14476",
+    usual=lambda n: (4, 8, 16),
+    sentence=lambda value, g, task: (
+        f"{value:.0%} of groups of {g:.0f} hold a success and a failure"
+    ),
+    phrase=lambda g: f"the share of groups of {g:.0f} with a success and a failure",
+    overview=("informative@8", "groups of 8"),
+)
+def _informative(task: TaskMeasurement, group: int) -> Floats:
+    return informative_at(task.counts, task.num_samples, group)
 
-    Raises:
-        ConfigError: a group outside 1 to n.
-    """
-    values = informative_at(task.counts, task.num_samples, group)
-    interval = mean_interval(values, confidence=confidence, seed=seed)
-    words = f"{interval.value:.0%} of groups of {group} hold a success and a failure"
-    return reading(
-        f"informative@{group}", task.taskset, interval, samples=task.num_samples, words=words
-    )
+
+@per_prompt(
+    "zero_variance@g",
+    topic=Topic.SIGNAL,
+    meaning="a group of g is all right or all wrong, and teaches nothing by comparison",
+    unit="probability",
+    better=Better.LOWER,
+    source="2503.14476",
+    sentence=lambda value, g, task: f"{value:.0%} of groups of {g:.0f} teach nothing by comparison",
+)
+def _zero_variance(task: TaskMeasurement, group: int) -> Floats:
+    counts, n = task.counts, task.num_samples
+    return 1 - pass_at_k(counts, n, group) + pass_hat_k(counts, n, group)
 
 
-def needed_group(
-    task: TaskMeasurement, *, share: float = NEEDED, confidence: float = 0.95, seed: int = 0
-) -> Reading:
+@of_task(
+    "needed_group",
+    topic=Topic.SIGNAL,
+    meaning="group size at which the stated share of groups is informative",
+    unit="samples",
+    better=Better.LOWER,
+    source="arithmetic",
+)
+def needed_group(task: TaskMeasurement, how: Estimation = USUAL, *, share: float = NEEDED) -> Found:
     """The smallest group of which a stated share is informative, averaged over prompts.
 
     Infinite when no group up to n reaches it; prompts that are all wrong or all right never help.
@@ -142,7 +208,7 @@ def needed_group(
     sizes = [g for g in sizes if g <= n]
     columns = np.stack([informative_at(task.counts, n, g) for g in sizes], axis=1)
     rows = mean_intervals(
-        columns, ranges=((0.0, 1.0),) * len(sizes), confidence=confidence, seed=seed
+        columns, ranges=((0.0, 1.0),) * len(sizes), confidence=how.confidence, seed=how.seed
     )
 
     def first(bounds: list[float]) -> float:
@@ -155,16 +221,12 @@ def needed_group(
         if math.isfinite(value)
         else f"no group of up to {n} is informative in {share:.0%} of cases"
     )
-    high = first([r.low for r in rows])
-    low = first([r.high for r in rows])
-    return Reading(
-        "needed_group",
-        task.taskset,
-        value,
-        low,
-        high,
-        len(task.prompts),
-        n,
-        words,
-        confidence,
+    interval = Interval(
+        value=value,
+        low=first([r.high for r in rows]),
+        high=first([r.low for r in rows]),
+        num_prompts=len(task.prompts),
+        seed=how.seed,
+        confidence=how.confidence,
     )
+    return Found(interval, words)

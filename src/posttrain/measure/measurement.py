@@ -1,6 +1,6 @@
 """What a probe saw: every score of every sample, so that each statistic can be worked out later.
 
-measure(policy) ──▶ Measurement ──to_json──▶ run folder ──from_json──▶ attribution, curves, report
+measure_policy ──▶ Measurement ──to_json──▶ run folder ──from_json──▶ metrics, attribution, report
 
 Shape legend: ``P`` prompts, ``n`` samples per prompt.
 """
@@ -24,6 +24,13 @@ import numpy.typing as npt
 
 from posttrain.core.errors import DataError, RunError, nearest
 from posttrain.core.provenance import FloatArray, IntArray
+from posttrain.measure.columns import (
+    RawArray,
+    RawColumn,
+    raw_column_named,
+    raw_columns,
+    read_only,
+)
 
 BoolArray = npt.NDArray[np.bool_]
 FORMAT = "posttrain.measurement/1"
@@ -35,14 +42,10 @@ class TaskMeasurement:
     """A policy's samples on one task set. Arrays are copied and read-only.
 
     ``nll`` is the mean negative log-prob per token of each sample under the policy itself, in
-    nats: its mean estimates the entropy per token. ``kl_base`` holds, for the first K <= n samples
-    of each prompt, the sum over tokens of log π − log π_base on the policy's own sample, in nats:
-    its mean estimates KL(π ‖ π_base) without bias, though single values may be negative.
+    nats: its mean estimates the entropy per token.
 
-    Fields that default to None are missing in files of earlier versions; probes that need them
-    say so. ``answers`` numbers the different final answers to a prompt from 0, in the order in
-    which they first came. ``recheck`` holds, for the first R <= n samples of each prompt, True
-    where scoring the same answer once more gave another score.
+    ``raw`` holds what else was recorded, by the name of its column (see columns.py). None stands
+    for what was not; files of earlier versions lack some. Metrics that need a column say so.
 
     Raises:
         DataError: shapes that do not fit, no prompt or no sample, a prompt named twice, or a
@@ -65,11 +68,7 @@ class TaskMeasurement:
     truncated: BoolArray  # [P, n] the budget ended the sample, not the policy
     nll: FloatArray  # [P, n]
     distinct: IntArray  # [P] number of distinct answers
-    kl_base: FloatArray | None = None  # [P, K], K <= n
-    answers: IntArray | None = None  # [P, n], numbers of the prompt's distinct answers
-    self_bleu: FloatArray | None = None  # [P], 0 to 1, see texts.py
-    repetition: FloatArray | None = None  # [P, n], 0 to 1, see texts.py
-    recheck: BoolArray | None = None  # [P, R], R <= n
+    raw: Mapping[str, npt.ArrayLike | None] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if len(set(self.prompts)) != len(self.prompts):
@@ -83,43 +82,40 @@ class TaskMeasurement:
                 f"{self.taskset}: scores of shape {shape} for {len(self.prompts)} prompts",
                 expected="[prompts, samples], at least one of each",
             )
-        self._freeze("scores", self.scores, np.float32, shape)
-        self._freeze("lengths", self.lengths, np.int32, shape)
-        self._freeze("truncated", self.truncated, np.bool_, shape)
-        self._freeze("nll", self.nll, np.float32, shape)
-        self._freeze("distinct", self.distinct, np.int32, shape[:1])
-        for name, dtype, extra in (
-            ("kl_base", np.float32, self.kl_base),
-            ("recheck", np.bool_, self.recheck),
+        for name, values, dtype, wanted in (
+            ("scores", self.scores, np.float32, shape),
+            ("lengths", self.lengths, np.int32, shape),
+            ("truncated", self.truncated, np.bool_, shape),
+            ("nll", self.nll, np.float32, shape),
+            ("distinct", self.distinct, np.int32, shape[:1]),
         ):
-            if extra is not None:
-                asked = np.shape(extra)
-                used = asked[1] if len(asked) == 2 and 1 <= asked[1] <= shape[1] else shape[1]
-                self._freeze(name, extra, dtype, (shape[0], used))
-        if self.answers is not None:
-            self._freeze("answers", self.answers, np.int32, shape)
-            if self.answers.min() < 0 or self.answers.max() >= shape[1]:
-                raise DataError(
-                    f"{self.taskset}: answers numbered outside 0 to {shape[1] - 1}",
-                    expected="numbers of the distinct answers of one prompt",
-                )
-        if self.self_bleu is not None:
-            self._freeze("self_bleu", self.self_bleu, np.float32, shape[:1])
-        if self.repetition is not None:
-            self._freeze("repetition", self.repetition, np.float32, shape)
+            array = read_only(values, dtype, wanted, f"{self.taskset}: {name}")
+            object.__setattr__(self, name, array)
+        whole = (shape[0], shape[1])
+        kept = {
+            name: raw_column_named(name).frozen(values, shape=whole, where=self.taskset)
+            for name, values in self.raw.items()
+            if values is not None
+        }
+        object.__setattr__(self, "raw", MappingProxyType(kept))
         if not np.isfinite(self.scores).all():
             raise DataError(f"{self.taskset}: scores that are not finite", expected="finite scores")
 
-    def _freeze(
-        self, name: str, values: npt.ArrayLike, dtype: type[np.generic], shape: tuple[int, ...]
-    ) -> None:
-        array = np.array(values, dtype)
-        if array.shape != shape:
-            raise DataError(
-                f"{self.taskset}: {name} of shape {array.shape}", expected=f"shape {shape}"
-            )
-        array.flags.writeable = False
-        object.__setattr__(self, name, array)
+    def find(self, column: RawColumn) -> RawArray | None:
+        """The values of a raw column; None when the measurement lacks it."""
+        values = self.raw.get(column.name)
+        return None if values is None else np.asarray(values)
+
+    def need(self, column: RawColumn) -> RawArray:
+        """The values of a raw column.
+
+        Raises:
+            ConfigError: the measurement lacks it; says what that means and how to get it.
+        """
+        values = self.find(column)
+        if values is None:
+            raise column.missing(self.taskset)
+        return values
 
     @property
     def num_samples(self) -> int:
@@ -211,13 +207,13 @@ class Measurement:
         """
         try:
             wire = msgspec.json.decode(text, type=_Wire)
+            if wire.format != FORMAT:
+                raise DataError(f"measurement of format {wire.format!r}", expected=FORMAT)
+            tasks = tuple(_from_wire(t) for t in wire.tasks)
         except (msgspec.MsgspecError, UnicodeError) as error:
             raise DataError(
                 f"not a measurement: {error}", expected=FORMAT, fix="measure the policy again"
             ) from None
-        if wire.format != FORMAT:
-            raise DataError(f"measurement of format {wire.format!r}", expected=FORMAT)
-        tasks = tuple(_from_wire(t) for t in wire.tasks)
         return Measurement(
             policy=wire.policy,
             digest=wire.digest,
@@ -327,6 +323,8 @@ class _Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _WireTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What every measurement has. Beside it stands a field per raw column."""
+
     taskset: str
     success: float
     prompts: list[str]
@@ -335,11 +333,6 @@ class _WireTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     distinct: list[int]
     lengths: _Array
     nll: _Array
-    kl_base: _Array | None
-    answers: _Array | None = None
-    self_bleu: _Array | None = None
-    repetition: _Array | None = None
-    recheck: list[str] | None = None
 
 
 class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -347,14 +340,14 @@ class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     policy: str
     digest: str
     protocol: str
-    tasks: list[_WireTask]
+    tasks: list[dict[str, Any]]
     parts: dict[str, str] = {}
 
 
-def _to_wire(task: TaskMeasurement) -> _WireTask:
+def _to_wire(task: TaskMeasurement) -> dict[str, Any]:
     signs = np.signbit(task.scores)
     binary = bool(np.isin(task.scores, (0.0, 1.0)).all()) and not bool(signs.any())
-    return _WireTask(
+    core = _WireTask(
         taskset=task.taskset,
         success=float(task.success),
         prompts=list(task.prompts),
@@ -363,41 +356,46 @@ def _to_wire(task: TaskMeasurement) -> _WireTask:
         distinct=[int(d) for d in task.distinct],
         lengths=_pack(task.lengths),
         nll=_pack(task.nll),
-        kl_base=_packed(task.kl_base),
-        answers=_packed(task.answers),
-        self_bleu=_packed(task.self_bleu),
-        repetition=_packed(task.repetition),
-        recheck=None if task.recheck is None else _bits(task.recheck),
     )
+    return {
+        **msgspec.to_builtins(core),
+        **{n: _column_out(task.find(c)) for n, c in raw_columns().items()},
+    }
 
 
-def _from_wire(wire: _WireTask) -> TaskMeasurement:
-    def floats(stored: _Array) -> FloatArray:
-        return _unpack(stored, "<f4", where=wire.taskset)
-
-    def known(stored: _Array | None) -> FloatArray | None:
-        return None if stored is None else floats(stored)
-
-    scores = (
-        floats(wire.scores)
-        if isinstance(wire.scores, _Array)
-        else _unbits(wire.scores, where=wire.taskset)
-    )
+def _from_wire(fields: dict[str, Any]) -> TaskMeasurement:
+    columns = raw_columns()
+    wire = msgspec.convert({k: v for k, v in fields.items() if k not in columns}, _WireTask)
+    where = wire.taskset
     return TaskMeasurement(
-        taskset=wire.taskset,
+        taskset=where,
         success=wire.success,
         prompts=tuple(wire.prompts),
-        scores=scores.astype(np.float32),
-        truncated=_unbits(wire.truncated, where=wire.taskset),
+        scores=_unbits(wire.scores, where=where).astype(np.float32)
+        if isinstance(wire.scores, list)
+        else _unpack(wire.scores, np.float32, where=where),
+        truncated=_unbits(wire.truncated, where=where),
         distinct=np.array(wire.distinct, np.int32),
-        lengths=_unpack(wire.lengths, "<i4", where=wire.taskset),
-        nll=floats(wire.nll),
-        kl_base=known(wire.kl_base),
-        answers=None if wire.answers is None else _unpack(wire.answers, "<i4", where=wire.taskset),
-        self_bleu=known(wire.self_bleu),
-        repetition=known(wire.repetition),
-        recheck=None if wire.recheck is None else _unbits(wire.recheck, where=wire.taskset),
+        lengths=_unpack(wire.lengths, np.int32, where=where),
+        nll=_unpack(wire.nll, np.float32, where=where),
+        raw={
+            name: _column_in(fields[name], column, where=where)
+            for name, column in columns.items()
+            if fields.get(name) is not None
+        },
     )
+
+
+def _column_out(values: RawArray | None) -> object:
+    if values is None:
+        return None
+    return _bits(values) if values.dtype == np.bool_ else msgspec.to_builtins(_pack(values))
+
+
+def _column_in(stored: object, column: RawColumn, *, where: str) -> RawArray:
+    if column.dtype is np.bool_:
+        return _unbits(msgspec.convert(stored, list[str]), where=where)
+    return _unpack(msgspec.convert(stored, _Array), column.dtype, where=where)
 
 
 def _bits(flags: npt.NDArray[Any]) -> list[str]:
@@ -416,11 +414,8 @@ def _pack(array: npt.NDArray[Any]) -> _Array:
     return _Array(dtype=little.dtype.str, shape=list(array.shape), zlib64=coded)
 
 
-def _packed(array: npt.NDArray[Any] | None) -> _Array | None:
-    return None if array is None else _pack(array)
-
-
-def _unpack(stored: _Array, dtype: str, *, where: str) -> npt.NDArray[Any]:
+def _unpack(stored: _Array, kind: type[np.generic], *, where: str) -> npt.NDArray[Any]:
+    dtype = np.dtype(kind).newbyteorder("<").str
     try:
         raw = zlib.decompress(base64.b64decode(stored.zlib64, validate=True))
     except (zlib.error, binascii.Error):

@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from posttrain.core.errors import ConfigError
 from posttrain.measure.bootstrap import Floats, Interval, mean_interval, mean_intervals
+from posttrain.measure.estimators import per_prompt, seen_range
 from posttrain.measure.measurement import TaskMeasurement
+from posttrain.measure.registry import Better, Topic
 
 
 def pass_at_k(counts: npt.ArrayLike, num_samples: int, k: int) -> Floats:
@@ -92,6 +94,18 @@ class Curve:
     confidence: float
     seed: int
 
+    def at(self, k: int) -> Interval:
+        """pass@k, for one of ``ks``."""
+        i = self.ks.index(k)
+        return Interval(
+            value=self.value[i],
+            low=self.low[i],
+            high=self.high[i],
+            num_prompts=self.num_prompts,
+            seed=self.seed,
+            confidence=self.confidence,
+        )
+
 
 def curve(task: TaskMeasurement, *, confidence: float = 0.95, seed: int = 0) -> Curve:
     """pass@k for k = 1, 2, 4, ... up to n. Each interval holds by itself, not all at once.
@@ -127,6 +141,108 @@ def pass_interval(
     """
     values = pass_at_k(task.counts, task.num_samples, k)
     return mean_interval(values, confidence=confidence, seed=seed)
+
+
+# --- the metrics -----------------------------------------------------------------------------
+
+
+def _doublings(n: int) -> list[int]:
+    """1, 2, 4, … and n."""
+    return sorted({n, *(2**i for i in range(n.bit_length()))})
+
+
+def _tries(value: float, k: float, task: TaskMeasurement) -> str:
+    tries = "one try succeeds" if k == 1 else f"at least one of {k:.0f} tries succeeds"
+    return f"{tries} with probability {value:.2f}"
+
+
+def _all_of_them(value: float, k: float, task: TaskMeasurement) -> str:
+    if k == task.num_samples:
+        return f"{value:.0%} of prompts are solved in all of {k:.0f} tries"
+    return f"all of {k:.0f} tries succeed with probability {value:.2f}"
+
+
+def _none_of_them(value: float, k: float, task: TaskMeasurement) -> str:
+    if k == task.num_samples:
+        return f"{value:.0%} of prompts are never solved in {k:.0f} tries"
+    return f"none of {k:.0f} tries succeeds with probability {value:.2f}"
+
+
+@per_prompt(
+    "pass@k",
+    topic=Topic.SUCCESS,
+    meaning="at least one of k tries succeeds",
+    unit="probability",
+    better=Better.HIGHER,
+    source="2107.03374",
+    usual=_doublings,
+    sentence=_tries,
+)
+def _pass(task: TaskMeasurement, k: int) -> Floats:
+    return pass_at_k(task.counts, task.num_samples, k)
+
+
+@per_prompt(
+    "pass^k",
+    topic=Topic.SUCCESS,
+    meaning="all of k tries succeed",
+    unit="probability",
+    better=Better.HIGHER,
+    source="2406.12045",
+    usual=lambda n: [*(k for k in (4, 8) if k <= n), n],
+    share_at_n=True,
+    sentence=_all_of_them,
+    formerly={"reliable@k": "pass^k", "all_right@k": "pass^k", "all_right": "pass^k"},
+)
+def _all_right(task: TaskMeasurement, k: int) -> Floats:
+    return pass_hat_k(task.counts, task.num_samples, k)
+
+
+@per_prompt(
+    "all_wrong@k",
+    topic=Topic.SIGNAL,
+    meaning="none of k tries succeeds",
+    unit="probability",
+    better=Better.LOWER,
+    source="2509.25849",
+    usual=lambda n: [n],
+    share_at_n=True,
+    sentence=_none_of_them,
+)
+def _all_wrong(task: TaskMeasurement, k: int) -> Floats:
+    return 1 - pass_at_k(task.counts, task.num_samples, k)
+
+
+@per_prompt(
+    "best@k",
+    topic=Topic.SUCCESS,
+    meaning="expected best score of k tries; best@1 is the mean score",
+    unit="score",
+    better=Better.HIGHER,
+    source="2608.00220",
+    limits=seen_range,
+    sentence=lambda value, k, task: f"the best of {k:.0f} tries scores {value:.2f} on average",
+    formerly={"score": "best@1"},
+)
+def _best(task: TaskMeasurement, k: int) -> Floats:
+    return best_at_k(task.scores, k)
+
+
+@per_prompt(
+    "efficiency_gap",
+    topic=Topic.SUCCESS,
+    meaning="pass@n minus pass@1: what choosing better could gain",
+    unit="probability",
+    better=Better.LOWER,
+    source="2504.13837",
+    phrase="success within all tries minus pass@1",  # a task may have more than 64
+    sentence=lambda value, k, task: (
+        f"one try succeeds {value:.2f} less often than the best of {task.num_samples}"
+    ),
+)
+def _efficiency_gap(task: TaskMeasurement) -> Floats:
+    n = task.num_samples
+    return pass_at_k(task.counts, n, n) - pass_at_k(task.counts, n, 1)
 
 
 def _log_all_fail(n: int, k: int) -> Floats:

@@ -1,40 +1,21 @@
-"""Everything that can be read off samples alone: one policy, or a policy and an earlier one.
+"""Readings: everything that can be read off samples alone, of one policy or since an earlier one.
 
 TaskMeasurement ──take──▶ Readings of one policy
 two of them ──take_change──▶ Readings of what changed
+a name ──read──▶ one of them
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from posttrain.core.errors import ConfigError
-from posttrain.measure.attribution import attribute
-from posttrain.measure.bootstrap import mean_interval, proportion_interval
-from posttrain.measure.calibration import calibration_error
-from posttrain.measure.curves import cover, crossover, efficiency_gap, sharpening_tax
-from posttrain.measure.diversity import (
-    answer_entropies,
-    answer_variety,
-    form,
-    highest_entropy,
-    token_entropy,
-    verifier_disagreement,
-)
-from posttrain.measure.learnability import informative, needed_group, support_shares, zero_variance
+from posttrain.measure.bootstrap import proportion_interval
 from posttrain.measure.measurement import Measurement, TaskMeasurement, require_same_task
-from posttrain.measure.passk import pass_hat_k, pass_interval
 from posttrain.measure.reading import FEWEST, Reading, reading
-from posttrain.measure.retention import kept_reading
-from posttrain.measure.support import Label, SupportChange, support_change
-from posttrain.measure.voting import majority
-
-COVER = (0.1, 0.5, 0.9)
-GROUPS = (4, 8, 16)
-VOTES = 16
+from posttrain.measure.registry import USUAL, Estimation, Found, Metric, find_metric, metrics
 
 
 def require_prompts(measurement: Measurement) -> None:
@@ -55,59 +36,130 @@ def require_prompts(measurement: Measurement) -> None:
         )
 
 
-def take(
-    task: TaskMeasurement, *, epsilon: float, confidence: float = 0.95, seed: int = 0
-) -> tuple[Reading, ...]:
-    """Every reading of one policy on one task set that its samples allow.
+def take(task: TaskMeasurement, how: Estimation = USUAL) -> tuple[Reading, ...]:
+    """Every routine reading of one policy on one task set that its samples allow.
 
-    pass@k for k = 1, 2, 4, … and n, pass^k, the support shares, the zero-variance split, groups,
-    coverage, calibration, diversity and form. Readings that need what an old file lacks are left
-    out; :func:`not_taken` says which and why.
+    Those whose metric needs what the measurement lacks are left out; :func:`not_taken` says which
+    and why.
     """
-    n = task.num_samples
+    return tuple(
+        found
+        for metric in metrics()
+        if metric.can_be_asked and not metric.looks_back
+        for k in metric.routine_numbers(task.num_samples)
+        if metric.missing(task, k) is None
+        and (found := _read(metric, k, task, None, how)) is not None
+    )
 
-    def with_interval(name: str, values: npt.ArrayLike, words: str) -> Reading:
-        interval = mean_interval(values, confidence=confidence, seed=seed)
-        said = words.format(interval.value)
-        return reading(name, task.taskset, interval, samples=n, words=said)
 
-    ks = sorted({n, *(2**i for i in range(n.bit_length()))})
-    found = [_pass_reading(task, k, confidence=confidence, seed=seed) for k in ks]
-    found += [
-        with_interval(
-            f"pass^{k}",
-            pass_hat_k(task.counts, n, k),
-            f"all of {k} tries succeed with probability {{:.2f}}",
+def not_taken(task: TaskMeasurement) -> tuple[str, ...]:
+    """Why readings are missing from :func:`take`, in sentences."""
+    names: dict[str, list[str]] = {}
+    for metric in metrics():
+        if metric.can_be_asked and not metric.looks_back:
+            for k in metric.routine_numbers(task.num_samples):
+                if why := metric.missing(task, k):
+                    names.setdefault(why, []).append(metric.at(k))
+    return tuple(f"{why}: no {', '.join(missed)}" for why, missed in names.items())
+
+
+def take_change(
+    before: TaskMeasurement, after: TaskMeasurement, how: Estimation = USUAL
+) -> tuple[Reading, ...]:
+    """Readings of what changed from an earlier policy to a later one on one task set.
+
+    Those that cannot be told, such as ``retention`` when nothing was certainly in reach before,
+    are left out.
+
+    Raises:
+        RunError: the two were not measured on the same prompts in the same way.
+    """
+    return tuple(
+        found
+        for metric in metrics()
+        if metric.looks_back
+        for k in metric.routine_numbers(after.num_samples)
+        if all(metric.missing(side, k) is None for side in (before, after))
+        and (found := _read(metric, k, after, before, how)) is not None
+    )
+
+
+def read(
+    name: str,
+    task: TaskMeasurement,
+    how: Estimation = USUAL,
+    *,
+    since: TaskMeasurement | None = None,
+) -> Reading | None:
+    """One reading by name; None when there is nothing to tell it from.
+
+    Args:
+        name: of a metric that is read off samples.
+        task: the policy's samples.
+        how: confidence, threshold and seed.
+        since: an earlier policy, for a metric that is a change itself.
+
+    Raises:
+        ConfigError: no such name, or the measurement lacks what it needs.
+        RunError: the two policies were not measured in the same way.
+
+    Example:
+        >>> m = TaskMeasurement(taskset="sums", prompts=("sums/1", "sums/2"),
+        ...     scores=np.array([[1, 0, 1, 1], [0, 0, 0, 0]]), success=1.0,
+        ...     lengths=np.full((2, 4), 3), truncated=np.zeros((2, 4)), nll=np.ones((2, 4)),
+        ...     distinct=np.array([2, 1]))
+        >>> found = read("pass@1", m)
+        >>> found.value, found.words
+        (0.375, 'one try succeeds with probability 0.38')
+    """
+    asked = find_metric(name)
+    return _read(asked.metric, asked.k, task, since, how)
+
+
+def paired_change(
+    name: str, before: TaskMeasurement, after: TaskMeasurement, how: Estimation = USUAL
+) -> Reading | None:
+    """After minus before of a metric, paired by prompt. The reading keeps the metric's name.
+
+    None when a measurement lacks what it needs.
+
+    Raises:
+        ConfigError: no such name, or one without a number per prompt.
+        RunError: the two were not measured on the same prompts in the same way.
+    """
+    asked = find_metric(name)
+    metric, k = asked.metric, asked.k
+    if metric.estimator is None or not metric.pairs:
+        pairs = ", ".join(m.name for m in metrics() if m.pairs)
+        raise ConfigError(f"the change of {name}", expected=pairs)
+    require_same_task(before, after)
+    if metric.missing(before, k) or metric.missing(after, k):
+        return None
+    interval = metric.estimator.change(after, before, k, how)
+    words = f"{interval.value:+.2f} {metric.unit}"
+    return reading(name, after.taskset, interval, samples=after.num_samples, words=words)
+
+
+def _read(
+    metric: Metric, k: float, now: TaskMeasurement, since: TaskMeasurement | None, how: Estimation
+) -> Reading | None:
+    if metric.estimator is None:
+        raise ConfigError(
+            f"{metric.name} of samples", expected="a probe with rollouts of its own, see `diagnose`"
         )
-        for k in (4, 8)
-        if k <= n
-    ]
-    found += [cover(task, t, confidence=confidence) for t in COVER]
-    found += support_shares(task, epsilon=epsilon, confidence=confidence)
-    found += zero_variance(task, confidence=confidence)
-    found += [informative(task, g, confidence=confidence, seed=seed) for g in GROUPS if g <= n]
-    found.append(needed_group(task, confidence=confidence, seed=seed))
-    found.append(efficiency_gap(task, confidence=confidence, seed=seed))
-    found += form(task, confidence=confidence, seed=seed)
-    if _has_logprobs(task):
-        found.append(token_entropy(task, confidence=confidence, seed=seed))
-    if task.answers is not None:
-        found += answer_variety(task, confidence=confidence, seed=seed)
-        if n >= VOTES:
-            found.append(majority(task, VOTES, confidence=confidence, seed=seed))
-        if n >= 4:
-            found.append(calibration_error(task, confidence=confidence, seed=seed))
-    if task.recheck is not None:
-        found.append(verifier_disagreement(task, confidence=confidence))
-    return tuple(found)
+    found: Found | None = metric.estimator.read(now, since, k, how)
+    if found is None:
+        return None
+    return reading(
+        metric.at(k),
+        now.taskset,
+        found.interval,
+        samples=now.num_samples if found.samples is None else found.samples,
+        words=found.words,
+    )
 
 
-def _pass_reading(task: TaskMeasurement, k: int, *, confidence: float, seed: int) -> Reading:
-    interval = pass_interval(task, k, confidence=confidence, seed=seed)
-    tries = "one try succeeds" if k == 1 else f"at least one of {k} tries succeeds"
-    words = f"{tries} with probability {interval.value:.2f}"
-    return reading(f"pass@{k}", task.taskset, interval, samples=task.num_samples, words=words)
-
+# --- the token budget ------------------------------------------------------------------------
 
 ROOM = 0.5
 """An answer that takes at most this share of the token budget fits with room to spare."""
@@ -141,120 +193,3 @@ def answer_room(
     interval = proportion_interval(fits, len(needed), confidence=confidence)
     words = f"{fits} of {len(needed)} known right answers take at most half of {budget} tokens"
     return reading("answer_room", task.taskset, interval, samples=task.num_samples, words=words)
-
-
-def not_taken(task: TaskMeasurement) -> tuple[str, ...]:
-    """Why readings are missing from :func:`take`, in sentences."""
-    n, why = task.num_samples, []
-    if task.answers is None:
-        why.append("answers were not kept: no answer entropy, majority vote or calibration")
-    elif n < VOTES:
-        why.append(f"{n} samples per prompt: no majority vote of {VOTES}")
-    if task.self_bleu is None or task.repetition is None:
-        why.append("texts were not looked at: no self-BLEU or repetition")
-    if task.recheck is None:
-        why.append("no answer was scored twice: the verifier may not be deterministic")
-    if not _has_logprobs(task):
-        why.append("no finite log-probs: no token entropy")
-    return tuple(why)
-
-
-def _has_logprobs(task: TaskMeasurement) -> bool:
-    return bool((np.isfinite(task.nll) & (task.lengths > 0)).any())
-
-
-def take_change(
-    before: TaskMeasurement,
-    after: TaskMeasurement,
-    *,
-    epsilon: float,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> tuple[Reading, ...]:
-    """Readings of what changed from an earlier policy to a later one on one task set.
-
-    retention, expanded and shrunk shares, crossover, and the sharpening tax. ``retention`` is
-    missing when nothing was certainly in reach before.
-
-    Raises:
-        RunError: the two were not measured on the same prompts in the same way.
-    """
-    parts = attribute(before, after, epsilon=epsilon, confidence=confidence, seed=seed)
-    support = support_change(before, after, epsilon=epsilon, confidence=confidence)
-    found = [*changed_support(support, samples=after.num_samples, confidence=confidence)]
-    if kept := kept_reading(parts, samples=after.num_samples):
-        found.append(kept)
-    found.append(crossover(before, after, confidence=confidence, seed=seed))
-    found.append(sharpening_tax(before, after, confidence=confidence, seed=seed))
-    return tuple(found)
-
-
-def changed_support(
-    support: SupportChange, *, samples: int, confidence: float = 0.95
-) -> tuple[Reading, ...]:
-    """expanded_share and shrunk_share: prompts whose label crossed over, with exact intervals."""
-    num = len(support.before)
-    kinds = (
-        ("expanded_share", support.expanded, f"came from {Label.OUT} to {Label.IN}"),
-        ("shrunk_share", support.shrunk, f"went from {Label.IN} to {Label.OUT}"),
-    )
-    return tuple(
-        reading(
-            name,
-            support.task,
-            proportion_interval(count, num, confidence=confidence),
-            samples=samples,
-            words=f"{count} of {num} prompts {words}",
-        )
-        for name, count, words in kinds
-    )
-
-
-# --- paired differences of readings ----------------------------------------------------------
-
-Score = Callable[[TaskMeasurement], npt.NDArray[np.float64]]
-
-
-def paired_change(
-    name: str,
-    before: TaskMeasurement,
-    after: TaskMeasurement,
-    *,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Reading | None:
-    """After minus before of ``answer_entropy``, ``distinct_answers`` or ``tokens_per_answer``.
-
-    Paired by prompt. The reading keeps the name of what changed. None when a measurement lacks
-    what it needs.
-
-    Raises:
-        ConfigError: another name.
-        RunError: the two were not measured on the same prompts in the same way.
-    """
-    require_same_task(before, after)
-    n = before.num_samples
-    sides = (before, after)
-    if name == "answer_entropy":
-        if before.answers is None or after.answers is None:
-            return None
-        old, new = answer_entropies(before.answers), answer_entropies(after.answers)
-        room = highest_entropy(n)
-    elif name == "distinct_answers":
-        old, new = (t.distinct.astype(np.float64) for t in sides)
-        room = float(n - 1)
-    elif name == "tokens_per_answer":
-        old, new = (t.lengths.mean(axis=1, dtype=np.float64) for t in sides)
-        room = float(max(t.lengths.max() for t in sides))
-    else:
-        raise ConfigError(
-            f"the change of {name}",
-            expected="answer_entropy, distinct_answers or tokens_per_answer",
-        )
-    room = max(room, 1e-9)
-    interval = mean_interval(
-        new - old, lowest=-room, highest=room, confidence=confidence, seed=seed
-    )
-    unit = {"answer_entropy": "nats", "distinct_answers": "answers"}.get(name, "tokens")
-    words = f"{interval.value:+.2f} {unit}"
-    return reading(name, after.taskset, interval, samples=n, words=words)

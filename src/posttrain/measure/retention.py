@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from posttrain.core.errors import ConfigError, nearest
-from posttrain.measure.attribution import FOLDS, Attribution
+from posttrain.measure.attribution import FOLDS, attribute
 from posttrain.measure.bootstrap import (
     Floats,
     Interval,
@@ -24,6 +24,7 @@ from posttrain.measure.bootstrap import (
     mean_intervals,
     proportion_interval,
 )
+from posttrain.measure.estimators import since
 from posttrain.measure.measurement import (
     Measurement,
     TaskMeasurement,
@@ -31,10 +32,44 @@ from posttrain.measure.measurement import (
     require_same_task,
 )
 from posttrain.measure.reading import Reading, reading
+from posttrain.measure.registry import Better, Estimation, Found, Topic, declare
 from posttrain.measure.support import cutoffs
 
 ALL = "all"
 """Task name of a mean over task sets."""
+
+declare(
+    "backward_transfer",
+    topic=Topic.CHAIN,
+    meaning="pass@1 at the end minus pass@1 just after the task's own stage",
+    unit="probability",
+    better=Better.HIGHER,
+    source="1706.08840",
+)
+declare(
+    "forward_transfer",
+    topic=Topic.CHAIN,
+    meaning="pass@1 before the task's own stage minus pass@1 of the base",
+    unit="probability",
+    better=Better.HIGHER,
+    source="1706.08840",
+)
+declare(
+    "forgetting",
+    topic=Topic.CHAIN,
+    meaning="best earlier pass@1 minus pass@1 at the end",
+    unit="probability",
+    better=Better.LOWER,
+    source="1801.10112",
+)
+declare(
+    "handoff",
+    topic=Topic.CHAIN,
+    meaning="prompts gained by a stage that the next stage still solves",
+    unit="share",
+    better=Better.HIGHER,
+    source="2604.07941",
+)
 
 
 def transfer(
@@ -186,16 +221,24 @@ def forgetting(
     return reading("forgetting", chain[0].taskset, interval, samples=n, words=words)
 
 
-def kept_reading(change: Attribution, *, samples: int) -> Reading | None:
-    """``retention``: the share of earlier success that survived, from an attribution.
-
-    None when nothing was certainly in reach before, so that there was nothing to keep.
-    """
-    if change.retention is None:
+@since(
+    "retention",
+    topic=Topic.CHANGE,
+    meaning="earlier success that survived",
+    unit="share",
+    better=Better.HIGHER,
+    source="1706.08840",
+    unknown=(1.0, 0.0, 1.0),  # nothing was in reach that could have been lost
+)
+def _retention(before: TaskMeasurement, after: TaskMeasurement, how: Estimation) -> Found | None:
+    """None when nothing was certainly in reach before, so that there was nothing to keep."""
+    kept = attribute(
+        before, after, epsilon=how.epsilon, confidence=how.confidence, seed=how.seed
+    ).retention
+    if kept is None:
         return None
-    share = min(max(change.retention.value, 0.0), 1.0)
-    words = f"{share:.0%} of the earlier success is still there"
-    return reading("retention", change.task, change.retention, samples=samples, words=words)
+    share = min(max(kept.value, 0.0), 1.0)
+    return Found(kept, f"{share:.0%} of the earlier success is still there")
 
 
 def handoff(
@@ -239,5 +282,5 @@ def _mean(readings: Sequence[Reading], *, seed: int) -> Reading:
         ALL,
         interval,
         samples=first.samples,
-        words=f"{first.meaning.words}; mean over {names}",
+        words=f"{first.metric.meaning}; mean over {names}",
     )

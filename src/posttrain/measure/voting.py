@@ -1,6 +1,6 @@
 """Majority votes: how often the commonest of k answers is right, without bias, from n samples.
 
-answers [P, n], successes [P, n] ──majority_at_k──▶ per prompt [P] ──▶ Reading "maj@k"
+answers [P, n], successes [P, n] ──majority_at_k──▶ per prompt [P] ──▶ maj@k
 
 Shape legend: ``P`` prompts, ``n`` samples per prompt, ``A`` distinct answers of one prompt.
 """
@@ -12,11 +12,14 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.core.errors import ConfigError
-from posttrain.measure.bootstrap import Floats, mean_interval
+from posttrain.measure.bootstrap import Floats
+from posttrain.measure.columns import RawArray
+from posttrain.measure.estimators import per_prompt
 from posttrain.measure.measurement import TaskMeasurement
 from posttrain.measure.passk import check_k
-from posttrain.measure.reading import Reading, reading
+from posttrain.measure.recording import TaskSamples, raw_column
+from posttrain.measure.registry import Better, Topic
+from posttrain.measure.texts import answer_numbers
 
 
 def majority_at_k(
@@ -30,7 +33,7 @@ def majority_at_k(
     the share in which they are. Self-consistency: arXiv 2203.11171.
 
     Args:
-        answers: [P, n] number of each sample's answer, as in :class:`TaskMeasurement`.
+        answers: [P, n] number of each sample's answer, as in :obj:`answers_column`.
         successes: [P, n].
         k: votes, 1 to n.
 
@@ -108,27 +111,38 @@ def _product(factors: Floats, degree: int) -> Floats:
     return result
 
 
-def majority(task: TaskMeasurement, k: int, *, confidence: float = 0.95, seed: int = 0) -> Reading:
-    """maj@k with its interval over prompts.
+def _outside(answers: RawArray, num_samples: int) -> str | None:
+    wrong = answers.min() < 0 or answers.max() >= num_samples
+    return f"numbered outside 0 to {num_samples - 1}" if wrong else None
+
+
+# --- the metric, and the answers that it counts ----------------------------------------------
+
+
+@raw_column("answers", dtype=np.int32, per="sample", absent="answers were not kept", fault=_outside)
+def answers_column(samples: TaskSamples) -> npt.NDArray[np.int32]:
+    """[P, n] numbers of a prompt's distinct final answers, from 0 in the order they came."""
+    return np.stack([answer_numbers(row) for row in samples.rows(samples.answers)])
+
+
+@per_prompt(
+    "maj@k",
+    topic=Topic.SUCCESS,
+    meaning="the commonest of k answers is right",
+    unit="probability",
+    better=Better.HIGHER,
+    source="2203.11171",
+    columns=(answers_column,),
+    usual=lambda n: (16,),
+    sentence=lambda value, k, task: (
+        f"the commonest of {k:.0f} answers is right for {value:.0%} of prompts"
+    ),
+)
+def majority(task: TaskMeasurement, k: int) -> Floats:
+    """[P] chance that a vote of k is right.
 
     Raises:
         ConfigError: k outside 1 to n, or a measurement without answers.
     """
-    values = majority_at_k(answers_of(task), task.successes, k)
-    interval = mean_interval(np.clip(values, 0.0, 1.0), confidence=confidence, seed=seed)
-    words = f"the commonest of {k} answers is right for {interval.value:.0%} of prompts"
-    return reading(f"maj@{k}", task.taskset, interval, samples=task.num_samples, words=words)
-
-
-def answers_of(task: TaskMeasurement) -> npt.NDArray[np.integer]:
-    """[P, n] answer numbers.
-
-    Raises:
-        ConfigError: the measurement is of a version that did not keep them.
-    """
-    if task.answers is None:
-        raise ConfigError(
-            f"{task.taskset}: this measurement does not say which answers are the same",
-            fix="measure the policy again",
-        )
-    return task.answers
+    votes = majority_at_k(task.need(answers_column), task.successes, k)
+    return np.asarray(np.clip(votes, 0.0, 1.0))

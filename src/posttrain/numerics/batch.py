@@ -92,26 +92,26 @@ class PackedBatch:
             return torch.ones_like(self.kind_N, dtype=torch.bool)
         return torch.isin(self.kind_N, torch.tensor(wanted, device=self.kind_N.device))
 
-    def only(self, kept_N: Tensor) -> PackedBatch:
+    def only(self, selected_N: Tensor) -> PackedBatch:
         """The batch as if only these tokens were trained, all else forgotten.
 
         Sequences without a kept token are left out, with the pairs that they are part of, and
         what is left is numbered anew. What the model computes stays as it is.
         """
-        if bool(kept_N.all()):
+        if bool(selected_N.all()):
             return self
-        kept_S = torch.zeros(self.num_sequences, dtype=torch.bool, device=kept_N.device)
-        kept_S[self.sequence_N[kept_N]] = True
+        kept_S = torch.zeros(self.num_sequences, dtype=torch.bool, device=selected_N.device)
+        kept_S[self.sequence_N[selected_N]] = True
         number_S = kept_S.cumsum(0) - 1
         return replace(
             self,
-            predict_N=self.predict_N[kept_N],
-            after_N=self.after_N[kept_N],
-            target_N=self.target_N[kept_N],
-            sequence_N=number_S[self.sequence_N[kept_N]],
-            kind_N=self.kind_N[kept_N],
-            temperature_N=self.temperature_N[kept_N],
-            columns={c: v[kept_N if c.per_token else kept_S] for c, v in self.columns.items()},
+            predict_N=self.predict_N[selected_N],
+            after_N=self.after_N[selected_N],
+            target_N=self.target_N[selected_N],
+            sequence_N=number_S[self.sequence_N[selected_N]],
+            kind_N=self.kind_N[selected_N],
+            temperature_N=self.temperature_N[selected_N],
+            columns={c: v[selected_N if c.per_token else kept_S] for c, v in self.columns.items()},
             pairs_P2=number_S[self.pairs_P2[kept_S[self.pairs_P2].all(-1)]],
             num_sequences=int(kept_S.sum()),
         )

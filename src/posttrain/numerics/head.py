@@ -187,19 +187,3 @@ def _fused_stats(
     found[Stat.ENTROPY] = entropy_N
     found |= dict(zip(compared, value_JN, strict=True))
     return {stat: found[stat] for stat in sorted(wanted, key=repr)}
-
-
-def reverse_kl(logp_NV: Tensor, ids_NK: Tensor, teacher_NK: Tensor) -> Tensor:
-    """KL(π ‖ π_T) per token. [N, 0] ids mean that the teacher gave its whole vocabulary [N, V].
-
-    With K < V the unseen tokens are one outcome, whose probabilities are what is left on both
-    sides. Merging outcomes never increases a KL, so this is a lower bound of the full one.
-
-    Example:
-        >>> p = torch.tensor([[0.5, 0.25, 0.25]]).log()
-        >>> q = torch.tensor([[0.5, 0.5]]).log()  # teacher: token 0 and token 2, nothing else
-        >>> full = reverse_kl(p, torch.empty(1, 0, dtype=torch.int64), p)
-        >>> bool(full.abs() < 1e-6)
-        True
-    """
-    return divergence(Divergence(DivergenceKind.REVERSE_KL), logp_NV, ids_NK, teacher_NK)

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, LegalityError
-from posttrain.core.protocols import Renderer, Stream
 from posttrain.core.provenance import Kind
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column, Group
 from posttrain.parts.registry import snake_case
 from posttrain.parts.tools import Score, Tools
+from posttrain.protocols import Renderer, Stream
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,6 @@
 """A run as one self-contained HTML page: what every stage did to behaviour, and how sure it is.
 
-    run folder ──load.py──▶ RunView ──render.py──▶ report.html
+    run folder ──load.py──▶ RunReport ──render.py──▶ report.html ◀── Section of another unit
 
-``load`` reads run folders and needs pyarrow, ``render`` needs jinja2; ``view`` needs nothing.
+Charts are functions of domain types. Neither reading a run nor rendering it needs torch.
 """

@@ -11,8 +11,26 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from posttrain.report.svg import compact, figure, fit, label, line, rect, tag
-from posttrain.report.view import Change, Estimate
+from posttrain.measure.attribution import Attribution, ChangeKind
+from posttrain.measure.bootstrap import Interval, interval_words
+from posttrain.pages.svg import compact, figure, fit, label, line, rect, tag
+from posttrain.report.numbers import amount, bounds_of, value_of
+
+CLASSES = {
+    ChangeKind.NEWLY_REACHABLE: "new",
+    ChangeKind.SHARPENED: "sharp",
+    ChangeKind.KEPT: "kept",
+    ChangeKind.WEAKENED: "weak",
+    ChangeKind.LOST: "lost",
+    ChangeKind.UNDETERMINED: "undetermined",
+}
+"""What the style sheet calls the parts."""
+
+LOSSES, GAINS = (
+    (ChangeKind.WEAKENED, ChangeKind.LOST),
+    (ChangeKind.SHARPENED, ChangeKind.NEWLY_REACHABLE),
+)
+"""From the zero line outwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +43,7 @@ class Frame:
 
 
 def change_chart(
-    changes: Sequence[Change], *, ident: str, title: str, unit: str, narrow: bool = False
+    changes: Sequence[Attribution], *, ident: str, title: str, unit: str, narrow: bool = False
 ) -> Markup:
     """Diverging stacked bars per task set: losses to the left of zero, gains to the right.
 
@@ -34,9 +52,11 @@ def change_chart(
     """
     extents = [0.25]
     for c in changes:
-        for inner, outer in ((c.weakened, c.lost), (c.sharpened, c.reachable)):
-            start = inner.value or 0.0
-            extents += [inner.high or start, start + (outer.high or outer.value or 0.0)]
+        for inner, outer in (LOSSES, GAINS):
+            start, first = amount(c.parts[inner]), bounds_of(c.parts[inner])
+            second = bounds_of(c.parts[outer])
+            extents.append((first[1] if first else 0.0) or start)
+            extents.append(start + ((second[1] if second else 0.0) or amount(c.parts[outer])))
     reach = min(max(extents), 2.0)
     half = 168.0 if narrow else 210.0
     frame = Frame(180.0 if narrow else 336.0, half / reach, narrow)
@@ -46,9 +66,9 @@ def change_chart(
     for i, c in enumerate(changes):
         parts.append(_change_row(c, frame, reach, top + row_height * i))
     told = "; ".join(
-        f"{c.task}: newly reachable {c.reachable.words}, sharpened {c.sharpened.words}, kept "
-        f"{c.kept.words}, weakened {c.weakened.words}, lost {c.lost.words}, undetermined "
-        f"{c.undetermined.words}, retention {c.retention.words}"
+        f"{c.task}: "
+        + ", ".join(f"{p} {interval_words(c.parts[p])}" for p in ChangeKind)
+        + f", retention {interval_words(c.retention)}"
         for c in changes
     )
     return figure(
@@ -82,7 +102,7 @@ def _change_axis(frame: Frame, reach: float, top: float, bottom: float) -> list[
     return parts
 
 
-def _change_row(change: Change, frame: Frame, reach: float, y: float) -> Markup:
+def _change_row(change: Attribution, frame: Frame, reach: float, y: float) -> Markup:
     bar = y + (26 if frame.narrow else 12)
     name = fit(change.task, 350 if frame.narrow else 124, 14)
     spot = (2.0, y + 17) if frame.narrow else (2.0, bar + 16)
@@ -91,10 +111,8 @@ def _change_row(change: Change, frame: Frame, reach: float, y: float) -> Markup:
         for x in (frame.zero - tick * frame.scale, frame.zero + tick * frame.scale):
             parts.append(line(x, bar - 5, x, bar + 25, "grid"))
     parts.append(line(frame.zero, bar - 5, frame.zero, bar + 27, "axis"))
-    left = (("weakened", "weak", change.weakened), ("lost", "lost", change.lost))
-    right = (("sharpened", "sharp", change.sharpened), ("newly reachable", "new", change.reachable))
-    for sign, pair in ((-1, left), (1, right)):
-        parts += _side(pair, frame, bar, sign)
+    for sign, pair in ((-1, LOSSES), (1, GAINS)):
+        parts += _side(change, pair, frame, bar, sign)
     if frame.narrow:
         parts += _listed(change, bar + 40)
     else:
@@ -103,44 +121,39 @@ def _change_row(change: Change, frame: Frame, reach: float, y: float) -> Markup:
     return tag("g", *parts)
 
 
-def _listed(change: Change, y: float) -> list[Markup]:
+def _listed(change: Attribution, y: float) -> list[Markup]:
     """The numbers below a narrow bar, one line each."""
-    rows = (
-        ("newly reachable", "part new", change.reachable),
-        ("sharpened", "part sharp", change.sharpened),
-        ("kept", "part kept", change.kept),
-        ("weakened", "part weak", change.weakened),
-        ("lost", "part lost", change.lost),
-        ("undetermined", "part undetermined", change.undetermined),
-        ("retention", "", change.retention),
-    )
     parts = []
-    for i, (words, class_, estimate) in enumerate(rows):
+    rows = [(str(p), f"part {CLASSES[p]}", change.parts[p]) for p in ChangeKind]
+    for i, (words, class_, interval) in enumerate([*rows, ("retention", "", change.retention)]):
         at = y + 16 * i
         if class_:
             parts.append(rect(2, at - 8.5, 9, 9, class_, rx=1.5))
         parts.append(label(18, at, words, "ink s"))
-        parts.append(label(350, at, estimate.words, "ink s", anchor="end"))
+        parts.append(label(350, at, interval_words(interval), "ink s", anchor="end"))
     return parts
 
 
 def _side(
-    pair: Sequence[tuple[str, str, Estimate]], frame: Frame, bar: float, sign: int
+    change: Attribution, pair: Sequence[ChangeKind], frame: Frame, bar: float, sign: int
 ) -> list[Markup]:
     """One direction of a row: two stacked parts, their whiskers, and their labels."""
     parts, start = [], 0.0
-    for lane, (words, class_, estimate) in enumerate(pair):
-        value = max(estimate.value or 0.0, 0.0)
+    for lane, part in enumerate(pair):
+        interval, class_ = change.parts[part], CLASSES[part]
+        words = f"{part} {interval_words(interval)}"
+        value = max(amount(interval), 0.0)
         x0 = frame.zero + sign * start * frame.scale
         x1 = frame.zero + sign * (start + value) * frame.scale
         if value > 0:
-            hint = tag("title", f"{words} {estimate.words}")
+            hint = tag("title", words)
             parts.append(rect(min(x0, x1), bar, abs(x1 - x0), 22, f"part {class_}", hint))
-        if estimate.interval and estimate.interval[1] > 0:
-            ends = [frame.zero + sign * (start + e) * frame.scale for e in estimate.interval]
+        bounds = bounds_of(interval)
+        if bounds and bounds[1] > 0:
+            ends = [frame.zero + sign * (start + e) * frame.scale for e in bounds]
             parts += _whisker(ends[0], ends[1], bar + 7 + 8 * lane, faint=value == 0)
         if not frame.narrow:
-            parts += _side_label(f"{words} {estimate.words}", class_, frame.zero, bar, lane, sign)
+            parts += _side_label(words, class_, frame.zero, bar, lane, sign)
         start += value
     return parts
 
@@ -161,40 +174,43 @@ def _whisker(x0: float, x1: float, y: float, *, faint: bool = False) -> list[Mar
     return strokes if faint else [line(x0, y, x1, y, "halo"), *strokes]
 
 
-def _stayed(change: Change, x: float, width: float, y: float) -> list[Markup]:
-    kept, open_ = change.kept, change.undetermined
-    scale = width / max(1.0, (kept.value or 0.0) + (open_.value or 0.0))
-    first = scale * max(kept.value or 0.0, 0.0)
+def _stayed(change: Attribution, x: float, width: float, y: float) -> list[Markup]:
+    kept, open_ = change.parts[ChangeKind.KEPT], change.parts[ChangeKind.UNDETERMINED]
+    kept_words, open_words = (
+        f"{p} {interval_words(change.parts[p])}" for p in (ChangeKind.KEPT, ChangeKind.UNDETERMINED)
+    )
+    scale = width / max(1.0, amount(kept) + amount(open_))
+    first = scale * max(amount(kept), 0.0)
     parts = [
         rect(x, y, width, 22, "track", rx=2),
-        rect(x, y, first, 22, "part kept", tag("title", f"kept {kept.words}")),
+        rect(x, y, first, 22, "part kept", tag("title", kept_words)),
         rect(
             x + first,
             y,
-            scale * max(open_.value or 0.0, 0.0),
+            scale * max(amount(open_), 0.0),
             22,
             "part undetermined",
-            tag("title", f"undetermined {open_.words}"),
+            tag("title", open_words),
         ),
     ]
-    if kept.interval:
-        parts += _whisker(x + scale * kept.interval[0], x + scale * kept.interval[1], y + 11)
+    if bounds := bounds_of(kept):
+        parts += _whisker(x + scale * bounds[0], x + scale * bounds[1], y + 11)
     parts.append(rect(x, y + 29, 8, 8, "part kept", rx=1.5))
-    parts.append(label(x + 13, y + 37, f"kept {kept.words}", "note s num"))
+    parts.append(label(x + 13, y + 37, kept_words, "note s num"))
     parts.append(rect(x, y + 44, 8, 8, "part undetermined", rx=1.5))
-    parts.append(label(x + 13, y + 52, f"undetermined {open_.words}", "note s num"))
+    parts.append(label(x + 13, y + 52, open_words, "note s num"))
     return parts
 
 
-def _retention(estimate: Estimate, x: float, width: float, y: float) -> Markup:
-    words = f"retention {estimate.words}"
-    parts = [tag("title", words), line(x, y + 11, x + width, y + 11, "grid")]
+def _retention(share: Interval | None, x: float, width: float, y: float) -> Markup:
+    words = interval_words(share)
+    parts = [tag("title", f"retention {words}"), line(x, y + 11, x + width, y + 11, "grid")]
     parts += [line(x + width * f, y + 6, x + width * f, y + 16, "grid") for f in (0.0, 1.0)]
-    if estimate.interval:
-        low, high = (x + width * min(max(e, 0.0), 1.0) for e in estimate.interval)
+    if bounds := bounds_of(share):
+        low, high = (x + width * min(max(e, 0.0), 1.0) for e in bounds)
         parts += _whisker(low, high, y + 11)
-    if estimate.value is not None:
-        at = x + width * min(max(estimate.value, 0.0), 1.0)
+    if (value := value_of(share)) is not None:
+        at = x + width * min(max(value, 0.0), 1.0)
         parts.append(tag("circle", cx=at, cy=y + 11, r=5, class_="dot after"))
-    parts.append(label(x, y + 37, estimate.words, "ink s num"))
+    parts.append(label(x, y + 37, words, "ink s num"))
     return tag("g", *parts)

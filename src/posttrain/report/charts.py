@@ -6,13 +6,17 @@ Each function is pure: values in, one escaped drawing out. ``ident`` must be uni
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
 from markupsafe import Markup
 
+from posttrain.core.clock import GROUPS
 from posttrain.core.provenance import Kind
-from posttrain.report.svg import (
+from posttrain.measure.bootstrap import Interval, interval_words
+from posttrain.measure.passk import Curve
+from posttrain.measure.support import Label
+from posttrain.pages.svg import (
     compact,
     duration,
     figure,
@@ -25,16 +29,14 @@ from posttrain.report.svg import (
     spread,
     tag,
 )
-from posttrain.report.view import (
-    CurvePoint,
-    PolicyView,
-    Series,
-    Support,
-    SupportMap,
-    TimePart,
-    known,
-    task_of,
-)
+from posttrain.report.numbers import bounds_of, known, value_of
+from posttrain.run.history import Metrics
+
+SHOWN = ("loss", "reward", "entropy", "kl", "grad_norm", "zero_variance", "accuracy")
+"""Metrics worth a curve; a term's own carry its name and a slash before these."""
+
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+"""The group of each name of the clock."""
 
 MAX_POINTS = 400
 """A longer series is drawn by the lowest and the highest value of each run of steps."""
@@ -49,11 +51,20 @@ Place = Callable[[int, float], tuple[float, float]]
 # --- pass@k ----------------------------------------------------------------------------------
 
 
-def pass_at_k(task: str, policies: Sequence[PolicyView], *, ident: str) -> Markup:
-    """pass@k of every policy on one task set, k on a log2 axis. First and last are emphasised."""
-    curves = [(i, p.name, measured.curve) for i, p in enumerate(policies)
-              if (measured := task_of(p, task)) is not None]  # fmt: skip
-    ks = sorted({point.k for _, _, curve in curves for point in curve if point.k >= 1})
+def pass_at_k(task: str, policies: Sequence[tuple[str, Curve | None]], *, ident: str) -> Markup:
+    """pass@k of every policy on one task set, k on a log2 axis. First and last are emphasised.
+
+    Args:
+        task: the task set.
+        policies: (name, curve) in the order of the stages; None where it was not measured.
+        ident: of the drawing.
+    """
+    curves = [
+        (i, name, {k: curve.at(k) for k in curve.ks})
+        for i, (name, curve) in enumerate(policies)
+        if curve is not None
+    ]
+    ks = sorted({k for _, _, curve in curves for k in curve})
     left, right, top, bottom = 30.0, 282.0, 12.0, 192.0
     first, last = math.log2(ks[0] if ks else 1), math.log2(ks[-1] if ks else 1)
 
@@ -75,10 +86,11 @@ def pass_at_k(task: str, policies: Sequence[PolicyView], *, ident: str) -> Marku
     # The middle ones first, so that before and after lie on top of them.
     for i, name, curve in sorted(curves, key=lambda c: (c[0] in (0, final), c[0])):
         class_ = "before" if i == 0 else "after" if i == final else f"mid m{(i - 1) % 4}"
-        points = [(p, v) for p in curve if p.k >= 1 and (v := p.rate.value) is not None]
+        points = [(k, rate, v) for k, rate in curve.items() if (v := value_of(rate)) is not None]
         if points:
-            spots = [at(p.k, v) for p, v in points]
-            parts += _band_and_line([p for p, _ in points], spots, class_, name, at=at)
+            spots = [at(k, v) for k, _, v in points]
+            rates = [(k, rate) for k, rate, _ in points]
+            parts += _band_and_line(rates, spots, class_, name, at=at)
             ends.append((spots[-1][1], name, class_))
     for y, (_, name, class_) in zip(
         spread([e[0] for e in ends], gap=14, low=top + 2, high=bottom), ends, strict=True
@@ -87,15 +99,17 @@ def pass_at_k(task: str, policies: Sequence[PolicyView], *, ident: str) -> Marku
         parts.append(label(right + 25, y + 4, fit(name, 92, 11.5), f"line-label {class_}"))
     if not ends:
         parts.append(label(left + 12, 100, "no pass@k curve was measured", "note"))
-    told = "; ".join(f"{name}: " + ", ".join(f"pass@{p.k} {p.rate.words}" for p in curve)
-                     for _, name, curve in curves)  # fmt: skip
+    told = "; ".join(
+        f"{name}: " + ", ".join(f"pass@{k} {interval_words(i)}" for k, i in curve.items())
+        for _, name, curve in curves
+    )
     return figure(
         *parts, ident=ident, width=400, height=228, title=f"pass@k on {task}", desc=told or "empty"
     )
 
 
 def _band_and_line(
-    points: Sequence[CurvePoint],
+    rates: Sequence[tuple[int, Interval]],
     spots: Sequence[tuple[float, float]],
     class_: str,
     name: str,
@@ -103,7 +117,7 @@ def _band_and_line(
     at: Place,
 ) -> list[Markup]:
     parts = []
-    bounded = [(p.k, p.rate.interval) for p in points if p.rate.interval]
+    bounded = [(k, bounds) for k, rate in rates if (bounds := bounds_of(rate))]
     if len(bounded) > 1:
         lower = [at(k, i[0]) for k, i in bounded]
         upper = [at(k, i[1]) for k, i in bounded]
@@ -114,80 +128,77 @@ def _band_and_line(
         k, (low, high) = bounded[0]
         parts.append(line(*at(k, low), *at(k, high), "whisker"))
     parts.append(polyline(spots, f"curve {class_}"))
-    for p, (x, y) in zip(points, spots, strict=True):
-        hint = tag("title", f"{name}: pass@{p.k} {p.rate.words}")
+    for (k, rate), (x, y) in zip(rates, spots, strict=True):
+        hint = tag("title", f"{name}: pass@{k} {interval_words(rate)}")
         parts.append(tag("circle", hint, cx=x, cy=y, r=2.6, class_=f"dot {class_}"))
     return parts
-
-
-def reach_strip(task: str, first: float, many: float, *, tries: int, ident: str) -> Markup:
-    """Right at the first try, right within ``tries``, and the rest, as wide as there is room."""
-    reach = max(many, first)
-    return figure(
-        rect(0, 0, 100, 1, "track"),
-        rect(0, 0, reach * 100, 1, "sharp"),
-        rect(0, 0, first * 100, 1, "new"),
-        ident=ident,
-        width=100,
-        height=1,
-        title=f"{task}: {first:.0%} right at the first try, {reach:.0%} within {tries} tries",
-        desc="Dark: right at the first try. Light: right within more tries. Rest: never seen.",
-        class_="bar",
-        stretch=True,
-    )
 
 
 # --- the support map -------------------------------------------------------------------------
 
 
-def support_map(support: SupportMap, *, ident: str) -> Markup:
+def support_map(
+    task: str,
+    prompts: Sequence[str],
+    policies: Sequence[tuple[str, Sequence[Label]]],
+    *,
+    ident: str,
+) -> Markup:
     """Prompts (columns) by policies (rows). A full cell is in, a thin one out, hatched open.
 
     Prompts are sorted by their labels, so that one column shows one prompt's whole story and
     equal stories stand together.
+
+    Args:
+        task: the task set.
+        prompts: [P] their keys.
+        policies: (name, [P] labels) in the order of the stages.
+        ident: of the drawing.
     """
-    order = {Support.IN: 0, Support.UNDETERMINED: 1, Support.OUT: 2}
-    prompts = sorted(support.prompts, key=lambda p: [order[s] for s in p.labels])
+    order = {Label.IN: 0, Label.UNDETERMINED: 1, Label.OUT: 2}
+    stories = zip(*(labels for _, labels in policies), strict=True)
+    columns = sorted(
+        zip(prompts, stories, strict=True), key=lambda column: [order[s] for s in column[1]]
+    )
     left, right, row_height, top = 92.0, 370.0, 24.0, 6.0
     step = min((right - left) / max(len(prompts), 1), 24.0)
     titled = len(prompts) <= NUM_CELLS_WITH_TITLE
     parts = []
-    for row, name in enumerate(support.policies):
+    for row, (name, _) in enumerate(policies):
         y = top + row * row_height
         parts.append(label(left - 8, y + 14, fit(name, left - 10, 11.5), "ink s", anchor="end"))
         x = left
-        labels = [(p.prompt, p.labels[row]) for p in prompts]
+        cells = [(prompt, story[row]) for prompt, story in columns]
         runs = (
-            [(status, 1, prompt) for prompt, status in labels]
+            [(status, 1, prompt) for prompt, status in cells]
             if titled
-            else [(s, len(list(run)), "") for s, run in groupby(status for _, status in labels)]
+            else [(s, len(list(run)), "") for s, run in groupby(status for _, status in cells)]
         )
         for status, length, prompt in runs:
             gap = min(1.2, step * 0.2)
-            hint = (tag("title", f"{prompt}: {status.value} for {name}"),) if titled else ()
+            hint = (tag("title", f"{prompt}: {status} for {name}"),) if titled else ()
             parts.append(_cell(status, x, y, length * step - gap, hint))
             x += length * step
-        num_in = sum(status is Support.IN for _, status in labels)
+        num_in = sum(status is Label.IN for _, status in cells)
         parts.append(label(right + 8, y + 14, str(num_in), "ink s num"))
     told = "; ".join(
-        f"{name}: "
-        + ", ".join(f"{sum(p.labels[row] is s for p in prompts)} {s.value}" for s in Support)
-        for row, name in enumerate(support.policies)
+        f"{name}: " + ", ".join(f"{sum(x is s for x in labels)} {s}" for s in Label)
+        for name, labels in policies
     )
     return figure(
         *parts,
         ident=ident,
         width=400,
-        height=top + row_height * max(len(support.policies), 1) + 2,
-        title=f"Support of {support.task}: {len(prompts)} prompts by policy",
+        height=top + row_height * max(len(policies), 1) + 2,
+        title=f"Support of {task}: {len(prompts)} prompts by policy",
         desc=told or "empty",
     )
 
 
-def _cell(status: Support, x: float, y: float, width: float, hint: Sequence[Markup]) -> Markup:
-    if status is Support.IN:
+def _cell(status: Label, x: float, y: float, width: float, hint: Sequence[Markup]) -> Markup:
+    if status is Label.IN:
         return rect(x, y, width, 20, "cell in", *hint, rx=1)
-    if status is Support.OUT:
+    if status is Label.OUT:
         return rect(x, y + 8.5, width, 3, "cell out", *hint, rx=1)
     return rect(x, y + 4, width, 12, "cell undetermined", *hint, rx=1)
 
@@ -195,11 +206,29 @@ def _cell(status: Support, x: float, y: float, width: float, hint: Sequence[Mark
 # --- a stage ---------------------------------------------------------------------------------
 
 
-def curve(series: Series, *, ident: str, stage: str) -> Markup:
+def series(lines: Sequence[Metrics]) -> list[tuple[str, list[tuple[int, float]]]]:
+    """(name, [(step, value)]) of every metric worth a curve, in the order of their appearance.
+
+    Example:
+        >>> series([{"step": 0, "loss": 2.0}, {"step": 1, "loss": 1.0, "mine/kl": 0.1}])
+        [('loss', [(0, 2.0), (1, 1.0)]), ('kl', [(1, 0.1)])]
+    """
+    found = list(dict.fromkeys(name for line in lines for name in line))
+    shown = []
+    for name in found:
+        short = name.rpartition("/")[2]
+        by_author = name.startswith("authors/") and short in found  # the same once more
+        if short in SHOWN and not by_author:
+            points = [(int(line["step"]), line[name]) for line in lines if name in line]
+            shown.append((short.replace("_", " "), points))
+    return shown
+
+
+def curve(name: str, points: Sequence[tuple[int, float]], *, ident: str, stage: str) -> Markup:
     """One series over the steps of a stage, with its first and last value. Gaps break the line."""
-    points = [(step, v) for step, value in series.points if (v := known(value)) is not None]
+    points = [(step, v) for step, value in points if (v := known(value)) is not None]
     left, right, top, bottom = 2.0, 236.0, 26.0, 88.0
-    parts = [label(left, 13, fit(series.name, 276, 12), "strong s")]
+    parts = [label(left, 13, fit(name, 276, 12), "strong s")]
     if not points:
         parts.append(label(left, 60, "no values", "note s"))
         told = "no values"
@@ -225,9 +254,7 @@ def curve(series: Series, *, ident: str, stage: str) -> Markup:
         told = f"from {start} at step {first} to {end} at step {last}, " + (
             f"lowest {compact(low)}, highest {compact(high)}"
         )
-    return figure(
-        *parts, ident=ident, width=292, height=112, title=f"{series.name} of {stage}", desc=told
-    )
+    return figure(*parts, ident=ident, width=292, height=112, title=f"{name} of {stage}", desc=told)
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -275,21 +302,21 @@ def token_bar(
     )  # fmt: skip
 
 
-def time_bar(parts: Sequence[TimePart], *, ident: str, title: str, most: float = 0) -> Markup:
-    """One stacked bar of seconds, coloured by group.
+def time_bar(seconds: Mapping[str, float], *, ident: str, title: str, most: float = 0) -> Markup:
+    """One stacked bar of seconds by the clock's names, coloured by group.
 
     ``most`` sets the scale, so that bars of several stages can be compared.
     """
-    total = sum(p.seconds for p in parts)
+    total = sum(seconds.values())
     scale = 1000 / max(total, most, 1e-9)
     drawn, x = [rect(0, 0, 1000, 26, "track", rx=3)], 0.0
-    for part in parts:
-        width = part.seconds * scale
-        words = f"{part.name}: {duration(part.seconds)}, {part.seconds / total:.0%}"
-        class_ = f"time {part.group.replace(' ', '-')}"
+    for name, amount in seconds.items():
+        width = amount * scale
+        words = f"{name}: {duration(amount)}, {amount / total:.0%}"
+        class_ = f"time {GROUP_OF[name].replace(' ', '-')}"
         drawn.append(rect(x, 0, width - 1.5, 26, class_, tag("title", words)))
         x += width
-    told = ", ".join(f"{p.name} {duration(p.seconds)}" for p in parts)
+    told = ", ".join(f"{name} {duration(amount)}" for name, amount in seconds.items())
     return figure(
         *drawn, ident=ident, width=1000, height=26, title=title, desc=told or "no times",
         class_="bar",

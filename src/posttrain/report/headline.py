@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from posttrain.measure.attribution import MATERIAL
-from posttrain.report.view import Change, Estimate, RunView, task_of
+from posttrain.measure.attribution import MATERIAL, Attribution, ChangeKind
+from posttrain.measure.bootstrap import Interval, interval_words
+from posttrain.report.numbers import amount, bounds_of, value_of
+from posttrain.report.view import PolicyReport, RunReport
 
 MAX_CLAUSES = 8
 MOSTLY = 0.5
@@ -42,37 +44,34 @@ class Headline:
         return f"{self.opening}{body}{self.closing}"
 
 
-def headline(view: RunView) -> Headline:
+def headline(report: RunReport) -> Headline:
     """The sentence for a run: gains first, then what stayed, then losses."""
-    if not view.policies or not view.tasks:
+    policies = report.policies
+    if not policies or not report.tasks:
         return Headline(
             opening="Nothing was measured in this run, so nothing can be said about behaviour",
             clauses=(),
             closing=".",
         )
-    many = len(view.stages)
+    many = len(report.stages)
     stages = "One stage" if many == 1 else f"{many} stages"
-    if len(view.policies) == 1:
-        opening = f"Only {view.policies[0].name} was measured:"
+    if len(policies) == 1:
+        opening = f"Only {policies[0].name} was measured:"
     else:
-        opening = f"{stages if many else 'Training'} after {view.base_model}:"
+        opening = f"{stages if many else 'Training'} after {report.base_model}:"
     order = {"gain": 0, "same": 1, "open": 2, "loss": 3}
-    clauses = sorted((_clause(view, t) for t in view.tasks), key=lambda c: order[c.tone])
+    clauses = sorted((_clause(report, t) for t in report.tasks), key=lambda c: order[c.tone])
     hidden = len(clauses) - MAX_CLAUSES
     closing = f"; {hidden} more below." if hidden > 0 else "."
     return Headline(opening=opening, clauses=tuple(clauses[:MAX_CLAUSES]), closing=closing)
 
 
-def _clause(view: RunView, task: str) -> Clause:
-    first, last = task_of(view.policies[0], task), task_of(view.policies[-1], task)
-    before = first.pass_at_1 if first else Estimate(value=None)
-    after = last.pass_at_1 if last else Estimate(value=None)
-    if len(view.policies) == 1:
-        return Clause(task=task, words="scored", numbers=after.words, tone="same")
-    numbers = f"{_short(before)} → {after.words}"
-    overall = view.between(None)
-    changes = overall.changes if overall else ()
-    change = next((c for c in changes if c.task == task), None)
+def _clause(report: RunReport, task: str) -> Clause:
+    before, after = (_pass_at_1(p, task) for p in (report.policies[0], report.policies[-1]))
+    if len(report.policies) == 1:
+        return Clause(task=task, words="scored", numbers=interval_words(after), tone="same")
+    numbers = f"{_short(before)} → {interval_words(after)}"
+    change = report.whole.task(task) if report.whole else None
     if change is None:
         words, tone = _by_pass_at_1(before, after)
     else:
@@ -80,23 +79,34 @@ def _clause(view: RunView, task: str) -> Clause:
     return Clause(task=task, words=words, numbers=numbers, tone=tone)
 
 
-def _short(estimate: Estimate) -> str:
-    return "not measured" if estimate.value is None else f"{estimate.value:.2f}"
+def _pass_at_1(policy: PolicyReport, task: str) -> Interval | None:
+    measured = policy.task(task)
+    return None if measured is None else measured.curve.at(1)
 
 
-def _by_parts(change: Change) -> tuple[str, str]:
-    gains = (("became reachable", change.reachable), ("sharpened", change.sharpened))
-    losses = (("was partly lost", change.lost), ("weakened", change.weakened))
+def _short(interval: Interval | None) -> str:
+    value = value_of(interval)
+    return "not measured" if value is None else f"{value:.2f}"
+
+
+def _by_parts(change: Attribution) -> tuple[str, str]:
+    parts = change.parts
+    gains = (
+        ("became reachable", parts[ChangeKind.NEWLY_REACHABLE]),
+        ("sharpened", parts[ChangeKind.SHARPENED]),
+    )
+    losses = (("was partly lost", parts[ChangeKind.LOST]), ("weakened", parts[ChangeKind.WEAKENED]))
     gain, gained = max(gains, key=lambda g: _size(g[1]))
     loss, lost = max(losses, key=lambda g: _size(g[1]))
     if _size(gained) == 0 and _size(lost) == 0:
-        if (change.undetermined.value or 0.0) >= MOSTLY:
+        if amount(parts[ChangeKind.UNDETERMINED]) >= MOSTLY:
             return "stayed undetermined", "open"
-        return ("was kept" if change.kept.is_positive else "showed no clear change"), "same"
+        kept = parts[ChangeKind.KEPT].is_positive
+        return ("was kept" if kept else "showed no clear change"), "same"
     if _size(gained) >= _size(lost):
-        extra = f", though {lost.words} {_noun(loss)}" if _size(lost) > 0 else ""
+        extra = f", though {interval_words(lost)} {_noun(loss)}" if _size(lost) > 0 else ""
         return gain + extra, "gain"
-    extra = f", though {gained.words} {gain}" if _size(gained) > 0 else ""
+    extra = f", though {interval_words(gained)} {gain}" if _size(gained) > 0 else ""
     return loss + extra, "loss"
 
 
@@ -104,18 +114,19 @@ def _noun(loss: str) -> str:
     return "was lost" if loss == "was partly lost" else loss
 
 
-def _size(estimate: Estimate) -> float:
+def _size(part: Interval) -> float:
     """A part's size if it is certain and large enough to mention, else 0."""
-    value = estimate.value or 0.0
-    return value if estimate.is_positive and value >= MATERIAL else 0.0
+    value = amount(part)
+    return value if part.is_positive and value >= MATERIAL else 0.0
 
 
-def _by_pass_at_1(before: Estimate, after: Estimate) -> tuple[str, str]:
-    if before.interval is None or after.interval is None:
+def _by_pass_at_1(before: Interval | None, after: Interval | None) -> tuple[str, str]:
+    old, new = bounds_of(before), bounds_of(after)
+    if old is None or new is None:
         return "has no interval to judge by", "open"
-    if after.interval[0] > before.interval[1]:
+    if new[0] > old[1]:
         return "improved", "gain"
-    if after.interval[1] < before.interval[0]:
+    if new[1] < old[0]:
         return "fell", "loss"
     return "showed no clear change", "same"
 

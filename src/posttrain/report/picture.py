@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from posttrain.report.svg import compact, duration, figure, fit, label, path, rect, tag, wrap
-from posttrain.report.view import Effect, Regime, RunView, StageView
+from posttrain.core.provenance import Regime
+from posttrain.measure.attribution import MeasuredRole
+from posttrain.pages.svg import compact, duration, figure, fit, label, path, rect, tag, wrap
+from posttrain.report.view import RunReport, StageReport
 
-MAX_EFFECTS = 6
+MAX_ROLES = 6
 REGIME_CLASS = {Regime.OFF: "off", Regime.ON: "on", Regime.MIXED: "mixed"}
 
 
@@ -34,45 +36,47 @@ class Box:
         return self.x + self.width / 2
 
 
-def pipeline(view: RunView, *, ident: str, vertical: bool = False) -> Markup:
+def pipeline(report: RunReport, *, ident: str, vertical: bool = False) -> Markup:
     """All stages in order. ``vertical`` is the one-column drawing for narrow screens."""
-    num_effects = max([min(len(s.effects), MAX_EFFECTS) for s in view.stages], default=0)
-    more = any(len(s.effects) > MAX_EFFECTS for s in view.stages)
-    height = 190.0 + 18 * max(num_effects + more, 1)
-    base, boxes, size = _layout(view, height, vertical)
-    parts = [_base(view, base)]
+    num_roles = max([min(len(s.roles), MAX_ROLES) for s in report.stages], default=0)
+    more = any(len(s.roles) > MAX_ROLES for s in report.stages)
+    height = 190.0 + 18 * max(num_roles + more, 1)
+    base, boxes, size = _layout(report, height, vertical)
+    parts = [_base(report, base)]
     previous = base
-    for stage, box in zip(view.stages, boxes, strict=True):
+    for stage, box in zip(report.stages, boxes, strict=True):
         parts.append(_arrow(previous, box, vertical))
         parts.append(_stage(stage, box, number=boxes.index(box) + 1))
         previous = box
-    parts += _teachers(view, base, boxes, vertical)
-    told = [_told(i, s) for i, s in enumerate(view.stages, 1)]
+    parts += _teachers(report, base, boxes, vertical)
+    captions = [_caption(i, s) for i, s in enumerate(report.stages, 1)]
     return figure(
         *parts,
         ident=ident,
         width=size[0],
         height=size[1],
-        title=f"Pipeline of {view.name}",
-        desc=f"From {view.base_model}: " + ("; ".join(told) or "no stages") + ".",
+        title=f"Pipeline of {report.recipe.name}",
+        desc=f"From {report.base_model}: " + ("; ".join(captions) or "no stages") + ".",
         class_="chart tall" if vertical else "chart pipeline",
     )
 
 
-def _told(number: int, stage: StageView) -> str:
-    effects = ", ".join(f"{e.task} {e.effect}" for e in stage.effects) or "not measured"
-    taught = f", taught by {', '.join(stage.teachers)}" if stage.teachers else ""
-    intended = f", intended as {stage.intends}" if stage.intends else ""
-    return f"stage {number} {stage.name}, {stage.method}, {stage.regime}{taught}{intended}, " + (
-        f"measured: {effects}"
+def _caption(number: int, stage: StageReport) -> str:
+    record, intends = stage.record, stage.record.planned.spec.intends
+    roles = ", ".join(f"{task} {role}" for task, role in stage.roles) or "not measured"
+    taught = f", taught by {', '.join(record.teachers)}" if record.teachers else ""
+    intended = f", intended as {intends}" if intends else ""
+    return (
+        f"stage {number} {record.name}, {record.method}, {record.regime}{taught}{intended}, "
+        f"measured: {roles}"
     )
 
 
 def _layout(
-    view: RunView, height: float, vertical: bool
+    report: RunReport, height: float, vertical: bool
 ) -> tuple[Box, list[Box], tuple[float, float]]:
-    taught = any(s.teachers for s in view.stages)
-    num = len(view.stages)
+    taught = any(s.record.teachers for s in report.stages)
+    num = len(report.stages)
     if vertical:
         width = 320.0 if taught else 352.0
         base = Box(4, 4, width, 56)
@@ -89,12 +93,12 @@ def _layout(
     return base, boxes, (max(right, 1040), top + height + 6)
 
 
-def _base(view: RunView, box: Box) -> Markup:
-    lines = wrap(view.base_model, box.width - 18, 11.5, max_lines=3)
+def _base(report: RunReport, box: Box) -> Markup:
+    lines = wrap(report.base_model, box.width - 18, 11.5, max_lines=3)
     rows = [label(box.x + 10, box.y + 20, "BASE MODEL", "eyebrow")]
     rows += [label(box.x + 10, box.y + 38 + 15 * i, row, "strong s") for i, row in enumerate(lines)]
     frame = rect(box.x, box.y, box.width, box.height, "box base", rx=8)
-    return tag("g", tag("title", view.base_model), frame, *rows)
+    return tag("g", tag("title", report.base_model), frame, *rows)
 
 
 def _arrow(before: Box, after: Box, vertical: bool) -> Markup:
@@ -105,79 +109,80 @@ def _arrow(before: Box, after: Box, vertical: bool) -> Markup:
     return path(f"M{before.x + before.width:.1f} {y:.1f}H{after.x - 3:.1f}", "arrow", marker="head")
 
 
-def _stage(stage: StageView, box: Box, *, number: int) -> Markup:
+def _stage(stage: StageReport, box: Box, *, number: int) -> Markup:
     x, y, inner = box.x + 12, box.y, box.width - 24
-    regime = REGIME_CLASS[stage.regime]
-    written = wrap(stage.provenance, inner, 11.5, max_lines=2)
-    amount = sum(t.tokens for t in stage.tokens)
-    spent = f"{stage.steps:,} steps · {duration(stage.seconds)}"
+    record, spec = stage.record, stage.record.planned.spec
+    regime = REGIME_CLASS[record.regime]
+    written = wrap(record.source, inner, 11.5, max_lines=2)
+    num_tokens = sum(t.completion_tokens for t in record.tokens)
+    spent = f"{len(record.metrics):,} steps · {duration(record.seconds)}"
+    method = f"{record.method} · {spec.method.interface}"
     parts = [
-        tag("title", f"{stage.name}: {stage.method}, {stage.regime}, {stage.provenance}"),
+        tag("title", f"{record.name}: {record.method}, {record.regime}, {record.source}"),
         rect(box.x, y, box.width, box.height, f"box {regime}", rx=8),
         rect(box.x, y, 5, box.height, f"strip {regime}", rx=2.5),
-        label(x, y + 20, stage.regime.value.upper(), f"eyebrow {regime}"),
-        label(x, y + 41, fit(f"{number}  {stage.name}", inner, 15.5), "strong l"),
-        label(x, y + 58, fit(f"{stage.method} · {stage.interface}", inner, 11.5), "ink s"),
+        label(x, y + 20, record.regime.upper(), f"eyebrow {regime}"),
+        label(x, y + 41, fit(f"{number}  {record.name}", inner, 15.5), "strong l"),
+        label(x, y + 58, fit(method, inner, 11.5), "ink s"),
         *[label(x, y + 75 + 14 * i, row, "note s") for i, row in enumerate(written)],
         label(x, y + 110, "intended", "note s"),
-        label(
-            x + 60, y + 110, fit(stage.intends or "not stated", inner - 60, 11.5), "ink s italic"
-        ),
+        label(x + 60, y + 110, fit(spec.intends or "not stated", inner - 60, 11.5), "ink s italic"),
         label(x, y + 128, "measured", "note s"),
-        *_effects(stage, x, y + 147, inner),
+        *_roles(stage, x, y + 147, inner),
         label(x, y + box.height - 24, fit(spent, inner, 11), "note s"),
-        label(x, y + box.height - 10, f"{compact(amount)} tokens", "note s"),
+        label(x, y + box.height - 10, f"{compact(num_tokens)} tokens", "note s"),
     ]
     return tag("g", *parts)
 
 
-def _effects(stage: StageView, x: float, y: float, inner: float) -> list[Markup]:
+def _roles(stage: StageReport, x: float, y: float, inner: float) -> list[Markup]:
     """One row per task set: its mark, the measured role, and the task set at the right edge."""
-    if not stage.effects:
+    if not stage.roles:
         return [label(x + 60, y - 19, "not measured", "ink s italic")]
     rows: list[Markup] = []
-    for i, e in enumerate(stage.effects[:MAX_EFFECTS]):
+    for i, (task, role) in enumerate(stage.roles[:MAX_ROLES]):
         row = y + 18 * i
-        words = f"{e.effect.value} ✓" if e.effect.value == stage.intends else e.effect.value
-        task = fit(e.task, max(inner - 22 - 6.6 * len(words), 24), 11.5)
+        words = f"{role} ✓" if role == stage.record.planned.spec.intends else str(role)
+        name = fit(task, max(inner - 22 - 6.6 * len(words), 24), 11.5)
         rows.append(
             tag(
                 "g",
-                tag("title", f"{e.task}: {words}"),
-                effect_glyph(e.effect, x + 6, row - 4),
-                label(x + 18, row, words, f"strong s {e.effect}"),
-                label(x + inner, row, task, "ink s", anchor="end"),
+                tag("title", f"{task}: {words}"),
+                role_glyph(role, x + 6, row - 4),
+                label(x + 18, row, words, f"strong s {role}"),
+                label(x + inner, row, name, "ink s", anchor="end"),
             )
         )
-    hidden = len(stage.effects) - MAX_EFFECTS
+    hidden = len(stage.roles) - MAX_ROLES
     if hidden > 0:
-        rows.append(label(x + 18, y + 18 * MAX_EFFECTS, f"and {hidden} more", "note s"))
+        rows.append(label(x + 18, y + 18 * MAX_ROLES, f"and {hidden} more", "note s"))
     return rows
 
 
-def effect_glyph(effect: Effect, x: float, y: float) -> Markup:
+def role_glyph(role: MeasuredRole, x: float, y: float) -> Markup:
     """A small mark of its own shape for every role, so that colour is not needed to read it."""
     shapes = {
-        Effect.EXPANSION: f"M{x - 5} {y}H{x + 5}M{x} {y - 5}V{y + 5}",
-        Effect.RESHAPING: f"M{x - 5} {y + 4}L{x} {y - 4}L{x + 5} {y + 4}",
-        Effect.CONSOLIDATION: f"M{x - 5} {y - 2.5}H{x + 5}M{x - 5} {y + 2.5}H{x + 5}",
-        Effect.ATTRITION: f"M{x - 5} {y}H{x + 5}",
-        Effect.UNDETERMINED: f"M{x - 4} {y}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0",
+        MeasuredRole.EXPANSION: f"M{x - 5} {y}H{x + 5}M{x} {y - 5}V{y + 5}",
+        MeasuredRole.RESHAPING: f"M{x - 5} {y + 4}L{x} {y - 4}L{x + 5} {y + 4}",
+        MeasuredRole.CONSOLIDATION: f"M{x - 5} {y - 2.5}H{x + 5}M{x - 5} {y + 2.5}H{x + 5}",
+        MeasuredRole.ATTRITION: f"M{x - 5} {y}H{x + 5}",
+        MeasuredRole.UNDETERMINED: f"M{x - 4} {y}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0",
     }
-    return path(shapes[effect], f"glyph {effect}")
+    return path(shapes[role], f"glyph {role}")
 
 
-def _teachers(view: RunView, base: Box, boxes: list[Box], vertical: bool) -> list[Markup]:
+def _teachers(report: RunReport, base: Box, boxes: list[Box], vertical: bool) -> list[Markup]:
     """Dashed arrows: from an earlier box, or from outside for a policy the picture has not."""
-    places = {"base": base} | {s.name: b for s, b in zip(view.stages, boxes, strict=True)}
+    places = {"base": base} | {s.record.name: b for s, b in zip(report.stages, boxes, strict=True)}
     parts: list[Markup] = []
-    for stage, box in zip(view.stages, boxes, strict=True):
-        outside = [t for t in stage.teachers if t not in places]
-        for i, name in enumerate(t for t in stage.teachers if t in places):
+    for stage, box in zip(report.stages, boxes, strict=True):
+        name, teachers = stage.record.name, stage.record.teachers
+        outside = [t for t in teachers if t not in places]
+        for i, teacher in enumerate(t for t in teachers if t in places):
             draw = _arc_right if vertical else _arc_above
-            parts.append(draw(places[name], box, nudge=i, words=f"{name} teaches {stage.name}"))
+            parts.append(draw(places[teacher], box, nudge=i, words=f"{teacher} teaches {name}"))
         if outside:
-            room = box.width * (0.45 if vertical or len(outside) < len(stage.teachers) else 0.85)
+            room = box.width * (0.45 if vertical or len(outside) < len(teachers) else 0.85)
             parts.append(_outsider(outside, box, vertical, room=room))
     return parts
 

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from posttrain.report.svg import compact, figure, label, line, rect, tag
-from posttrain.report.view import Change, Estimate
+from posttrain.measure.attribution import Attribution, ChangeKind
+from posttrain.measure.bootstrap import Interval, interval_words
+from posttrain.pages.svg import compact, figure, label, line, rect, tag
+from posttrain.report.change import CLASSES
+from posttrain.report.numbers import amount, bounds_of, value_of
 
 LEFT, RIGHT, TOP, BOTTOM = 28.0, 440.0, 26.0, 186.0
 LOWEST, HIGHEST = -0.02, 1.0  # of the axis; a part can be slightly below zero by noise
@@ -25,51 +28,50 @@ BAR = 34.0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One part: which way it goes, and what it is called, one line per entry."""
+    """One column: which way the part goes, and what stands below it, one line per entry."""
 
-    estimate: Estimate
+    part: ChangeKind
     sign: int
-    class_: str
     words: tuple[str, ...]
 
 
-def steps(change: Change) -> tuple[Step, ...]:
-    """The parts between before and after, in the order they are drawn; together the difference."""
-    return (
-        Step(change.reachable, 1, "new", ("newly", "reachable")),
-        Step(change.sharpened, 1, "sharp", ("sharpened",)),
-        Step(change.weakened, -1, "weak", ("weakened",)),
-        Step(change.lost, -1, "lost", ("lost",)),
-        Step(change.undetermined, 1, "undetermined", ("undeter-", "mined")),
-    )
+STEPS = (
+    Step(ChangeKind.NEWLY_REACHABLE, 1, ("newly", "reachable")),
+    Step(ChangeKind.SHARPENED, 1, ("sharpened",)),
+    Step(ChangeKind.WEAKENED, -1, ("weakened",)),
+    Step(ChangeKind.LOST, -1, ("lost",)),
+    Step(ChangeKind.UNDETERMINED, 1, ("undeter-", "mined")),
+)
+"""The parts between before and after, in the order they are drawn; together the difference."""
 
 
-def waterfall(change: Change, *, before: str, after: str, ident: str) -> Markup | None:
+def waterfall(change: Attribution, *, before: str, after: str, ident: str) -> Markup | None:
     """One task set's waterfall; None when pass@1 on either side is not known.
 
     A whisker is the interval of its own part, seen from where that part starts.
     """
-    if change.before.value is None or change.after.value is None:
+    level = value_of(change.before)
+    if level is None or value_of(change.after) is None:
         return None
     parts = list(_axis())
-    parts += _end(0, change.before, "before", ("before",))
-    level = change.before.value
-    for i, step in enumerate(steps(change), 1):
-        amount = step.sign * (step.estimate.value or 0.0)
+    parts += _end(0, change.before, "before")
+    for i, step in enumerate(STEPS, 1):
+        interval = change.parts[step.part]
+        end = level + step.sign * amount(interval)
         parts.append(_joint(i, level))
-        parts += _step(i, step, level, level + amount)
-        level += amount
+        parts += _step(i, step, interval, level, end)
+        level = end
     parts.append(_joint(6, level))
-    parts += _end(6, change.after, "after", ("after",))
-    told = ", ".join(f"{' '.join(s.words).replace('- ', '')} {s.estimate.words}"
-                     for s in steps(change))  # fmt: skip
+    parts += _end(6, change.after, "after")
+    told = ", ".join(f"{s.part} {interval_words(change.parts[s.part])}" for s in STEPS)
     return figure(
         *parts,
         ident=ident,
         width=RIGHT + 2,
         height=BOTTOM + 34,
         title=f"{change.task}: pass@1 from {before} to {after}",
-        desc=f"before {change.before.words}, {told}, after {change.after.words}",
+        desc=f"before {interval_words(change.before)}, {told}, "
+        f"after {interval_words(change.after)}",
     )
 
 
@@ -101,29 +103,29 @@ def _named(column: int, words: Sequence[str], class_: str) -> list[Markup]:
     return [label(x, BOTTOM + 14 + 12 * i, w, class_, anchor="middle") for i, w in enumerate(words)]
 
 
-def _end(column: int, rate: Estimate, class_: str, words: Sequence[str]) -> list[Markup]:
+def _end(column: int, rate: Interval, name: str) -> list[Markup]:
     """The bar of a policy, from zero."""
-    x, value = _middle(column), rate.value or 0.0
+    x, value = _middle(column), amount(rate)
     top = _y(value)
-    hint = tag("title", f"{words[0]} {rate.words}")
-    parts = [rect(x - BAR / 2, top, BAR, BOTTOM - top, f"total {class_}", hint)]
+    hint = tag("title", f"{name} {interval_words(rate)}")
+    parts = [rect(x - BAR / 2, top, BAR, BOTTOM - top, f"total {name}", hint)]
     high = value
-    if rate.interval:
-        parts += _whisker(x, *rate.interval)
-        high = rate.interval[1]
+    if bounds := bounds_of(rate):
+        parts += _whisker(x, *bounds)
+        high = bounds[1]
     parts.append(label(x, _y(high) - 6, f"{value:.2f}", "strong s", anchor="middle"))
-    return parts + _named(column, words, "strong s")
+    return parts + _named(column, (name,), "strong s")
 
 
-def _step(column: int, step: Step, start: float, end: float) -> list[Markup]:
+def _step(column: int, step: Step, part: Interval, start: float, end: float) -> list[Markup]:
     """A floating bar; one that is nothing is only the line of its level."""
-    x, value = _middle(column), step.estimate.value
+    x, value = _middle(column), value_of(part)
     high, low = max(start, end), min(start, end)
-    hint = tag("title", f"{' '.join(step.words)} {step.estimate.words}")
-    parts = [rect(x - BAR / 2, _y(high), BAR, max(_y(low) - _y(high), 1.5), f"part {step.class_}",
-                  hint)]  # fmt: skip
-    if step.estimate.interval:
-        bounds = [start + step.sign * e for e in step.estimate.interval]
+    class_ = f"part {CLASSES[step.part]}"
+    hint = tag("title", f"{' '.join(step.words)} {interval_words(part)}")
+    parts = [rect(x - BAR / 2, _y(high), BAR, max(_y(low) - _y(high), 1.5), class_, hint)]
+    if interval := bounds_of(part):
+        bounds = [start + step.sign * e for e in interval]
         parts += _whisker(x, min(bounds), max(bounds), faint=abs(end - start) < 0.005)
         high, low = max(high, *bounds), min(low, *bounds)
     said = "?" if value is None else _signed(end - start)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.core.events import Observer, ignore
-from posttrain.core.protocols import Engine, Policy
 from posttrain.core.task import TaskSet
-from posttrain.measure.measure import measure
+from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
+from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
 from posttrain.run.plan import model_path, protocol_of, protocol_parts
 
@@ -25,18 +25,18 @@ def measure_model(
         recipe: its stages are ignored.
         root: folder that the recipe's paths are relative to.
         engine: makes the policy.
-        observe: told about progress.
+        observe: called with every event.
     """
     policy = engine.policy(model_path(recipe.model, root))
-    return measure_policy(recipe, policy, root=root, observe=observe)
+    return measure_for_recipe(recipe, policy, root=root, observe=observe)
 
 
-def measure_policy(
+def measure_for_recipe(
     recipe: Recipe, policy: Policy, *, root: Path, observe: Observer = ignore
 ) -> Measurement:
     """Measure any policy on the recipe's task sets; the recipe's model and stages are ignored."""
     tasksets = measured_tasksets(recipe, policy, root=root)
-    return measure(
+    return measure_policy(
         policy.producer.name,
         policy,
         tasksets,

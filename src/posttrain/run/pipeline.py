@@ -3,16 +3,11 @@
 base ──measure──▶ stage ──export──▶ measure ──gates──▶ stage ──▶ … ──▶ result
                     └─ a finished stage with the same identity is not run again
 
-OUT/
-  recipe.json                 the resolved recipe
-  ledger.jsonl                what happened, hash-chained
-  stages/<name>-<id>/         one folder per stage (see journal.py), model/ when finished
-  measurements/<policy>.json  one file per measured policy
+All of it is written into one folder, which ``folder.py`` draws.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,27 +24,17 @@ from posttrain.core.events import (
     StageStarted,
     ignore,
 )
-from posttrain.core.files import (
-    atomic_folder,
-    folder_lock,
-    hash_folder,
-    recover_folder,
-    write_atomic,
-)
-from posttrain.core.protocols import Engine, Learner, Policy, ScalarStart
+from posttrain.core.files import hash_folder
 from posttrain.core.task import TaskSet
-from posttrain.measure.measure import measure
+from posttrain.measure.gates import Detour, GateDecision, decide, detour
+from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
+from posttrain.protocols import Engine, Policy, ScalarStart
 from posttrain.recipe import Recipe
 from posttrain.run.build import Workshop
-from posttrain.run.gates import Decision, Detour, decide, detour
-from posttrain.run.journal import (
-    Done,
-    Journal,
-    read_done,
-    read_progress,
-)
+from posttrain.run.folder import RunFolder, RunWriter, StageRecord, StageResult, StageWriter
+from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import (
     Plan,
@@ -61,8 +46,8 @@ from posttrain.run.plan import (
     protocol_parts,
 )
 from posttrain.run.records import Records
-from posttrain.run.resume import read_measurement, refuse_changes, remove_partials
-from posttrain.training.stage import Interrupted, Parts, run_stage
+from posttrain.run.resume import check_resumable, earlier_measurement
+from posttrain.training.stage import Parts, run_stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +76,7 @@ def run(
         out: the run folder; made if missing.
         root: folder that the recipe's paths are relative to.
         engine: makes policies and learners.
-        observe: told about everything that happens.
+        observe: called with every event.
         stop: asked between draws; True commits and raises.
 
     Raises:
@@ -100,18 +85,30 @@ def run(
         Interrupted: ``stop`` said so. Run again to go on.
         PosttrainError: any other error of the tree; what was committed stays.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with folder_lock(out):
-        return _Run.open(recipe, out, root, engine, observe, stop).go()
+    with RunFolder(out).lock() as folder:
+        return run_in(folder, recipe, root=root, engine=engine, observe=observe, stop=stop)
+
+
+def run_in(
+    folder: RunWriter,
+    recipe: Recipe,
+    *,
+    root: Path,
+    engine: Engine,
+    observe: Observer = ignore,
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """As :func:`run`, in a folder that this process holds already."""
+    return _Run.open(recipe, folder, root, engine, observe, stop).go()
 
 
 @final
 @dataclass(slots=True, eq=False)
 class _Run:
-    """One sitting of a run."""
+    """The work of one process on a run."""
 
     plan: Plan
-    out: Path
+    folder: RunWriter
     engine: Engine
     observe: Observer
     stop: Callable[[], bool]
@@ -128,7 +125,7 @@ class _Run:
     def open(
         cls,
         recipe: Recipe,
-        out: Path,
+        folder: RunWriter,
         root: Path,
         engine: Engine,
         observe: Observer,
@@ -146,11 +143,11 @@ class _Run:
         measured = [tasksets[t] for t in recipe.measured_tasks]
         protocol = protocol_of(recipe, measured, root=root)
         parts = protocol_parts(recipe, measured, root=root)
-        ledger = Ledger.open(out / "ledger.jsonl")
+        ledger = folder.open_ledger()
         records = Records(ledger, recipe)
         run = cls(
             plan=plans[0],
-            out=out,
+            folder=folder,
             engine=engine,
             observe=observe,
             stop=stop,
@@ -163,12 +160,11 @@ class _Run:
         )
         for plan in plans:
             run._check_data(plan)
-        run._retrace()
-        abandoned = refuse_changes(run.plan, out)
-        for folder in abandoned:
-            shutil.rmtree(folder)
-        remove_partials(out)
-        write_atomic(out / "recipe.json", msgspec.json.format(msgspec.json.encode(recipe)))
+        run._replay()
+        for useless in check_resumable(run.plan, folder):
+            useless.remove()
+        folder.remove_partials()
+        folder.write_recipe(recipe)
         records.model(recipe.model, digest=base.producer.digest, role="base")
         return run
 
@@ -181,13 +177,13 @@ class _Run:
         position = 0
         while position < len(self.plan.stages):
             planned = self.plan.stages[position]
-            done = self._stage(planned)
-            self._measure(planned.spec.name, done.digest)
+            result = self._stage(planned)
+            self._measure(planned.spec.name, result.digest)
             stopped_by = self._gates(planned)
             position += 1
             if stopped_by:
                 return self._outcome(position, stopped_by)
-            self._forget(later=self.plan.stages[position:])
+            self._unload(later=self.plan.stages[position:])
         return self._outcome(position, None)
 
     def _outcome(self, num_stages: int, stopped_by: str | None) -> Outcome:
@@ -198,14 +194,14 @@ class _Run:
             back = self.detours.get(last.spec.name, Detour()).rolled_back
             final = last.init if back else last.spec.name
         return Outcome(
-            out=self.out,
+            out=self.folder.path,
             finished=tuple(s.spec.name for s in ran),
             final=final,
             stopped_by=stopped_by,
         )
 
-    def _retrace(self) -> None:
-        """Follow the path of earlier sittings as far as it was measured and decided."""
+    def _replay(self) -> None:
+        """Follow the path of earlier processes as far as it was measured and decided."""
         known: dict[str, Measurement] = {}
         base = self.policies["base"].producer
         if (measured := self._known("base", base.digest or base.name)) is None:
@@ -214,15 +210,15 @@ class _Run:
         position = 0
         while position < len(self.plan.stages):
             planned = self.plan.stages[position]
-            done = read_done(self._folder(planned))
-            found = self._known(planned.spec.name, done.digest) if done else None
+            result = self._stage_folder(planned).result()
+            found = self._known(planned.spec.name, result.digest) if result else None
             if found is None:
                 return
             known[planned.spec.name] = found
-            self._turn(planned, detour(self._decisions(planned, known)))
+            self._replan(planned, detour(self._decisions(planned, known)))
             position += 1
 
-    def _turn(self, planned: PlannedStage, detour: Detour) -> None:
+    def _replan(self, planned: PlannedStage, detour: Detour) -> None:
         """Plan again from here when the gates lead elsewhere than the present plan goes."""
         if detour == self.detours.get(planned.spec.name, Detour()):
             return
@@ -243,7 +239,7 @@ class _Run:
                 self.records.model(name, digest=policy.producer.digest, role="outside")
         return self.policies[ref]
 
-    def _forget(self, *, later: Sequence[PlannedStage]) -> None:
+    def _unload(self, *, later: Sequence[PlannedStage]) -> None:
         """Let go of models that no later stage refers to. The base stays: KL is measured to it."""
         needed = {"base"}
         for planned in later:
@@ -258,12 +254,12 @@ class _Run:
             return model_path(self.plan.recipe.model, root)
         if ref.startswith("path:"):
             return model_path(ref.removeprefix("path:"), root)
-        return str(self._folder(self.plan.stage(ref)) / "model")
+        return str(self._stage_folder(self.plan.stage(ref)).model)
 
     # --- a stage -----------------------------------------------------------------------------
 
-    def _folder(self, planned: PlannedStage) -> Path:
-        return self.out / "stages" / planned.folder
+    def _stage_folder(self, planned: PlannedStage) -> StageWriter:
+        return self.folder.stage_writer(planned.spec.name, planned.identity)
 
     def _workshop(self) -> Workshop:
         return Workshop(
@@ -284,37 +280,38 @@ class _Run:
             if planned.init not in known:
                 continue
             known.add(planned.spec.name)
-            if read_done(self._folder(planned)) is None:
+            if self._stage_folder(planned).result() is None:
                 for leaf in planned.composition.source.leaves:
                     leaf.rows(root=plan.root, renderer=base.renderer, context=base.context)
 
-    def _stage(self, planned: PlannedStage) -> Done:
+    def _stage(self, planned: PlannedStage) -> StageResult:
         """Take a stage to its end, from wherever it stands."""
-        folder = self._folder(planned)
-        done = read_done(folder)
-        if done is not None:
-            self._started(planned, step=done.steps, steps=done.steps, finished=True)
-            return done
-        self.records.began()
-        about = {
-            "name": planned.spec.name,
-            "identity": planned.identity,
-            "init": planned.init,
-            "inputs": planned.inputs,
-        }
-        write_atomic(folder / "stage.json", msgspec.json.format(msgspec.json.encode(about)))
+        folder = self._stage_folder(planned)
+        result = folder.result()
+        if result is not None:
+            self._started(planned, step=result.steps, steps=result.steps, finished=True)
+            return result
+        self.records.run()
+        record = StageRecord(
+            name=planned.spec.name,
+            identity=planned.identity,
+            init=planned.init,
+            inputs=planned.inputs,
+        )
+        folder.write_record(record)
         steps = self._train(planned)
-        progress = read_progress(folder)
-        digest = hash_folder(folder / "model")
-        path = str((folder / "model").relative_to(self.out))
+        progress = folder.progress()
+        digest = hash_folder(folder.model)
+        path = str(folder.model.relative_to(self.folder.path))
         self.records.checkpoint(planned, digest=digest, path=path)
-        done = Done(steps=steps, seconds=progress.seconds if progress else 0.0, digest=digest)
-        write_atomic(folder / "done.json", msgspec.json.encode(done))
-        return done
+        seconds = progress.seconds if progress else 0.0
+        result = StageResult(steps=steps, seconds=seconds, digest=digest)
+        folder.write_result(result)
+        return result
 
     def _train(self, planned: PlannedStage) -> int:
         """Every step that is left, then the export; returns the number of steps in all."""
-        spec, folder = planned.spec, self._folder(planned)
+        spec, folder = planned.spec, self._stage_folder(planned)
         learner = self.engine.learner(
             self._model_folder(planned.init),
             name=f"{self.plan.recipe.name}/{spec.name}",
@@ -330,10 +327,10 @@ class _Run:
             self.records.dataset(file)
         steps = planned.steps(parts.source.num_groups)
         journal = self._journal(planned, parts)
-        progress = read_progress(folder)
+        progress = folder.progress()
         self._started(planned, step=progress.step if progress else 0, steps=steps)
         run_stage(spec, parts, steps=steps, journal=journal, observe=self.observe, stop=self.stop)
-        self._export(learner, folder / "model")
+        folder.export(learner.export)
         return steps
 
     def _scalar_start(self, planned: PlannedStage) -> ScalarStart | None:
@@ -345,7 +342,7 @@ class _Run:
 
     def _journal(self, planned: PlannedStage, parts: Parts) -> Journal:
         return Journal(
-            self._folder(planned),
+            self._stage_folder(planned),
             ledger=self.ledger,
             stage=planned.spec.name,
             identity=planned.identity,
@@ -354,14 +351,6 @@ class _Run:
                 "policy_in": planned.inputs["init"],
             },
         )
-
-    def _export(self, learner: Learner, model: Path) -> None:
-        """Write the model, unless an earlier sitting got that far: the folder is whole or absent,
-        and its name says of which stage it is."""
-        recover_folder(model)
-        if not model.is_dir():
-            with atomic_folder(model) as partial:
-                learner.export(partial)
 
     def _started(
         self, planned: PlannedStage, *, step: int, steps: int, finished: bool = False
@@ -382,10 +371,9 @@ class _Run:
     def _measure(self, name: str, digest: str) -> None:
         """Measure a policy, unless these very weights were measured in this very way before."""
         spec = self.plan.recipe.measure
-        path = self.out / "measurements" / f"{name}.json"
         known = self._known(name, digest)
-        result = known or self._take(name, path)
-        self.records.measured(result, path)
+        result = known or self._measure_now(name)
+        self.records.measured(result, self.folder.measurement_file(name))
         self.measured[name] = result
         first = {t.taskset: pass_interval(t, 1, confidence=spec.confidence) for t in result.tasks}
         self.observe(
@@ -396,10 +384,10 @@ class _Run:
             )
         )
 
-    def _take(self, name: str, path: Path) -> Measurement:
+    def _measure_now(self, name: str) -> Measurement:
         recipe = self.plan.recipe
-        self.records.began()
-        result = measure(
+        self.records.run()
+        result = measure_policy(
             name,
             self.policy(name),
             [self.tasksets[t] for t in recipe.measured_tasks],
@@ -410,14 +398,11 @@ class _Run:
             observe=self.observe,
             stop=self.stop,
         )
-        write_atomic(path, result.to_json())
+        self.folder.write_measurement(name, result)
         return result
 
     def _known(self, name: str, digest: str) -> Measurement | None:
-        """An earlier measurement of these very weights, taken in this very way."""
-        known = read_measurement(self.out / "measurements" / f"{name}.json")
-        same = known is not None and (known.digest, known.protocol) == (digest, self.protocol)
-        return known if same else None
+        return earlier_measurement(self.folder, name, digest=digest, protocol=self.protocol)
 
     def _gates(self, planned: PlannedStage) -> str | None:
         """Decide the stage's gates, and take the way they lead; words when one stops the run."""
@@ -428,12 +413,12 @@ class _Run:
                 GateDecided(stage=planned.spec.name, passed=decision.passed, words=decision.words)
             )
         way = detour(decisions)
-        self._turn(planned, way)
+        self._replan(planned, way)
         return way.stopped_by
 
     def _decisions(
         self, planned: PlannedStage, measured: Mapping[str, Measurement]
-    ) -> list[Decision]:
+    ) -> list[GateDecision]:
         return [
             decide(
                 gate,
@@ -446,14 +431,3 @@ class _Run:
             )
             for gate in planned.spec.gates
         ]
-
-
-__all__ = [
-    "Done",
-    "Interrupted",
-    "Outcome",
-    "model_path",
-    "protocol_of",
-    "read_done",
-    "run",
-]

@@ -21,13 +21,12 @@ from posttrain.core.files import hash_folder
 from posttrain.core.learner import MOVING
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
-from posttrain.measure.asked import check_asked
+from posttrain.measure.gates import Detour, check_gate
 from posttrain.parts.base import LEARNER
 from posttrain.parts.composition import Composition
 from posttrain.parts.legality import check_composition
 from posttrain.parts.registry import code_of
 from posttrain.recipe import Recipe, Stage
-from posttrain.run.gates import Detour
 from posttrain.run.scorers import check_scorers
 
 MAX_PATHS = 64
@@ -46,11 +45,6 @@ class PlannedStage:
     init: str  # "base", an earlier stage's name, or "path:..."
     inputs: Mapping[str, object]  # everything the identity is the hash of
     identity: str
-
-    @property
-    def folder(self) -> str:
-        """Name of its folder in a run: ``<name>-<first 8 digits of the identity>``."""
-        return f"{self.spec.name}-{self.identity[:8]}"
 
     @property
     def references(self) -> frozenset[str]:
@@ -253,18 +247,13 @@ def _check_gates(recipe: Recipe) -> None:
     for stage in recipe.stages:
         for gate in stage.gates:
             try:
-                check_asked(gate.metric, samples=recipe.measure.samples, change=gate.compares)
+                check_gate(gate, recipe.measure)
             except ConfigError as error:
                 raise ConfigError(
                     f"stage {stage.name}: gate on {error.found}",
                     expected=error.expected,
                     fix=error.fix,
                 ) from None
-            if gate.metric == "kl_base" and recipe.measure.sampling != SamplingSpec():
-                raise ConfigError(
-                    f"stage {stage.name}: gate on kl_base with tempered or truncated sampling",
-                    expected="measure.sampling at temperature 1, without truncation",
-                )
 
 
 def _check_since(spec: Stage, known: Mapping[str, str]) -> None:
@@ -341,7 +330,7 @@ def protocol_of(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> s
 
 
 def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> dict[str, str]:
-    """What :func:`protocol_of` digests, part by part, so that people can be told what differs.
+    """What :func:`protocol_of` digests, part by part, so that people see what differs.
 
     See :class:`posttrain.measure.measurement.Measurement`; the template is added by who measures.
     """
@@ -357,7 +346,7 @@ def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -
     for taskset in tasksets:
         judged = recipe.tasks[taskset.name].identity(root)
         parts[f"prompts of {taskset.name}"] = digest([t.key for t in taskset.held_out])
-        # Where its prompts come from is told by the prompts.
+        # Where its prompts come from shows in the prompts.
         parts[f"verifier of {taskset.name}"] = digest(
             {k: v for k, v in judged.items() if k not in ("path", "train", "held_out", "seed")}
         )

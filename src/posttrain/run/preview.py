@@ -26,6 +26,7 @@ from posttrain.parts.base import Ground, Signal, Source
 from posttrain.parts.legality import compared_in_the_loss
 from posttrain.parts.registry import tag_of
 from posttrain.recipe import Recipe
+from posttrain.run.folder import stage_folder_name
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -97,10 +98,11 @@ def _stage_lines(
     number: int, planned: PlannedStage, plan: Plan, shape: ModelShape | None, folder: Path
 ) -> list[str]:
     spec, composition = planned.spec, planned.composition
+    folder_name = stage_folder_name(spec.name, planned.identity)
     signals = " → ".join(tag_of(s) for s in composition.signals)
     terms = " + ".join(f"{t.weight:g} {tag_of(t)}" for t in composition.terms)
     lines = [
-        f"{number}. {spec.name}  {tag_of(spec.method)}  ({planned.folder})",
+        f"{number}. {spec.name}  {tag_of(spec.method)}  ({folder_name})",
         f"   provenance  {planned.provenance}",
         f"   starts from {planned.init}",
         f"   signals     {signals or 'none'}",

@@ -1,6 +1,6 @@
-"""What a run tells its ledger. Every row is appended exactly once, whatever was cut off before.
+"""The ledger rows of a run. Each is appended exactly once, whatever was cut off before.
 
-A sitting that adds nothing leaves no row: the ``run`` row is written before the first other one.
+A process that adds nothing leaves no row: the ``run`` row is written before the first other one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import msgspec
 
 from posttrain.core import config
 from posttrain.core.files import hash_file
-from posttrain.core.protocols import DataFile
+from posttrain.measure.gates import GateDecision
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
+from posttrain.protocols import DataFile
 from posttrain.recipe import Recipe
-from posttrain.run.gates import Decision
 from posttrain.run.ledger import Ledger, RecordKind, read
 from posttrain.run.plan import PlannedStage
 
@@ -30,17 +30,17 @@ LIBRARIES = ("posttrain", "torch", "transformers", "numpy")
 
 @final
 class Records:
-    """Writes the rows of one sitting, apart from those of optimiser steps (see journal.py)."""
+    """Writes the rows of one process, apart from those of optimiser steps (see journal.py)."""
 
     def __init__(self, ledger: Ledger, recipe: Recipe) -> None:
         self._ledger, self._recipe = ledger, recipe
-        self._began = False
+        self._has_run_row = False
 
-    def began(self) -> None:
-        """Something is about to be done in this sitting: say with what, once."""
-        if self._began:
+    def run(self) -> None:
+        """The software and the seed that this process works with; written before its first work."""
+        if self._has_run_row:
             return
-        self._began = True
+        self._has_run_row = True
         self._ledger.append(
             RecordKind.RUN,
             {
@@ -106,7 +106,7 @@ class Records:
                 },
             )
 
-    def gate(self, stage: str, decision: Decision) -> None:
+    def gate(self, stage: str, decision: GateDecision) -> None:
         """What was asked of a stage, what was seen, and the answer."""
         seen = decision.interval
         self._once(
@@ -126,7 +126,7 @@ class Records:
     def _once(self, kind: RecordKind, body: Mapping[str, object]) -> None:
         same = msgspec.json.decode(msgspec.json.encode(body))
         if not any(r.kind is kind and r.body == same for r in read(self._ledger.path)):
-            self.began()
+            self.run()
             self._ledger.append(kind, body)
 
 

@@ -1,4 +1,7 @@
-"""What a recipe says of a task set, and how it is built."""
+"""What a recipe says of a task set, and how it is built.
+
+tasks: {sums: {type: jsonl, path: ...}} ──build(name)──▶ TaskSet: train, held_out, score
+"""
 
 from __future__ import annotations
 

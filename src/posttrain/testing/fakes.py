@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.core.errors import LegalityError
-from posttrain.core.protocols import (
+from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
+from posttrain.core.task import Message, Task, TaskSet
+from posttrain.core.trajectory import End, Group, Scored, Trajectory
+from posttrain.parts.tools import Tools
+from posttrain.protocols import (
     Completion,
     Policy,
     Prompt,
     Request,
 )
-from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
-from posttrain.core.task import Message, Task, TaskSet
-from posttrain.core.trajectory import End, Group, Scored, Trajectory
-from posttrain.parts.tools import Tools
 
 
 @final

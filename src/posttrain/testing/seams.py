@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from posttrain.core.protocols import (
+from posttrain.core.provenance import Role, Sampling, Span
+from posttrain.core.task import Task, TaskSet
+from posttrain.core.trajectory import Group, Trajectory
+from posttrain.parts.base import Signal, Source, bound
+from posttrain.parts.tools import Tools
+from posttrain.protocols import (
     Completion,
     Learner,
     Objective,
@@ -17,11 +22,6 @@ from posttrain.core.protocols import (
     Stream,
     provided,
 )
-from posttrain.core.provenance import Role, Sampling, Span
-from posttrain.core.task import Task, TaskSet
-from posttrain.core.trajectory import Group, Trajectory
-from posttrain.parts.base import Signal, Source, bound
-from posttrain.parts.tools import Tools
 from posttrain.testing.fakes import fake_tools
 
 

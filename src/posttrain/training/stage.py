@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -23,15 +24,14 @@ from posttrain.core import clock
 from posttrain.core.events import AlarmRang, Observer, StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.core.monitors import Watch
-from posttrain.core.protocols import Learner, Objective, Stateful, Stream
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, End, Group
 from posttrain.numerics.batch import PackedBatch, pack
 from posttrain.parts.base import Term
 from posttrain.parts.legality import Admission, admit, column_readers, readouts
 from posttrain.parts.tools import Score
+from posttrain.protocols import Learner, Objective, Stateful, Stream
 from posttrain.recipe import Stage
-from posttrain.run.journal import Journal
 from posttrain.training.authors import author_metrics
 from posttrain.training.draw_metrics import mismatch_metrics, value_metrics
 
@@ -52,6 +52,26 @@ class Parts:
     stateful: Sequence[Stateful] = ()  # what else a checkpoint must hold
 
 
+class StageLog(Protocol):
+    """What a stage writes into: checkpoints, metrics and trajectories that agree."""
+
+    def resume(self, learner: Learner, *also: Stateful) -> int:
+        """Load the last checkpoint, if there is one; returns the step to go on from."""
+        ...
+
+    def metrics(self) -> Sequence[Mapping[str, float]]:
+        """Every step that is committed, in order."""
+        ...
+
+    def record(self, step: int, admission: Admission, metrics: Mapping[str, float]) -> None:
+        """Note one step: what was trained on, what was not and why, and its metrics."""
+        ...
+
+    def commit(self, step: int, learner: Learner, *also: Stateful) -> None:
+        """Make everything up to here durable, at once."""
+        ...
+
+
 class Interrupted(KeyboardInterrupt):
     """The user asked to stop. Everything up to the last draw is committed."""
 
@@ -61,7 +81,7 @@ def run_stage(
     parts: Parts,
     *,
     steps: int,
-    journal: Journal,
+    journal: StageLog,
     observe: Observer,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -72,20 +92,20 @@ def run_stage(
         parts: what it was built into.
         steps: the budget in optimiser steps.
         journal: checkpoints, trajectories and ledger rows of this stage.
-        observe: told about every step.
+        observe: called with every event.
         stop: asked after every draw; True commits and raises :class:`Interrupted`.
     """
     run = _Run(stage, parts, steps, journal, observe, Watch(stage.monitors))
     updates = stage.updates_per_draw
     step = committed = journal.resume(parts.learner, *parts.stateful)
     for line in journal.metrics():
-        run.watch.see(int(line["step"]), line)  # alarms of earlier sittings have been told
+        run.watch.see(int(line["step"]), line)  # alarms of earlier processes have been shown
     clock.drain()  # what happened before the first step is none of its time
     clock.drain_counts()
     while step < steps:
-        with clock.measure("draw"):
+        with clock.timed("draw"):
             groups = parts.source.draw(stage.groups_per_step, step=step // updates)
-        with clock.measure("score"):
+        with clock.timed("score"):
             for signal in parts.signals:
                 groups = signal(groups)
         # A draw cannot be repeated with newer weights, so it is committed whole or not at all.
@@ -95,7 +115,7 @@ def run_stage(
             parts.source.publish(step)
         halt = stop()
         if step - committed >= stage.checkpoint_every or step >= steps or halt:
-            with clock.measure("journal"):
+            with clock.timed("journal"):
                 journal.commit(step, parts.learner, *parts.stateful)
             committed = step
         if halt and step < steps:
@@ -109,7 +129,7 @@ class _Run:
     stage: Stage
     parts: Parts
     steps: int
-    journal: Journal
+    journal: StageLog
     observe: Observer
     watch: Watch
 
@@ -117,7 +137,7 @@ class _Run:
         """One optimiser step on one share of a draw."""
         stage, learner = self.stage, self.parts.learner
         objective = self.parts.objective.at(step=step, steps=self.steps, state=learner.state)
-        with clock.measure("pack"):
+        with clock.timed("pack"):
             # Age is counted at consumption: a draw's second update is one version old by design.
             admission = admit(
                 groups,
@@ -140,7 +160,7 @@ class _Run:
             **clock.drain_counts(),
             **{f"{clock.PREFIX}{name}": value for name, value in seconds.items()},
         }
-        with clock.measure("journal"):
+        with clock.timed("journal"):
             self.journal.record(step, admission, metrics)
         for alarm in self.watch.see(step, metrics):
             self.observe(

@@ -11,23 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import comb
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.trajectory import Array, Column, Group, Scored
-from posttrain.parts.base import (
-    Columns,
-    Signal,
-)
+from posttrain.parts.base import Columns, Signal
+from posttrain.parts.columns import attach, discarded
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
+
+GroupBaseline = Literal["group_mean", "leave_one_out", "length_weighted"]
+"""Baselines that are made of a member's own group."""
 
 Baseline = Literal[
     "group_mean", "leave_one_out", "length_weighted", "batch_mean", "greedy", "constant"
 ]
 Scale = Literal["std", "none", "batch_std", "whiten", "informative"]
+
+EPSILON = 1e-6
+"""Added to the standard deviation, as in GRPO's reference code."""
 
 
 @part
@@ -63,6 +67,9 @@ class GroupAdvantage(Signal):
     scale: Scale = "std"
     credit: Literal["outcome", "to_go"] = "outcome"
     kept_only: bool = False
+
+    formula: ClassVar[str] = "A = (R - b) / scale"
+    paper: ClassVar[str] = "2402.03300"
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
 
     def __post_init__(self) -> None:
@@ -81,7 +88,7 @@ class GroupAdvantage(Signal):
     @property
     def of_the_group(self) -> bool:
         """True when the baseline is made of the member's own group."""
-        return self.baseline in ("group_mean", "leave_one_out", "length_weighted")
+        return self.baseline in get_args(GroupBaseline)
 
     @property
     def needs(self) -> Columns:
@@ -98,11 +105,11 @@ class GroupAdvantage(Signal):
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``ADVANTAGE`` [T] on every member."""
-        return self._of_kept(groups) if self.kept_only else self._of_all(groups)
+        return self._among_remaining(groups) if self.kept_only else self._of_all(groups)
 
-    def _of_kept(self, groups: Sequence[Group]) -> list[Group]:
-        """Advantages among members that nobody discarded; 0 for the others."""
-        kept = [[m for m in g.members if not m.scalar(Column.DISCARD)] for g in groups]
+    def _among_remaining(self, groups: Sequence[Group]) -> list[Group]:
+        """Advantages among members that no signal discarded; 0 for the others."""
+        kept = [[m for m in g.members if not discarded(m)] for g in groups]
         enough = [ms if len(ms) >= self.min_group else [] for ms in kept]
         among = [
             Group(task=g.task, members=tuple(ms))
@@ -132,19 +139,18 @@ class GroupAdvantage(Signal):
         return with_advantages(groups, self._scaled(groups, returns, values))
 
     def _baselines(self, groups: Sequence[Group], returns: Sequence[Array]) -> list[Array]:
-        spec = self
-        if spec.baseline == "constant":
-            return [np.full_like(r, spec.value) for r in returns]
-        if spec.baseline == "greedy":
+        if self.baseline == "constant":
+            return [np.full_like(r, self.value) for r in returns]
+        if self.baseline == "greedy":
             return [
                 np.array([float(m.columns[Column.BASELINE]) for m in g.members]) for g in groups
             ]
-        if spec.baseline == "batch_mean":
-            every = _draw(returns, self)
+        if self.baseline == "batch_mean":
+            every = self._whole_draw(returns)
             same = bool((every == every[0]).all())
             return [np.full_like(r, every[0] if same else every.mean()) for r in returns]
         return [
-            group_baseline(r, kind=spec.baseline, lengths_G=_lengths(g))
+            group_baseline(r, kind=self.baseline, lengths_G=_lengths(g))
             for g, r in zip(groups, returns, strict=True)
         ]
 
@@ -165,7 +171,7 @@ class GroupAdvantage(Signal):
         if scale == "std":
             divisors = [float(r.std(ddof=1)) + EPSILON for r in returns]
         elif scale == "batch_std":
-            divisors = [float(_draw(returns, self).std(ddof=1)) + EPSILON] * len(groups)
+            divisors = [float(self._whole_draw(returns).std(ddof=1)) + EPSILON] * len(groups)
         elif scale == "informative":
             unequal = sum(len(r) for r in returns if not _equal(r))
             # With nothing to learn every advantage is 0, whatever it is divided by.
@@ -174,17 +180,34 @@ class GroupAdvantage(Signal):
             divisors = [1.0] * len(groups)
         return [[v / d for v in vs] for vs, d in zip(values, divisors, strict=True)]
 
+    def _whole_draw(self, returns: Sequence[Array]) -> Array:
+        """[M] returns of the whole draw, which must hold at least two."""
+        every = np.concatenate(returns)
+        if len(every) < 2:
+            raise LegalityError(
+                f"group_advantage with baseline={self.baseline}, scale={self.scale} "
+                "on one trajectory",
+                expected="at least two in the draw: one has no mean to differ from",
+                fix="raise groups_per_step or group_size",
+            )
+        return every
+
 
 @part
 class BestOfKAdvantage(Signal):
-    """What a member adds to the best of k: mean over sets S of k members with it of
-    max R_S − max R_{S without it} (arXiv 2503.19595; with rewards 0 and 1 the best of k is pass@k).
+    """What a member adds to the best of k (arXiv 2503.19595).
+
+    The mean of max R_S − max R_{S without it} over the sets S of k members that hold it. With
+    rewards 0 and 1 the best of k is pass@k.
 
     Σ_i A_i ∇log π_i is an unbiased gradient of the expected best of k, times G/k. For k = G only
     the best member has credit: its lead over the second best. ``k: null`` is the group's size.
     """
 
     k: int | None = None
+
+    formula: ClassVar[str] = "A = mean of max R_S - max R_(S without i) over k-sets S with i"
+    paper: ClassVar[str] = "2503.19595"
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
 
@@ -214,7 +237,8 @@ class BestOfKAdvantage(Signal):
 
 @part
 class DecoupledAdvantage(Signal):
-    """GDPO (arXiv 2601.05242): each reward is normalised in its group on its own,
+    """Each reward is normalised in its group on its own (GDPO, arXiv 2601.05242).
+
     a_i = Σ_k w_k (r_ik − mean_k) / (std_k + 1e-6), then a is normalised over the draw.
 
     The two rewards are the verifier's and the sum of the token rewards (a length penalty, say).
@@ -222,6 +246,9 @@ class DecoupledAdvantage(Signal):
     """
 
     weights: tuple[float, float] = (1.0, 1.0)
+
+    formula: ClassVar[str] = "A = normalised sum of w_k (r_k - mean_k) / std_k"
+    paper: ClassVar[str] = "2601.05242"
     needs: ClassVar[Columns] = frozenset({Column.REWARD, Column.TOKEN_REWARD})
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
     min_group: ClassVar[int] = 2
@@ -254,14 +281,8 @@ class DecoupledAdvantage(Signal):
         return with_advantages(groups, values)
 
 
-EPSILON = 1e-6
-
-
-"""Added to the standard deviation, as in GRPO's reference code."""
-
-
-def group_advantages(rewards_G: Array, *, scale: str) -> Array:
-    """[G] rewards -> [G] advantages over the group's mean; ``scale`` is ``std`` or ``none``.
+def group_advantages(rewards_G: Array, *, scale: Literal["std", "none"]) -> Array:
+    """[G] rewards -> [G] advantages over the group's mean, with or without the std.
 
     Example:
         >>> group_advantages(np.array([1.0, 0.0]), scale="none").tolist()
@@ -273,12 +294,12 @@ def group_advantages(rewards_G: Array, *, scale: str) -> Array:
     return centred / (float(rewards_G.std(ddof=1)) + EPSILON) if scale == "std" else centred
 
 
-def group_baseline(returns_G: Array, *, kind: str, lengths_G: Array) -> Array:
+def group_baseline(returns_G: Array, *, kind: GroupBaseline, lengths_G: Array) -> Array:
     """[G] what a member is compared with; the return itself when all are equal.
 
     Args:
         returns_G: at least two.
-        kind: ``group_mean``, ``leave_one_out`` or ``length_weighted``.
+        kind: as in the table of :class:`GroupAdvantage`.
         lengths_G: trained tokens per member.
 
     Example:
@@ -332,7 +353,7 @@ def whitened(groups: Sequence[Group], values: Sequence[Sequence[Array]]) -> list
 
 
 def token_rewards(member: Scored) -> Array:
-    """[T] float64 rewards of single tokens; 0 outside trained tokens, and where nobody gave any."""
+    """[T] float64 rewards of single tokens; 0 outside trained tokens, and without a column."""
     mask = member.trajectory.trainable
     given = member.columns.get(Column.TOKEN_REWARD)
     return np.zeros(len(mask)) if given is None else np.where(mask, given.astype(np.float64), 0.0)
@@ -362,28 +383,7 @@ def member_returns(group: Group, *, at_least: int) -> Array:
 
 def with_advantages(groups: Sequence[Group], values: Sequence[Sequence[Array]]) -> list[Group]:
     """The groups with ``ADVANTAGE`` [T] in float32 on every member."""
-    return [
-        Group(
-            task=g.task,
-            members=tuple(
-                m.with_columns({Column.ADVANTAGE: v.astype(np.float32)})
-                for m, v in zip(g.members, vs, strict=True)
-            ),
-        )
-        for g, vs in zip(groups, values, strict=True)
-    ]
-
-
-def _draw(returns: Sequence[Array], spec: GroupAdvantage) -> Array:
-    """[M] returns of the whole draw, which must hold at least two."""
-    every = np.concatenate(returns)
-    if len(every) < 2:
-        raise LegalityError(
-            f"group_advantage with baseline={spec.baseline}, scale={spec.scale} on one trajectory",
-            expected="at least two in the draw: one has no mean to differ from",
-            fix="raise groups_per_step or group_size",
-        )
-    return every
+    return attach(groups, [{Column.ADVANTAGE: v.astype(np.float32)} for vs in values for v in vs])
 
 
 def _lengths(group: Group) -> Array:

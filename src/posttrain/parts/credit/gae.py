@@ -1,4 +1,11 @@
-"""Generalised advantage estimation with the learner's own value head."""
+"""Generalised advantage estimation with the learner's own value head.
+
+    REWARD, TOKEN_REWARD ──┐
+                           ├── gae ──▶ ADVANTAGE
+    value head (learner) ──┘     └───▶ OLD_VALUE, RETURN   what the critic is fitted to
+
+Shape legend: ``T`` tokens of a trajectory, ``L`` its trained tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +17,8 @@ import numpy as np
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Array, Column, Group, Scored
-from posttrain.parts.base import (
-    Columns,
-    Scene,
-    Signal,
-)
+from posttrain.parts.base import Columns, Scene, Signal
+from posttrain.parts.columns import attach
 from posttrain.parts.credit.advantages import token_rewards, whitened, with_advantages
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
@@ -25,7 +29,7 @@ class Gae(Signal):
     """Generalised advantage estimation (arXiv 1506.02438) with the learner's own value head.
 
     δ_t = r_t + γ V_{t+1} − V_t and A_t = Σ_k (γλ)^k δ_{t+k} over the trained tokens of a
-    trajectory. r_t is the token's ``TOKEN_REWARD``, if anybody gave one; the last token also earns
+    trajectory. r_t is the token's ``TOKEN_REWARD``, where there is one; the last token also earns
     ``REWARD``. After the last token nothing is to come, also where a budget cut the answer off.
     With λ = 1, A_t is the discounted return minus V_t; with λ = 0 it is δ_t.
 
@@ -42,6 +46,9 @@ class Gae(Signal):
     value_lam: float | None = None
     length_alpha: float | None = None
     whiten: bool = True
+
+    formula: ClassVar[str] = "A_t = sum_k (gamma lam)^k (r + gamma V' - V)_(t+k)"
+    paper: ClassVar[str] = "1506.02438"
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE, Column.OLD_VALUE, Column.RETURN})
 
@@ -69,7 +76,7 @@ class Gae(Signal):
         return max(0.0, 1 - 1 / (self.length_alpha * max(length, 1)))
 
     def check(self, scene: Scene) -> None:
-        """An untrained critic is no baseline."""
+        """Some term must train the value: an untrained critic is no baseline."""
         if not any(Stat.VALUE in term.reads for term in scene.terms):
             raise scene.refuse(
                 "gae, and no term trains the value that it reads",
@@ -84,22 +91,22 @@ class Gae(Signal):
             LegalityError: a member without a reward, or a learner without a scalar head.
         """
         values = iter(tools.live.values([m.trajectory for g in groups for m in g.members]))
-        judged = [[self._judge(m, next(values)) for m in g.members] for g in groups]
-        advantages = [[advantage for advantage, _ in members] for members in judged]
+        found = [[self._estimate(m, next(values)) for m in g.members] for g in groups]
+        advantages = [[advantage for advantage, _ in members] for members in found]
         if self.whiten and groups:
             advantages = whitened(groups, advantages)
-        rows = zip(with_advantages(groups, advantages), judged, strict=True)
-        return [_with_targets(g, [columns for _, columns in members]) for g, members in rows]
+        targets = [columns for members in found for _, columns in members]
+        return attach(with_advantages(groups, advantages), targets)
 
-    def _judge(self, member: Scored, values_T: Array) -> tuple[Array, Mapping[Column, Array]]:
+    def _estimate(self, member: Scored, values_T: Array) -> tuple[Array, Mapping[Column, Array]]:
         """[T] advantages in float64, and the critic's two columns."""
-        spec, trained = self, predicted(member)
+        trained = predicted(member)
         values_L = values_T[trained].astype(np.float64)
         rewards_L = _rewards(member)[trained]
-        lam = spec.lam_of(len(trained))
-        advantage_L = gae(rewards_L, values_L, gamma=spec.gamma, lam=lam)
-        value_lam = spec.lam if spec.value_lam is None else spec.value_lam
-        return_L = values_L + gae(rewards_L, values_L, gamma=spec.gamma, lam=value_lam)
+        lam = self.lam_of(len(trained))
+        advantage_L = gae(rewards_L, values_L, gamma=self.gamma, lam=lam)
+        value_lam = self.lam if self.value_lam is None else self.value_lam
+        return_L = values_L + gae(rewards_L, values_L, gamma=self.gamma, lam=value_lam)
         num = len(values_T)
         columns = {
             Column.OLD_VALUE: _placed(values_L, trained, num).astype(np.float32),
@@ -127,7 +134,7 @@ def gae(rewards_L: Array, values_L: Array, *, gamma: float, lam: float) -> Array
 
 
 def predicted(member: Scored) -> Array:
-    """[L] trained tokens that something stands before: those that have a value."""
+    """[L] places of the trained tokens that have a value: all but the first of a text."""
     trained = np.flatnonzero(member.trajectory.trainable)
     return trained[trained > 0]
 
@@ -152,8 +159,3 @@ def _placed(values_L: Array, at: Array, num: int, *, fill: float = np.nan) -> Ar
     out = np.full(num, fill)
     out[at] = values_L
     return out
-
-
-def _with_targets(group: Group, columns: Sequence[Mapping[Column, Array]]) -> Group:
-    members = zip(group.members, columns, strict=True)
-    return Group(task=group.task, members=tuple(m.with_columns(c) for m, c in members))

@@ -1,4 +1,9 @@
-"""The reward of the learner's likeliest answer, as a baseline."""
+"""The reward of the learner's likeliest answer, as a baseline.
+
+    prompt ──greedy decoding──▶ answer ──the stage's judges──▶ its reward ──▶ BASELINE
+
+The answer itself is not recorded.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +12,28 @@ from typing import ClassVar
 
 import numpy as np
 
-from posttrain.core.protocols import Policy, Request
 from posttrain.core.provenance import IntArray, Role, Sampling, Span
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
-from posttrain.parts.base import (
-    Columns,
-    Signal,
-)
+from posttrain.parts.base import Columns, Signal
+from posttrain.parts.columns import attach
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Policy, Request
 
 
 @part
 class GreedyBaseline(Signal):
     """The reward of the learner's likeliest answer to each prompt (ReMax, arXiv 2310.10505).
 
-    One more completion per group, at temperature 0. It is judged and never trained on, so it is
-    no member of the group and leaves no trace but its reward.
+    One more completion per group, at temperature 0. It is judged by the stage's own judges and
+    never trained on: it is no member of the group, and only its reward is recorded.
     """
 
+    paper: ClassVar[str] = "2310.10505"
     provides: ClassVar[Columns] = frozenset({Column.BASELINE})
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
-        """The same groups with the scalar on every member."""
+        """The same groups with the scalar ``BASELINE`` on every member."""
         firsts = [g.members[0].trajectory for g in groups]
         greedy = Sampling(temperature=0)
         completions = tools.live.generate(
@@ -43,15 +47,16 @@ class GreedyBaseline(Signal):
             ]
         )
         asked = [
-            Group(task=t.task, members=(Scored(trajectory=answered(tools.live, t, c.tokens)),))
+            Group(task=t.task, members=(Scored(trajectory=_answered(tools.live, t, c.tokens)),))
             for t, c in zip(firsts, completions, strict=True)
         ]
-        judged = tools.judge(asked)
-        return [_with_baseline(g, j) for g, j in zip(groups, judged, strict=True)]
+        rewards = [g.members[0].columns[Column.REWARD] for g in tools.judge(asked)]
+        rows = zip(groups, rewards, strict=True)
+        return attach(groups, [{Column.BASELINE: r} for g, r in rows for _ in g.members])
 
 
-def answered(policy: Policy, like: Trajectory, tokens: IntArray) -> Trajectory:
-    """The prompt of ``like`` with other words after it. It is judged, and then forgotten."""
+def _answered(policy: Policy, like: Trajectory, tokens: IntArray) -> Trajectory:
+    """The prompt of ``like``, with these tokens as the policy's answer."""
     version = policy.version
     span = Span(
         length=len(tokens),
@@ -78,9 +83,3 @@ def _spans_before(trajectory: Trajectory, cut: int) -> list[Span]:
         out.append(span)
         at += span.length
     return out
-
-
-def _with_baseline(group: Group, judged: Group) -> Group:
-    baseline = judged.members[0].columns[Column.REWARD]
-    members = tuple(m.with_columns({Column.BASELINE: baseline}) for m in group.members)
-    return Group(task=group.task, members=members)

@@ -1,7 +1,13 @@
 """Which trajectories and tokens are held out of an update, and why.
 
+    keep_informative, drop_cut_off, imitate_failures ──▶ DISCARD     trajectories left out
+    clip_covariance ──▶ ADVANTAGE 0                                  tokens without a gradient
+    mark_covariance, mark_entropy ──▶ MARK                           tokens that terms select by
+
 A verdict is a column like any other: ``DISCARD`` names a reason, admission acts on it, and the
 record keeps the trajectory with that reason.
+
+Shape legend: ``N`` trained tokens of a draw, ``T`` tokens of a trajectory.
 """
 
 from __future__ import annotations
@@ -15,11 +21,8 @@ import numpy as np
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Array, Column, Discard, End, Group, Scored
-from posttrain.parts.base import (
-    Columns,
-    Signal,
-)
-from posttrain.parts.columns import with_verdicts
+from posttrain.parts.base import Columns, Signal
+from posttrain.parts.columns import discarded, with_verdicts
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
 
@@ -33,9 +36,10 @@ class KeepInformative(Signal):
     batch is full; here a step is smaller when a draw teaches less.
     """
 
+    paper: ClassVar[str] = "2503.14476"
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
-    sieves: ClassVar[bool] = True
     provides: ClassVar[Columns] = frozenset({Column.DISCARD})
+    sieves: ClassVar[bool] = True
     min_group: ClassVar[int] = 2
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
@@ -61,8 +65,9 @@ class DropCutOff(Signal):
     They stay in their group's mean and std, as in the paper, and out of the loss.
     """
 
-    sieves: ClassVar[bool] = True
+    paper: ClassVar[str] = "2503.14476"
     provides: ClassVar[Columns] = frozenset({Column.DISCARD})
+    sieves: ClassVar[bool] = True
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``DISCARD`` on every member."""
@@ -76,7 +81,7 @@ class DropCutOff(Signal):
 
 @part
 class ClipCovariance(Signal):
-    """Clip-Cov (arXiv 2505.22617): no gradient at a few tokens that would cost most entropy.
+    """No gradient at a few tokens that would cost most entropy (Clip-Cov, arXiv 2505.22617).
 
     A token's covariance is (A − mean A)(log π − mean log π) over the draw's trained tokens, with
     the log-probs it was sampled with. Of those strictly between ``low`` and ``high`` a random
@@ -86,6 +91,9 @@ class ClipCovariance(Signal):
     share: float = 2e-4
     low: float = 1.0
     high: float = 5.0
+
+    formula: ClassVar[str] = "A = 0 at a random share of tokens with low < covariance < high"
+    paper: ClassVar[str] = "2505.22617"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE, Column.BEHAVIOUR_LOGPROB})
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
 
@@ -110,10 +118,15 @@ class ClipCovariance(Signal):
 
 @part
 class MarkCovariance(Signal):
-    """KL-Cov (arXiv 2505.22617): marks the ``share`` of tokens with the largest covariance
-    (defined in clip_covariance; at least one) for the ``log_ratio_penalty`` term."""
+    """Marks the ``share`` of tokens of the largest covariance (KL-Cov, arXiv 2505.22617).
+
+    At least one; the covariance is that of ``clip_covariance``. The ``log_ratio_penalty`` term
+    reads the marks.
+    """
 
     share: float = 2e-4
+
+    paper: ClassVar[str] = "2505.22617"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE, Column.BEHAVIOUR_LOGPROB})
     provides: ClassVar[Columns] = frozenset({Column.MARK})
 
@@ -130,14 +143,16 @@ class MarkCovariance(Signal):
 
 @part
 class MarkEntropy(Signal):
-    """Marks the ⌈share · N⌉ of a draw's N trained tokens at which the learner is least sure, for
-    ``limit: {marked: true}`` (arXiv 2506.01939, which takes a fifth of a batch).
+    """Marks the ⌈share · N⌉ of a draw's N trained tokens at which the learner is least sure.
 
+    For terms with ``limit: {marked: true}`` (arXiv 2506.01939, which takes a fifth of a batch).
     One more pass over the draw, with the weights before the update. Discarded answers neither
     count nor are marked. Of equal entropies the earlier token is marked.
     """
 
     share: float = 0.2
+
+    paper: ClassVar[str] = "2506.01939"
     provides: ClassVar[Columns] = frozenset({Column.MARK})
 
     def __post_init__(self) -> None:
@@ -149,20 +164,20 @@ class MarkEntropy(Signal):
         members = [m for g in groups for m in g.members]
         scored = tools.live.entropies([m.trajectory for m in members])
         parts = [
-            np.where(bool(m.scalar(Column.DISCARD)), -np.inf, v[m.trajectory.trainable])
+            np.where(bool(discarded(m)), -np.inf, v[m.trajectory.trainable])
             for m, v in zip(members, scored, strict=True)
         ]
         entropy_N = np.concatenate(parts) if parts else np.zeros(0)
         # A sequence without a prompt has a first token that nothing predicts: its entropy is NaN.
         entropy_N = np.where(np.isnan(entropy_N), -np.inf, entropy_N)
-        # Less a hair: 0.1 * 30 must not become 4 by rounding.
+        # Minus 1e-9: 0.1 * 30 must not become 4 by rounding.
         most = int(np.ceil(self.share * np.isfinite(entropy_N).sum() - 1e-9))
         return _at_tokens(groups, np.argsort(-entropy_N, kind="stable")[:most], _marked)
 
 
 @part
 class ImitateFailures(Signal):
-    """Groups that fail are shown the demonstration, others learn from themselves (HPT, 2509.04419).
+    """Groups that fail learn from the demonstration, others from themselves (HPT, 2509.04419).
 
     A group in which at most ``gate`` rollouts have a reward of ``success`` or more keeps its
     members by ``author`` and discards the rollouts; any other group does the opposite.
@@ -171,6 +186,8 @@ class ImitateFailures(Signal):
     gate: int = 0
     success: float = 1.0
     author: Kind = Kind.EXTERNAL
+
+    paper: ClassVar[str] = "2509.04419"
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
     provides: ClassVar[Columns] = frozenset({Column.DISCARD})
 

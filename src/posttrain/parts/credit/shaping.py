@@ -1,4 +1,11 @@
-"""Rewards of single tokens: penalties that stand beside the verifier's reward."""
+"""Rewards of single tokens: penalties that stand beside the verifier's reward.
+
+    BEHAVIOUR_LOGPROB, REFERENCE_LOGPROB ── kl_penalty ────────┐
+                                                               ├─ + ─▶ TOKEN_REWARD [T]
+    length of the answer ────────── soft_length_penalty ───────┘
+
+Shape legend: ``T`` tokens of a trajectory.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +16,8 @@ import numpy as np
 
 from posttrain.core.errors import ConfigError
 from posttrain.core.trajectory import Array, Column, Group, Scored
-from posttrain.parts.base import (
-    Columns,
-    Signal,
-)
+from posttrain.parts.base import Columns, Signal
+from posttrain.parts.columns import attach
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
 
@@ -26,9 +31,11 @@ class KLPenalty(Signal):
     """
 
     beta: float = 0.05
-    untempered: ClassVar[bool] = True
+
+    formula: ClassVar[str] = "-beta (log pi_behaviour - log pi_ref) per token"
     needs: ClassVar[Columns] = frozenset({Column.BEHAVIOUR_LOGPROB, Column.REFERENCE_LOGPROB})
     provides: ClassVar[Columns] = frozenset({Column.TOKEN_REWARD})
+    untempered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -58,8 +65,11 @@ class SoftLengthPenalty(Signal):
     max_tokens: int
     cache_tokens: int
     weight: float = 1.0
-    sieves: ClassVar[bool] = True
+
+    formula: ClassVar[str] = "-weight min(max(0, l - (max_tokens - cache)) / cache, 1)"
+    paper: ClassVar[str] = "2503.14476"
     provides: ClassVar[Columns] = frozenset({Column.TOKEN_REWARD})
+    sieves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.cache_tokens <= self.max_tokens or self.weight <= 0:
@@ -69,6 +79,17 @@ class SoftLengthPenalty(Signal):
                 expected="0 < cache_tokens <= max_tokens, weight > 0",
             )
 
+    def penalty_of(self, length: int) -> float:
+        """The penalty of an answer of ``length`` tokens, between −weight and 0.
+
+        Example:
+            >>> penalty = SoftLengthPenalty(max_tokens=10, cache_tokens=4)
+            >>> [penalty.penalty_of(n) for n in (6, 7, 10, 12)]
+            [0.0, -0.25, -1.0, -1.0]
+        """
+        over = length - (self.max_tokens - self.cache_tokens)
+        return self.weight * max(min(-over / self.cache_tokens, 0.0), -1.0)
+
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with the penalty added to ``TOKEN_REWARD``."""
         return add_token_rewards(groups, [[self._penalty(m) for m in g.members] for g in groups])
@@ -77,34 +98,17 @@ class SoftLengthPenalty(Signal):
         out = np.zeros(len(member.trajectory))
         trained = np.flatnonzero(member.trajectory.trainable)
         if len(trained):
-            out[trained[-1]] = soft_length_penalty(len(trained), self)
+            out[trained[-1]] = self.penalty_of(len(trained))
         return out
-
-
-def soft_length_penalty(length: int, spec: SoftLengthPenalty) -> float:
-    """The penalty of an answer of ``length`` tokens, between −weight and 0.
-
-    Example:
-        >>> spec = SoftLengthPenalty(max_tokens=10, cache_tokens=4)
-        >>> [soft_length_penalty(n, spec) for n in (6, 7, 10, 12)]
-        [0.0, -0.25, -1.0, -1.0]
-    """
-    over = length - (spec.max_tokens - spec.cache_tokens)
-    return spec.weight * max(min(-over / spec.cache_tokens, 0.0), -1.0)
 
 
 def add_token_rewards(groups: Sequence[Group], extra: Sequence[Sequence[Array]]) -> list[Group]:
     """The groups with [T] values added to the token rewards that are there already."""
-    return [
-        Group(
-            task=g.task,
-            members=tuple(_added(m, v) for m, v in zip(g.members, vs, strict=True)),
-        )
-        for g, vs in zip(groups, extra, strict=True)
-    ]
-
-
-def _added(member: Scored, values: Array) -> Scored:
-    before = member.columns.get(Column.TOKEN_REWARD, np.zeros(len(values)))
+    members = [m for g in groups for m in g.members]
+    values = [v for vs in extra for v in vs]
     # float64: returns are compared for equality, and rounding would make equal ones differ.
-    return member.with_columns({Column.TOKEN_REWARD: before + values})
+    added = [
+        m.columns.get(Column.TOKEN_REWARD, np.zeros(len(v))) + v
+        for m, v in zip(members, values, strict=True)
+    ]
+    return attach(groups, [{Column.TOKEN_REWARD: v} for v in added])

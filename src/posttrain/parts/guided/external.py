@@ -3,6 +3,12 @@
 A ratio needs the probability with which its author wrote a token. Nobody knows it for a
 demonstration, and a missing log-prob is refused everywhere else. These terms put an assumption in
 its place, and carry it in their names.
+
+    assumed_certain_gradient   π_author = 1                        luffy
+    assumed_own_gradient       π_author = the policy when drawn    prefix_rft
+    exploration_bonus          no ratio: less of what is read      xpo
+
+Shape legend: ``N`` trained tokens.
 """
 
 from __future__ import annotations
@@ -14,21 +20,12 @@ from posttrain.core.lazy import torch
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import (
-    ANYONE,
-    Aggregate,
-    Columns,
-    Stats,
-    Term,
-    TokenTerm,
-    Values,
-)
+from posttrain.parts.base import ANYONE, Aggregate, Columns, Stats, Term, TokenTerm, Values
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import capped_exp
 
 if TYPE_CHECKING:
     from posttrain.numerics.batch import PackedBatch
-
 
 OTHERS = ANYONE - {Kind.LEARNER}
 """Everybody but the model being trained."""
@@ -45,6 +42,9 @@ class AssumedCertainGradient(TokenTerm):
 
     gamma: float = 0.1
     where: tuple[Kind, ...] = (Kind.EXTERNAL,)
+
+    formula: ClassVar[str] = "-pi / (pi + gamma) A"
+    paper: ClassVar[str] = "2504.14945"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
     accepts: ClassVar[frozenset[Kind]] = OTHERS
 
@@ -75,6 +75,9 @@ class AssumedOwnGradient(TokenTerm):
     clip_low: float = 0.2
     clip_high: float = 0.2
     where: tuple[Kind, ...] = (Kind.EXTERNAL,)
+
+    formula: ClassVar[str] = "-min(r A, clip(r) A), r = pi / pi when the text was drawn"
+    paper: ClassVar[str] = "2507.01679"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE, Column.TRAINER_LOGPROB})
     accepts: ClassVar[frozenset[Kind]] = OTHERS
 
@@ -108,6 +111,9 @@ class ExplorationBonus(Term):
     aggregate: Aggregate = "sequence_sum"
     weight: float = 1e-5
     where: tuple[Kind, ...] = (Kind.TEACHER,)
+
+    formula: ClassVar[str] = "log pi(y), y of the reference"
+    paper: ClassVar[str] = "2405.21046"
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.TEACHER})
 
     def __post_init__(self) -> None:

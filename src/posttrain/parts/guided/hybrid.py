@@ -1,4 +1,8 @@
-"""Methods that imitate and explore in one step: two sources, a term for each."""
+"""Methods that imitate and explore in one step: two sources, a term for each.
+
+Mix ─┬─ demonstrations ──────────────────────────▶ cross-entropy            (weight μ)
+     └─ live rollouts ─ verify, group_advantage ─▶ clipped policy gradient  (weight 1 − μ)
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from posttrain.parts.base import Term, WeightSchedule
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.credit.advantages import GroupAdvantage
 from posttrain.parts.policy.building import clipped
-from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.dataset import Dataset
@@ -18,20 +22,12 @@ from posttrain.parts.sources.mix import Mix
 from posttrain.parts.supervised.likelihood import BalancedCrossEntropy, CrossEntropy
 
 
-@part
-class Chord(Method):
-    """SFT as an auxiliary loss of GRPO, its weight μ falling while the policy takes over.
-
-    ``expert`` is the share of groups that are demonstrations; they weigh μ whatever their number,
-    since each term is averaged over its own tokens. μ falls from ``mu`` to ``mu_end`` on a cosine.
-    The paper's variant with token weights p (1 − p) is ``chord_phi``.
-    """
+class OnDemonstrationsAndRollouts(Method):
+    """Demonstrations beside live rollouts; ``expert`` is the share of groups of the former."""
 
     data: Dataset
     tasks: tuple[str, ...]
     expert: float = 0.2
-    mu: float = 0.9
-    mu_end: float = 0.05
     group_size: int = 8
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
@@ -41,8 +37,32 @@ class Chord(Method):
     provenance: ClassVar[str] = "mixed"
     interface: ClassVar[str] = "verifier reward and token targets"
     tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
-    formula: ClassVar[str] = "(1-mu) GRPO on own rollouts + mu (-log pi) on demonstrations"
     paper: ClassVar[str] = "2508.11408"
+
+
+def _side_by_side(method: OnDemonstrationsAndRollouts, *terms: Term) -> Composition:
+    """Demonstrations and live rollouts, with a group advantage on these; both losses."""
+    shares = (method.expert, 1 - method.expert)
+    return Composition(
+        source=Mix(parts=(method.data, rollouts(method)), shares=shares),
+        signals=(Verify(), GroupAdvantage()),
+        terms=terms,
+    )
+
+
+@part
+class Chord(OnDemonstrationsAndRollouts):
+    """SFT as an auxiliary loss of GRPO, its weight μ falling while the policy takes over.
+
+    ``expert`` is the share of groups that are demonstrations; they weigh μ whatever their number,
+    since each term is averaged over its own tokens. μ falls from ``mu`` to ``mu_end`` on a cosine.
+    The paper's variant with token weights p (1 − p) is ``chord_phi``.
+    """
+
+    mu: float = 0.9
+    mu_end: float = 0.05
+
+    formula: ClassVar[str] = "(1-mu) GRPO on own rollouts + mu (-log pi) on demonstrations"
 
     def __post_init__(self) -> None:
         weights = (self.mu, self.mu_end, self.expert)
@@ -60,32 +80,20 @@ class Chord(Method):
         rising = WeightSchedule(end=1 - self.mu_end, shape="cosine")
         imitate = CrossEntropy(weight=self.mu, weight_schedule=falling, where=(self.data.author,))
         explore = clipped(self, weight=1 - self.mu, weight_schedule=rising)
-        return _beside(self, imitate, explore)
+        return _side_by_side(self, imitate, explore)
 
 
 @part
-class ChordPhi(Method):
+class ChordPhi(OnDemonstrationsAndRollouts):
     """CHORD with a constant weight of the demonstrations, and their tokens weighted p (1 − p).
 
     Tokens that the policy already writes, and tokens that are far from it, count little, so the
     demonstrations need not be faded out.
     """
 
-    data: Dataset
-    tasks: tuple[str, ...]
-    expert: float = 0.2
     mu: float = 0.1
-    group_size: int = 8
-    max_new_tokens: int = 64
-    sampling: SamplingSpec = SamplingSpec()
-    clip_low: float = 0.2
-    clip_high: float = 0.2
 
-    provenance: ClassVar[str] = "mixed"
-    interface: ClassVar[str] = "verifier reward and token targets"
-    tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
     formula: ClassVar[str] = "(1-mu) GRPO on own rollouts + mu (-sg(p (1-p)) log p), p = pi(y_t)"
-    paper: ClassVar[str] = "2508.11408"
 
     def __post_init__(self) -> None:
         if not 0 < self.mu < 1 or not 0 < self.expert < 1 or self.group_size < 2:
@@ -97,15 +105,4 @@ class ChordPhi(Method):
     def compose(self) -> Composition:
         """Demonstrations and live rollouts; group advantage on these; both losses."""
         imitate = BalancedCrossEntropy(weight=self.mu, where=(self.data.author,))
-        return _beside(self, imitate, clipped(self, weight=1 - self.mu))
-
-
-def _beside(method: Chord | ChordPhi, *terms: Term) -> Composition:
-    """Demonstrations beside live rollouts, with a group advantage on these; both losses."""
-    return Composition(
-        source=Mix(
-            parts=(method.data, rollouts(method)), shares=(method.expert, 1 - method.expert)
-        ),
-        signals=(Verify(), GroupAdvantage()),
-        terms=terms,
-    )
+        return _side_by_side(self, imitate, clipped(self, weight=1 - self.mu))

@@ -1,4 +1,11 @@
-"""Guided methods: demonstrations inside the learner's own rollouts."""
+"""Guided methods: demonstrations inside the learner's own rollouts.
+
+guided_grpo  beginning │ rollout          trained: rollouts
+uft          beginning │ rollout          trained: rollouts, and a little of the beginnings
+prefix_rft   one beginning │ rollout      trained: both, as if the learner wrote both
+luffy        one whole demonstration      trained: both, each with a ratio of its own
+hpt          one whole demonstration      trained: it where rollouts fail, else the rollouts
+"""
 
 from __future__ import annotations
 
@@ -19,7 +26,7 @@ from posttrain.parts.logprobs import OwnLogprobs
 from posttrain.parts.policy.building import clipped
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.policy.regularisers import EntropyBonus
-from posttrain.parts.policy.rollouts import demonstrated, rollouts
+from posttrain.parts.policy.shapes import demonstrated, rollouts
 from posttrain.parts.registry import part, tag_of
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.members import Guided
@@ -27,7 +34,7 @@ from posttrain.parts.supervised.likelihood import CrossEntropy
 
 
 class OnGuided(Method):
-    """Whose prompts are answered, and where the demonstrations are. Fields only.
+    """What guided methods share: whose prompts are answered, and where the demonstrations are.
 
     ``demonstration`` is the column of a task that holds one: its ``answer``, or another.
     """

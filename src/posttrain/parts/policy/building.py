@@ -1,4 +1,11 @@
-"""Pieces of compositions that several policy-gradient methods use."""
+"""Pieces of compositions that several policy-gradient methods use.
+
+    clip_low, clip_high ── clipped ──▶ clipped_policy_gradient
+    kl_beta             ── kl_in_reward ──▶ reference_logprobs, kl_penalty
+    max_draws           ── redrawn ──▶ redraw around the rollouts
+
+Options on the left, in the methods; parts on the right.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +20,8 @@ from posttrain.parts.credit.shaping import KLPenalty
 from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.policy.ratio import Mismatch
+from posttrain.parts.policy.shapes import Answering, rollouts
 from posttrain.parts.sources.redraw import Redraw
-from posttrain.parts.sources.rollouts import Rollouts
 
 
 class Clipping(Protocol):
@@ -45,15 +52,20 @@ def clipped(
     )
 
 
-def redrawn(once: Composition, *, keep: tuple[unions.AnySieve, ...], max_draws: int) -> Composition:
-    """The same with a source that draws again, where ``keep`` judges in place of the signals.
+def redrawn(
+    method: Answering,
+    once: Composition,
+    *,
+    keep: tuple[unions.AnySieve, ...],
+    max_draws: int,
+) -> Composition:
+    """The composition with a source that draws again; ``keep`` decides there, not as signals.
 
-    With ``max_draws`` 1 it is the same.
+    With ``max_draws`` 1 it is the composition itself.
     """
     if max_draws == 1:
         return once
-    assert isinstance(once.source, Rollouts)
-    source = Redraw(source=once.source, keep=keep, max_draws=max_draws)
+    source = Redraw(source=rollouts(method), keep=keep, max_draws=max_draws)
     return replace(once, source=source, signals=tuple(s for s in once.signals if s not in keep))
 
 

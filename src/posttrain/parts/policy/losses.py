@@ -1,5 +1,9 @@
 """Losses on the learner's own rollouts: policy gradients.
 
+    SAMPLED_LOGPROB (learner now) ──┐
+                                    ├─ − ─▶ log r ──clip or gate──▶ × ADVANTAGE ──▶ loss [N]
+    BEHAVIOUR_LOGPROB (column) ─────┘
+
 Every term here is a loss in r = π / behaviour, the ratio of a token's probability now to the one
 it was sampled with, and in the advantage A. At r = 1 (fresh rollouts, first update) all of them
 have the gradient of REINFORCE, −A ∇ log π, up to how tokens and sequences are averaged; they
@@ -29,7 +33,7 @@ from posttrain.parts.policy.ratio import (
     sequence_advantages,
     weighed,
 )
-from posttrain.parts.policy.rollouts import GroupedRollouts
+from posttrain.parts.policy.shapes import GroupedRollouts
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import capped_exp, sequence_means, sequence_sums
 
@@ -47,6 +51,9 @@ class PolicyGradient(RatioTerm):
     """
 
     aggregate: Aggregate = "token_mean"
+
+    formula: ClassVar[str] = "-r A"
+    paper: ClassVar[str] = "2402.14740"
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −r A."""
@@ -73,6 +80,9 @@ class ClippedPolicyGradient(RatioTerm):
     dual_clip: float | None = None
     sequence_mask: float | None = None
 
+    formula: ClassVar[str] = "-min(r A, clip(r) A)"
+    paper: ClassVar[str] = "1707.06347"
+
     def __post_init__(self) -> None:
         check_bounds(self.clip_low, self.clip_high)
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
@@ -84,7 +94,7 @@ class ClippedPolicyGradient(RatioTerm):
             raise ConfigError(f"sequence_mask={self.sequence_mask}", expected="0 or more, in nats")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
-        """[N] −min(r A, clip(r) A), with the second bound and the sequence mask if asked for."""
+        """[N] −min(r A, clip(r) A), with the second bound and the sequence mask if set."""
         advantage_N = batch.columns[Column.ADVANTAGE]
         log_ratio_N = log_ratio(self.mismatch, stats, batch)
         ratio_N = capped_exp(log_ratio_N)
@@ -108,18 +118,19 @@ class ClippedPolicyGradient(RatioTerm):
 
 @part(method=GroupedRollouts)
 class Gspo(RatioTerm):
-    """GSPO (arXiv 2507.18071): −min(s A, clip(s) A), s = exp(mean_t log r), one per sequence.
+    """GRPO with one ratio per sequence, not one per token (GSPO, arXiv 2507.18071).
 
-    With ``sequence_sum`` it is LUSPO (arXiv 2602.05261): the same times the sequence's length.
-    The advantage must be the same at all tokens of a sequence.
+    −min(s A, clip(s) A), s = exp(mean_t log r). On the first update of a draw it is GRPO. With
+    ``sequence_sum`` it is LUSPO (arXiv 2602.05261): the same times the sequence's length. The
+    advantage must be the same at all tokens of a sequence.
     """
-
-    formula: ClassVar[str] = "-min(s A, clip(s) A), s = exp(mean log r)"
-    paper: ClassVar[str] = "2507.18071"
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4
     aggregate: SequenceAggregate = "sequence_mean"
+
+    formula: ClassVar[str] = "-min(s A, clip(s) A), s = exp(mean log r)"
+    paper: ClassVar[str] = "2507.18071"
 
     def __post_init__(self) -> None:
         check_bounds(self.clip_low, self.clip_high)
@@ -141,18 +152,19 @@ class Gspo(RatioTerm):
 
 @part(method=GroupedRollouts)
 class Gmpo(RatioTerm):
-    """GMPO (arXiv 2507.20673): −A exp(mean_t l), l = log r clipped before the mean is taken.
+    """GRPO with the geometric mean of clipped token ratios (GMPO, arXiv 2507.20673).
 
-    Only in the direction that the advantage pushes: l ≤ ``clip_high`` where A > 0 and
-    l ≥ −``clip_low`` where A < 0, in log space. The advantage is one per sequence.
+    −A exp(mean_t l), l = log r clipped before the mean is taken, and only in the direction that the
+    advantage pushes: l ≤ ``clip_high`` where A > 0 and l ≥ −``clip_low`` where A < 0, in log space.
+    The advantage is one per sequence.
     """
-
-    formula: ClassVar[str] = "-A exp(mean of one-sided clipped log r)"
-    paper: ClassVar[str] = "2507.20673"
 
     clip_low: float = 0.4
     clip_high: float = 0.4
     aggregate: SequenceAggregate = "sequence_mean"
+
+    formula: ClassVar[str] = "-A exp(mean of one-sided clipped log r)"
+    paper: ClassVar[str] = "2507.20673"
 
     def __post_init__(self) -> None:
         if self.clip_low <= 0 or self.clip_high <= 0:
@@ -178,19 +190,19 @@ class Gmpo(RatioTerm):
 
 @part(method=GroupedRollouts)
 class Cispo(RatioTerm):
-    """CISPO (arXiv 2506.13585): −sg(clamp(r, low, high)) A log π. No token loses its gradient.
+    """A clipped weight on REINFORCE: every token keeps a gradient (CISPO, arXiv 2506.13585).
 
-    The bounds are *absolute* ratios, as in ScaleRL (arXiv 2510.13786: no lower one, upper 5).
-    Libraries that write clip(r, 1−ε_low, 1+ε_high) mean ratio_low = 1 − ε_low and
-    ratio_high = 1 + ε_high here.
+    −sg(clamp(r, low, high)) A log π, sg the stop-gradient. The bounds are *absolute* ratios, as in
+    ScaleRL (arXiv 2510.13786: no lower one, upper 5). Libraries that write
+    clip(r, 1−ε_low, 1+ε_high) mean ratio_low = 1 − ε_low and ratio_high = 1 + ε_high here.
     """
-
-    formula: ClassVar[str] = "-sg(clamp(r, low, high)) A log pi"
-    paper: ClassVar[str] = "2506.13585"
 
     aggregate: Aggregate = "token_mean"
     ratio_low: float = 0.0
     ratio_high: float = 5.0
+
+    formula: ClassVar[str] = "-sg(clamp(r, low, high)) A log pi"
+    paper: ClassVar[str] = "2506.13585"
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio_low <= 1 < self.ratio_high:
@@ -212,18 +224,18 @@ class Cispo(RatioTerm):
 
 @part(method=GroupedRollouts)
 class Sapo(RatioTerm):
-    """SAPO (arXiv 2511.20347): −(4/τ) σ(τ (r − 1)) A, a smooth gate in place of the clip.
+    """A smooth gate in place of the clip (SAPO, arXiv 2511.20347).
 
-    τ is ``temperature_up`` where A > 0 and ``temperature_down`` elsewhere; a larger one lets go
-    sooner. The slope in r is 4 σ(1 − σ): 1 at r = 1, and towards 0 away from it.
+    −(4/τ) σ(τ (r − 1)) A. τ is ``temperature_up`` where A > 0 and ``temperature_down`` elsewhere; a
+    larger one lets go sooner. The slope in r is 4 σ(1 − σ): 1 at r = 1, and towards 0 away from it.
     """
-
-    formula: ClassVar[str] = "-(4 / tau) sigmoid(tau (r - 1)) A"
-    paper: ClassVar[str] = "2511.20347"
 
     temperature_up: float = 1.0
     temperature_down: float = 1.05
     aggregate: Aggregate = "sequence_mean"
+
+    formula: ClassVar[str] = "-(4 / tau) sigmoid(tau (r - 1)) A"
+    paper: ClassVar[str] = "2511.20347"
 
     def __post_init__(self) -> None:
         if self.temperature_up <= 0 or self.temperature_down <= 0:
@@ -243,18 +255,19 @@ class Sapo(RatioTerm):
 
 @part(method=GroupedRollouts)
 class Vespo(RatioTerm):
-    """VESPO (arXiv 2602.10693): −sg(W^k e^{λ(1−W)}) A log π, W = Π_t r the sequence's ratio.
+    """A smooth weight of the whole sequence's ratio (VESPO, arXiv 2602.10693).
 
-    (k, λ) is ``up`` where A > 0 and ``down`` elsewhere. The weight is 1 at W = 1 and goes to 0
-    both where the policy left the sequence and where it rushed to it.
+    −sg(W^k e^{λ(1−W)}) A log π, W = Π_t r, sg the stop-gradient. (k, λ) is ``up`` where A > 0 and
+    ``down`` elsewhere. The weight is 1 at W = 1 and goes to 0 both where the policy left the
+    sequence and where it rushed to it.
     """
-
-    formula: ClassVar[str] = "-sg(W^k exp(lambda (1 - W))) A log pi, W the sequence ratio"
-    paper: ClassVar[str] = "2602.10693"
 
     aggregate: Aggregate = "token_mean"
     up: tuple[float, float] = (2.0, 3.0)
     down: tuple[float, float] = (3.0, 2.0)
+
+    formula: ClassVar[str] = "-sg(W^k exp(lambda (1 - W))) A log pi, W the sequence ratio"
+    paper: ClassVar[str] = "2602.10693"
 
     def __post_init__(self) -> None:
         if min(*self.up, *self.down) <= 0:

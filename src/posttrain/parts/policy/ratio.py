@@ -1,5 +1,8 @@
 """What the losses on the learner's own rollouts share: the ratio, and the weight of a mismatch.
 
+    without a mismatch:  r = π / π_sampler
+    with one:            r = π / π_trainer, and the loss times w = π_trainer / π_sampler
+
 Shape legend: ``N`` trained tokens, ``S`` sequences.
 """
 
@@ -59,6 +62,7 @@ class RatioTerm(Term):
 
     where: tuple[Kind, ...] = (Kind.LEARNER,)
     mismatch: Mismatch | None = None
+
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.SAMPLED_LOGPROB, Stat.ENTROPY})
 
@@ -131,7 +135,7 @@ def mismatch_weight(mismatch: Mismatch, batch: PackedBatch) -> Tensor:
 def weighed(
     mismatch: Mismatch | None, loss_N: Tensor, shown: Mapping[str, Tensor], batch: PackedBatch
 ) -> Values:
-    """The loss, corrected if asked for; the correction is shown."""
+    """The loss, times the correction where there is one; the correction is shown."""
     if mismatch is None:
         return Values(loss_N, shown)
     weight_N = mismatch_weight(mismatch, batch)

@@ -1,4 +1,11 @@
-"""Terms that hold a policy back: towards a reference, towards entropy, towards where it was."""
+"""Terms that hold a policy back.
+
+    reference_kl ──▶ towards a reference
+    entropy_bonus, adaptive_entropy_bonus ──▶ towards entropy
+    log_ratio_penalty ──▶ towards the policy that sampled, at marked tokens
+
+Shape legend: ``N`` trained tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +16,7 @@ from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import (
-    Columns,
-    Scene,
-    Stats,
-    TokenTerm,
-    Values,
-)
+from posttrain.parts.base import Columns, Scene, Stats, TokenTerm, Values
 from posttrain.parts.policy.ratio import log_ratio
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import capped_exp
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 @part
 class ReferenceKL(TokenTerm):
-    """KL(π ‖ π_ref) on the learner's own tokens, with u = log π − log π_ref, r = π / behaviour.
+    """KL(π ‖ π_ref) on the learner's own tokens, by one of three estimators.
+
+    With u = log π − log π_ref and r = π / behaviour:
 
     * ``k3``: r·(e^{−u} + u − 1); value and gradient are those of the KL (arXiv 2512.02556);
     * ``k2``: sg(r)·u²/2; the gradient is that of the KL, the value is not;
@@ -40,12 +43,15 @@ class ReferenceKL(TokenTerm):
     estimator: Literal["k3", "k2", "k3_without_ratio"] = "k3"
     weight: float = 0.001
     where: tuple[Kind, ...] = (Kind.LEARNER,)
+
+    formula: ClassVar[str] = "r (exp(-u) + u - 1), u = log pi/pi_ref"
+    paper: ClassVar[str] = "2512.02556"
     needs: ClassVar[Columns] = frozenset({Column.BEHAVIOUR_LOGPROB, Column.REFERENCE_LOGPROB})
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.LOGPROB, Stat.SAMPLED_LOGPROB})
 
     def check(self, scene: Scene) -> None:
-        """The estimate is over samples of the policy itself."""
+        """Samples must be the policy's own, at temperature 1."""
         for source in scene.drawn:
             if source.sampled is not None and source.sampled.temperature != 1:
                 raise scene.refuse(
@@ -76,6 +82,9 @@ class EntropyBonus(TokenTerm):
 
     weight: float = 0.01
     where: tuple[Kind, ...] = (Kind.LEARNER,)
+
+    formula: ClassVar[str] = "-H(pi)"
+    paper: ClassVar[str] = "1602.01783"
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.ENTROPY})
 
@@ -102,7 +111,11 @@ class AdaptiveEntropyBonus(TokenTerm):
     step: float = 0.005
     weight: float = 1.0  # of c H, for a schedule; c itself moves as described
     where: tuple[Kind, ...] = (Kind.LEARNER,)
+
+    formula: ClassVar[str] = "-c H [H <= target]; c + step where H < target, else c - step"
+    paper: ClassVar[str] = "2505.22312"
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
+    reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.ENTROPY})
 
     def __post_init__(self) -> None:
         if self.target <= 0 or self.initial < 0 or self.step <= 0:
@@ -148,8 +161,6 @@ class AdaptiveEntropyBonus(TokenTerm):
         coefficient = max(memory.get("coefficient", self.initial) + change, 0.0)
         return {"coefficient": coefficient, "entropy": entropy}
 
-    reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.ENTROPY})
-
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −H(π), before its coefficient."""
         return Values(-stats[Stat.ENTROPY], {"entropy": stats[Stat.ENTROPY].detach()})
@@ -164,7 +175,10 @@ class LogRatioPenalty(TokenTerm):
     """
 
     where: tuple[Kind, ...] = (Kind.LEARNER,)
-    needs: ClassVar[frozenset[Column]] = frozenset({Column.BEHAVIOUR_LOGPROB, Column.MARK})
+
+    formula: ClassVar[str] = "|log r| at marked tokens"
+    paper: ClassVar[str] = "2505.22617"
+    needs: ClassVar[Columns] = frozenset({Column.BEHAVIOUR_LOGPROB, Column.MARK})
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.SAMPLED_LOGPROB})
 

@@ -5,6 +5,8 @@
     value head (live) ────┘  └───▶ OLD_VALUE, RETURN ──▶ value_loss ──▶ value head
 
 The value V_t is what is still to come when token t has not been written yet.
+
+Shape legend: ``N`` trained tokens.
 """
 
 from __future__ import annotations
@@ -15,11 +17,7 @@ from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import (
-    Stats,
-    TokenTerm,
-    Values,
-)
+from posttrain.parts.base import Columns, Stats, TokenTerm, Values
 from posttrain.parts.registry import part
 
 if TYPE_CHECKING:
@@ -30,19 +28,21 @@ if TYPE_CHECKING:
 class ValueLoss(TokenTerm):
     """½ max((V − R)², (clip(V, V_old ± ε) − R)²), V the value head before each token.
 
-    R is ``RETURN`` and V_old ``OLD_VALUE``, both constants. The clipped branch keeps a critic from
-    moving more than ε away from what it said before the update, as PPO's reference code does;
-    ``clip: null`` is the plain squared error.
+    The loss of PPO's critic (arXiv 1707.06347). R is ``RETURN`` and V_old ``OLD_VALUE``, both
+    constants. The clipped branch keeps a critic from moving more than ε away from its value before
+    the update, as PPO's reference code does; ``clip: null`` is the plain squared error.
     """
 
     clip: float | None = 0.2
-    needs: ClassVar[frozenset[Column]] = frozenset({Column.RETURN, Column.OLD_VALUE})
+
+    formula: ClassVar[str] = "max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2"
+    paper: ClassVar[str] = "1707.06347"
+    needs: ClassVar[Columns] = frozenset({Column.RETURN, Column.OLD_VALUE})
+    reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.VALUE})
 
     def __post_init__(self) -> None:
         if self.clip is not None and self.clip <= 0:
             raise ConfigError(f"value_loss with clip={self.clip}", expected="above 0, or null")
-
-    reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.VALUE})
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] ½ max((V − R)², (clip(V, V_old ± ε) − R)²)."""

@@ -6,7 +6,11 @@ the rejected answer, Δ = ρ_w − ρ_l. A bar is an average over tokens: ρ̄ =
 β multiplies a *sum* in most losses and a *mean* in ``ipo`` (there τ) and ``ln_dpo``. An answer of
 100 tokens makes the two differ by 100: never carry a β over from one kind to the other.
 
-Each is a term, and with a file of pairs a method by itself: ``method: {name: dpo, data: ...}``.
+Each is a term, and with a file of pairs a method by itself:
+
+    method: {name: dpo, data: ...} ──OnPairs──▶ Dataset ▶ ReferenceLogprobs, term.signals() ▶ term
+
+Shape legend: ``N`` trained tokens, ``P`` pairs.
 """
 
 from __future__ import annotations
@@ -41,21 +45,19 @@ if TYPE_CHECKING:
 
 @part(method=OnPairs)
 class Dpo(PairTerm):
-    """DPO on a pair (arXiv 2305.18290), with optional label smoothing ε (cDPO).
+    """DPO (arXiv 2305.18290), with optional label smoothing ε (cDPO).
 
     −(1−ε) log σ(βΔ) − ε log σ(−βΔ), Δ the chosen minus the rejected sum over tokens of
     log π − log π_ref.
 
-    Direct preference optimisation on fixed pairs. With label smoothing it is cDPO.
-
     Unconfirmed: cDPO's smoothing is from general knowledge of a note; DPO itself is confirmed.
     """
 
-    formula: ClassVar[str] = "-log sigmoid(beta (rho_chosen - rho_rejected)), rho = log pi/pi_ref"
-    paper: ClassVar[str] = "2305.18290"
-
     beta: float = 0.1
     label_smoothing: float = 0.0
+
+    formula: ClassVar[str] = "-log sigmoid(beta (rho_chosen - rho_rejected)), rho = log pi/pi_ref"
+    paper: ClassVar[str] = "2305.18290"
 
     def __post_init__(self) -> None:
         require(
@@ -75,17 +77,15 @@ class Dpo(PairTerm):
 class RobustDpo(PairTerm):
     """Robust DPO (arXiv 2403.00409): DPO's loss, unbiased when a share ε of pairs is flipped.
 
-    [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε). It is not bounded below: flipped pairs pull the
-    other way for ever. It grows without limit as ε approaches 1/2.
-
-    DPO that corrects for a known share of flipped labels.
+    [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε), with ε known. It is not bounded below: flipped
+    pairs pull the other way for ever. It grows without limit as ε approaches 1/2.
     """
-
-    formula: ClassVar[str] = "(-(1-e) log sigmoid(z) + e log sigmoid(-z)) / (1-2e), z = beta gap"
-    paper: ClassVar[str] = "2403.00409"
 
     beta: float = 0.1
     flip_rate: float = 0.1
+
+    formula: ClassVar[str] = "(-(1-e) log sigmoid(z) + e log sigmoid(-z)) / (1-2e), z = beta gap"
+    paper: ClassVar[str] = "2403.00409"
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -110,15 +110,13 @@ class Ipo(PairTerm):
     The paper writes sums; averages are what its authors meant and what libraries do. The minimum
     is at a gap of 1/(2τ), so preferences cannot push the policy further away than that.
 
-    A bounded gap: the log-ratio gap per token is pulled to 1/(2 tau), and no further.
-
     Its tau belongs to means over tokens and is not comparable with a beta on sums, such as DPO's.
     """
 
+    tau: float = 0.1
+
     formula: ClassVar[str] = "(rho_chosen/n - rho_rejected/m - 1/(2 tau))^2"
     paper: ClassVar[str] = "2310.12036"
-
-    tau: float = 0.1
 
     def __post_init__(self) -> None:
         positive("tau", self.tau)
@@ -131,15 +129,15 @@ class Ipo(PairTerm):
 
 @part(method=OnPairs)
 class Hinge(PairTerm):
-    """max(0, 1 − βΔ): SLiC's loss (arXiv 2305.10425) on log-ratios, as in RSO (2309.06657).
+    """max(0, 1 − βΔ): SLiC's hinge (arXiv 2305.10425) on log-ratios, as in RSO (2309.06657).
 
-    SLiC's hinge on log-ratios, as RSO uses it: pairs beyond the margin teach nothing more.
+    Pairs beyond the margin teach nothing more.
     """
+
+    beta: float = 0.05
 
     formula: ClassVar[str] = "max(0, 1 - beta (rho_chosen - rho_rejected))"
     paper: ClassVar[str] = "2309.06657"
-
-    beta: float = 0.05
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -153,19 +151,17 @@ class Hinge(PairTerm):
 
 @part(method=OnPairs)
 class Exo(PairTerm):
-    """EXO on a pair (arXiv 2402.00856): reverse KL from the policy's preference to the labels'.
+    """EXO, efficient exact optimisation (arXiv 2402.00856): reverse KL to the smoothed labels.
 
     q log(q / (1−ε)) + (1−q) log((1−q) / ε), q = σ(βΔ). Its minimum is at q = 1−ε. Without
     smoothing it would be infinite, so ε = 0 is refused.
-
-    Efficient exact optimisation: reverse KL to the smoothed labels.
     """
-
-    formula: ClassVar[str] = "KL(q || (1-e, e)), q = sigmoid(beta (rho_chosen - rho_rejected))"
-    paper: ClassVar[str] = "2402.00856"
 
     beta: float = 0.1
     label_smoothing: float = 1e-3
+
+    formula: ClassVar[str] = "KL(q || (1-e, e)), q = sigmoid(beta (rho_chosen - rho_rejected))"
+    paper: ClassVar[str] = "2402.00856"
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -186,18 +182,17 @@ class Exo(PairTerm):
 
 @part(method=OnPairs)
 class Nca(PairTerm):
-    """NCA on a pair (arXiv 2402.05369): −log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l), r = βρ.
+    """Noise-contrastive alignment (arXiv 2402.05369): the chosen answer has a target of its own.
 
-    Unlike DPO it has an absolute target for the chosen answer (σ(r_w) = 2/3, at r_w = log 2), so
-    its likelihood does not sink with the rejected one's.
-
-    Noise-contrastive alignment: the chosen answer has a target of its own.
+    −log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l), r = βρ. The target is σ(r_w) = 2/3, at
+    r_w = log 2, so unlike DPO's the chosen answer's likelihood does not sink with the rejected
+    one's.
     """
+
+    beta: float = 0.01
 
     formula: ClassVar[str] = "-log s(r_w) - log s(-r_w)/2 - log s(-r_l)/2, r = beta rho"
     paper: ClassVar[str] = "2402.05369"
-
-    beta: float = 0.01
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -212,17 +207,15 @@ class Nca(PairTerm):
 
 @part(method=OnPairs)
 class Sppo(PairTerm):
-    """SPPO with hard labels (arXiv 2405.00675): (ρ_w − 1/(2β))² + (ρ_l + 1/(2β))².
+    """SPPO with hard labels, on given pairs (arXiv 2405.00675): (ρ_w − 1/(2β))² + (ρ_l + 1/(2β))².
 
     The paper's β of 0.001 asks for log-ratios of ±500 and is meant for tiny learning rates.
-
-    Self-play preference optimisation with hard labels, on given pairs.
     """
+
+    beta: float = 1e-3
 
     formula: ClassVar[str] = "(rho_chosen - 1/(2 beta))^2 + (rho_rejected + 1/(2 beta))^2"
     paper: ClassVar[str] = "2405.00675"
-
-    beta: float = 1e-3
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -237,20 +230,18 @@ class Sppo(PairTerm):
 
 @part(method=OnPairs)
 class Apo(PairTerm):
-    """APO (arXiv 2408.06266): each side has a direction of its own.
+    """Anchored preference optimisation (arXiv 2408.06266): each side has its own direction.
 
     ``zero``: 1 − σ(βρ_w) + σ(βρ_l), chosen up and rejected down, for chosen answers better than
     what the model says now. ``down``: σ(βρ_w) + 1 − σ(βΔ), both down and rejected further, for
     chosen answers worse than the model's own.
-
-    Anchored preferences: ``zero`` for chosen answers better than the model's, ``down`` else.
     """
-
-    formula: ClassVar[str] = "zero: 1 - s(r_w) + s(r_l); down: s(r_w) + 1 - s(r_w - r_l)"
-    paper: ClassVar[str] = "2408.06266"
 
     direction: Literal["zero", "down"] = "zero"
     beta: float = 0.1
+
+    formula: ClassVar[str] = "zero: 1 - s(r_w) + s(r_l); down: s(r_w) + 1 - s(r_w - r_l)"
+    paper: ClassVar[str] = "2408.06266"
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -268,21 +259,20 @@ class Apo(PairTerm):
 
 @part(method=OnPairs)
 class FDpo(PairTerm):
-    """f-DPO (arXiv 2309.16240): −log σ(β f'(e^{ρ_w}) − β f'(e^{ρ_l})).
+    """f-DPO (arXiv 2309.16240): DPO for another divergence from the reference than reverse KL.
 
-    ``forward_kl``: f' = −e^{−ρ}; ``js`` (Jensen-Shannon): f' = log σ(ρ); ``alpha``:
-    f' = (1 − e^{−αρ})/α, which is DPO as α → 0 and forward KL at α = 1. Constants that cancel
-    are left out. Exponentials go on as straight lines above e^20, so that they cannot overflow.
-
-    DPO for another divergence from the reference than reverse KL.
+    −log σ(β f'(e^{ρ_w}) − β f'(e^{ρ_l})), with ``forward_kl``: f' = −e^{−ρ}; ``js``
+    (Jensen-Shannon): f' = log σ(ρ); ``alpha``: f' = (1 − e^{−αρ})/α, which is DPO as α → 0 and
+    forward KL at α = 1. Constants that cancel are left out. Exponentials go on as straight lines
+    above e^20, so that they cannot overflow.
     """
-
-    formula: ClassVar[str] = "-log s(beta f'(exp rho_chosen) - beta f'(exp rho_rejected))"
-    paper: ClassVar[str] = "2309.16240"
 
     divergence: Literal["forward_kl", "js", "alpha"] = "js"
     alpha: float | None = None  # of the alpha divergence, and of no other
     beta: float = 0.1
+
+    formula: ClassVar[str] = "-log s(beta f'(exp rho_chosen) - beta f'(exp rho_rejected))"
+    paper: ClassVar[str] = "2309.16240"
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -309,17 +299,15 @@ class FDpo(PairTerm):
 
 @part(method=OnPairs)
 class LnDpo(PairTerm):
-    """DPO on log-ratios averaged over tokens: −log σ(β(ρ̄_w − ρ̄_l)) (Tülu 3, arXiv 2411.15124).
+    """Length-normalised DPO (Tülu 3, arXiv 2411.15124): −log σ(β(ρ̄_w − ρ̄_l)).
 
-    At equal lengths n it is DPO with β/n.
-
-    Length-normalised DPO: log-ratios per token. Its beta is not comparable with DPO's.
+    At equal lengths n it is DPO with β/n, so its beta is not comparable with DPO's.
     """
+
+    beta: float = 5.0
 
     formula: ClassVar[str] = "-log sigmoid(beta (rho_chosen/n - rho_rejected/m))"
     paper: ClassVar[str] = "2411.15124"
-
-    beta: float = 5.0
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -333,24 +321,22 @@ class LnDpo(PairTerm):
 
 @part(method=OnPairs)
 class LdDpo(PairTerm):
-    """LD-DPO (arXiv 2409.06411): what is longer than the other side counts α.
+    """Length-desensitised DPO (arXiv 2409.06411): what is longer than the other side counts less.
 
     DPO in which tokens up to the shorter side's length count 1 and the rest ``tail``, in π and
     π_ref alike. ``tail: 1`` is DPO. (TRL shortens π only, which leaves −(1−α) log π_ref of the
     tail in the margin; here the margin is 0 when both policies are equal.)
-
-    Length-desensitised DPO: what one answer is longer than the other counts less.
     """
-
-    formula: ClassVar[str] = "DPO, tokens beyond the shorter answer's length weighted by tail"
-    paper: ClassVar[str] = "2409.06411"
 
     beta: float = 0.1
     tail: float = 0.5
 
+    formula: ClassVar[str] = "DPO, tokens beyond the shorter answer's length weighted by tail"
+    paper: ClassVar[str] = "2409.06411"
+
     def __post_init__(self) -> None:
         positive("beta", self.beta)
-        require(0 <= self.tail < 1, f"tail={self.tail}", "0 <= tail < 1: 1 is pairwise_logistic")
+        require(0 <= self.tail < 1, f"tail={self.tail}", "0 <= tail < 1: 1 is dpo")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(βΔ), tokens beyond the shorter answer's length counting ``tail``."""
@@ -365,19 +351,16 @@ class Wpo(PairTerm):
 
     min(1, w_w w_l) · −log σ(βΔ), w = exp(mean_t [log π(y_t) − log Σ_v π(v)²]), no gradient
     through the weight. The upper bound 1 is that of the authors' code.
-
-    DPO that counts pairs by how likely the learner is to write them.
     """
-
-    formula: ClassVar[str] = "min(1, w_w w_l) DPO, w = exp(mean(log pi(y) - log sum_v pi(v)^2))"
-    paper: ClassVar[str] = "2406.11827"
 
     beta: float = 0.01
 
+    formula: ClassVar[str] = "min(1, w_w w_l) DPO, w = exp(mean(log pi(y) - log sum_v pi(v)^2))"
+    paper: ClassVar[str] = "2406.11827"
+    reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.LOGPROB, Stat.LOG_COLLISION})
+
     def __post_init__(self) -> None:
         positive("beta", self.beta)
-
-    reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.LOGPROB}) | {Stat.LOG_COLLISION}
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] min(1, w_w w_l) · −log σ(βΔ)."""
@@ -392,7 +375,7 @@ class Wpo(PairTerm):
 
 @part(method=OnPairs)
 class Discopop(PairTerm):
-    """DiscoPOP's log-ratio modulated loss (arXiv 2406.08414).
+    """DiscoPOP (arXiv 2406.08414): a loss that a language model proposed, modulated by the gap.
 
     (1−m) · −log σ(z) + m · e^{−z}, z = βΔ, m = σ(z/τ): logistic on pairs that are still wrong,
     exponential on those that are right. It is not convex: at these defaults a policy that equals
@@ -400,17 +383,15 @@ class Discopop(PairTerm):
     0.07), so it moves the wrong way and stays there. At 0 the slope is −¾ + (1 − log 2)/(4τ): a
     stage that starts at its reference needs τ above 0.1023.
 
-    A loss that a language model proposed: logistic and exponential, blended by the gap.
-
     With the paper's tau, a learner that starts at its reference learns the opposite of the pairs:
     raise tau above 0.11, or start from a policy that already prefers the chosen answers.
     """
 
-    formula: ClassVar[str] = "(1-m) (-log s(z)) + m exp(-z), m = s(z/tau), z = beta gap"
-    paper: ClassVar[str] = "2406.08414"
-
     beta: float = 0.05
     tau: float = 0.05
+
+    formula: ClassVar[str] = "(1-m) (-log s(z)) + m exp(-z), m = s(z/tau), z = beta gap"
+    paper: ClassVar[str] = "2406.08414"
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -426,23 +407,20 @@ class Discopop(PairTerm):
 
 @part(method=OnPairs)
 class Aot(PairTerm):
-    """AOT on pairs (arXiv 2406.05882): −log σ(β(m − q)), m = log π(y_w) − log π(y_l).
+    """Alignment by optimal transport on pairs (arXiv 2406.05882): margins compared rank by rank.
 
-    q is the reference's margin of the same rank in the draw, from ``match_quantiles`` of margins.
-    Summed over a draw it is the cost of transporting one sorted sample of margins to the other: it
-    asks of the distribution of margins, not of each pair, to be larger than the reference's. With
-    a single pair it is DPO.
+    −log σ(β(m − q)), m = log π(y_w) − log π(y_l), and q the reference's margin of the same rank in
+    the draw, from ``match_quantiles`` of margins. Summed over a draw it is the cost of
+    transporting one sorted sample of margins to the other: it asks of the distribution of margins,
+    not of each pair, to be larger than the reference's. With a single pair it is DPO.
 
-    Alignment by optimal transport: the sorted margins of a draw are compared, not each pair's.
-
-    The policy's margins are compared with the reference's, rank by rank. Ranks are taken over a
-    whole draw: larger ``groups_per_step`` help.
+    Ranks are taken over a whole draw: larger ``groups_per_step`` help.
     """
+
+    beta: float = 0.01
 
     formula: ClassVar[str] = "-log s(beta (m_(i) - m_ref_(i))), m_(i) the i-th smallest margin"
     paper: ClassVar[str] = "2406.05882"
-
-    beta: float = 0.01
     needs: ClassVar[Columns] = frozenset({Column.PREFERENCE, Column.QUANTILE})
 
     def __post_init__(self) -> None:

@@ -1,4 +1,10 @@
-"""Preference methods: on fixed pairs with a second term, and on fresh pairs of rollouts."""
+"""Preference methods: on fixed pairs with a second term, and on fresh pairs of rollouts.
+
+    irpo, orpo, cpo, alphapo     file of pairs ─────────────────────────▶ terms
+    online_dpo, iterative_dpo    rollouts ─ judges, rank_pairs ─▶ pairs ─▶ terms
+
+A method that is one term stands with its term, in pairs.py, unpaired.py and reference_free.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,7 @@ from posttrain.parts import unions
 from posttrain.parts.base import Aggregate, Limit, PolicyRef, Term
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.logprobs import ReferenceLogprobs
-from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.preference.ranking import RankPairs
 from posttrain.parts.preference.reference_free import ContrastiveLogistic, OddsRatio, Simpo
@@ -45,7 +51,7 @@ class Irpo(PairMethod):
     paper: ClassVar[str] = "2404.19733"
 
     def compose(self) -> Composition:
-        """Pairs; reference log-probs; logistic loss and cross-entropy on the chosen."""
+        """Pairs; reference log-probs; DPO and cross-entropy on the chosen."""
         nll = _chosen(weight=self.nll_weight, aggregate=self.aggregate)
         return on_pairs(self.data, Dpo(beta=self.beta), *nll, reference=self.reference)
 
@@ -102,7 +108,7 @@ class Alphapo(PairMethod):
             raise ConfigError("alphapo with alpha=0", expected="another alpha: 0 is simpo")
 
     def compose(self) -> Composition:
-        """Pairs; logistic loss on shaped rewards beyond a margin."""
+        """Pairs; SimPO with shaped rewards."""
         return on_pairs(self.data, Simpo(beta=self.beta, gamma=self.gamma, alpha=self.alpha))
 
 
@@ -148,7 +154,7 @@ class OnlineDpo(OnRankedRollouts):
     paper: ClassVar[str] = "2402.04792"
 
     def compose(self) -> Composition:
-        """Live rollouts; verifier and ranking; pairwise logistic loss."""
+        """Live rollouts; verifier and ranking; DPO."""
         return _on_ranked(self, "learner")
 
 
@@ -168,6 +174,6 @@ class IterativeDpo(OnRankedRollouts):
     paper: ClassVar[str] = "2404.19733"
 
     def compose(self) -> Composition:
-        """Rollouts of the input; verifier and ranking; logistic loss and cross-entropy."""
+        """Rollouts of the input; verifier and ranking; DPO and cross-entropy."""
         nll = _chosen(weight=self.nll_weight, aggregate=self.aggregate)
         return _on_ranked(self, "input", *nll)

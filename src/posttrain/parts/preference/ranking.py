@@ -1,4 +1,4 @@
-"""Pairs out of rewards or authors, and what losses on preferences compare with.
+"""Signals: pairs out of rewards or authors, and what losses on preferences compare with.
 
     REWARD ──rank_pairs──▶ PREFERENCE                               (online pairs)
     authors ──prefer_demonstration──▶ PREFERENCE                    (spin)
@@ -23,14 +23,8 @@ import numpy as np
 from posttrain.core.errors import LegalityError
 from posttrain.core.provenance import FloatArray, Kind, Span
 from posttrain.core.trajectory import Array, Column, Discard, Group, Trajectory
-from posttrain.parts.base import (
-    Columns,
-    PolicyRef,
-    Scene,
-    Signal,
-)
+from posttrain.parts.base import Columns, PolicyRef, Scene, Signal
 from posttrain.parts.columns import attach, discarded
-from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
 
@@ -82,6 +76,9 @@ class PreferDemonstration(Signal):
     """
 
     author: Kind = Kind.EXTERNAL
+
+    formula: ClassVar[str] = "+1 for the author's members, -1 for all others"
+    paper: ClassVar[str] = "2401.01335"
     provides: ClassVar[Columns] = frozenset({Column.PREFERENCE, Column.DISCARD})
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
@@ -113,7 +110,7 @@ class PreferDemonstration(Signal):
 
 @part
 class MatchQuantiles(Signal):
-    """What each answer of the draw is compared with in optimal transport: the value of its rank.
+    """What each answer is compared with in optimal transport: the value of its rank (2406.05882).
 
     ``margins``: a pair's margin of log-probs, log π(y_w) − log π(y_l), is compared with the margin
     of the same rank among those of the reference. ``rewards``: the log-ratio of a chosen answer is
@@ -127,6 +124,9 @@ class MatchQuantiles(Signal):
     """
 
     of: Literal["margins", "rewards"] = "margins"
+
+    formula: ClassVar[str] = "the i-th smallest of the other sample, for the i-th smallest of one"
+    paper: ClassVar[str] = "2406.05882"
     needs: ClassVar[Columns] = frozenset({Column.PREFERENCE, Column.REFERENCE_LOGPROB})
     provides: ClassVar[Columns] = frozenset({Column.QUANTILE})
 
@@ -134,7 +134,7 @@ class MatchQuantiles(Signal):
         """The same groups with ``QUANTILE`` on every member; 0 on those that are in no pair.
 
         Raises:
-            LegalityError: a group with more than one pair, whose values could not be told apart.
+            LegalityError: a group with more than one pair, whose values could not be assigned.
         """
         places = [_pair(g) for g in groups]
         members = [g.members[i] for g, p in zip(groups, places, strict=True) if p for i in p]
@@ -151,7 +151,7 @@ class MatchQuantiles(Signal):
 
 @part
 class MismatchedKL(Signal):
-    """KTO's baseline: mean log-ratio of answers under prompts that they do not belong to.
+    """KTO's baseline (arXiv 2402.01306): mean log-ratio of answers under other prompts.
 
     Every prompt of the draw is continued with the answer to another one, and both the live policy
     and the reference score it. One number per draw, from the weights before the update. A draw
@@ -159,6 +159,9 @@ class MismatchedKL(Signal):
     """
 
     policy: PolicyRef = "input"
+
+    formula: ClassVar[str] = "mean of log pi(y'|x) - log pi_ref(y'|x), y' of another prompt"
+    paper: ClassVar[str] = "2402.01306"
     provides: ClassVar[Columns] = frozenset({Column.MISMATCHED_KL})
 
     def references(self) -> tuple[PolicyRef, ...]:
@@ -167,7 +170,8 @@ class MismatchedKL(Signal):
 
     def check(self, scene: Scene) -> None:
         """The zero point is that of the log-ratios, so both have one reference."""
-        known = {s.policy for s in scene.signals if isinstance(s, ReferenceLogprobs)}
+        compared = (s for s in scene.signals if Column.REFERENCE_LOGPROB in s.provides)
+        known = {ref for s in compared for ref in s.references()}
         if self.policy not in known:
             raise scene.refuse(
                 f"mismatched_kl against {[self.policy]}, reference_logprobs of {sorted(known)}",
@@ -191,12 +195,14 @@ class MismatchedKL(Signal):
 
 @part
 class LogRatioCentre(Signal):
-    """BCO's shift: half of (mean log-ratio of good answers + mean log-ratio of bad ones).
+    """BCO's shift (2404.04656): half of (mean log-ratio of good answers + mean of bad ones).
 
     One number per draw, from the weights before the update. A draw with answers of one kind only
     takes the mean of those.
     """
 
+    formula: ClassVar[str] = "(mean rho of good answers + mean rho of bad answers) / 2"
+    paper: ClassVar[str] = "2404.04656"
     needs: ClassVar[Columns] = frozenset({Column.LABEL, Column.REFERENCE_LOGPROB})
     provides: ClassVar[Columns] = frozenset({Column.LOG_RATIO_CENTRE})
 

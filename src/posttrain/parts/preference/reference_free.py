@@ -1,4 +1,11 @@
-"""Losses on pairs of a chosen and a rejected answer that need no reference."""
+"""Losses on pairs of a chosen and a rejected answer that need no reference.
+
+    PREFERENCE, log π ──▶ odds_ratio            with cross_entropy on the chosen: orpo
+                          contrastive_logistic  with cross_entropy on the chosen: cpo
+                          simpo                 a method by itself; with alpha: alphapo
+
+Throughout, w is the chosen and l the rejected answer. Shape legend: ``P`` pairs.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +17,7 @@ from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
 from posttrain.parts.base import Columns, Stats, Values
 from posttrain.parts.preference.shapes import OnPairsWithoutReference
-from posttrain.parts.preference.sides import (
-    PairTerm,
-    means,
-    paired,
-    positive,
-    require,
-    sums,
-)
+from posttrain.parts.preference.sides import PairTerm, means, paired, positive, require, sums
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import capped_exp
 
@@ -35,9 +35,11 @@ class OddsRatio(PairTerm):
     chosen answers with weight 1; the paper's λ is this term's weight.
     """
 
-    needs: ClassVar[Columns] = frozenset({Column.PREFERENCE})
-
     weight: float = 0.1
+
+    formula: ClassVar[str] = "-log s(log odds_w - log odds_l), odds = p/(1-p), p = exp(log pi/n)"
+    paper: ClassVar[str] = "2403.07691"
+    needs: ClassVar[Columns] = frozenset({Column.PREFERENCE})
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(log odds_w − log odds_l)."""
@@ -55,9 +57,11 @@ class ContrastiveLogistic(PairTerm):
     DPO with a uniform reference. The method adds cross-entropy on the chosen answers.
     """
 
-    needs: ClassVar[Columns] = frozenset({Column.PREFERENCE})
-
     beta: float = 0.1
+
+    formula: ClassVar[str] = "-log s(beta (log pi(chosen) - log pi(rejected)))"
+    paper: ClassVar[str] = "2401.08417"
+    needs: ClassVar[Columns] = frozenset({Column.PREFERENCE})
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)
@@ -74,21 +78,18 @@ class Simpo(PairTerm):
     """SimPO (arXiv 2405.14734) and AlphaPO (2501.03884): −log σ(β(r_w − r_l) − γ).
 
     r is the mean token log-prob m for α = 0 (SimPO), else (1 − e^{−αm})/α (AlphaPO), which tends
-    to m as α → 0.
-
-    Mean log-probs as reward, with a margin to reach, and no reference.
+    to m as α → 0. γ is a margin to reach.
 
     Its beta multiplies means over tokens and is not comparable with one on sums, such as DPO's.
     """
 
-    needs: ClassVar[Columns] = frozenset({Column.PREFERENCE})
-
-    formula: ClassVar[str] = "-log s(beta (log pi(chosen)/n - log pi(rejected)/m) - gamma)"
-    paper: ClassVar[str] = "2405.14734"
-
     beta: float = 2.5
     gamma: float = 1.375
     alpha: float = 0.0
+
+    formula: ClassVar[str] = "-log s(beta (log pi(chosen)/n - log pi(rejected)/m) - gamma)"
+    paper: ClassVar[str] = "2405.14734"
+    needs: ClassVar[Columns] = frozenset({Column.PREFERENCE})
 
     def __post_init__(self) -> None:
         positive("beta", self.beta)

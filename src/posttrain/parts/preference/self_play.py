@@ -1,4 +1,9 @@
-"""Preference methods in which more moves than the learner: references and opponents."""
+"""Preference methods in which more moves than the learner: references and opponents.
+
+tr_dpo   a file of pairs                          reference: follows the learner
+spin     demonstration > answer of an opponent    reference: the opponent
+xpo      best > worst of learner and reference    reference: frozen, and explored away from
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from posttrain.parts.base import PolicyRef
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.guided.external import ExplorationBonus
 from posttrain.parts.logprobs import ReferenceLogprobs
-from posttrain.parts.policy.rollouts import demonstrated, rollouts
+from posttrain.parts.policy.shapes import demonstrated, rollouts
 from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.preference.ranking import PreferDemonstration, RankPairs
 from posttrain.parts.registry import part
@@ -42,7 +47,7 @@ class TrDpo(Method):
     paper: ClassVar[str] = "2404.09656"
 
     def compose(self) -> Composition:
-        """Pairs; log-probs of a reference that moves; pairwise logistic loss."""
+        """Pairs; log-probs of a reference that moves; DPO."""
         return Composition(
             source=replace(self.data, preference=True),
             signals=(ReferenceLogprobs(policy=MOVING),),
@@ -70,15 +75,15 @@ class Spin(Method):
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
 
-    group_size: ClassVar[int] = 2  # a demonstration and an answer
     provenance: ClassVar[str] = "off-policy: demonstrations, and an earlier self's answers"
     interface: ClassVar[str] = "demonstrations"
     tendency: ClassVar[str] = "reshaping, with expansion by the demonstrations"
     formula: ClassVar[str] = "DPO on (demonstration, answer of pi_t), pi_t also the reference"
     paper: ClassVar[str] = "2401.01335"
+    group_size: ClassVar[int] = 2  # a demonstration and an answer
 
     def compose(self) -> Composition:
-        """Demonstrations and an opponent's rollouts; chosen by author; pairwise logistic loss."""
+        """Demonstrations and an opponent's rollouts; chosen by author; DPO."""
         opponent = "input" if self.every is None else MOVING
         return Composition(
             source=rollouts(self, policy=opponent, members=demonstrated(self)),
@@ -94,7 +99,8 @@ class Xpo(Method):
 
     Every group has one answer of the reference; the best of a group is chosen and the worst
     rejected. What the reference says is made less likely as such, by ``bonus``; at 0 this is
-    online DPO in that company. Pairs without a winner teach nothing, the bonus included.
+    online DPO with an answer of the reference in every group. Pairs without a winner teach
+    nothing, the bonus included.
 
     Unconfirmed: the bonus's sign is derived: what is minimised must make the reference's own
     answers less likely, or it would not explore.

@@ -1,4 +1,9 @@
-"""The data that losses on preferences are made for: files of pairs, and labelled answers."""
+"""The data that losses on preferences are made for: files of pairs, and labelled answers.
+
+OnPairs                   Dataset(preference) ─ ReferenceLogprobs ─ term.signals() ─▶ term
+OnPairsWithoutReference   Dataset(preference) ──────────────────────────────────────▶ term
+OnLabels                  Dataset(unpaired) ─── ReferenceLogprobs ─ term.signals() ─▶ term
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
 """Losses on answers that are good or bad by themselves, and on two samples of answers.
 
+    LABEL, MISMATCHED_KL ──▶ kto            PREFERENCE, QUANTILE ──▶ aot_unpaired
+    LABEL, LOG_RATIO_CENTRE ──▶ bco
+
 Throughout, ρ = log π(y) − log π_ref(y) summed over an answer's trained tokens, w the chosen and l
-the rejected answer, Δ = ρ_w − ρ_l. A bar is an average over tokens: ρ̄ = ρ/|y|.
+the rejected answer. Shape legend: ``S`` sequences.
 """
 
 from __future__ import annotations
@@ -13,11 +16,7 @@ from posttrain.core.trajectory import Column
 from posttrain.parts.base import Columns, PolicyRef, Signal, Stats, Term, Unit, Values
 from posttrain.parts.preference.ranking import LogRatioCentre, MatchQuantiles, MismatchedKL
 from posttrain.parts.preference.shapes import OnLabels, OnPairs
-from posttrain.parts.preference.sides import (
-    judged,
-    log_ratio_N,
-    positive,
-)
+from posttrain.parts.preference.sides import judged, log_ratio_N, positive
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import sequence_sums
 
@@ -34,23 +33,21 @@ class UnpairedTerm(Term):
 
 @part(method=OnLabels)
 class Kto(UnpairedTerm):
-    """KTO (arXiv 2402.01306): gains and losses against what the policy gives to any answer.
+    """Kahneman-Tversky optimisation (arXiv 2402.01306): gains and losses against a zero point.
 
     Good answers λ_D (1 − σ(β(ρ − z₀))), bad ones λ_U (1 − σ(β(z₀ − ρ))). z₀ = max(0, mean ρ of
     other prompts' answers) comes from the ``mismatched_kl`` signal and carries no gradient. With
     n_D good and n_U bad answers, keep n_D λ_D / (n_U λ_U) between 1 and 4/3 (the paper's advice).
 
-    Kahneman-Tversky optimisation: gains and losses against a moving zero point.
-
     Draws need at least two prompts: the zero point is over answers to other prompts.
     """
-
-    formula: ClassVar[str] = "w (1 - s(beta label (rho - z0))), z0 = max(0, mismatched rho)"
-    paper: ClassVar[str] = "2402.01306"
 
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+
+    formula: ClassVar[str] = "w (1 - s(beta label (rho - z0))), z0 = max(0, mismatched rho)"
+    paper: ClassVar[str] = "2402.01306"
     needs: ClassVar[Columns] = frozenset(
         {Column.REFERENCE_LOGPROB, Column.LABEL, Column.MISMATCHED_KL}
     )
@@ -79,21 +76,19 @@ class Kto(UnpairedTerm):
 
 @part(method=OnLabels)
 class Bco(UnpairedTerm):
-    """BCO (arXiv 2404.04656): −log σ(r − δ) on good answers, −log σ(δ − r) on bad ones, r = βρ.
+    """Binary classifier optimisation (arXiv 2404.04656): the log-ratio is the classifier's logit.
 
-    δ/β comes from the ``log_ratio_centre`` signal: half the sum of the mean ρ of good and of bad
-    answers, of this draw alone. TRL smooths δ over steps, which would be a state that a resumed
-    run must carry.
-
-    Binary classifier optimisation: the log-ratio is the classifier's logit.
+    −log σ(r − δ) on good answers, −log σ(δ − r) on bad ones, r = βρ. δ/β comes from the
+    ``log_ratio_centre`` signal: half the sum of the mean ρ of good and of bad answers, of this
+    draw alone. TRL smooths δ over steps, which would be a state that a resumed run must carry.
 
     Unconfirmed: a library's document and its code disagree on the formula; this is the code's.
     """
 
+    beta: float = 0.01
+
     formula: ClassVar[str] = "-log s(label (beta rho - delta)), delta between good and bad"
     paper: ClassVar[str] = "2404.04656"
-
-    beta: float = 0.01
     needs: ClassVar[Columns] = frozenset(
         {Column.REFERENCE_LOGPROB, Column.LABEL, Column.LOG_RATIO_CENTRE}
     )
@@ -115,23 +110,19 @@ class Bco(UnpairedTerm):
 
 @part(method=OnPairs)
 class AotUnpaired(UnpairedTerm):
-    """AOT on chosen and rejected answers apart (arXiv 2406.05882): −log σ(β · sign · (ρ − q)).
+    """Optimal transport between all chosen and all rejected answers of a draw (arXiv 2406.05882).
 
-    q is the log-ratio of the same rank on the other side, from ``match_quantiles`` of rewards, a
-    constant. Chosen and rejected answers are told apart by their sign, and need not share a
-    prompt. The mean over answers has the value and the gradient of the mean over matched pairs of
-    −log σ(β(ρ_w − ρ_l)): the gradient counts twice, since each side moves one of the two.
-
-    Alignment by optimal transport between all chosen and all rejected answers of a draw.
-
-    Rewards of chosen answers are compared with those of rejected ones, rank by rank, whatever
-    prompt they answer. Here there are as many of one as of the other, since they come in pairs.
+    −log σ(β · sign · (ρ − q)), with q the log-ratio of the same rank on the other side, whatever
+    prompt it answers: a constant, from ``match_quantiles`` of rewards. There are as many of one
+    side as of the other, since they come in pairs. The mean over answers has the value and the
+    gradient of the mean over matched pairs of −log σ(β(ρ_w − ρ_l)): the gradient counts twice,
+    since each side moves one of the two.
     """
+
+    beta: float = 0.01
 
     formula: ClassVar[str] = "-log s(beta (rho_w_(i) - rho_l_(i))), rho_(i) the i-th smallest"
     paper: ClassVar[str] = "2406.05882"
-
-    beta: float = 0.01
     needs: ClassVar[Columns] = frozenset(
         {Column.PREFERENCE, Column.QUANTILE, Column.REFERENCE_LOGPROB}
     )

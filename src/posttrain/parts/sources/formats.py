@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from posttrain.chat import messages_from
 from posttrain.core.errors import DataError
-from posttrain.core.protocols import Renderer
 from posttrain.core.provenance import Role
 from posttrain.core.task import Message
 from posttrain.core.trajectory import Array, Column, Trajectory
 from posttrain.parts.rewards.steps import NO_STEP, Steps, step_ends
+from posttrain.protocols import Renderer
 
 Row = Mapping[str, object]
 
@@ -156,6 +156,7 @@ def common_start(
 
 
 def parsed(value: object, column: str) -> tuple[Message, ...]:
+    """The messages in a column of a row; an error names the column."""
     try:
         return messages_from(value)
     except DataError as error:
@@ -248,4 +249,5 @@ def _is_label(value: object) -> bool:
 
 
 def kind_of(value: object) -> str:
+    """The type of a row's value, in words."""
     return "nothing" if value is None else type(value).__name__

@@ -1,4 +1,4 @@
-"""Members of a group that come about in another way than the rest.
+"""Members of a group that are made in another way than the rest.
 
     guided   question │ beginning of a right answer → the policy goes on
     rival    question → another policy answers
@@ -20,13 +20,15 @@ import numpy as np
 
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, TaskError
-from posttrain.core.protocols import Prompt, Renderer
 from posttrain.core.provenance import IntArray, Kind, Producer, Role, Span
 from posttrain.core.task import Task, with_context
 from posttrain.parts.base import LEARNER, PolicyRef
+from posttrain.protocols import Prompt, Renderer
 
 WRITERS = frozenset({Kind.HUMAN, Kind.EXTERNAL, Kind.TEACHER})
-NOTHING = np.zeros(0, np.int32)
+"""Who may have written a demonstration."""
+
+NO_TOKENS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,7 +45,7 @@ class Opening:
 
 
 class Member(Config, tag_field="type"):
-    """What all of them have: how many of a group they are; null means all."""
+    """How the last members of a group are made. ``count`` of them; null means all."""
 
     count: int | None = 1
 
@@ -283,7 +285,7 @@ def demonstration(task: Task, column: str) -> str:
 def openings(
     member: Member | None, task: Task, renderer: Renderer, *, size: int, draw: int, seed: int
 ) -> list[Opening]:
-    """One per member of a group, those that come about differently last.
+    """One per member of a group, those that differ last.
 
     Args:
         member: how the last members differ.

@@ -1,4 +1,7 @@
-"""A mix of sources: every draw takes its groups from the parts in their shares."""
+"""A mix of sources: every draw takes its groups from the parts in their shares.
+
+num_groups, step ──counts──▶ (2, 6) ──▶ parts[0].draw, parts[1].draw ──▶ 8 groups
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from typing import ClassVar, final
 
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import DataFile, Stateful, Stream
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Group
 from posttrain.parts import unions
 from posttrain.parts.base import NONE, Columns, Source
 from posttrain.parts.registry import part, tag_of
 from posttrain.parts.tools import Tools
+from posttrain.protocols import DataFile, Stateful, Stream
 
 
 @part
@@ -38,10 +41,10 @@ class Mix(Source):
         (frozenset(), [<Column.BEHAVIOUR_LOGPROB: 'behaviour_logprob'>])
     """
 
-    mixed: ClassVar[bool] = True
-
     parts: tuple[unions.AnySource, ...]
     shares: tuple[float, ...]
+
+    mixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if nested := [tag_of(p) for p in self.parts if p.leaves != (p,)]:
@@ -153,7 +156,7 @@ class MixStream:
     def state(self) -> Stateful | None:
         """That of its parts."""
         states = [stream.state for stream in self.parts]
-        return Together(states) if any(s is not None for s in states) else None
+        return MixState(states) if any(s is not None for s in states) else None
 
     def publish(self, version: int) -> None:
         """Pass on to every part."""
@@ -182,7 +185,7 @@ class MixStream:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Together:
+class MixState:
     """The recorded states of several parts, each in a folder of its own."""
 
     states: Sequence[Stateful | None]

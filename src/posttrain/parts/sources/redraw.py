@@ -1,4 +1,9 @@
-"""Drawing again until a step has enough to learn from."""
+"""Drawing again until a step has enough to learn from.
+
+source ──draw──▶ groups ──keep──▶ count? ──yes──▶ the step, until it is full; then: surplus
+   ▲                                └────no──▶ discarded with a reason
+   └───────── up to max_draws times ┘
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,6 @@ from typing import final
 
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import DataFile, Stateful, Stream
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Column, Discard, Group
 from posttrain.parts import unions
@@ -20,6 +24,7 @@ from posttrain.parts.registry import part, tag_of
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.tools import Score, Tools
+from posttrain.protocols import DataFile, Stateful, Stream
 
 
 @part
@@ -28,8 +33,8 @@ class Redraw(Source):
 
     Every draw is judged by ``keep``. A group of which something is left counts; groups are drawn,
     as many as a step has each time, until a step's worth count or ``max_draws`` draws are over.
-    All that was drawn stays in the record: what was judged useless, and what came too much, is
-    discarded with its reason. The step is smaller when the last draw does not suffice.
+    All that was drawn stays in the record: what was judged useless, and what is more than a step
+    needs, is discarded with its reason. The step is smaller when the last draw does not suffice.
 
     Draw n of a stage takes its prompts from the n-th block of ``max_draws`` draws, whether all of
     them are needed or not, so that what is drawn stays a function of the step.

@@ -1,4 +1,7 @@
-"""Rollouts: groups of completions that a policy samples on the training prompts of task sets."""
+"""Rollouts: groups of completions that a policy samples on the training prompts of task sets.
+
+(seed, step) ──▶ tasks ──openings──▶ what is read ──sampler, rival──▶ completions ──▶ groups
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ import numpy as np
 
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError, TaskError
-from posttrain.core.protocols import Completion, PureStream, Request, Sampler
 from posttrain.core.provenance import Kind, Role, Sampling, Span
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
 from posttrain.parts.base import LEARNER, NONE, Columns, Ground, PolicyRef, Source
 from posttrain.parts.registry import part, tag_of
-from posttrain.parts.sources.members import NOTHING, AnyMember, Opening, openings, spans_of
+from posttrain.parts.sources.members import NO_TOKENS, AnyMember, Opening, openings, spans_of
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Completion, PureStream, Request, Sampler
 
 
 @part
@@ -27,11 +30,9 @@ class Rollouts(Source):
     """Groups of completions sampled from a policy on the training prompts of task sets.
 
     With ``policy: learner`` this is on-policy; any other policy is frozen, hence off-policy.
-    ``members`` says how the last members of every group come about, if not like the others:
+    ``members`` says how the last members of every group are made, if not like the others:
     ``guided``, ``rival`` or ``hinted``.
     """
-
-    may_ask_learner: ClassVar[bool] = True
 
     tasks: tuple[str, ...]
     policy: PolicyRef = "learner"
@@ -39,6 +40,8 @@ class Rollouts(Source):
     max_new_tokens: int = 64
     sampling: SamplingSpec = SamplingSpec()
     members: AnyMember | None = None
+
+    may_ask_learner: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.group_size < 1 or self.max_new_tokens < 1 or not self.tasks:
@@ -239,8 +242,8 @@ class RolloutStream(PureStream):
     def _scored(
         self, task: Task, opening: Opening, sampling: Sampling, completion: Completion | None
     ) -> Scored:
-        given = opening.given[0] if opening.given else NOTHING
-        written = completion.tokens if completion else NOTHING
+        given = opening.given[0] if opening.given else NO_TOKENS
+        written = completion.tokens if completion else NO_TOKENS
         span = self._span(opening, sampling, completion) if completion else None
         start = len(opening.prompt.tokens)
         trajectory = Trajectory(

@@ -25,7 +25,7 @@ from posttrain.diagnosis.rules import Condition, Rule, RuleBook
 from posttrain.measure.reading import Reading
 
 
-class Verdict(StrEnum):
+class ConditionVerdict(StrEnum):
     """What the readings say about a condition or a rule."""
 
     HOLDS = "holds"
@@ -35,11 +35,11 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class DecidedCondition:
     """A condition with its verdict. ``likely`` is what the middle of the interval says."""
 
     condition: Condition
-    verdict: Verdict
+    verdict: ConditionVerdict
     words: str
     likely: bool = False
     more: float = 0.0  # times as many units until an interval of this shape would decide
@@ -65,12 +65,12 @@ def diagnose_task(evidence: Evidence, book: RuleBook) -> TaskDiagnosis:
             continue
         if any(evidence.get(name) for name in rule.without):
             continue
-        judged = [judge(c, evidence) for c in rule.when]
-        match verdict(judged):
-            case Verdict.HOLDS:
-                findings.append((rule, _finding(rule, judged)))
-            case Verdict.OPEN:
-                unsettled.append((rule, _open(rule, judged)))
+        decided = [decide_condition(c, evidence) for c in rule.when]
+        match all_of(decided):
+            case ConditionVerdict.HOLDS:
+                findings.append((rule, _finding(rule, decided)))
+            case ConditionVerdict.OPEN:
+                unsettled.append((rule, _open(rule, decided)))
             case _:
                 pass
     return _conclude(evidence, findings, unsettled)
@@ -125,36 +125,48 @@ def _undetermined_words(leaning: Bottleneck | None, in_the_way: Sequence[OpenRul
 # --- conditions ------------------------------------------------------------------------------
 
 
-def judge(condition: Condition, evidence: Evidence) -> Judged:
+def decide_condition(condition: Condition, evidence: Evidence) -> DecidedCondition:
     """Decide one condition on the cautious bounds.
 
     Example:
         >>> seen = Reading("pass@1", "t", 0.5, 0.4, 0.6, 32, 64, "half")
-        >>> judge(Condition(reading="pass@1", at_least=0.3), Evidence(task="t", readings=(seen,))
-        ...     ).words
+        >>> asked = Condition(reading="pass@1", at_least=0.3)
+        >>> decide_condition(asked, Evidence(task="t", readings=(seen,))).words
         'pass@1 is 0.50 [0.40, 0.60], at least 0.3'
     """
     found = [evidence.get(name) for name in condition.names]
     readings = tuple(r for r in found if r is not None)
     if len(readings) < len(found):
-        return Judged(condition, Verdict.UNREAD, f"{condition.reading} was not measured")
+        return DecidedCondition(
+            condition, ConditionVerdict.UNREAD, f"{condition.reading} was not measured"
+        )
     value, low, high = _bounds(readings)
     threshold, upwards = condition.threshold, condition.at_least is not None
     if upwards:
         holds, fails, likely = low >= threshold, high < threshold, value >= threshold
     else:
         holds, fails, likely = high <= threshold, low > threshold, value <= threshold
-    state = Verdict.HOLDS if holds else Verdict.FAILS if fails else Verdict.OPEN
+    state = (
+        ConditionVerdict.HOLDS
+        if holds
+        else ConditionVerdict.FAILS
+        if fails
+        else ConditionVerdict.OPEN
+    )
     side = "at least" if upwards else "at most"
-    tail = {Verdict.HOLDS: side, Verdict.FAILS: f"not {side}", Verdict.OPEN: f"perhaps {side}"}
+    tail = {
+        ConditionVerdict.HOLDS: side,
+        ConditionVerdict.FAILS: f"not {side}",
+        ConditionVerdict.OPEN: f"perhaps {side}",
+    }
     name = " minus ".join(condition.names)
     words = f"{name} is {value:.2f} [{low:.2f}, {high:.2f}], {tail[state]} {threshold:g}"
-    return Judged(
+    return DecidedCondition(
         condition,
         state,
         words,
         likely=likely,
-        more=_more(value, low, high, threshold) if state is Verdict.OPEN else 0.0,
+        more=_more(value, low, high, threshold) if state is ConditionVerdict.OPEN else 0.0,
         units=min(r.units for r in readings),
         readings=readings,
     )
@@ -171,13 +183,13 @@ def _more(value: float, low: float, high: float, threshold: float) -> float:
     return (half / (value - threshold)) ** 2
 
 
-def verdict(judged: Iterable[Judged]) -> Verdict:
+def all_of(decided: Iterable[DecidedCondition]) -> ConditionVerdict:
     """All must hold; one that fails settles it; one that was not looked at leaves it unread."""
-    states = [j.verdict for j in judged]
-    for state in (Verdict.FAILS, Verdict.UNREAD, Verdict.OPEN):
+    states = [j.verdict for j in decided]
+    for state in (ConditionVerdict.FAILS, ConditionVerdict.UNREAD, ConditionVerdict.OPEN):
         if state in states:
             return state
-    return Verdict.HOLDS
+    return ConditionVerdict.HOLDS
 
 
 def _bounds(readings: Sequence[Reading]) -> tuple[float, float, float]:
@@ -189,21 +201,21 @@ def _bounds(readings: Sequence[Reading]) -> tuple[float, float, float]:
     return first.value - second.value, first.low - second.high, first.high - second.low
 
 
-def _finding(rule: Rule, judged: Sequence[Judged]) -> Finding:
-    readings = {r.name: r for j in judged for r in j.readings}
+def _finding(rule: Rule, decided: Sequence[DecidedCondition]) -> Finding:
+    readings = {r.name: r for j in decided for r in j.readings}
     return Finding(
         rule=rule.id,
         bottleneck=rule.bottleneck,
         words=rule.words,
-        because=tuple(j.words for j in judged),
+        because=tuple(j.words for j in decided),
         decided_by=tuple(readings.values()),
         overturned_by=rule.overturned_by,
         citation=rule.citation,
     )
 
 
-def _open(rule: Rule, judged: Sequence[Judged]) -> OpenRule:
-    straddling = [j for j in judged if j.verdict is Verdict.OPEN]
+def _open(rule: Rule, decided: Sequence[DecidedCondition]) -> OpenRule:
+    straddling = [j for j in decided if j.verdict is ConditionVerdict.OPEN]
     worst = max(straddling, key=lambda j: j.more)
     probe = " and ".join(worst.condition.names)
     if math.isinf(worst.more) or worst.more * worst.units > 1e6:
@@ -217,5 +229,5 @@ def _open(rule: Rule, judged: Sequence[Judged]) -> OpenRule:
         because=tuple(j.words for j in straddling),
         decide=decide,
         more=worst.more,
-        likely=all(j.likely for j in judged),
+        likely=all(j.likely for j in decided),
     )

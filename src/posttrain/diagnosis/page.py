@@ -18,12 +18,11 @@ from posttrain.diagnosis.card import (
     Evidence,
     Prescription,
     TaskDiagnosis,
-    plainly,
 )
 from posttrain.measure.reading import Reading
-from posttrain.report.charts import reach_strip
-from posttrain.report.pages import fill
-from posttrain.report.svg import duration, figure, label, line, path, polyline, rect
+from posttrain.measure.registry import plain_words
+from posttrain.pages.svg import duration, figure, label, line, path, polyline, rect
+from posttrain.pages.template import Filter, fill
 
 STARTS = (("pass@1", 0.0), ("continue@0.25", 0.25), ("continue@0.5", 0.5), ("continue@0.75", 0.75))
 """Success from the question alone, and from a part of a right answer."""
@@ -62,13 +61,9 @@ def render_card(found: Diagnosis) -> str:
     for task in found.tasks:
         groups.setdefault((task.acted_on, task.leaning is None), []).append(task.task)
     return fill(
+        "posttrain.diagnosis",
         "card.html.j2",
-        filters={
-            "duration": duration,
-            "count": lambda n: f"{n:,}",
-            "number": number,
-            "plainly": plainly,
-        },
+        filters=FILTERS,
         found=found,
         name=Path(found.model).name or found.model,
         groups=tuple((kind, shown, names) for (kind, shown), names in groups.items()),
@@ -115,13 +110,34 @@ def number(value: float) -> str:
     return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
 
 
+FILTERS: dict[str, Filter] = {
+    "duration": duration,
+    "count": lambda n: f"{n:,}",
+    "number": number,
+    "plainly": plain_words,
+}
+
+
 def strip(evidence: Evidence, *, ident: str) -> Markup | None:
     """The bar of :func:`reach_bar` without words, as wide as there is room."""
     first = evidence.get("pass@1")
     if first is None:
         return None
     many = _widest(evidence) or first
-    return reach_strip(evidence.task, first.value, many.value, tries=_tries(many), ident=ident)
+    now, reach = first.value, max(many.value, first.value)
+    within = f"{reach:.0%} within {_tries(many)} tries"
+    return figure(
+        rect(0, 0, 100, 1, "track"),
+        rect(0, 0, reach * 100, 1, "sharp"),
+        rect(0, 0, now * 100, 1, "new"),
+        ident=ident,
+        width=100,
+        height=1,
+        title=f"{evidence.task}: {now:.0%} right at the first try, {within}",
+        desc="Dark: right at the first try. Light: right within more tries. Rest: never seen.",
+        class_="bar",
+        stretch=True,
+    )
 
 
 def reach_bar(evidence: Evidence, *, ident: str) -> Markup | None:

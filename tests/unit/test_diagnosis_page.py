@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from posttrain.cli.diagnosis import _pages
+from posttrain.cli.pages import write_cards
 from posttrain.diagnosis.card import (
     Bottleneck,
     Choice,
@@ -18,8 +18,8 @@ from posttrain.diagnosis.card import (
     Prescription,
     TaskDiagnosis,
 )
+from posttrain.diagnosis.page import number, reach_bar, render_card, start_curve
 from posttrain.measure.reading import Reading
-from posttrain.report.card import number, reach_bar, render_card, start_curve
 
 EVIL = "<script>alert(1)</script>"
 
@@ -210,6 +210,6 @@ def test_numbers_that_are_not_finite():
 def test_a_treatment_has_a_page_for_every_diagnosis(tmp_path):
     for seed in (0, 2, 10):
         (tmp_path / f"{seed}.json").write_text(diagnosis(seed=seed).to_json())
-    written = _pages(tmp_path)
+    written = write_cards(tmp_path)
     assert [p.name for p in written] == ["0.html", "2.html", "10.html"]
     assert written[2].read_text() == render_card(diagnosis(seed=10))

@@ -7,19 +7,35 @@ base ─▶ … ─▶ own stage ─▶ … ─▶ last
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from posttrain.measure.attribution import Comparison, MeasuredRole
+from posttrain.measure.attribution import MeasuredRole, PolicyChange
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.measure.reading import Reading
 from posttrain.measure.retention import handoff, transfer
-from posttrain.recipe import Measure
-from posttrain.report.view import UNMEASURED, Estimate, RetentionView
+from posttrain.measure.spec import Measure
 
 TAUGHT = (MeasuredRole.EXPANSION, MeasuredRole.RESHAPING)
 
 
-def own_stages(chain: Sequence[Measurement], changes: Sequence[Comparison]) -> Mapping[str, int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retained:
+    """What later stages left of what a task set had after the stage that taught it.
+
+    ``learned`` names that stage, or the base. A reading is None where no stage came before, or
+    after, that it could be taken over.
+    """
+
+    task: str
+    learned: str
+    forward: Reading | None  # pass@1 before its own stage minus that of the base
+    backward: Reading | None  # pass@1 at the end minus just after its own stage
+    forgetting: Reading | None  # best earlier pass@1 minus the last
+    handoff: Reading | None  # of the prompts its stage brought into reach, those still there
+
+
+def own_stages(chain: Sequence[Measurement], changes: Sequence[PolicyChange]) -> Mapping[str, int]:
     """By task set, the place in the chain of the first policy that clearly gained on it.
 
     0, the base, for a task set on which no stage got clearly above the base: bringing back what
@@ -42,8 +58,8 @@ def own_stages(chain: Sequence[Measurement], changes: Sequence[Comparison]) -> M
 
 
 def retained(
-    chain: Sequence[Measurement], changes: Sequence[Comparison], *, spec: Measure
-) -> tuple[RetentionView, ...]:
+    chain: Sequence[Measurement], changes: Sequence[PolicyChange], *, spec: Measure
+) -> tuple[Retained, ...]:
     """One entry per task set; none with fewer than two stages, where nothing is earlier."""
     if len(chain) < 3:
         return ()
@@ -51,7 +67,7 @@ def retained(
     found = {(r.task, r.name): r for r in transfer(chain, own, confidence=spec.confidence)}
     by_name = {m.policy: m for m in chain}
     starts = {c.after: c.before for c in changes}
-    views = []
+    rows = []
     for task, place in own.items():
         learned = chain[place]
         handed = None
@@ -63,20 +79,14 @@ def retained(
                 epsilon=spec.threshold,
                 confidence=spec.confidence,
             )
-        views.append(
-            RetentionView(
+        rows.append(
+            Retained(
                 task=task,
                 learned=learned.policy,
-                forward=_estimate(found.get((task, "forward_transfer"))),
-                backward=_estimate(found.get((task, "backward_transfer"))),
-                forgetting=_estimate(found.get((task, "forgetting"))),
-                handoff=_estimate(handed),
+                forward=found.get((task, "forward_transfer")),
+                backward=found.get((task, "backward_transfer")),
+                forgetting=found.get((task, "forgetting")),
+                handoff=handed,
             )
         )
-    return tuple(views)
-
-
-def _estimate(reading: Reading | None) -> Estimate:
-    if reading is None:
-        return UNMEASURED
-    return Estimate(value=reading.value, low=reading.low, high=reading.high)
+    return tuple(rows)

@@ -12,7 +12,7 @@ from posttrain.measure.measurement import Measurement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class StageDecision:
     """Whether a stage helped what it was for, and whether its policy is gone on from."""
 
     helped: bool
@@ -20,14 +20,14 @@ class Decision:
     words: str
 
 
-def judge_stage(
+def decide_stage(
     before: Measurement,
     after: Measurement,
     *,
     treated: Sequence[str],
     counted: Sequence[str],
     confidence: float,
-) -> Decision:
+) -> StageDecision:
     """Decide about a stage on the bounds of paired changes of pass@1.
 
     It helped when the mean over the treated task sets certainly rose. It did harm when the mean
@@ -49,7 +49,7 @@ def judge_stage(
     words = f"{said} {', '.join(treated)} ({_signed(aim)}); all together {_signed(whole)}: " + (
         "kept" if kept else "rolled back"
     )
-    return Decision(helped=helped, kept=kept, words=words)
+    return StageDecision(helped=helped, kept=kept, words=words)
 
 
 def _change(

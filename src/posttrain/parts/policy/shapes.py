@@ -1,4 +1,11 @@
-"""What methods on the learner's own rollouts have in common."""
+"""What methods on the learner's own rollouts have in common.
+
+    tasks, group_size, sampling ── rollouts ──▶ source ──┐
+    rewards, then the method's own signals ──────────────┼── on_rollouts ──▶ Composition
+    the method's terms ──────────────────────────────────┘
+
+A method that is one term on the group's advantage fills ``GroupedRollouts``.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +48,7 @@ class Demonstrating(Protocol):
 
 
 class OnRollouts(Method):
-    """Which prompts are drawn, how they are answered, and who judges. Methods add what they do."""
+    """Which prompts are drawn, how they are answered, and what judges the answers."""
 
     tasks: tuple[str, ...]
     group_size: int = 8

@@ -1,4 +1,4 @@
-"""Groups in company: who wrote what, what the policy read, and what is trained."""
+"""Members of a group that differ: who wrote what, what the policy read, and what is trained."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ from material import gradients, largest_gap, with_column
 from staging import check_resume, make_world
 
 from posttrain.core.errors import ConfigError, LegalityError, TaskError
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Message, Role, Task
 from posttrain.core.trajectory import Column, End
@@ -20,10 +19,11 @@ from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.members import Guided, Hinted, Rival
-from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
-from posttrain.testing import FakeTaskSet, check_source, tiny_model
-from posttrain.training.objective import Objective
+from posttrain.protocols import Request
+from posttrain.testing import FakeTaskSet, check_source, fake_tools, tiny_model
+from posttrain.training.objective import StageObjective
 
 TASKS = FakeTaskSet(answer="abcd")
 BY_KEY = {t.key: t for t in TASKS.train}
@@ -34,11 +34,16 @@ def world(tmp_path, engine, tiny_folder):
     return make_world(tmp_path, engine, tiny_folder)
 
 
-def source(learner, company, *, size=4, policy="learner", rival=None, **options):
-    spec = Rollouts(
-        tasks=("letters",), group_size=size, max_new_tokens=5, policy=policy, company=company
-    )
-    return RolloutStream(spec, {"letters": TASKS}, learner.policy, 7, rival, **options)
+def rollouts(members, *, size=4):
+    return Rollouts(tasks=("letters",), group_size=size, max_new_tokens=5, members=members)
+
+
+def tools_of(learner, tasks=TASKS, **policies):
+    return fake_tools(learner.policy, policies=policies, tasksets={"letters": tasks})
+
+
+def source(learner, members, *, size=4, **policies):
+    return rollouts(members, size=size).open(tools_of(learner, **policies), seed=7)
 
 
 def answer_tokens(learner, group):
@@ -60,9 +65,8 @@ def test_an_answer_is_what_a_demonstration_would_train_on(learner):
 
 @pytest.mark.parametrize("learn", [False, True])
 def test_a_guided_member_goes_on_from_what_was_given(learner, learn):
-    company = Guided(start=0.6, end=0.6, learn=learn)  # 3 of the 5 tokens
-    drawn = source(learner, company)
-    check_source(drawn, provides=frozenset())
+    spec = rollouts(Guided(start=0.6, end=0.6, learn=learn))  # 3 of the 5 tokens
+    drawn = check_source(spec, tools_of(learner), seed=7)
     for group in drawn.draw(3, step=0):
         given = answer_tokens(learner, group)[:3]
         question = learner.policy.renderer.prompt(BY_KEY[group.task]).tokens.tolist()
@@ -101,7 +105,7 @@ def test_the_verifier_reads_what_was_given_too(learner):
             return [float(c.startswith(t.answer)) for t, c in zip(tasks, completions, strict=True)]
 
     drawn = source(learner, Guided(start=0.99, end=0.99), size=16).draw(4, step=0)
-    judged = Verifier({"letters": Beginnings()}, learner.policy.renderer).score(drawn)
+    judged = Verify().score(drawn, tools_of(learner, Beginnings()))
     rewards = [float(m.columns[Column.REWARD]) for g in judged for m in g.members]
     texts = [
         learner.policy.renderer.text(m.trajectory.tokens[m.trajectory.answer_start :])
@@ -114,8 +118,8 @@ def test_the_verifier_reads_what_was_given_too(learner):
 
 
 def test_a_whole_demonstration_is_a_member(learner):
-    company = Guided(start=1, end=1, members=1, learn=True)
-    for group in source(learner, company).draw(2, step=5):
+    whole = Guided(start=1, end=1, count=1, learn=True)
+    for group in source(learner, whole).draw(2, step=5):
         *own, given = [m.trajectory for m in group.members]
         assert all(t.authors == {Kind.LEARNER} for t in own)
         assert given.authors == {Kind.EXTERNAL}
@@ -126,25 +130,24 @@ def test_a_whole_demonstration_is_a_member(learner):
 def test_lengths_by_their_formulas():
     n = 10
     fixed = Guided(start=0.5, end=0.1, draws=3)
-    assert [num_given(fixed, n, draw=d, seed=0) for d in range(4)] == [5, 3, 1, 1]
-    assert num_given(Guided(start=0.3, end=0.3), n, draw=0, seed=0) == 3, "not 2 by rounding"
+    assert [fixed.num_given(n, draw=d, seed=0) for d in range(4)] == [5, 3, 1, 1]
+    assert Guided(start=0.3, end=0.3).num_given(n, draw=0, seed=0) == 3, "not 2 by rounding"
     whole = Guided(start=1.0, end=0.9, learn=False)
-    assert num_given(whole, n, draw=0, seed=0) == 9, "the last token is left to the policy"
+    assert whole.num_given(n, draw=0, seed=0) == 9, "the last token is left to the policy"
     binomial = Guided(start=0.4, end=0.4, length="binomial", learn=True)
-    lengths = [num_given(binomial, n, draw=0, seed=s) for s in range(4000)]
+    lengths = [binomial.num_given(n, draw=0, seed=s) for s in range(4000)]
     assert set(lengths) <= {0, 2, 4, 6, 8, 10}
     assert np.mean(lengths) == pytest.approx(0.4 * n, abs=0.1)
     assert np.var(lengths) == pytest.approx((n / 5) ** 2 * 5 * 0.4 * 0.6, rel=0.1)
     uniform = Guided(start=0.95, end=0.0, draws=2, length="uniform", learn=True)
-    lengths = [num_given(uniform, n, draw=1, seed=s) for s in range(4000)]
+    lengths = [uniform.num_given(n, draw=1, seed=s) for s in range(4000)]
     counts = np.bincount(lengths, minlength=10) / 4000
     np.testing.assert_allclose(counts, [1 / 9.5] * 9 + [0.5 / 9.5], atol=0.02)
-    assert {num_given(uniform, n, draw=0, seed=s) for s in range(50)} == {9}
+    assert {uniform.num_given(n, draw=0, seed=s) for s in range(50)} == {9}
 
 
 def test_groups_differ_and_steps_repeat(learner):
-    company = Guided(start=0.5, end=0.5, length="binomial", learn=True)
-    drawn = source(learner, company)
+    drawn = source(learner, Guided(start=0.5, end=0.5, length="binomial", learn=True))
     lengths = [
         g.members[0].trajectory.spans[-2].length
         for g in drawn.draw(12, step=0)
@@ -165,13 +168,13 @@ def test_nothing_given_is_an_ordinary_rollout(learner):
 def test_the_gradient_is_that_of_the_continuation_alone(learner):
     """Guided GRPO against the same numbers with the beginning as part of the question."""
     drawn = source(learner, Guided(start=0.6, end=0.6)).draw(4, step=0)
-    drawn = Verifier({"letters": TASKS}, learner.policy.renderer).score(drawn)
+    drawn = Verify().score(drawn, tools_of(learner))
     rewards = iter(np.arange(16) % 3)
     drawn = with_column(drawn, Column.REWARD, lambda t: np.array(float(next(rewards))))
-    groups = GroupAdvantageSignal(GroupAdvantage()).score(drawn)
+    groups = GroupAdvantage().score(drawn, tools_of(learner))
     terms = (ClippedPolicyGradient(aggregate="sequence_mean"),)
     kept = admit(groups, terms, version=0, max_age=0).kept
-    objective = Objective(terms)
+    objective = StageObjective(terms)
     whole = pack(kept, needs=column_readers(terms), max_tokens=9999)
     value, grads = gradients(learner, whole, objective)
     split, parts = gradients(
@@ -191,7 +194,7 @@ def test_the_gradient_is_that_of_the_continuation_alone(learner):
 
 def test_a_rival_writes_the_last_member(learner, engine, tmp_path):
     other = engine.policy(str(tiny_model(tmp_path / "m", seed=5)))
-    drawn = source(learner, Rival(policy="base"), rival=other)
+    drawn = source(learner, Rival(policy="base"), base=other)
     for group in drawn.draw(3, step=0):
         kinds = [m.trajectory.authors for m in group.members]
         assert kinds == [{Kind.LEARNER}] * 3 + [{Kind.TEACHER}]
@@ -204,15 +207,15 @@ def test_a_rival_writes_the_last_member(learner, engine, tmp_path):
 
 
 def test_a_hint_is_read_and_not_recorded(learner):
-    drawn = source(learner, Hinted(context="{answer}! {question}", members=2))
+    drawn = source(learner, Hinted(context="{answer}! {question}", count=2))
     renderer = learner.policy.renderer
     for group in drawn.draw(3, step=0):
         task = BY_KEY[group.task]
-        told = renderer.prompt(Task(taskset="x", prompt=f"abcd! {task.text}")).tokens
+        hinted = renderer.prompt(Task(taskset="x", prompt=f"abcd! {task.text}")).tokens
         for index, member in enumerate(group.members):
             t = member.trajectory
             assert t.tokens[: t.prompt_length].tolist() == renderer.prompt(task).tokens.tolist()
-            read = told if index >= 2 else renderer.prompt(task).tokens
+            read = hinted if index >= 2 else renderer.prompt(task).tokens
             (again,) = learner.policy.generate(
                 [Request(prompt=read, sampling=t.spans[-1].sampling, max_new_tokens=5)]
             )
@@ -230,22 +233,22 @@ def test_a_hint_is_read_and_not_recorded(learner):
         (lambda: Guided(start=0.2, end=0.5), "0 <= end <= start"),
         (lambda: Guided(author=Kind.LEARNER), "author=learner"),
         (lambda: Guided(start=1, end=1), "whole demonstrations throughout"),
-        (lambda: Guided(start=1, end=1, members=1), "whole demonstrations throughout"),
+        (lambda: Guided(start=1, end=1, count=1), "whole demonstrations throughout"),
         (lambda: Rival(policy="learner"), "its own rival"),
         (lambda: Hinted(context="{question}"), "{question} and {answer}"),
         (lambda: Hinted(context="{"), "write {{"),
-        (lambda: Rollouts(tasks=("t",), company=Rival(members=8)), "from 1 to 7"),
-        (lambda: Rollouts(tasks=("t",), company=Guided(members=0)), "from 1 to 8"),
-        (lambda: Rollouts(tasks=("t",), policy="input", company=Rival()), "another author"),
+        (lambda: Rollouts(tasks=("t",), members=Rival(count=8)), "from 1 to 7"),
+        (lambda: Rollouts(tasks=("t",), members=Guided(count=0)), "from 1 to 8"),
+        (lambda: Rollouts(tasks=("t",), policy="input", members=Rival()), "another author"),
         (
             lambda: Rollouts(
-                tasks=("t",), policy="input", company=Guided(author=Kind.TEACHER, learn=True)
+                tasks=("t",), policy="input", members=Guided(author=Kind.TEACHER, learn=True)
             ),
             "another author",
         ),
     ],
 )
-def test_company_without_a_meaning(make, words):
+def test_members_without_a_meaning(make, words):
     with pytest.raises(ConfigError) as caught:
         make()
     assert words in str(caught.value)
@@ -259,11 +262,11 @@ def test_a_task_without_a_demonstration_is_found_before_anything_is_drawn(learne
 JUDGED = (Verify(), GroupAdvantage())
 
 
-def composed(company, *terms, signals=JUDGED):
-    return Composition(source=Rollouts(tasks=("t",), company=company), signals=signals, terms=terms)
+def composed(members, *terms, signals=JUDGED):
+    return Composition(source=Rollouts(tasks=("t",), members=members), signals=signals, terms=terms)
 
 
-def test_what_a_term_may_read_of_company():
+def test_what_a_term_may_read_of_members():
     grpo = ClippedPolicyGradient()
     learnt = Guided(learn=True)
     check_composition(composed(Guided(), grpo), stage="s")

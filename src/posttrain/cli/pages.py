@@ -1,0 +1,26 @@
+"""The pages that commands write: where a run's report meets what a treatment has to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.diagnosis.card import Diagnosis
+from posttrain.diagnosis.page import render_card
+from posttrain.diagnosis.section import treatment_section
+from posttrain.report.load import write_report
+from posttrain.run.folder import RunFolder
+
+
+def write_run_report(out: Path) -> Path:
+    """Write ``out/report.html``, with a treatment's rounds where there was one; its path."""
+    return write_report(out, sections=[treatment_section])
+
+
+def write_cards(out: Path) -> list[Path]:
+    """Write the page of every diagnosis of a treatment, beside its numbers; their paths."""
+    folder = RunFolder(out)
+    pages = []
+    for number in folder.diagnoses():
+        found = Diagnosis.from_json(folder.diagnosis_file(number).read_text(encoding="utf-8"))
+        pages.append(folder.write_diagnosis_page(number, render_card(found)))
+    return pages

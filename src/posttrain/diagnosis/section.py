@@ -1,0 +1,106 @@
+"""The rounds of a treatment as a section of its run's report: found, done, and whether it helped.
+
+treat.json, diagnoses/*.json, shards ──▶ Look per diagnosis ──rounds.html.j2──▶ Section
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from posttrain.diagnosis.card import Diagnosis, Prescription
+from posttrain.diagnosis.page import FILTERS, strip
+from posttrain.diagnosis.rounds import Chart, Round
+from posttrain.diagnosis.spending import Spent, spent
+from posttrain.pages.template import Section, fill
+from posttrain.run.folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """A diagnosis of a treatment, and the round that followed from it where one did."""
+
+    number: int
+    card: Diagnosis
+    round: Round | None
+    cost: Spent  # of this look and of its round
+
+    @property
+    def action(self) -> Prescription | None:
+        """The prescription that the round follows."""
+        done = self.round
+        if done is None:
+            return None
+        return next(
+            (
+                p
+                for p in self.card.prescriptions
+                if p.treatment == done.treatment and p.tasks == done.tasks
+            ),
+            None,
+        )
+
+    @property
+    def title(self) -> str:
+        """What was done, in one line; empty where nothing was."""
+        if self.round is None:
+            return ""
+        return self.action.title if self.action else self.round.treatment
+
+    @property
+    def why(self) -> str:
+        """The reason for the first of its choices."""
+        return self.action.choices[0].why if self.action and self.action.choices else ""
+
+    @property
+    def strips(self) -> tuple[Markup, ...]:
+        """A bar for each task set; nothing where pass@1 was not read."""
+        return tuple(
+            strip(task.evidence, ident=f"round-{self.number}-{i}") or Markup("")
+            for i, task in enumerate(self.card.tasks)
+        )
+
+
+def treatment_section(folder: RunFolder) -> Section | None:
+    """The rounds of a treatment, finished or not; None for a run folder of any other kind.
+
+    Raises:
+        DataError: ``treat.json`` or a diagnosis is damaged.
+    """
+    chart = folder.treatment(Chart)
+    if chart is None:
+        return None
+    html = fill(
+        "posttrain.diagnosis",
+        "rounds.html.j2",
+        filters=FILTERS,
+        chart=chart,
+        spent=spent(folder, looks=folder.measured(), diagnoses=folder.diagnoses()).total,
+        looks=looks(folder),
+    )
+    # Every value in it was escaped by the template.
+    return Section(ident="treatment", title="Treatment", html=Markup(html))
+
+
+def looks(folder: RunFolder) -> tuple[Look, ...]:
+    """Every diagnosis of a treatment in turn, with what came of it."""
+    chart = folder.treatment(Chart)
+    followed = {r.number - 1: r for r in chart.rounds} if chart else {}
+    return tuple(_look(folder, number, followed.get(number)) for number in folder.diagnoses())
+
+
+def _look(folder: RunFolder, number: int, done: Round | None) -> Look:
+    name = done.stage.name if done else ""
+    card = folder.diagnosis_file(number).read_text(encoding="utf-8")
+    return Look(
+        number=number + 1,
+        card=Diagnosis.from_json(card),
+        round=done,
+        cost=spent(
+            folder,
+            looks=[name] if name in folder.measured() else [],
+            diagnoses=[number],
+            stages=folder.stages(name) if done else [],
+        ),
+    )
