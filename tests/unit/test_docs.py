@@ -20,6 +20,7 @@ DECISIONS = sorted(ROOT.glob("docs/decisions/*.md"))
 FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+TO_WRITE = re.compile(r"^`[\w/.-]+\.py`:\n+(?=```python\n)", re.MULTILINE)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 MAX_DECISION_LINES, MAX_ENTRY_WORDS = 40, 25
 
@@ -64,10 +65,13 @@ def unknown_commands(text: str) -> set[tuple[str, str]]:
 
 
 def missing_files(text: str) -> list[str]:
-    """Python files and tests named in code spans that are not there."""
+    """Python files and tests named in code spans that are not there.
+
+    A file whose whole code follows is one that the reader writes.
+    """
     places = (ROOT, ROOT / "src/posttrain", ROOT / "tests/unit", ROOT / "tests/torch")
     out = []
-    for span in CODE_SPAN.findall(prose(text)):
+    for span in CODE_SPAN.findall(prose(TO_WRITE.sub("", text))):
         named = re.fullmatch(r"((?:[\w-]+/)*\w+\.py)(?:::(\w+))?", span)
         if named is None:
             continue
@@ -164,6 +168,7 @@ def test_the_checks_catch_what_they_should():
     assert broken_links(page, "[a](#absent)") == ["#absent: no such heading"]
     assert unknown_commands("`make coffee` and `posttrain tour`") == {("make", "coffee")}
     assert unknown_commands("```sh\nposttrain dance\n```\n") == {("posttrain", "dance")}
+    assert missing_files("`new.py`:\n\n```python\nx = 1\n```\n") == []
     assert missing_files("`core/task.py`, `gone.py`, `tests/unit/test_docs.py::test_absent`") == [
         "gone.py",
         "tests/unit/test_docs.py::test_absent",
