@@ -15,7 +15,7 @@ ROOT = Path(posttrain.__file__).parent
 LAYERS = [
     {"core"},
     {"numerics", "pages"},
-    {"protocols", "chat"},
+    {"chat"},
     {"parts", "engines"},
     {"tasks"},
     {"measure"},
@@ -33,7 +33,6 @@ BLIND = [{"parts", "engines"}, {"diagnosis", "report", "catalogue"}]
 TORCH_FREE = {
     "posttrain.core",
     "posttrain.pages",
-    "posttrain.protocols",
     "posttrain.chat",
     "posttrain.parts",
     "posttrain.tasks",
