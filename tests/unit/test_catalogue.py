@@ -1,8 +1,10 @@
-"""The map of methods is read off the code, complete, current, and its recipes are legal."""
+"""Pages of methods are read off the code, complete, current, and their recipes are legal."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import posixpath
 import re
 import subprocess
 import sys
@@ -12,16 +14,20 @@ from typing import ClassVar, get_args
 import pytest
 import yaml
 
-from posttrain import catalogue, methods
+from posttrain import catalogue
 from posttrain.catalogue import example, words
-from posttrain.catalogue.example import legal_example, rows_of
+from posttrain.catalogue.entries import COMMON
+from posttrain.catalogue.example import legal_example
+from posttrain.catalogue.pages import INDEX, stale
 from posttrain.cli.tables import method_page, methods_table
-from posttrain.core.config import Config, convert
+from posttrain.core.config import convert
 from posttrain.core.errors import ConfigError
-from posttrain.parts.base import Aggregate, PolicyRef, Signal, Term
-from posttrain.parts.composition import Composition
+from posttrain.parts import registry
+from posttrain.parts.base import Aggregate, PolicyRef
+from posttrain.parts.composition import Composition, Method
 from posttrain.parts.distillation.divergences import TeacherReverseKL
 from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.registry import known, tag_of
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.recipe import Recipe
@@ -29,33 +35,97 @@ from posttrain.run.plan import make_plan
 from posttrain.testing import check_method
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/methods.md"
+DOCS = ROOT / "docs"
+METHODS = known("method")
+ROLES = ("method", "source", "signal", "term")
 FENCE = re.compile(r"^```yaml recipe\n(.*?)^```", re.MULTILINE | re.DOTALL)
 VALUES = {"label": True, "reward": 0.5, "weight": 1.0}
 
 
-# --- the page --------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pages():
+    return catalogue.pages()
 
 
-def test_the_page_is_current():
-    assert PAGE.read_text("utf-8") == catalogue.page(), (
-        "docs/methods.md is stale: python -m posttrain.catalogue > docs/methods.md"
-    )
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers a class for as long as a test runs."""
+
+    def register(kind):
+        role, tag = kind.role, kind.__struct_config__.tag
+        found = registry._parts  # the registry refuses what comes after the first recipe
+        monkeypatch.setattr(registry, "_parts", found | {role: found[role] | {tag: kind}})
+
+    return register
 
 
-def test_the_page_has_everything():
-    text = catalogue.page()
-    headings = re.findall(r"^### (.+)$", text, re.MULTILINE)
-    assert len(headings) == len(set(headings))
+def as_ours(monkeypatch):
+    """Pages show what we ship: let a class of this file be taken for that."""
+    entries = importlib.import_module("posttrain.catalogue.entries")  # a function hides its name
+    monkeypatch.setattr(entries, "package_of", lambda kind: None)
+
+
+# --- the pages -------------------------------------------------------------------------------
+
+
+def test_the_pages_are_current(pages):
+    written = {INDEX: DOCS / INDEX} | {n: DOCS / n for n in pages}
+    current = {n: p.read_text("utf-8") for n, p in written.items() if p.exists()}
+    assert current == pages, "pages of methods are stale: python -m posttrain.catalogue docs"
+    assert stale(DOCS) == []
+
+
+def test_stale_pages_are_those_of_no_family(tmp_path):
+    (tmp_path / "methods").mkdir()
+    for name in ("gone.md", "policy.md"):
+        (tmp_path / "methods" / name).touch()
+    assert [p.name for p in stale(tmp_path)] == ["gone.md"]
+
+
+def headings_of(page):
+    return re.findall(r"^### (.+)$", page, re.MULTILINE)
+
+
+def test_every_method_is_in_the_map_and_on_the_page_of_its_family(pages):
     for name, kind in METHODS.items():
-        assert name in headings
+        family = catalogue.family_of(kind)
+        page = pages[f"methods/{family}.md"]
+        assert name in headings_of(page)
         formula = kind.formula.replace("`", "")
-        assert f"* **minimises** `{formula}`" in text
-        assert f"`{formula}`".replace("|", "\\|") in text, "in the table"
-    for role, union in (("source", SourceSpec), ("signal", Signal), ("term", Term)):
-        for spec in get_args(union):
-            assert f"{role} {spec.__struct_config__.tag}" in headings
-    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= {h.replace(" ", "-") for h in headings}
+        assert f"* **minimises** `{formula}`" in page
+        row = f"| [{name}](methods/{family}.md#{name}) | "
+        (line,) = [ln for ln in pages[INDEX].splitlines() if ln.startswith(row)]
+        assert f"`{formula}`".replace("|", "\\|") in line
+
+
+def test_every_part_is_on_the_page_of_its_family(pages):
+    for role in ("source", "signal", "term"):
+        for tag, kind in known(role).items():
+            page = pages[f"methods/{catalogue.family_of(kind)}.md"]
+            assert f"{role} {tag}" in headings_of(page)
+
+
+def test_every_link_leads_to_a_heading(pages):
+    anchors = {}
+    for name, page in pages.items():
+        headings = headings_of(page)
+        assert len(headings) == len(set(headings))
+        anchors[name] = {h.replace(" ", "-") for h in headings}
+    followed = 0
+    for name, page in pages.items():
+        for target, anchor in re.findall(r"\]\(([\w./]*)#([\w-]+)\)", page):
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+            assert anchor in anchors[path if target else name], (name, target, anchor)
+            followed += 1
+    assert followed > len(METHODS)
+
+
+def test_every_family_has_a_title_of_its_own():
+    families = {catalogue.family_of(kind) for role in ROLES for kind in known(role).values()}
+    assert COMMON in families
+    titles = {catalogue.family_title(f) for f in families}
+    assert "" not in titles
+    assert len(titles) == len(families)
 
 
 def planned(text: str, folder: Path):
@@ -63,25 +133,24 @@ def planned(text: str, folder: Path):
     recipe = convert(yaml.safe_load(text), Recipe, origin="example")
     (stage,) = recipe.stages
     for data in example.datasets_of(stage.method.compose()):
-        row = {name: VALUES.get(name, f"some {name}") for name in rows_of(data)}
+        row = {name: VALUES.get(name, f"some {name}") for name in data.row_columns}
         (folder / data.path).write_text(json.dumps(row) + "\n")
     return make_plan(recipe, root=folder, base="b")
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_recipe_of_a_method_plans(name, tmp_path):
-    on_page = {
-        yaml.safe_load(t)["stages"][0]["method"]["name"]: t for t in FENCE.findall(catalogue.page())
-    }
-    plan = planned(on_page[name], tmp_path)
+def test_the_recipe_of_a_method_plans(name, pages, tmp_path):
+    recipes = FENCE.findall(pages[f"methods/{catalogue.family_of(METHODS[name])}.md"])
+    written = {yaml.safe_load(r)["stages"][0]["method"]["name"]: r for r in recipes}[name]
+    plan = planned(written, tmp_path)
     assert plan.stages[0].spec.method == convert(
-        yaml.safe_load(on_page[name])["stages"][0]["method"], METHODS[name], origin="page"
+        yaml.safe_load(written)["stages"][0]["method"], METHODS[name], origin="page"
     )
     composition = plan.stages[0].composition
     parts = (composition.source, *composition.signals, *composition.terms)
     heads = ["scalar_head"] if composition.scalar_head else []
     tags = [p.tag for p in catalogue.entry(name).parts]
-    assert tags == [*(p.__struct_config__.tag for p in parts), *heads]
+    assert tags == [*(tag_of(p) for p in parts), *heads]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -118,7 +187,7 @@ def test_pairs_ask_for_pairs():
     assert "method: {name: dpo, data: {path: pairs.jsonl}}" in e.recipe
 
 
-class MadeUp(Config, tag="made_up", tag_field="name"):
+class MadeUp(Method):
     """A method that nobody has heard of.
 
     With more to say.
@@ -146,8 +215,9 @@ class MadeUp(Config, tag="made_up", tag_field="name"):
         return Composition(source=self.data, signals=signals, terms=terms)
 
 
-def test_a_new_method_appears_by_itself(monkeypatch):
-    monkeypatch.setitem(METHODS, "made_up", MadeUp)
+def test_a_new_method_appears_by_itself(registered, monkeypatch):
+    registered(MadeUp)
+    as_ours(monkeypatch)
     e = catalogue.entry("made_up")
     assert e.summary == "A method that nobody has heard of."
     assert "data: {path: answers.jsonl, weight: weight}" in e.recipe, "what makes it legal"
@@ -159,21 +229,22 @@ def test_a_new_method_appears_by_itself(monkeypatch):
         "a file with rows of prompt, completion, weight (JSONL or Parquet)",
         "judge: a model with the learner's vocabulary",
     )
-    text = catalogue.page()
-    row = next(line for line in text.splitlines() if line.startswith("| [made_up](#made_up)"))
+    start = "| [made_up](methods/common.md#made_up)"
+    lines = catalogue.pages()[INDEX].splitlines()
+    row = next(line for line in lines if line.startswith(start))
     assert "`-log pi \\| given`" in row, "a pipe must not end a cell"
     assert "[2401.00001](https://arxiv.org/abs/2401.00001), [2401.00002](" in row
     assert "made_up" in methods_table()
 
 
-def test_a_method_without_an_obvious_example_says_so(monkeypatch):
-    class Odd(MadeUp, tag="odd", tag_field="name"):
+def test_a_method_without_an_obvious_example_says_so(registered):
+    class Odd(MadeUp):
         """Odd."""
 
         table: dict[str, int]
 
     Odd.__module__ = __name__
-    monkeypatch.setitem(METHODS, "odd", Odd)
+    registered(Odd)
     with pytest.raises(ConfigError, match="option table is required") as caught:
         catalogue.entry("odd")
     assert caught.value.expected
@@ -193,10 +264,10 @@ def test_types_in_words():
 def test_the_table_groups_by_family_and_says_tendency():
     text = methods_table()
     families = catalogue.families()
-    places = [text.index(f"{title}\n") for title in families]
+    places = [text.index(f"{catalogue.family_title(f)}\n") for f in families]
     assert places == sorted(places)
-    for title, members in families.items():
-        start = text.index(f"{title}\n")
+    for family, members in families.items():
+        start = text.index(f"{catalogue.family_title(family)}\n")
         for name, kind in members.items():
             line = text.index(f"  {name} ", start)
             assert f"tends to {kind.tendency}" in text[line:]
@@ -231,12 +302,12 @@ def test_a_part_and_a_group_of_options_are_explained():
 SPOKEN_OF = {
     "cDPO": "dpo",
     "SLiC": "hinge",
-    "RSO": "pairwise_hinge",
+    "RSO": "hinge",
     "RPO": "irpo",
     "MOPD": "opd",
     "IcePop": "Mismatch",
     "TIS": "Mismatch",
-    "LD-DPO": "pairwise_shared",
+    "LD-DPO": "ld_dpo",
     "k3": "reference_kl",
     "dual_clip": "clipped_policy_gradient",
     "2-GRPO": "grpo",
@@ -252,17 +323,16 @@ def test_what_goes_by_another_name_is_found(word, speaker):
     assert speaker in str(caught.value)
 
 
-def test_every_group_of_options_is_explained():
+def test_every_group_of_options_is_explained(pages):
     """What an option's type names in capitals has a section of its own."""
-    text = catalogue.page()
-    headings = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    text = "\n".join(pages.values())
     groups = set(re.findall(r"\| (?:list of )?([A-Z]\w+) \{", text)) - {"ScalarHead"}
     assert {"Mismatch", "Limit", "SamplingSpec"} <= groups
-    assert {f"options {g}" for g in groups | {"WeightSchedule"}} <= set(headings)
+    assert {f"options {g}" for g in groups | {"WeightSchedule"}} <= set(headings_of(text))
 
 
-def test_what_was_not_confirmed_is_listed(monkeypatch):
-    class Guessed(MadeUp, tag="guessed", tag_field="name"):
+def test_what_was_not_confirmed_is_listed(registered, monkeypatch):
+    class Guessed(MadeUp):
         """A guess.
 
         Unconfirmed: the sign,
@@ -270,11 +340,12 @@ def test_what_was_not_confirmed_is_listed(monkeypatch):
         """
 
     Guessed.__module__ = __name__
-    monkeypatch.setitem(METHODS, "guessed", Guessed)
-    listed = catalogue.page().partition("## What was not confirmed")[2]
-    assert "* [guessed](#guessed): the sign, and the scale." in listed
-    assert "* [vapo](#vapo): " in listed
-    assert "(#sft)" not in listed
+    registered(Guessed)
+    as_ours(monkeypatch)
+    listed = catalogue.pages()[INDEX].partition("## What was not confirmed")[2]
+    assert "* [guessed](methods/common.md#guessed): the sign, and the scale." in listed
+    assert "* [vapo](methods/policy.md#vapo): " in listed
+    assert "#sft)" not in listed
 
 
 @pytest.mark.parametrize("arguments", [[], ["grpo"]])
@@ -289,10 +360,8 @@ def test_the_command_stays_light(arguments):
     assert "grpo" in ran.stdout
 
 
-def test_the_methods_module_is_the_only_list():
-    """Nothing in the catalogue names a method."""
+def test_nothing_in_the_catalogue_names_a_method():
     folder = Path(catalogue.__file__).parent
     text = "".join(p.read_text("utf-8") for p in folder.glob("*.py"))
-    named = [n for n in METHODS if re.search(rf"[\"']{n}[\"']", text)]
-    assert named == []
-    assert methods.METHODS is METHODS
+    text = re.sub(r"^ +>>> .*$", "", text, flags=re.MULTILINE)  # examples do
+    assert [n for n in METHODS if re.search(rf"[\"']{n}[\"']", text)] == []
