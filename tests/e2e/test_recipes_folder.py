@@ -235,7 +235,7 @@ def test_yaml_on_the_page_runs(copy):
 
 def test_python_on_the_page_runs_and_is_the_yaml_beside_it(copy):
     (code,) = snippets("python")
-    check = "\nfrom posttrain import config\nprint(config.digest(recipe))"
+    check = "\nfrom posttrain.core import config\nprint(config.digest(recipe))"
     printed = execute([sys.executable, "-c", code + check], cwd=copy).splitlines()
     (text,) = snippets("yaml recipe")
     beside = config.convert(yaml.safe_load(text), Recipe, origin="page")
