@@ -24,8 +24,8 @@ check: $(VENV)/ready
 	$(BIN)/python -m pytest tests/unit/test_house_rules.py
 
 format: $(VENV)/ready
-	$(BIN)/ruff format src tests recipes
-	$(BIN)/ruff check --fix src tests recipes
+	$(BIN)/ruff format src tests recipes benchmarks
+	$(BIN)/ruff check --fix src tests recipes benchmarks
 
 docs: $(VENV)/ready  ## write the map of methods again
 	$(BIN)/python -m posttrain.catalogue > docs/methods.md

@@ -151,7 +151,7 @@ def make_step(
 
     from posttrain.engines.local.engine import LocalEngine
     from posttrain.numerics.batch import pack
-    from posttrain.training.objective import Objective
+    from posttrain.training.objective import StageObjective
 
     engine = LocalEngine(device=torch.device(device), dtype=dtype)
     make_model(folder, size)
@@ -162,7 +162,7 @@ def make_step(
         "dpo": (Dpo(beta=0.1),),
     }[work]
     groups = make_groups(work, size.vocab, SHAPES[work])
-    objective = Objective(terms)
+    objective = StageObjective(terms)
     learner = engine.learner(
         str(folder), name="bench", optimizer=Optimizer(lr=1e-4), lora=None, seed=0
     )

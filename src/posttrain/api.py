@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from posttrain.core.events import Observer, ignore
-from posttrain.core.protocols import Engine
 from posttrain.diagnosis.between import Between
 from posttrain.diagnosis.between import between as compare_models
 from posttrain.diagnosis.card import Diagnosis
@@ -25,6 +24,7 @@ from posttrain.diagnosis.treat import Treated, run_treatment
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.engines.local.model import pick_device
 from posttrain.measure.measurement import Measurement
+from posttrain.protocols import Engine
 from posttrain.recipe import Recipe
 from posttrain.run import pipeline
 from posttrain.run.measuring import measure_model

@@ -21,10 +21,10 @@ import numpy as np
 from jinja2 import TemplateError
 
 from posttrain.core.errors import DataError, ModelError, nearest
-from posttrain.core.protocols import Prompt
 from posttrain.core.provenance import IntArray, Kind, Producer, Role, Span
 from posttrain.core.task import Message, Task
 from posttrain.core.trajectory import Trajectory
+from posttrain.protocols import Prompt
 
 AssistantMask = Literal["template", "prefix"]
 Author = tuple[Role, Producer]

@@ -46,10 +46,10 @@ print(json.dumps(found))
 
 def ours(folder):
     """Greedy tokens by our own sampler."""
-    from posttrain.core.protocols import Request
     from posttrain.core.provenance import Role, Sampling
     from posttrain.core.task import Message, Task
     from posttrain.engines.local.engine import LocalEngine
+    from posttrain.protocols import Request
 
     policy = LocalEngine(device=torch.device("cpu")).policy(str(folder))
     prompts = [

@@ -19,7 +19,7 @@ from posttrain.core import config
 from posttrain.measure.gates import Gate
 from posttrain.measure.registry import metrics
 from posttrain.measure.spec import Measure
-from posttrain.parts.sources.dataset import Dataset, Rows
+from posttrain.parts.sources.dataset import Dataset, DatasetRows
 from posttrain.recipe import Budget, Recipe, load_recipe
 from posttrain.tasks.jsonl import JsonlTasks
 
@@ -249,11 +249,11 @@ def test_shell_on_the_page_runs(copy):
     for line in [line for body in snippets("sh") for line in body.splitlines()]:
         program, *words = shlex.split(line)
         assert (program, words[0] in cli.commands) == ("posttrain", True)
-        printed = execute([sys.executable, "-m", "posttrain.cli.main", *words], cwd=copy)
+        printed = execute([sys.executable, "-m", "posttrain", *words], cwd=copy)
         assert printed
     assert (copy / "out/sft/report.html").is_file()
     assert "already finished" in execute(
-        [sys.executable, "-m", "posttrain.cli.main", "run", "recipes/sft.yaml", "--out", "out/sft"],
+        [sys.executable, "-m", "posttrain", "run", "recipes/sft.yaml", "--out", "out/sft"],
         cwd=copy,
     )
 
@@ -266,7 +266,7 @@ def test_rows_on_the_page_are_read_as_that_format(kind, tmp_path):
 
     (row,) = snippets(f"json {kind}")
     (tmp_path / "rows.jsonl").write_text(row)
-    source = Rows(
+    source = DatasetRows(
         Dataset(path="rows.jsonl", preference=kind == "preference"),
         root=tmp_path,
         renderer=ChatRenderer(AutoTokenizer.from_pretrained(ROOT / "src/posttrain/lab/base")),

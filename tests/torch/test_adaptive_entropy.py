@@ -11,7 +11,7 @@ from posttrain.parts.base import WeightSchedule
 from posttrain.parts.policy.presets import AdaptiveEntropy
 from posttrain.parts.policy.regularisers import AdaptiveEntropyBonus, EntropyBonus
 from posttrain.testing import check_term
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 NAME = "adaptive_entropy_bonus"
 
@@ -33,7 +33,7 @@ def played(bonus, entropies):
 def test_the_coefficient_follows_the_rule():
     bonus = AdaptiveEntropyBonus(target=0.5, initial=0.01, step=0.005)
     entropies = [0.6, 0.6, 0.6, 0.45, 0.4, 0.5, 0.2, 0.9, 0.3]
-    objective, state, got = Objective((bonus,)), {}, []
+    objective, state, got = StageObjective((bonus,)), {}, []
     for number, entropy in enumerate(entropies):
         now = objective.at(step=number, steps=len(entropies), state=state)
         got.append(now.weights[0])
@@ -47,12 +47,12 @@ def test_the_coefficient_follows_the_rule():
 
 def test_a_step_without_tokens_changes_nothing_that_is_remembered():
     state = {f"{NAME}/coefficient": 0.02, f"{NAME}/entropy": 0.1}
-    objective = Objective((AdaptiveEntropyBonus(target=0.5),)).at(step=1, steps=2, state=state)
+    objective = StageObjective((AdaptiveEntropyBonus(target=0.5),)).at(step=1, steps=2, state=state)
     assert objective.after({}) == state
 
 
 def test_two_bonuses_remember_apart():
-    objective = Objective((AdaptiveEntropyBonus(target=0.5), AdaptiveEntropyBonus(target=0.1)))
+    objective = StageObjective((AdaptiveEntropyBonus(target=0.5), AdaptiveEntropyBonus(target=0.1)))
     state = objective.after({f"{NAME}-1/entropy": 0.3, f"{NAME}-2/entropy": 0.3})
     assert state[f"{NAME}-1/coefficient"] == pytest.approx(0.015)
     assert state[f"{NAME}-2/coefficient"] == pytest.approx(0.005)
@@ -60,18 +60,18 @@ def test_two_bonuses_remember_apart():
 
 def test_a_schedule_multiplies_the_coefficient():
     bonus = AdaptiveEntropyBonus(target=0.5, weight_schedule=WeightSchedule(end=0.0))
-    objective = Objective((bonus,)).at(step=1, steps=3, state={f"{NAME}/coefficient": 0.04})
+    objective = StageObjective((bonus,)).at(step=1, steps=3, state={f"{NAME}/coefficient": 0.04})
     assert objective.weights == pytest.approx((0.02,))
 
 
 def test_in_force_it_is_an_entropy_bonus_of_that_weight(learner):
     """Same gradient as the plain bonus, and none at all above the target."""
     batches = pack(random_groups(), needs=frozenset(), max_tokens=999)
-    adaptive = Objective((AdaptiveEntropyBonus(target=9.0),))
+    adaptive = StageObjective((AdaptiveEntropyBonus(target=9.0),))
     below = adaptive.at(step=1, steps=2, state={f"{NAME}/coefficient": 0.3, f"{NAME}/entropy": 1.0})
     above = adaptive.at(step=1, steps=2, state={**below.state, f"{NAME}/entropy": 10.0})
     value, grads = gradients(learner, batches, below)
-    plain, expected = gradients(learner, batches, Objective((EntropyBonus(weight=0.3),)))
+    plain, expected = gradients(learner, batches, StageObjective((EntropyBonus(weight=0.3),)))
     assert value == pytest.approx(plain, rel=1e-6)
     assert all(torch.allclose(grads[n], g, atol=1e-7) for n, g in expected.items())
     _, still = gradients(learner, batches, above)
@@ -80,7 +80,7 @@ def test_in_force_it_is_an_entropy_bonus_of_that_weight(learner):
 
 def test_a_learner_measures_over_all_micro_batches_and_remembers(learner):
     groups = random_groups()
-    objective = Objective((AdaptiveEntropyBonus(target=1.0, initial=0.0),))
+    objective = StageObjective((AdaptiveEntropyBonus(target=1.0, initial=0.0),))
     (whole,) = pack(groups, needs=frozenset(), max_tokens=999)
     model = learner.policy.model
     with torch.no_grad():

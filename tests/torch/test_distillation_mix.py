@@ -7,13 +7,12 @@ import pytest
 import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 
-from posttrain.chat import ChatRenderer
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.numerics.batch import KINDS, pack
-from posttrain.parts.base import Limit
+from posttrain.parts.base import Limit, bound
 from posttrain.parts.composition import Composition
 from posttrain.parts.credit.advantages import GroupAdvantage
 from posttrain.parts.credit.selection import KeepInformative
@@ -28,12 +27,13 @@ from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.policy.regularisers import ReferenceKL
 from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.rewards.verify import Verify
-from posttrain.parts.sources.dataset import Dataset, Rows
-from posttrain.parts.sources.mix import Mix, MixStream
-from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.sources.dataset import Dataset
+from posttrain.parts.sources.mix import Mix
+from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
-from posttrain.testing import FakePolicy, FakeTaskSet, check_source, tiny_tokenizer
-from posttrain.training.objective import Objective
+from posttrain.run.build import scoped
+from posttrain.testing import FakeTaskSet, check_source, fake_tools, tiny_model
+from posttrain.training.objective import StageObjective
 
 DATA, OWN = Dataset(path="demos.jsonl"), Rollouts(tasks=("letters",), group_size=2)
 
@@ -77,12 +77,10 @@ def test_shares_that_are_no_shares_are_refused(shares):
 
 
 @pytest.fixture
-def parts(tmp_path):
+def tools(tmp_path):
     rows = [{"prompt": f"{i}", "completion": "a"} for i in range(7)]
     (tmp_path / "demos.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    data = Rows(DATA, root=tmp_path, renderer=ChatRenderer(tiny_tokenizer()), context=99, seed=3)
-    policy = FakePolicy({"a": 0.5, "b": 0.5}, version=0)
-    return data, RolloutStream(OWN, {"letters": FakeTaskSet()}, policy, 5)
+    return fake_tools(tasksets={"letters": FakeTaskSet()}, root=tmp_path)
 
 
 def kinds(groups):
@@ -90,24 +88,24 @@ def kinds(groups):
 
 
 @pytest.mark.parametrize(("share", "num_groups"), [(0.5, 4), (0.3, 3), (0.9, 1)])
-def test_a_mix_is_a_source_and_every_part_runs_without_a_gap(parts, share, num_groups):
-    source = MixStream(mix(share, 1 - share), parts)
-    check_source(source, provides=frozenset(), num_groups=num_groups)
-    drawn = [g for step in range(12) for g in source.draw(num_groups, step=step)]
+def test_a_mix_is_a_source_and_every_part_runs_without_a_gap(tools, share, num_groups):
+    stream = check_source(mix(share, 1 - share), tools, num_groups=num_groups, seed=3)
+    data, own = stream.parts
+    drawn = [g for step in range(12) for g in stream.draw(num_groups, step=step)]
     rows = [
         g.task for g in drawn if g.members[0].trajectory.spans[-1].producer.kind is Kind.EXTERNAL
     ]
-    assert rows == [g.task for g in parts[0].draw(len(rows), step=0)]
+    assert rows == [g.task for g in data.draw(len(rows), step=0)]
     asked = [g.task for g in drawn if g.task.startswith("letters/")]
-    assert asked == [g.task for g in parts[1].draw(len(asked), step=0)]
+    assert asked == [g.task for g in own.draw(len(asked), step=0)]
     assert len(rows) == pytest.approx(share * len(drawn), abs=1)
 
 
-def test_an_even_mix_draws_each_part_at_once(parts):
-    source = MixStream(mix(0.25, 0.75), parts)
-    groups = source.draw(4, step=2)
+def test_an_even_mix_draws_each_part_at_once(tools):
+    stream = mix(0.25, 0.75).open(tools, seed=3)
+    groups = stream.draw(4, step=2)
     assert kinds(groups) == [Kind.EXTERNAL] + [Kind.LEARNER] * 3
-    alone = parts[1].draw(3, step=2)
+    alone = stream.parts[1].draw(3, step=2)
     ours = [m.trajectory.id for g in groups[1:] for m in g.members]
     assert ours == [m.trajectory.id for g in alone for m in g.members]
 
@@ -134,7 +132,6 @@ def test_a_column_is_only_needed_where_a_term_reads_it():
 
 
 def test_a_column_that_one_of_the_authors_lacks_is_named():
-
     rows = Dataset(path="t.jsonl", author=Kind.LEARNER)  # rows of an author who also samples
     both = composed(EXPLORE, signals=JUDGED, source=mix(0.5, 0.5, parts=(rows, OWN)))
     with pytest.raises(LegalityError, match="needs behaviour_logprob"):
@@ -196,20 +193,18 @@ def test_named_mixes_are_legal(method):
 
 
 def test_a_scoped_signal_leaves_the_others_alone():
-    class Counting:
-        seen = 0
+    seen = []
 
-        def score(self, groups):
-            self.seen += len(groups)
-            return with_column(groups, Column.REWARD, lambda t: np.array(1.0))
+    def rewarded(groups):
+        seen.extend(groups)
+        return with_column(groups, Column.REWARD, lambda t: np.array(1.0))
 
     mixed = random_groups(num_groups=2, kind=Kind.EXTERNAL) + random_groups(num_groups=3)
-    inner = Counting()
-    out = ScopedSignal(inner, frozenset({Kind.LEARNER})).score([mixed[i] for i in (2, 0, 3, 1, 4)])
-    assert inner.seen == 3
+    out = scoped(rewarded, frozenset({Kind.LEARNER}))([mixed[i] for i in (2, 0, 3, 1, 4)])
+    assert len(seen) == 3
     judged = [Column.REWARD in g.members[0].columns for g in out]
     assert judged == [True, False, True, False, True]
-    assert ScopedSignal(inner, frozenset({Kind.HUMAN})).score(mixed) == mixed
+    assert scoped(rewarded, frozenset({Kind.HUMAN}))(mixed) == mixed
 
 
 # --- packing and the loss --------------------------------------------------------------------
@@ -245,11 +240,11 @@ def test_a_mixed_loss_is_the_sum_of_the_separate_ones(learner, max_tokens):
     external, own = half_scored(learner.policy)
     terms = (CrossEntropy(where=(Kind.EXTERNAL,), weight=0.3), ClippedPolicyGradient(weight=0.7))
     batches = pack(external + own, needs=column_readers(terms), max_tokens=max_tokens)
-    loss, grads = gradients(learner, batches, Objective(terms))
+    loss, grads = gradients(learner, batches, StageObjective(terms))
     sums, expected = {}, 0.0
     for term, part in zip(terms, (external, own), strict=True):
         alone = pack(part, needs=frozenset(term.needs), max_tokens=10_000)
-        value, separate = gradients(learner, alone, Objective((term,)))
+        value, separate = gradients(learner, alone, StageObjective((term,)))
         expected += value
         sums = {n: sums.get(n, 0) + g for n, g in separate.items()}
     assert all(bool(g.isfinite().all()) for g in grads.values())
@@ -259,12 +254,11 @@ def test_a_mixed_loss_is_the_sum_of_the_separate_ones(learner, max_tokens):
 
 def test_a_teacher_that_scored_some_authors_only(learner, engine, tmp_path):
     """Teacher columns have a width; where they are missing nothing flows."""
-    from posttrain.testing import tiny_model
-
     teacher = engine.policy(str(tiny_model(tmp_path / "teacher", seed=9)))
+    tools = fake_tools(learner.policy, policies={"t": teacher})
     for top_k in (None, 4):
-        spec = TeacherDistribution(routes={"*": "t"}, top_k=top_k)
-        signal = ScopedSignal(TeacherSignal(spec, {"t": teacher}), frozenset({Kind.LEARNER}))
+        signal = TeacherDistribution(routes={"*": "t"}, top_k=top_k)
+        score = scoped(bound(signal, tools), frozenset({Kind.LEARNER}))
         external = random_groups(num_groups=2, kind=Kind.EXTERNAL, seed=2)
         own = random_groups(num_groups=2, seed=3)
         taught = TeacherReverseKL(where=(Kind.LEARNER,))
@@ -272,15 +266,15 @@ def test_a_teacher_that_scored_some_authors_only(learner, engine, tmp_path):
             (IMITATE, taught),
             (taught, IMITATE, TeacherForwardKL(where=(Kind.LEARNER,))),
         ):
-            scored = signal.score(external + own)
+            scored = score(external + own)
             batches = pack(scored, needs=column_readers(terms), max_tokens=10_000)
-            loss, grads = gradients(learner, batches, Objective(terms))
+            loss, grads = gradients(learner, batches, StageObjective(terms))
             assert all(bool(g.isfinite().all()) for g in grads.values())
             alone = 0.0
             for term in terms:
-                part = external if term is IMITATE else signal.score(own)
+                part = external if term is IMITATE else score(own)
                 packed = pack(part, needs=frozenset(term.needs), max_tokens=10_000)
-                alone += gradients(learner, packed, Objective((term,)))[0]
+                alone += gradients(learner, packed, StageObjective((term,)))[0]
             assert loss == pytest.approx(alone, rel=1e-5)
 
 
@@ -301,13 +295,13 @@ def test_pairs_of_others_do_not_reach_a_term_that_may_not_read_them(learner):
     )
     terms = (Dpo(where=(Kind.HUMAN,)), CrossEntropy(where=(Kind.EXTERNAL,)))
     mixed = pack(pairs(Kind.EXTERNAL, 2) + read, needs=column_readers(terms), max_tokens=10_000)
-    objective = Objective(terms)
+    objective = StageObjective(terms)
     assert objective.counts(mixed)[0] == 3
     loss, grads = gradients(learner, mixed, objective)
     alone = pack(read, needs=frozenset(terms[0].needs), max_tokens=10_000)
     plain = pack(pairs(Kind.EXTERNAL, 2), needs=frozenset(), max_tokens=10_000)
-    expected = gradients(learner, alone, Objective(terms[:1]))[0]
-    expected += gradients(learner, plain, Objective(terms[1:]))[0]
+    expected = gradients(learner, alone, StageObjective(terms[:1]))[0]
+    expected += gradients(learner, plain, StageObjective(terms[1:]))[0]
     assert all(bool(g.isfinite().all()) for g in grads.values())
     assert loss == pytest.approx(expected, rel=1e-5)
 
@@ -317,7 +311,7 @@ def test_a_limit_by_reward_in_micro_batches_without_rewards(learner):
     signs = iter([1.0, 0.0] * 4)
     own = with_column(random_groups(num_groups=2), Column.REWARD, lambda t: np.array(next(signs)))
     limited = CrossEntropy(where=(Kind.LEARNER,), limit=Limit(rewards="positive"))
-    objective = Objective((limited, IMITATE))
+    objective = StageObjective((limited, IMITATE))
     external = random_groups(num_groups=2, kind=Kind.EXTERNAL, seed=1)
     needs = column_readers(objective.terms)
     batches = pack(external + own, needs=needs, max_tokens=15)
@@ -327,7 +321,7 @@ def test_a_limit_by_reward_in_micro_batches_without_rewards(learner):
     expected = 0.0
     for part, term in ((good, CrossEntropy()), (external, CrossEntropy())):
         alone = pack(part, needs=frozenset(), max_tokens=10_000)
-        expected += gradients(learner, alone, Objective((term,)))[0]
+        expected += gradients(learner, alone, StageObjective((term,)))[0]
     assert loss == pytest.approx(expected, rel=1e-5)
     assert all(bool(g.isfinite().all()) for g in grads.values())
 
@@ -350,7 +344,6 @@ def test_only_keeps_sequences_and_pairs_that_are_whole():
 
 
 def test_a_reference_beside_a_mix_scores_only_its_readers():
-
     both = composed(IMITATE, EXPLORE, ReferenceKL(), signals=(*JUDGED, ReferenceLogprobs()))
     check_composition(both, stage="s")
     assert scopes(both)[-1] == frozenset({Kind.LEARNER})

@@ -1,11 +1,13 @@
 """Teachers as signals: privileged contexts, sampled log-ratios, deltas, foreign tokenizers."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from material import gradients, trajectory
+from material import gradients, trajectory, with_column
 
 from posttrain.core.errors import ConfigError, LegalityError, ModelError, TaskError
 from posttrain.core.provenance import Role
@@ -14,6 +16,7 @@ from posttrain.core.statistics import Stat
 from posttrain.core.task import Message, Task, with_context
 from posttrain.core.trajectory import Column, End, Group, Scored
 from posttrain.numerics.batch import pack
+from posttrain.parts.base import bound
 from posttrain.parts.composition import Composition
 from posttrain.parts.distillation.divergences import TeacherReverseKL
 from posttrain.parts.distillation.foreign import (
@@ -42,10 +45,10 @@ from posttrain.parts.distillation.teachers import TeacherDistribution, TeacherLo
 from posttrain.parts.legality import check_composition
 from posttrain.parts.policy.losses import PolicyGradient
 from posttrain.parts.sources.dataset import Dataset
-from posttrain.parts.sources.rollouts import Rollouts, RolloutStream
+from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.run.build import check_same_tokens
-from posttrain.testing import FakeTaskSet, check_signal, tiny_model
-from posttrain.training.objective import Objective
+from posttrain.testing import FakeTaskSet, as_group, check_signal, fake_tools, tiny_model
+from posttrain.training.objective import StageObjective
 
 TASKS = FakeTaskSet()
 BY_KEY = {t.key: t for t in TASKS.train}
@@ -57,9 +60,13 @@ def teacher(engine, tmp_path_factory):
     return engine.policy(str(tiny_model(tmp_path_factory.mktemp("teacher") / "m", seed=7)))
 
 
+def tools_of(learner, *, tasks=TASKS, **policies):
+    return fake_tools(learner.policy, policies=policies, tasksets={"letters": tasks})
+
+
 def drawn(learner, *, size=2, groups=3):
-    spec = Rollouts(tasks=("letters",), group_size=size, max_new_tokens=6)
-    return RolloutStream(spec, {"letters": TASKS}, learner.policy, 0).draw(groups, step=0)
+    source = Rollouts(tasks=("letters",), group_size=size, max_new_tokens=6)
+    return source.open(tools_of(learner), seed=0).draw(groups, step=0)
 
 
 def members(groups):
@@ -72,11 +79,9 @@ def members(groups):
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_a_context_moves_the_same_tokens_behind_another_prompt(learner, teacher, top_k):
     """Position by position, against distributions asked for by hand."""
-    spec = TeacherDistribution(routes={"*": "t"}, top_k=top_k, context=CONTEXT)
-    groups = drawn(learner)
-    signal = TeacherSignal(spec, {"t": teacher}, BY_KEY)
-    check_signal(signal, groups, provides=spec.provides)
-    for member in members(signal.score(groups)):
+    signal = TeacherDistribution(routes={"*": "t"}, top_k=top_k, context=CONTEXT)
+    scored = check_signal(signal, drawn(learner), tools_of(learner, t=teacher))
+    for member in members(scored):
         record = member.trajectory
         task = BY_KEY[record.task]
         prompt = teacher.renderer.prompt(Task(taskset="x", prompt=f"{task.text} it is a.")).tokens
@@ -91,33 +96,44 @@ def test_a_context_moves_the_same_tokens_behind_another_prompt(learner, teacher,
         )
 
 
-@pytest.mark.parametrize("spec", [TeacherLogprobs, TeacherDistribution])
-def test_a_context_that_writes_the_same_prompt_gives_the_same_columns(learner, teacher, spec):
+@pytest.mark.parametrize("kind", [TeacherLogprobs, TeacherDistribution])
+def test_a_context_that_writes_the_same_prompt_gives_the_same_columns(learner, teacher, kind):
     """The question moved from the task into the template: the way through the context is exact."""
     (group,) = drawn(learner, groups=1)
-    question = BY_KEY[group.task].text
-    empty = {group.task: Task(taskset="letters", prompt="", answer="a")}
-    plain = TeacherSignal(spec(routes={"*": "t"}), {"t": teacher})
-    told = spec(routes={"*": "t"}, context="{question}" + question)
-    ways = (plain, TeacherSignal(told, {"t": teacher}, empty))
-    for direct, moved in zip(*(members(w.score([group])) for w in ways), strict=True):
-        for column in spec(routes={"*": "t"}).provides:
-            np.testing.assert_array_equal(direct.columns[column], moved.columns[column])
+    empty = Task(taskset="letters", prompt="", answer="a")
+    plain = kind(routes={"*": "t"})
+    moved = kind(routes={"*": "t"}, context="{question}" + BY_KEY[group.task].text)
+    direct = plain.score([group], tools_of(learner, t=teacher))
+    tools = tools_of(learner, tasks=task_set(empty), t=teacher)
+    by_context = moved.score([of_task(group, empty)], tools)
+    for one, other in zip(members(direct), members(by_context), strict=True):
+        for column in plain.provides:
+            np.testing.assert_array_equal(one.columns[column], other.columns[column])
 
 
-def test_the_last_turn_of_a_conversation_is_told():
+def task_set(*tasks):
+    return SimpleNamespace(name="letters", train=tasks, held_out=(), success=1.0)
+
+
+def of_task(group, task):
+    """The same trajectories, as if they answered another task."""
+    renamed = (replace(m, trajectory=replace(m.trajectory, task=task.key)) for m in group.members)
+    return Group(task=task.key, members=tuple(renamed))
+
+
+def test_the_last_turn_of_a_conversation_is_filled_in():
     system = Message(role=Role.SYSTEM, content="Be brief.")
     asked = Message(role=Role.USER, content="1+1=")
     task = Task(taskset="sums", prompt=(system, asked), answer="2")
-    told = with_context(task, "{question} ({answer})").prompt
-    assert told == (system, Message(role=Role.USER, content="1+1= (2)"))
+    prompt = with_context(task, "{question} ({answer})").prompt
+    assert prompt == (system, Message(role=Role.USER, content="1+1= (2)"))
 
 
-def test_the_learner_teaches_itself_when_it_is_told_the_answer(learner):
+def test_the_learner_teaches_itself_when_it_reads_the_answer(learner):
     """The gradient is that of the KL to its own frozen distribution, and not zero."""
-    spec = TeacherDistribution(routes={"*": "learner"}, context=CONTEXT)
-    groups = TeacherSignal(spec, {"learner": learner.policy}, BY_KEY).score(drawn(learner))
-    objective = Objective((TeacherReverseKL(),))
+    signal = TeacherDistribution(routes={"*": "learner"}, context=CONTEXT)
+    groups = signal.score(drawn(learner), tools_of(learner))
+    objective = StageObjective((TeacherReverseKL(),))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     loss, grads = gradients(learner, batches, objective)
     assert loss > 1e-3
@@ -141,27 +157,26 @@ def test_teachers_that_make_no_sense_are_refused(options, message):
         TeacherDistribution(**options)
 
 
-def test_an_answer_that_no_task_has_is_missed_before_anything_runs(teacher):
-    spec = TeacherLogprobs(routes={"*": "t"}, context=CONTEXT)
+def test_an_answer_that_no_task_has_is_missed_before_anything_runs(learner, teacher):
+    signal = TeacherLogprobs(routes={"*": "t"}, context=CONTEXT)
     bare = Task(taskset="letters", prompt="0")
     with pytest.raises(TaskError, match="no answer"):
-        TeacherSignal(spec, {"t": teacher}, {bare.key: bare})
+        bound(signal, tools_of(learner, tasks=task_set(bare), t=teacher))
 
 
 def test_rows_of_a_data_set_have_no_task_to_write_a_context_from():
-    told = Kd(data=Dataset(path="d.jsonl"), teachers={"*": "base"}).compose()
-
+    plain = Kd(data=Dataset(path="d.jsonl"), teachers={"*": "base"}).compose()
     signal = TeacherDistribution(routes={"*": "base"}, context=CONTEXT)
     with pytest.raises(LegalityError, match="have no task"):
         check_composition(
-            Composition(source=told.source, signals=(signal,), terms=told.terms), stage="s"
+            Composition(source=plain.source, signals=(signal,), terms=plain.terms), stage="s"
         )
 
 
 def test_a_context_too_long_for_the_teacher_is_named(learner, teacher):
-    spec = TeacherLogprobs(routes={"*": "t"}, context="{question}" + "a" * 500)
+    signal = TeacherLogprobs(routes={"*": "t"}, context="{question}" + "a" * 500)
     with pytest.raises(TaskError, match="at most its context"):
-        TeacherSignal(spec, {"t": teacher}, BY_KEY).score(drawn(learner))
+        signal.score(drawn(learner), tools_of(learner, t=teacher))
 
 
 # --- tokens must mean the same ---------------------------------------------------------------
@@ -221,8 +236,8 @@ def test_extrapolation_by_hand():
         Column.REFERENCE_LOGPROB: [-2.5, -1.0],
     }
     for factor, expected in ((1.0, [1.0, -1.0]), (2.0, [2.5, -3.0])):
-        spec = TeacherAdvantage(extrapolation=factor)
-        (group,) = TeacherAdvantageSignal(spec).score(credited_group(columns))
+        signal = TeacherAdvantage(extrapolation=factor)
+        (group,) = signal.score(credited_group(columns), fake_tools())
         got = group.members[0].columns[Column.ADVANTAGE]
         np.testing.assert_allclose(got[2:], expected, rtol=1e-6)
         assert np.isnan(got[:2]).all()
@@ -260,11 +275,11 @@ def test_the_expected_policy_gradient_is_that_of_the_reverse_kl(credit, whole):
                 Column.BEHAVIOUR_LOGPROB: own.tolist(),
             }
         )
-        scored = TeacherAdvantageSignal(TeacherAdvantage(credit=credit)).score(groups)
+        scored = TeacherAdvantage(credit=credit).score(groups, fake_tools())
         term = PolicyGradient()
         (batch,) = pack(scored, needs=frozenset(term.needs), max_tokens=99)
         stats = {Stat.SAMPLED_LOGPROB: own, Stat.LOGPROB: own, Stat.ENTROPY: torch.zeros(3)}
-        loss_N = TERMS[PolicyGradient].values(term, stats, batch).loss
+        loss_N = term.values(stats, batch).loss
         probability = own.sum().exp()
         expected_loss = expected_loss + probability.detach() * loss_N.sum()
         states = [3, *tokens[:-1]]
@@ -281,9 +296,9 @@ def test_the_expected_policy_gradient_is_that_of_the_reverse_kl(credit, whole):
 
 def test_sampled_opd_on_real_models(learner, teacher):
     """The advantages of fresh rollouts: teacher minus policy, both asked for directly."""
-    spec = TeacherLogprobs(routes={"*": "t"})
-    groups = TeacherSignal(spec, {"t": teacher}).score(drawn(learner))
-    scored = members(TeacherAdvantageSignal(TeacherAdvantage()).score(groups))
+    tools = tools_of(learner, t=teacher)
+    groups = TeacherLogprobs(routes={"*": "t"}).score(drawn(learner), tools)
+    scored = members(TeacherAdvantage().score(groups, tools))
     records = [m.trajectory for m in scored]
     asked = zip(teacher.logprobs(records), learner.policy.logprobs(records), strict=True)
     for member, (their, own) in zip(scored, asked, strict=True):
@@ -309,9 +324,9 @@ def test_delta_advantages_by_hand():
 
 
 def test_a_teacher_that_was_not_tuned_teaches_nothing(learner, teacher):
-    spec = DeltaAdvantage(teacher="t", base="b")
-    signal = DeltaAdvantageSignal(spec, learner.policy, teacher, teacher)
-    for member in members(signal.score(drawn(learner))):
+    signal = DeltaAdvantage(teacher="t", base="b")
+    tools = tools_of(learner, t=teacher, b=teacher)
+    for member in members(signal.score(drawn(learner), tools)):
         trained = member.trajectory.trainable
         assert (member.columns[Column.ADVANTAGE][trained] == 0).all()
         assert np.isnan(member.columns[Column.ADVANTAGE][~trained]).all()
@@ -343,17 +358,9 @@ def test_foreign_teachers_are_compared_where_both_read_the_same_text(learner, st
     encode = learner.policy.renderer.prompt
     answer = [*encode(Task(taskset="x", prompt="abcde")).tokens.tolist(), 1]
     prompt = encode(task).tokens.tolist()
-    record = trajectory(prompt, answer)
-    groups = [
-        Group(
-            task=task.key,
-            members=(Scored(trajectory=type(record)(**{**fields(record), "task": task.key})),),
-        )
-    ]
-    spec = ForeignTeacher(teacher="s", top_k=5)
-    signal = ForeignTeacherSignal(spec, stranger, learner.policy.renderer, BY_KEY)
-    check_signal(signal, groups, provides=spec.provides)
-    (group,) = signal.score(groups)
+    groups = [as_group(replace(trajectory(prompt, answer), task=task.key))]
+    signal = ForeignTeacher(teacher="s", top_k=5)
+    (group,) = check_signal(signal, groups, tools_of(learner, s=stranger))
     columns = group.members[0].columns
     cut = len(prompt)
     assert columns[Column.TEACHER_ALIGNED][cut:].tolist() == [1, 0, 1, 0, 1, 1]
@@ -367,30 +374,22 @@ def test_foreign_teachers_are_compared_where_both_read_the_same_text(learner, st
     np.testing.assert_allclose(rows[[0, 2, 4, 5]], values[len(asked) :], rtol=1e-5)
 
 
-def fields(record):
-    names = ("task", "tokens", "prompt_length", "spans", "end", "parent")
-    return {n: getattr(record, n) for n in names}
-
-
 def written(learner, text, *, own, ended=True):
     """A rollout of a text, in the learner's tokens, with the log-probs it was sampled with."""
     task = next(iter(BY_KEY.values()))
     encode = learner.policy.renderer.prompt
     answer = encode(Task(taskset="x", prompt=text)).tokens.tolist() + [1] * ended
     prompt = encode(task).tokens.tolist()
-    record = fields(trajectory(prompt, answer)) | {"task": task.key}
-    record["end"] = End.COMPLETED if ended else End.LENGTH
+    end = End.COMPLETED if ended else End.LENGTH
+    group = as_group(replace(trajectory(prompt, answer), task=task.key, end=end))
     logprobs = np.array([np.nan] * len(prompt) + own, np.float32)
-    member = Scored(trajectory=trajectory(prompt, answer).__class__(**record))
-    columns = {Column.BEHAVIOUR_LOGPROB: logprobs}
-    return [Group(task=task.key, members=(member.with_columns(columns),))], len(prompt), task
+    groups = with_column([group], Column.BEHAVIOUR_LOGPROB, lambda _: logprobs)
+    return groups, len(prompt), task
 
 
 def credit_of_spans(learner, teacher, groups):
-    spec = SpanAdvantage(teacher="s")
-    signal = SpanAdvantageSignal(spec, teacher, learner.policy.renderer, BY_KEY)
-    check_signal(signal, groups, provides=spec.provides)
-    (group,) = signal.score(groups)
+    signal = SpanAdvantage(teacher="s")
+    (group,) = check_signal(signal, groups, tools_of(learner, s=teacher))
     return group.members[0].columns[Column.ADVANTAGE]
 
 
@@ -432,17 +431,15 @@ def test_a_token_without_text_belongs_to_what_follows():
 def test_with_one_tokenizer_every_span_is_a_token(learner, teacher):
     """Then span_opd is opd_sampled."""
     groups = drawn(learner, size=3)
-    tasks = {t.key: t for t in TASKS.train}
-    spans = SpanAdvantageSignal(
-        SpanAdvantage(teacher="t"), teacher, learner.policy.renderer, tasks
-    ).score(groups)
-    asked = TeacherSignal(TeacherLogprobs(routes={"*": "t"}), {"t": teacher}).score(groups)
-    plain = TeacherAdvantageSignal(TeacherAdvantage()).score(asked)
+    tools = tools_of(learner, t=teacher)
+    spans = SpanAdvantage(teacher="t").score(groups, tools)
+    asked = TeacherLogprobs(routes={"*": "t"}).score(groups, tools)
+    plain = TeacherAdvantage().score(asked, tools)
     compared = 0
     for got, want in zip(members(spans), members(plain), strict=True):
         cut = got.trajectory.prompt_length
         text = learner.policy.renderer.text(got.trajectory.tokens[cut:])
-        again = teacher.renderer.answer(tasks[got.trajectory.task], text)
+        again = teacher.renderer.answer(BY_KEY[got.trajectory.task], text)
         done = got.trajectory.end is End.COMPLETED
         if again[: None if done else -1].tolist() == got.trajectory.tokens[cut:].tolist():
             compared += 1
@@ -465,7 +462,7 @@ def test_the_expected_gradient_of_one_span_is_that_of_the_reverse_kl_between_spa
         )
         term = PolicyGradient()
         (batch,) = pack(groups, needs=frozenset(term.needs), max_tokens=99)
-        loss_N = TERMS[PolicyGradient].values(term, {Stat.SAMPLED_LOGPROB: own}, batch).loss
+        loss_N = term.values({Stat.SAMPLED_LOGPROB: own}, batch).loss
         probability = own.sum().exp()
         expected = expected + probability.detach() * loss_N.sum()
         exact = exact + probability * (own.sum() - other[code])
@@ -513,8 +510,7 @@ def test_named_methods_are_legal(method):
     check_composition(method.compose(), stage="s")
 
 
-def test_sampled_distillation_compares_one_and_the_same_temperature():
-
+def test_sampled_distillation_compares_one_and_the_temperature():
     warm = {"tasks": ("letters",), "sampling": SamplingSpec(temperature=0.7)}
     for method in (OpdSampled(teachers={"*": "base"}, **warm), SpanOpd(teacher="base", **warm)):
         with pytest.raises(LegalityError, match=r"temperature 0\.7"):
@@ -529,7 +525,6 @@ def test_methods_that_would_be_another_one_are_refused():
 
 
 def test_a_missing_teacher_log_prob_is_named():
-
     with pytest.raises(LegalityError, match="teacher_advantage needs teacher_logprob"):
         check_composition(
             Composition(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from material import gradients, random_groups, trajectory, with_column
+from msgspec.structs import replace
 
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.statistics import Divergence, DivergenceKind
@@ -26,8 +27,10 @@ from posttrain.parts.distillation.divergences import (
 from posttrain.parts.distillation.presets import Gkd, Kd, Opd
 from posttrain.parts.distillation.teachers import TeacherDistribution
 from posttrain.parts.legality import check_composition
+from posttrain.parts.registry import tag_of
 from posttrain.parts.sources.dataset import Dataset
-from posttrain.training.objective import Objective
+from posttrain.testing import fake_tools
+from posttrain.training.objective import StageObjective
 
 DENSE = [
     TeacherForwardKL(),
@@ -44,7 +47,7 @@ SMOOTH = [t for t in DENSE if not isinstance(t, TeacherTotalVariation)]
 
 
 def name(term):
-    return f"{term.__struct_config__.tag}-{getattr(term, 'beta', '')}"
+    return f"{tag_of(term)}-{getattr(term, 'beta', '')}"
 
 
 def by_hand(term, p, q):
@@ -85,9 +88,9 @@ def ask(term, q, p, *, ids=None):
     """The divergence of policy q from teacher p through the head's function, in float64."""
     logq, logp = (torch.tensor(x).log() for x in (q, p))
     if ids is None:
-        return divergence(divergence_of(term), logq, torch.empty(len(q), 0, dtype=torch.long), logp)
+        return divergence(term.divergence, logq, torch.empty(len(q), 0, dtype=torch.long), logp)
     ids = torch.tensor(ids)
-    return divergence(divergence_of(term), logq, ids, logp.gather(-1, ids))
+    return divergence(term.divergence, logq, ids, logp.gather(-1, ids))
 
 
 @pytest.mark.parametrize("term", DENSE, ids=name)
@@ -115,7 +118,7 @@ def test_a_top_k_merges_the_rest_and_is_a_lower_bound(term):
 @pytest.mark.parametrize("term", SMOOTH, ids=name)
 @pytest.mark.parametrize(("top_k", "temperature"), [(None, 1.0), (None, 2.0), (3, 1.0)])
 def test_gradient_by_finite_differences(term, top_k, temperature):
-    wanted = divergence_of(type(term)(**{**as_dict(term), "temperature": temperature}))
+    wanted = replace(term, temperature=temperature).divergence
     p, _ = normalised(*random_pair(5))
     logp = torch.tensor(p).log()
     ids = logp.topk(top_k or 1).indices[:, : top_k or 0]
@@ -126,10 +129,6 @@ def test_gradient_by_finite_differences(term, top_k, temperature):
         return divergence(wanted, z.log_softmax(-1), ids, teacher)[0]
 
     assert torch.autograd.gradcheck(value, logits.requires_grad_(), eps=1e-6, atol=1e-7)
-
-
-def as_dict(term):
-    return {f: getattr(term, f) for f in term.__struct_fields__ if f != "temperature"}
 
 
 def test_temperature_softens_both_sides():
@@ -188,9 +187,10 @@ def test_total_variation_bounds():
 def test_a_teacher_equal_to_the_learner_gives_no_loss_and_no_gradient(
     learner, engine, tiny_folder, term, top_k
 ):
-    spec = TeacherDistribution(routes={"*": "base"}, top_k=top_k)
-    groups = TeacherSignal(spec, {"base": engine.policy(str(tiny_folder))}).score(random_groups())
-    objective = Objective((term,))
+    signal = TeacherDistribution(routes={"*": "base"}, top_k=top_k)
+    tools = fake_tools(learner.policy, policies={"base": engine.policy(str(tiny_folder))})
+    groups = signal.score(random_groups(), tools)
+    objective = StageObjective((term,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     loss, grads = gradients(learner, batches, objective)
     assert abs(loss) < 2e-6
@@ -222,7 +222,7 @@ def test_the_head_computes_several_divergences_in_chunks(learner, monkeypatch):
     )
     needs = frozenset({Column.TEACHER_IDS, Column.TEACHER_LOGPROBS})
     (batch,) = pack(groups, needs=needs, max_tokens=10_000)
-    wanted = frozenset(divergence_of(t) for t in DENSE)
+    wanted = frozenset(t.divergence for t in DENSE)
     hidden = model.predicting(batch).detach()
     monkeypatch.setattr("posttrain.numerics.logits.CHUNK_ELEMENTS", 5 * model.vocab_size)
     got = token_stats(hidden, model.head, batch, wanted=wanted, vocab_size=model.vocab_size)
@@ -230,9 +230,7 @@ def test_the_head_computes_several_divergences_in_chunks(learner, monkeypatch):
     p = batch.columns[Column.TEACHER_LOGPROBS].double().exp().numpy()
     for term in DENSE:
         expected = [by_hand(term, a, b) for a, b in zip(p, q, strict=True)]
-        np.testing.assert_allclose(
-            got[divergence_of(term)].detach(), expected, rtol=2e-3, atol=2e-6
-        )
+        np.testing.assert_allclose(got[term.divergence].detach(), expected, rtol=2e-3, atol=2e-6)
 
 
 def one_token(columns):
@@ -259,9 +257,9 @@ def test_entropy_aware_kl_adds_the_forward_kl_only_where_the_teacher_is_unsure()
                 torch.empty(1, 0, dtype=torch.long),
                 torch.tensor(p[None]).log(),
             )
-            for d in TERMS[EntropyAwareKL].wants(term)
+            for d in term.reads
         }
-        out = TERMS[EntropyAwareKL].values(term, stats, batch)
+        out = term.values(stats, batch)
         expected = by_hand(TeacherReverseKL(), p, q[0]) + added * by_hand(
             TeacherForwardKL(), p, q[0]
         )
@@ -311,9 +309,9 @@ def test_entropy_aware_kl_has_the_gradient_of_the_kls_it_adds(threshold):
     term, nothing = EntropyAwareKL(threshold=threshold), torch.empty(1, 0, dtype=torch.long)
     stats = {
         d: divergence(d, logits.log_softmax(-1), nothing, torch.tensor(np.log(p)[None]))
-        for d in TERMS[EntropyAwareKL].wants(term)
+        for d in term.reads
     }
-    TERMS[EntropyAwareKL].values(term, stats, batch).loss.sum().backward()
+    term.values(stats, batch).loss.sum().backward()
     ratio = np.log(q / p)
     reverse = q * (ratio - (q * ratio).sum())
     forward = q - p
@@ -331,10 +329,8 @@ def test_sorted_l1_counts_only_where_the_texts_agree():
             }
         )
         term = TeacherSortedL1()
-        stats = {d: torch.tensor([0.7]) for d in TERMS[TeacherSortedL1].wants(term)}
-        assert float(TERMS[TeacherSortedL1].values(term, stats, batch).loss) == pytest.approx(
-            0.7 * aligned
-        )
+        stats = {d: torch.tensor([0.7]) for d in term.reads}
+        assert float(term.values(stats, batch).loss) == pytest.approx(0.7 * aligned)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +350,6 @@ def test_options_out_of_range_are_refused(make, message):
 
 def test_a_temperature_on_a_top_k_is_refused():
     """What a temperature does to the tokens that the teacher left out is not known."""
-
     fine = Kd(data=Dataset(path="d.jsonl"), teachers={"*": "base"}, temperature=2.0)
     check_composition(fine.compose(), stage="kd")
     assert fine.compose().terms[0].weight == 4.0

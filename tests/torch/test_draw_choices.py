@@ -23,7 +23,7 @@ from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import check_signal, check_term, fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_only_marked_tokens_have_a_gradient_whatever_the_micro_batches(learner):
     groups = MarkEntropy(share=0.3).score(random_groups(), fake_tools(learner.policy))
     term = CrossEntropy(where=(Kind.LEARNER,), limit=Limit(marked=True))
     check_term(term)
-    objective, needs = Objective((term,)), column_readers((term,))
+    objective, needs = StageObjective((term,)), column_readers((term,))
     (whole,) = pack(groups, needs=needs, max_tokens=9999)
     assert objective.counts([whole]) == (int(marks(groups).sum()),)
     value, grads = gradients(learner, [whole], objective)

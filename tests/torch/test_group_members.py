@@ -6,7 +6,6 @@ from material import gradients, largest_gap, with_column
 from staging import check_resume, make_world
 
 from posttrain.core.errors import ConfigError, LegalityError, TaskError
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Message, Role, Task
 from posttrain.core.trajectory import Column, End
@@ -22,8 +21,9 @@ from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.members import Guided, Hinted, Rival
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.protocols import Request
 from posttrain.testing import FakeTaskSet, check_source, fake_tools, tiny_model
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 TASKS = FakeTaskSet(answer="abcd")
 BY_KEY = {t.key: t for t in TASKS.train}
@@ -174,7 +174,7 @@ def test_the_gradient_is_that_of_the_continuation_alone(learner):
     groups = GroupAdvantage().score(drawn, tools_of(learner))
     terms = (ClippedPolicyGradient(aggregate="sequence_mean"),)
     kept = admit(groups, terms, version=0, max_age=0).kept
-    objective = Objective(terms)
+    objective = StageObjective(terms)
     whole = pack(kept, needs=column_readers(terms), max_tokens=9999)
     value, grads = gradients(learner, whole, objective)
     split, parts = gradients(

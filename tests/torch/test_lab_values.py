@@ -4,7 +4,6 @@ import numpy as np
 from situations.judges import STEPPED, write_inputs
 
 from posttrain.core.learner import Optimizer
-from posttrain.core.protocols import ScalarStart
 from posttrain.core.trajectory import Column
 from posttrain.lab.corpus import preference_pairs, taskset, write_rows
 from posttrain.lab.settings import CHAINS
@@ -12,8 +11,9 @@ from posttrain.lab.tour import BASE
 from posttrain.numerics.batch import pack
 from posttrain.parts.rewards.reward_models import BradleyTerry, StepBCE
 from posttrain.parts.rewards.steps import Steps
-from posttrain.parts.sources.dataset import Dataset, Rows
-from posttrain.training.objective import Objective
+from posttrain.parts.sources.dataset import Dataset, DatasetRows
+from posttrain.protocols import ScalarStart
+from posttrain.training.objective import StageObjective
 
 
 def turn(role, content):
@@ -43,7 +43,7 @@ def judge_from(engine, lr):
 
 
 def train(learner, source, term, *, steps, groups):
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     for step in range(steps):
         drawn = source.draw(groups, step=step)
         batches = pack(drawn, needs=objective.needs, max_tokens=8192, whole=True)
@@ -63,7 +63,7 @@ def test_a_process_model_finds_slips_in_answers_it_never_saw(engine, tmp_path):
     def source(name):
         spec = Dataset(path=name, steps=Steps())
         renderer = learner.policy.renderer
-        return Rows(spec, root=tmp_path, renderer=renderer, context=128, seed=0)
+        return DatasetRows(spec, root=tmp_path, renderer=renderer, context=128, seed=0)
 
     train(learner, source("train.jsonl"), StepBCE(), steps=90, groups=64)
     members = [m for g in source("unseen.jsonl").draw(128, step=0) for m in g.members]
@@ -84,7 +84,7 @@ def test_a_reward_model_ranks_pairs_it_never_saw(engine, tmp_path):
     def source(name):
         spec = Dataset(path=name, preference=True)
         renderer = learner.policy.renderer
-        return Rows(spec, root=tmp_path, renderer=renderer, context=128, seed=0)
+        return DatasetRows(spec, root=tmp_path, renderer=renderer, context=128, seed=0)
 
     unseen = source("test.jsonl")
     trajectories = [m.trajectory for g in unseen.draw(unseen.num_groups, step=0) for m in g.members]

@@ -13,9 +13,9 @@ from posttrain.engines.local.model import load_model
 from posttrain.numerics.batch import pack
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import check_learner, tiny_model
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
-OBJECTIVE = Objective((CrossEntropy(),))
+OBJECTIVE = StageObjective((CrossEntropy(),))
 
 
 def batches(seed):

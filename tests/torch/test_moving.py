@@ -27,9 +27,9 @@ from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.recipe import Budget, Stage
 from posttrain.testing import FakeTaskSet, check_signal, fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
-OBJECTIVE = Objective((CrossEntropy(),))
+OBJECTIVE = StageObjective((CrossEntropy(),))
 PAIRS = Dataset(path="pairs.jsonl")
 
 

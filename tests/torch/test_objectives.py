@@ -22,7 +22,7 @@ from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import FakeTaskSet, fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 from posttrain.training.reduce import reduce_units
 
 
@@ -54,7 +54,7 @@ def per_token(groups, column, rows):
 def test_cross_entropy_token_and_sequence_mean():
     batch = batch_of(two_answers(), frozenset())
     stats = {Stat.LOGPROB: torch.tensor([-1.0, -2.0, -5.0])}
-    objective = Objective((CrossEntropy(), CrossEntropy(aggregate="sequence_mean")))
+    objective = StageObjective((CrossEntropy(), CrossEntropy(aggregate="sequence_mean")))
     assert objective.counts([batch]) == (3, 2)
     loss = value(CrossEntropy(), stats, batch).loss
     tokens = reduce_units(CrossEntropy(), loss, batch, count=3)
@@ -104,7 +104,7 @@ def test_on_policy_the_clipped_gradient_is_reinforce(learner):
     groups = with_column(
         groups, Column.ADVANTAGE, lambda t: np.full(len(t), rng.normal(), np.float32)
     )
-    objective = Objective((ClippedPolicyGradient(),))
+    objective = StageObjective((ClippedPolicyGradient(),))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     _, grads = gradients(learner, batches, objective)
 
@@ -132,7 +132,7 @@ def test_ratio_is_one_on_fresh_rollouts_at_any_temperature(learner):
         groups = with_column(
             source.draw(3, step=0), Column.ADVANTAGE, lambda t: np.ones(len(t), np.float32)
         )
-        objective = Objective((ClippedPolicyGradient(),))
+        objective = StageObjective((ClippedPolicyGradient(),))
         report = learner.step(
             pack(groups, needs=objective.needs, max_tokens=999), objective, lr_scale=0.0
         )
@@ -145,7 +145,7 @@ def test_equal_rewards_give_exactly_no_gradient(learner):
     groups = with_column(groups, Column.REWARD, lambda t: np.array(0.1 + 0.2))
     for scale in ("std", "none"):
         scored = GroupAdvantage(scale=scale).score(groups, fake_tools())
-        objective = Objective((ClippedPolicyGradient(),))
+        objective = StageObjective((ClippedPolicyGradient(),))
         batches = pack(scored, needs=objective.needs, max_tokens=10_000)
         _, grads = gradients(learner, batches, objective)
         assert all(float(g.abs().max()) == 0 for g in grads.values())
@@ -166,7 +166,7 @@ def test_a_teacher_equal_to_the_student_gives_no_gradient(learner, engine, tiny_
     teacher = engine.policy(str(tiny_folder))
     tools = fake_tools(learner.policy, policies={"base": teacher})
     groups = spec.score(random_groups(), tools)
-    objective = Objective((TeacherReverseKL(),))
+    objective = StageObjective((TeacherReverseKL(),))
     loss, grads = gradients(
         learner, pack(groups, needs=objective.needs, max_tokens=10_000), objective
     )
@@ -217,7 +217,7 @@ def test_reference_kl_has_the_gradient_of_the_kl():
 
 def test_where_limits_a_term_by_author(learner):
     mixed = random_groups(num_groups=1, kind=Kind.EXTERNAL) + random_groups(num_groups=1)
-    external = Objective((CrossEntropy(where=(Kind.EXTERNAL,)),))
+    external = StageObjective((CrossEntropy(where=(Kind.EXTERNAL,)),))
     both = pack(mixed, needs=frozenset(), max_tokens=10_000)
     only = pack(mixed[:1], needs=frozenset(), max_tokens=10_000)
     loss, grads = gradients(learner, both, external)
@@ -234,11 +234,11 @@ def test_each_term_has_its_own_global_count(learner):
         CrossEntropy(where=(Kind.LEARNER,), weight=0.2),
     )
     batches = pack(mixed, needs=frozenset(), max_tokens=15)
-    loss, _ = gradients(learner, batches, Objective(terms))
+    loss, _ = gradients(learner, batches, StageObjective(terms))
     separate = 0.0
     for term, part in zip(terms, (mixed[:2], mixed[2:]), strict=True):
         alone = pack(part, needs=frozenset(), max_tokens=10_000)
-        separate += gradients(learner, alone, Objective((term,)))[0]
+        separate += gradients(learner, alone, StageObjective((term,)))[0]
     assert loss == pytest.approx(separate, abs=1e-6)
 
 
@@ -250,7 +250,7 @@ def test_a_greedy_answer_does_not_poison_its_micro_batch(learner):
     member = Scored(trajectory=greedy)
     both = [*live, *on_policy([Group(task="test/0", members=(member,))], learner.policy)]
     both = with_column(both, Column.ADVANTAGE, lambda t: np.ones(len(t), np.float32))
-    objective = Objective((ClippedPolicyGradient(),))
+    objective = StageObjective((ClippedPolicyGradient(),))
     whole = pack(both, needs=objective.needs, max_tokens=10_000)
     loss, grads = gradients(learner, whole, objective)
     assert math.isfinite(loss)

@@ -11,10 +11,10 @@ import torch
 
 from posttrain.core.events import StepDone
 from posttrain.core.learner import Optimizer
-from posttrain.core.protocols import PureStream
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.lab.settings import PRODUCTS
 from posttrain.parts.policy.presets import Grpo
+from posttrain.protocols import PureStream
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import Workshop
 from posttrain.run.folder import StageWriter

@@ -18,7 +18,7 @@ from posttrain.parts.policy.regularisers import ReferenceKL
 from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import tiny_model
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 from posttrain.training.stage import micro_batches
 
 
@@ -113,7 +113,7 @@ def test_a_group_that_fits_is_not_split_to_fill_a_batch():
     ],
 )
 def test_splitting_a_step_into_micro_batches_changes_nothing(learner, terms):
-    objective = Objective(terms)
+    objective = StageObjective(terms)
     rng = np.random.default_rng(1)
     groups = on_policy(random_groups(), learner.policy)
     groups = with_column(
@@ -134,7 +134,7 @@ def test_splitting_a_step_into_micro_batches_changes_nothing(learner, terms):
 
 
 def test_splitting_pairs_changes_nothing(learner):
-    objective = Objective((Dpo(beta=0.3),))
+    objective = StageObjective((Dpo(beta=0.3),))
     rng = np.random.default_rng(1)
     groups = random_groups(num_groups=5, size=2)
     groups = with_column(
@@ -153,7 +153,7 @@ def test_splitting_pairs_changes_nothing(learner):
 
 
 def test_chunked_head_gives_the_same_gradient(learner, monkeypatch):
-    objective = Objective((CrossEntropy(),))
+    objective = StageObjective((CrossEntropy(),))
     batches = pack(random_groups(), needs=frozenset(), max_tokens=10_000)
     loss, grads = gradients(learner, batches, objective)
     monkeypatch.setattr(

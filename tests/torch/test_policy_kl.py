@@ -150,8 +150,8 @@ def test_the_regularised_bandit_ends_at_its_known_optimum():
 
     def in_reward(logits, behaviour):
         groups = KLPenalty(beta=BETA).score(scored(behaviour), TOOLS)
-        scored_ = CREDIT.score(groups, TOOLS)
-        return expected_loss(PolicyGradient(), logits, scored_, behaviour)
+        credited = CREDIT.score(groups, TOOLS)
+        return expected_loss(PolicyGradient(), logits, credited, behaviour)
 
     def in_loss(estimator):
         def loss(logits, behaviour):

@@ -23,7 +23,7 @@ from posttrain.parts.policy.losses import (
     Vespo,
 )
 from posttrain.testing import check_term, fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 from posttrain.training.reduce import count_units, reduce_units
 
 LENGTHS = [3, 1, 2, 4]
@@ -234,7 +234,7 @@ def rewarded(groups, *, seed=0):
 def test_on_policy_every_loss_is_reinforce(learner, term):
     groups = rewarded(on_policy(random_groups(), learner.policy))
     groups = GroupAdvantage().score(groups, fake_tools())
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     _, grads = gradients(learner, batches, objective)
 
@@ -254,7 +254,7 @@ def test_equal_rewards_leave_every_weight_alone(learner, term):
     groups = on_policy(random_groups(), learner.policy)
     groups = with_column(groups, Column.REWARD, lambda t: np.array(0.1 + 0.2))
     groups = GroupAdvantage(baseline="leave_one_out").score(groups, fake_tools())
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     _, grads = gradients(learner, batches, objective)
     assert all(float(g.abs().max()) == 0 for g in grads.values())
@@ -278,7 +278,7 @@ def test_grpo_is_dr_grpo_times_a_constant_when_stds_and_lengths_are_equal(learne
         "none": ClippedPolicyGradient(aggregate="sequence_sum", weight=1 / longest),
     }.items():
         scored = GroupAdvantage(scale=scale).score(groups, fake_tools())
-        objective = Objective((term,))
+        objective = StageObjective((term,))
         batches = pack(scored, needs=objective.needs, max_tokens=10_000)
         _, found[scale] = gradients(learner, batches, objective)
     factor = 1 / (0.5 + 1e-6) * longest / 3
@@ -288,7 +288,7 @@ def test_grpo_is_dr_grpo_times_a_constant_when_stds_and_lengths_are_equal(learne
 
 @pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean", "sequence_sum"])
 def test_no_aggregate_depends_on_how_a_step_is_split(learner, aggregate):
-    objective = Objective((ClippedPolicyGradient(aggregate=aggregate),))
+    objective = StageObjective((ClippedPolicyGradient(aggregate=aggregate),))
     groups = rewarded(on_policy(random_groups(), learner.policy))
     groups = GroupAdvantage().score(groups, fake_tools())
     whole = pack(groups, needs=objective.needs, max_tokens=10_000)

@@ -10,7 +10,6 @@ from material import gradients, largest_gap, on_policy, random_groups, with_colu
 from test_policy_losses import ADVANTAGES, BEHAVIOUR, LENGTHS, RATIOS, by_sequence, material, spread
 
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import Sampling
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, Discard
@@ -24,8 +23,9 @@ from posttrain.parts.policy.ratio import Mismatch, mismatch_weight
 from posttrain.parts.registry import known
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.protocols import Request
 from posttrain.testing import FakeTaskSet, check_method, check_signal, check_term, fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 from posttrain.training.stage import group_metrics
 
 GAPS = [0.0, 0.5, -0.2, 1.2, -1.5, 0.3, 0.1, 0.0, -0.4, 0.2]  # log w
@@ -145,7 +145,7 @@ def test_on_one_device_there_is_nothing_to_correct(learner):
     assert health["mismatch/effective_share"] == pytest.approx(1, abs=1e-5)
     found = []
     for term in (PolicyGradient(), PolicyGradient(mismatch=Mismatch(level="sequence"))):
-        objective = Objective((term,))
+        objective = StageObjective((term,))
         batches = pack(groups, needs=objective.needs, max_tokens=999)
         found.append(gradients(learner, batches, objective)[1])
     assert largest_gap(*found) < 1e-4
@@ -186,7 +186,7 @@ def test_a_step_that_loses_everything_changes_nothing(learner):
     groups = with_column(groups, Column.ADVANTAGE, lambda t: np.zeros(len(t), np.float32))
     code = float(Discard.EQUAL_REWARDS.code)
     groups = with_column(groups, Column.DISCARD, lambda t: np.array(code))
-    objective = Objective((ClippedPolicyGradient(),))
+    objective = StageObjective((ClippedPolicyGradient(),))
     admission = admit(groups, objective.terms, version=0, max_age=0)
     assert admission.kept == ()
     metrics = group_metrics(admission)

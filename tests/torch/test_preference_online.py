@@ -22,7 +22,7 @@ from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import FakeTaskSet, check_signal, fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 
 def rewarded(*rows, seed=0):
@@ -79,7 +79,7 @@ def test_what_makes_no_pair_is_counted_and_costs_nothing(learner):
 
 def test_online_pairs_teach_what_the_same_pairs_in_a_file_teach(learner):
     """Provenance decides the regime, not the loss: same pairs, same gradient."""
-    objective = Objective((Simpo(),))
+    objective = StageObjective((Simpo(),))
     (ranked,) = RankPairs().score(rewarded([0, 1, 0.5]), fake_tools())
     kept = admit([ranked], objective.terms, version=0, max_age=0).kept
     live = pack(kept, needs=objective.needs, max_tokens=9999)
@@ -99,7 +99,7 @@ def test_online_pairs_teach_what_the_same_pairs_in_a_file_teach(learner):
 
 
 def test_a_draw_without_a_pair_changes_no_weight_gradient(learner):
-    objective = Objective((Simpo(),))
+    objective = StageObjective((Simpo(),))
     equal = with_column(
         rewarded([1, 1]), Column.PREFERENCE, lambda t: np.array(0.0)
     )  # as if nothing had been discarded
@@ -123,7 +123,7 @@ def test_a_step_of_online_dpo_raises_the_best_and_lowers_the_worst(engine, tiny_
     draw = with_column(draw, Column.REWARD, lambda t: np.array(float(t.tokens[t.prompt_length])))
     draw = RankPairs().score(draw, fake_tools())
     draw = ReferenceLogprobs().score(draw, tools)
-    objective = Objective(spec.terms)
+    objective = StageObjective(spec.terms)
     kept = admit(draw, spec.terms, version=0, max_age=0).kept
     assert len(kept) >= 6
     batches = pack(kept, needs=objective.needs, max_tokens=999)

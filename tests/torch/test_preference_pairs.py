@@ -31,7 +31,7 @@ from posttrain.parts.preference.pairs import (
 from posttrain.parts.preference.reference_free import ContrastiveLogistic, OddsRatio, Simpo
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.parts.tensors import capped_exp
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 NEEDS = frozenset({Column.REFERENCE_LOGPROB, Column.PREFERENCE})
 
@@ -442,7 +442,7 @@ CHOSEN = CrossEntropy(limit=Limit(preference="chosen"))
     ids=lambda terms: terms[-1].__struct_config__.tag,
 )
 def test_splitting_a_step_into_micro_batches_changes_nothing(learner, terms):
-    objective, groups = Objective(terms), pairs()
+    objective, groups = StageObjective(terms), pairs()
     whole = pack(groups, needs=objective.needs, max_tokens=9999)
     split = pack(groups, needs=objective.needs, max_tokens=20)
     assert len(whole) == 1 < len(split)
@@ -456,11 +456,11 @@ def test_splitting_a_step_into_micro_batches_changes_nothing(learner, terms):
 def test_cross_entropy_on_the_chosen_is_sft_on_the_chosen(learner, aggregate):
     groups = pairs()
     limited = CrossEntropy(aggregate=aggregate, limit=Limit(preference="chosen"))
-    both = Objective((limited,))
+    both = StageObjective((limited,))
     assert Column.PREFERENCE in both.needs
     value, grads = gradients(learner, pack(groups, needs=both.needs, max_tokens=25), both)
     alone = [Group(task=g.task, members=(g.members[0],)) for g in groups]
-    plain = Objective((CrossEntropy(aggregate=aggregate),))
+    plain = StageObjective((CrossEntropy(aggregate=aggregate),))
     value_alone, grads_alone = gradients(
         learner, pack(alone, needs=frozenset(), max_tokens=9999), plain
     )
@@ -494,7 +494,7 @@ def test_a_pair_counts_only_when_both_sides_are_of_the_wanted_author(learner):
         Group(task="t", members=(a.members[0], b.members[1]))
         for a, b in zip(pairs(3), pairs(3, seed=1), strict=True)
     ]
-    objective = Objective((Dpo(where=(Kind.EXTERNAL,)),))
+    objective = StageObjective((Dpo(where=(Kind.EXTERNAL,)),))
     batches = pack(mixed, needs=objective.needs, max_tokens=9999)
     assert objective.counts(batches) == (0,)
 

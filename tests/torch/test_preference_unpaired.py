@@ -21,7 +21,7 @@ from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.preference.ranking import LogRatioCentre, MismatchedKL, mismatched
 from posttrain.parts.preference.unpaired import Bco, Kto
-from posttrain.parts.sources.dataset import Dataset, Rows
+from posttrain.parts.sources.dataset import Dataset, DatasetRows
 from posttrain.testing import (
     FakePolicy,
     check_signal,
@@ -30,7 +30,7 @@ from posttrain.testing import (
     tiny_model,
     tiny_tokenizer,
 )
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 TINY = ChatRenderer(tiny_tokenizer())
 
@@ -123,7 +123,7 @@ def labelled(num_groups=6, seed=0):
 
 @pytest.mark.parametrize("term", [Kto(), Bco(beta=0.3)])
 def test_splitting_a_step_into_micro_batches_changes_nothing(learner, term):
-    objective, groups = Objective((term,)), labelled()
+    objective, groups = StageObjective((term,)), labelled()
     whole = pack(groups, needs=objective.needs, max_tokens=9999)
     split = pack(groups, needs=objective.needs, max_tokens=12)
     assert len(whole) == 1 < len(split)
@@ -152,7 +152,7 @@ def test_where_keeps_answers_of_one_author(learner):
         )
         for g in own
     ]
-    objective = Objective((Kto(where=(Kind.EXTERNAL,)),))
+    objective = StageObjective((Kto(where=(Kind.EXTERNAL,)),))
     mixed = pack([*labelled(3), *own], needs=objective.needs, max_tokens=9999)
     alone = pack(labelled(3), needs=objective.needs, max_tokens=9999)
     assert objective.counts(mixed) == (3,)
@@ -276,7 +276,7 @@ def test_the_zero_point_is_scored_with_the_weights_of_the_moment(learner, engine
 def source(tmp_path, rows, **options):
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     spec = Dataset(**{"path": "d.jsonl", **options})
-    return Rows(spec, root=tmp_path, renderer=TINY, context=99, seed=0)
+    return DatasetRows(spec, root=tmp_path, renderer=TINY, context=99, seed=0)
 
 
 def refused(tmp_path, rows, **options):

@@ -12,9 +12,9 @@ from posttrain.engines.local.recompute import Recomputation
 from posttrain.numerics.batch import pack
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import tiny_model
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
-OBJECTIVE = Objective((CrossEntropy(),))
+OBJECTIVE = StageObjective((CrossEntropy(),))
 
 
 def learners(folder, lora=None):

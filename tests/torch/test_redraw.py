@@ -8,7 +8,6 @@ from material import random_groups, with_column
 from staging import check_resume, make_world
 
 from posttrain.core.errors import ConfigError, LegalityError
-from posttrain.core.protocols import PureStream
 from posttrain.core.trajectory import Column, Discard
 from posttrain.parts.base import bound
 from posttrain.parts.composition import Composition
@@ -22,6 +21,7 @@ from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.members import Guided
 from posttrain.parts.sources.redraw import Redraw, RedrawStream
 from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.protocols import PureStream
 from posttrain.run.store import read_uses
 from posttrain.testing import fake_tools
 from posttrain.training.stage import group_metrics

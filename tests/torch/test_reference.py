@@ -8,7 +8,6 @@ import torch
 from material import random_groups
 
 from posttrain.core.learner import Lora, Optimizer
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import Kind, Producer, Sampling
 from posttrain.core.trajectory import Column
 from posttrain.numerics.batch import pack
@@ -17,11 +16,12 @@ from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.memory import Memory
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.protocols import Request
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import Workshop
 from posttrain.run.plan import make_plan
 from posttrain.testing import fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 
 class Counting:
@@ -122,7 +122,7 @@ def test_adapters_off_are_the_policy_it_started_from(engine, tiny_folder):
     learner, frozen = learner_with_adapters(engine, tiny_folder), engine.policy(str(tiny_folder))
     groups = random_groups(num_groups=3, size=4)
     trajectories = [m.trajectory for g in groups for m in g.members]
-    objective = Objective((CrossEntropy(),))
+    objective = StageObjective((CrossEntropy(),))
     for _ in range(3):
         learner.step(pack(groups, needs=frozenset(), max_tokens=999), objective, lr_scale=1.0)
     moved = learner.policy.logprobs(trajectories)
@@ -152,7 +152,7 @@ def test_asking_the_start_changes_nothing_for_the_learner(engine, tiny_folder):
     for _ in range(3):
         asked.start.logprobs([m.trajectory for g in groups for m in g.members])
         for learner in (asked, plain):
-            learner.step(batches, Objective((CrossEntropy(),)), lr_scale=1.0)
+            learner.step(batches, StageObjective((CrossEntropy(),)), lr_scale=1.0)
     weights = dict(plain.policy.model.causal.named_parameters())
     for name, weight in asked.policy.model.causal.named_parameters():
         assert torch.equal(weight, weights[name])
@@ -176,7 +176,7 @@ def test_a_stage_with_adapters_takes_its_reference_from_the_learner(engine, worl
     learner = learner_with_adapters(engine, world / "model")
     shop = Workshop(root=world, seed=0, tasksets={}, policy=asked.append)
     parts = shop.parts(planned, learner)
-    groups, objective = parts.source.draw(1, step=0), Objective((CrossEntropy(),))
+    groups, objective = parts.source.draw(1, step=0), StageObjective((CrossEntropy(),))
     learner.step(pack(groups, needs=frozenset(), max_tokens=999), objective, lr_scale=1.0)
     (signal,) = parts.signals
     trajectories = [m.trajectory for g in groups for m in g.members]

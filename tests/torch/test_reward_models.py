@@ -1,6 +1,8 @@
 """Losses that train judges, and judges that went through disk."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,20 +11,25 @@ from material import random_groups, trajectory, with_column
 
 from posttrain.core.errors import DataError, LegalityError, ModelError
 from posttrain.core.learner import Optimizer
-from posttrain.core.protocols import ScalarStart
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
 from posttrain.numerics.batch import pack
+from posttrain.parts.composition import Composition
+from posttrain.parts.credit.advantages import GroupAdvantage
+from posttrain.parts.policy.losses import PolicyGradient
+from posttrain.parts.registry import tag_of
 from posttrain.parts.rewards.judges import RewardModel
 from posttrain.parts.rewards.process import ProcessReward
 from posttrain.parts.rewards.reward_models import BradleyTerry, OutcomeBCE, StepBCE, last_scores
 from posttrain.parts.rewards.steps import Steps
-from posttrain.parts.sources.dataset import Dataset, Rows
+from posttrain.parts.sources.dataset import Dataset, DatasetRows
+from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.protocols import ScalarStart
 from posttrain.run.build import Workshop, check_same_tokens
-from posttrain.testing import as_group, tiny_model
+from posttrain.testing import FakeTaskSet, as_group, fake_tools, tiny_model
 from posttrain.testing.contracts import check_term
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 
 def paired(seed=0, margins=False):
@@ -51,7 +58,7 @@ def labelled_steps(seed=0):
 
 
 def packed(groups, term, max_tokens=10_000):
-    return pack(groups, needs=Objective((term,)).needs, max_tokens=max_tokens, whole=True)
+    return pack(groups, needs=StageObjective((term,)).needs, max_tokens=max_tokens, whole=True)
 
 
 def scores_of(batch, seed=0):
@@ -89,7 +96,7 @@ def test_bradley_terry_by_hand(margin, centring):
     m = np.array([0.0, 1 / 3, 2 / 3, 1.0]) if margin == "column" else margin
     won, lost = ends[pairs[:, 0]], ends[pairs[:, 1]]
     expected = logistic(won - lost - m) + centring * (won + lost) ** 2
-    values = bradley_terry(term, {Stat.SCORE: scores}, batch)
+    values = term.values({Stat.SCORE: scores}, batch)
     np.testing.assert_allclose(values.loss.detach().numpy(), expected, rtol=1e-6)
     np.testing.assert_array_equal(values.shown["accuracy"].numpy(), won > lost)
 
@@ -110,12 +117,12 @@ def test_bradley_terry_by_hand(margin, centring):
 def test_without_margin_it_is_the_logistic_loss_and_centring_pulls_to_zero():
     (batch,) = packed(paired(), BradleyTerry())
     score = {Stat.SCORE: torch.zeros(len(batch.target_N))}
-    plain = bradley_terry(BradleyTerry(centring=0.0), score, batch)
+    plain = BradleyTerry(centring=0.0).values(score, batch)
     assert plain.loss.numpy() == pytest.approx(np.log(2))
     high = {Stat.SCORE: torch.full((len(batch.target_N),), 3.0)}
-    same = bradley_terry(BradleyTerry(centring=0.0), high, batch)
+    same = BradleyTerry(centring=0.0).values(high, batch)
     assert same.loss.numpy() == pytest.approx(np.log(2)), "equal scores: only centring sees a shift"
-    centred = bradley_terry(BradleyTerry(centring=0.01), high, batch)
+    centred = BradleyTerry(centring=0.01).values(high, batch)
     assert centred.loss.numpy() == pytest.approx(np.log(2) + 0.01 * 36)
 
 
@@ -136,7 +143,7 @@ def test_outcome_loss_by_hand(at, target):
     truth = batch.columns[column].double().numpy()
     truth = ((truth + 1) / 2 if target == "label" else truth)[sequence]
     read = at_ends(scores, batch)[sequence] if at == "last" else scores.detach().numpy()
-    values = outcome_bce(term, {Stat.SCORE: scores}, batch)
+    values = term.values({Stat.SCORE: scores}, batch)
     np.testing.assert_allclose(values.loss.detach().numpy(), bce(read, truth), rtol=1e-6)
     values.loss.sum().backward()
     slope = 1 / (1 + np.exp(-read)) - truth  # closed form: σ(s) − y
@@ -151,7 +158,7 @@ def test_step_loss_reads_step_ends_only():
     (batch,) = packed(labelled_steps(), term)
     head = torch.zeros(len(batch.target_N), 2)
     scores = scores_of(batch)
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     counts = objective.counts([batch])
     label = batch.columns[Column.STEP_LABEL].double().numpy()
     ends = label >= 0
@@ -172,7 +179,7 @@ def test_labels_between_are_met_between():
     """Soft labels: the loss is least where σ(s) is the label."""
     grid = torch.linspace(-4, 4, 801, dtype=torch.float64)
     batch = type("B", (), {"columns": {Column.STEP_LABEL: torch.full_like(grid, 0.25)}})()
-    best = grid[step_bce(StepBCE(), {Stat.SCORE: grid}, batch).loss.argmin()]
+    best = grid[StepBCE().values({Stat.SCORE: grid}, batch).loss.argmin()]
     assert float(torch.sigmoid(best)) == pytest.approx(0.25, abs=2e-3)
 
 
@@ -207,7 +214,7 @@ def make(engine, folder, lr=3e-3):
     [(BradleyTerry(), paired), (StepBCE(), labelled_steps)],
 )
 def test_splitting_a_step_changes_nothing(engine, tiny_folder, term, groups):
-    objective, moved = Objective((term,)), []
+    objective, moved = StageObjective((term,)), []
     for max_tokens in (10_000, 12):
         learner = make(engine, tiny_folder)
         for _ in range(2):  # the head starts at zero: the trunk moves from the second step on
@@ -236,15 +243,15 @@ def test_a_trained_judge_goes_through_disk_and_ranks(engine, tiny_folder, tmp_pa
         return out
 
     term = BradleyTerry()
-    learner, objective = make(engine, tiny_folder), Objective((term,))
+    learner, objective = make(engine, tiny_folder), StageObjective((term,))
     for _ in range(25):
         report = learner.step(packed(pairs(16), term), objective, lr_scale=1.0)
     assert report.metrics["bradley_terry/accuracy"] > 0.9
     learner.export(tmp_path)
     judge = engine.policy(str(tmp_path))
     unseen = pairs(32)
-    signal = RewardModelScores(RewardModel(model="m"), judge)
-    ranked = [[float(m.columns[Column.REWARD]) for m in g.members] for g in signal.score(unseen)]
+    scored = RewardModel(model="m").score(unseen, fake_tools(policies={"m": judge}))
+    ranked = [[float(m.columns[Column.REWARD]) for m in g.members] for g in scored]
     assert np.mean([a > b for a, b in ranked]) > 0.9
     live = learner.policy.scores([m.trajectory for g in unseen for m in g.members])
     frozen = judge.scores([m.trajectory for g in unseen for m in g.members])
@@ -252,28 +259,41 @@ def test_a_trained_judge_goes_through_disk_and_ranks(engine, tiny_folder, tmp_pa
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_a_stock_judge_with_another_tokenizer_is_refused(engine, tiny_folder, tmp_path):
-    other = tiny_model(tmp_path / "o")
-    text = (other / "tokenizer.json").read_text()
-    (other / "tokenizer.json").write_text(text.replace('"z": ', '"Z": '))
-    live = engine.policy(str(tiny_folder))
-    with pytest.raises(ModelError, match="different vocabularies"):
-        check_same_tokens(engine.policy(str(other)), live)
-    workshop = Workshop(
-        root=tmp_path, seed=0, tasksets={}, policy=lambda ref: engine.policy(str(other))
+def build(signal, learner, judge):
+    """A stage around a learner, whose signal asks ``judge``."""
+    composition = Composition(
+        source=Rollouts(tasks=("letters",)),
+        signals=(signal, GroupAdvantage()),
+        terms=(PolicyGradient(),),
     )
-    planned = type("P", (), {"init": "base"})()
-    for spec in (RewardModel(model="m"), ProcessReward(model="m")):
+    planned = SimpleNamespace(composition=composition, init="base", spec=SimpleNamespace(name="s"))
+    tasksets = {"letters": FakeTaskSet()}
+    workshop = Workshop(root=Path(), seed=0, tasksets=tasksets, policy=lambda _: judge)
+    return workshop.parts(planned, learner)
+
+
+JUDGES = [RewardModel(model="m"), ProcessReward(model="m")]
+
+
+def test_a_stock_judge_with_another_tokenizer_is_refused(engine, learner, tmp_path):
+    folder = tiny_model(tmp_path / "o")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"z": ', '"Z": '))
+    other = engine.policy(str(folder))
+    with pytest.raises(ModelError, match="different vocabularies"):
+        check_same_tokens(other, learner.policy)
+    for signal in JUDGES:
         with pytest.raises(ModelError, match="different vocabularies"):
-            workshop._signal(spec, planned, live)
+            build(signal, learner, other)
 
 
-def test_a_judge_without_a_head_is_refused_when_the_stage_is_built(engine, tiny_folder, tmp_path):
-    live = engine.policy(str(tiny_folder))
-    workshop = Workshop(root=tmp_path, seed=0, tasksets={}, policy=lambda ref: live)
-    planned = type("P", (), {"init": "base"})()
+@pytest.mark.parametrize("signal", JUDGES, ids=tag_of)
+def test_a_judge_without_a_head_is_refused_when_the_stage_is_built(
+    engine, tiny_folder, learner, signal
+):
     with pytest.raises(LegalityError, match="no scalar head"):
-        workshop._signal(RewardModel(model="m"), planned, live)
+        build(signal, learner, engine.policy(str(tiny_folder)))
+    build(signal, learner, make(engine, tiny_folder).policy)
 
 
 # --- labelled steps from a file --------------------------------------------------------------
@@ -282,7 +302,7 @@ def test_a_judge_without_a_head_is_refused_when_the_stage_is_built(engine, tiny_
 def source(folder, rows, renderer, **options):
     (folder / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     spec = Dataset(path="s.jsonl", steps=Steps(), **options)
-    return Rows(spec, root=folder, renderer=renderer, context=128, seed=0)
+    return DatasetRows(spec, root=folder, renderer=renderer, context=128, seed=0)
 
 
 def test_steps_from_a_file_are_where_the_signal_finds_them(engine, tiny_folder, tmp_path):
@@ -301,8 +321,8 @@ def test_steps_from_a_file_are_where_the_signal_finds_them(engine, tiny_folder, 
     ends = np.flatnonzero(column >= 0)
     assert column[ends].tolist() == [1.0, 0.5, 0.0]
     learner = make(engine, tiny_folder)
-    signal = ProcessScores(ProcessReward(model="m"), learner.policy, policy.renderer)
-    (scored,) = signal.score([group])
+    tools = fake_tools(policy, policies={"m": learner.policy})
+    (scored,) = ProcessReward(model="m").score([group], tools)
     rewards = scored.members[0].columns[Column.STEP_REWARD]
     assert np.flatnonzero(np.isfinite(rewards)).tolist() == ends.tolist()
     assert rewards[ends].tolist() == [0.5] * 3, "a head at zero knows nothing"
@@ -323,8 +343,8 @@ def test_margins_from_a_file(engine, tiny_folder, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
     spec = Dataset(path="p.jsonl", preference=True, margin="by")
     options = {"root": tmp_path, "renderer": renderer, "context": 128, "seed": 0}
-    (group,) = Rows(spec, **options).draw(1, step=0)
+    (group,) = DatasetRows(spec, **options).draw(1, step=0)
     assert [float(m.columns[Column.MARGIN]) for m in group.members] == [0.5, 0.5]
     (tmp_path / "p.jsonl").write_text(json.dumps({**row, "by": -1}) + "\n")
     with pytest.raises(DataError, match="margin by=-1"):
-        Rows(spec, **options)
+        DatasetRows(spec, **options)

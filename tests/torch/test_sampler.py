@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.core.errors import TaskError
 from posttrain.core.learner import Lora, Optimizer
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import Sampling
 from posttrain.core.task import Task
 from posttrain.core.trajectory import End
@@ -20,6 +19,7 @@ from posttrain.engines.local.decoding import DecodePlan
 from posttrain.engines.local.sampler import generate
 from posttrain.engines.local.sampling import sample
 from posttrain.numerics.batch import Segment
+from posttrain.protocols import Request
 from posttrain.testing import check_policy, tiny_model
 from posttrain.testing.seams import _completed
 
@@ -406,19 +406,19 @@ def test_a_recording_is_the_stock_forward_and_follows_the_weights(learner):
 
 
 def test_adapters_are_not_recorded(engine, tiny_folder):
-
     lora = Lora(rank=2)
     adapted = engine.learner(str(tiny_folder), name="test", optimizer=Optimizer(lr=1e-3), lora=lora)
     check_policy(adapted.policy, [Task(taskset="t", prompt=p) for p in PROMPTS])
     assert "no module of the model library" in adapted.policy.model.recording.refusal
 
 
-def test_a_branch_on_values_is_not_recorded(engine, tiny_folder):
+def test_a_branch_on_values_is_not_recorded(engine, tmp_path):
     """Dynamic rotary embeddings look at the largest position."""
+    folder = tiny_model(tmp_path / "m")
     rebuilt(
-        tiny_folder,
+        folder,
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}},
     )
-    policy = engine.policy(str(tiny_folder))
+    policy = engine.policy(str(folder))
     policy.generate(requests_for(policy, count=2))
     assert "a branch depends on values" in policy.model.recording.refusal

@@ -36,7 +36,7 @@ from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.parts.supervised.rejection import Star
 from posttrain.testing import check_signal, check_term, fake_tools
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 PAIRS = Dataset(path="pairs.jsonl")
 
@@ -145,7 +145,7 @@ def pairs(learner, *, groups=5, seed=2):
 def test_micro_batches_change_nothing_about_ranks(learner, of):
     term = (Aot(beta=0.5),) if of == "margins" else (AotUnpaired(beta=0.5),)
     groups = check_signal(MatchQuantiles(of=of), pairs(learner), fake_tools(learner.policy))
-    objective, needs = Objective(term), column_readers(term)
+    objective, needs = StageObjective(term), column_readers(term)
     value, grads = gradients(learner, pack(groups, needs=needs, max_tokens=9999), objective)
     split = pack(groups, needs=needs, max_tokens=12)
     assert len(split) > 2
@@ -161,8 +161,8 @@ def test_on_one_pair_it_is_dpo(learner, of):
     term = Aot(beta=0.3) if of == "margins" else AotUnpaired(beta=0.3)
     both = (term, Dpo(beta=0.3))
     batches = pack([group], needs=column_readers(both), max_tokens=999)
-    value, grads = gradients(learner, batches, Objective((term,)))
-    plain, expected = gradients(learner, batches, Objective((both[1],)))
+    value, grads = gradients(learner, batches, StageObjective((term,)))
+    plain, expected = gradients(learner, batches, StageObjective((both[1],)))
     assert value == pytest.approx(plain, rel=1e-5)
     assert largest_gap(expected, grads) < 1e-4
 
@@ -271,11 +271,11 @@ def test_the_bonus_lowers_what_the_reference_says(learner):
     term = ExplorationBonus(weight=0.5)
     check_term(term)
     batches = pack([*mine, *theirs], needs=frozenset(), max_tokens=999)
-    value, grads = gradients(learner, batches, Objective((term,)))
+    value, grads = gradients(learner, batches, StageObjective((term,)))
     logp = learner.policy.logprobs([m.trajectory for g in theirs for m in g.members])
     assert value == pytest.approx(0.5 * np.mean([np.nansum(v) for v in logp]), rel=1e-5)
     nll = CrossEntropy(weight=0.5, aggregate="sequence_sum", where=(Kind.TEACHER,))
-    _, imitating = gradients(learner, batches, Objective((nll,)))
+    _, imitating = gradients(learner, batches, StageObjective((nll,)))
     assert all(torch.allclose(grads[n], -g, atol=1e-6) for n, g in imitating.items())
 
 

@@ -1,7 +1,6 @@
 """What every term can be limited by, and how its weight may move over a stage."""
 
 import math
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,12 +18,13 @@ from posttrain.parts.legality import check_composition, column_readers
 from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.preference.unpaired import Kto
+from posttrain.parts.registry import known
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy, Dft
-from posttrain.training.limits import kept_units, top_entropy
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
+from posttrain.training.units import selected_units, top_entropy
 
 
 def rewarded(groups, seed=0):
@@ -74,7 +74,7 @@ def test_equal_entropies_keep_the_earlier_token():
 
 
 def test_the_entropy_limit_averages_over_its_tokens_only(learner):
-    objective = Objective((CrossEntropy(limit=Limit(entropy_share=0.4)),))
+    objective = StageObjective((CrossEntropy(limit=Limit(entropy_share=0.4)),))
     (batch,) = packed(random_groups(), objective)
     written, entropy = by_hand(learner, batch)
     chosen = []
@@ -96,8 +96,8 @@ def test_the_entropy_limit_averages_over_its_tokens_only(learner):
 def test_the_entropy_limit_counts_only_tokens_of_the_authors_read():
     mixed = random_groups(num_groups=1, kind=Kind.EXTERNAL) + random_groups(num_groups=1)
     term = CrossEntropy(where=(Kind.EXTERNAL,), limit=Limit(entropy_share=0.5))
-    (batch,) = packed(mixed, Objective((term,)))
-    keep = kept_units(term, batch, entropy_N=torch.rand(len(batch.target_N)))
+    (batch,) = packed(mixed, StageObjective((term,)))
+    keep = selected_units(term, batch, entropy_N=torch.rand(len(batch.target_N)))
     external = batch.where((Kind.EXTERNAL,))
     assert not (keep & ~external).any()
     for s in batch.sequence_N[external].unique():
@@ -115,8 +115,8 @@ def test_a_reward_limit_keeps_exactly_its_sequences(learner):
     bad = [Group(task="test/0", members=(m,)) for m in members if m.scalar(Column.REWARD) <= 0]
     assert any(m.scalar(Column.REWARD) == 0 for m in members)
     for rewards, alone in (("positive", good), ("negative", bad)):
-        limited = Objective((CrossEntropy(limit=Limit(rewards=rewards)),))
-        plain = Objective((CrossEntropy(),))
+        limited = StageObjective((CrossEntropy(limit=Limit(rewards=rewards)),))
+        plain = StageObjective((CrossEntropy(),))
         loss, grads = gradients(learner, packed(groups, limited), limited)
         loss_alone, grads_alone = gradients(learner, packed(alone, plain), plain)
         assert loss == pytest.approx(loss_alone, rel=1e-6)
@@ -125,7 +125,7 @@ def test_a_reward_limit_keeps_exactly_its_sequences(learner):
 
 def test_a_limit_that_keeps_nothing_gives_no_gradient(learner):
     groups = with_column(random_groups(), Column.REWARD, lambda t: np.asarray(0.0))
-    objective = Objective((CrossEntropy(limit=Limit(rewards="positive")),))
+    objective = StageObjective((CrossEntropy(limit=Limit(rewards="positive")),))
     loss, grads = gradients(learner, packed(groups, objective), objective)
     assert loss == 0
     assert all(float(g.abs().max()) == 0 for g in grads.values())
@@ -146,7 +146,7 @@ def test_micro_batches_change_nothing_under_a_limit(learner, limit, aggregate):
         Dft(limit=limit, aggregate=aggregate),
         CrossEntropy(weight=0.3, limit=Limit(entropy_share=0.5)),
     )
-    objective = Objective(terms)
+    objective = StageObjective(terms)
     groups = rewarded(random_groups())
     whole, parts = packed(groups, objective), packed(groups, objective, 12)
     assert len(parts) > 3
@@ -169,7 +169,7 @@ def test_micro_batches_change_nothing_under_a_limit(learner, limit, aggregate):
 )
 def test_a_schedule_is_exact_at_every_update(shape, expected):
     term = CrossEntropy(weight=0.8, weight_schedule=WeightSchedule(end=0.0, shape=shape))
-    objective = Objective((term, CrossEntropy(weight=0.5)))
+    objective = StageObjective((term, CrossEntropy(weight=0.5)))
     got = [objective.at(step=s, steps=5).weights for s in range(5)]
     assert [w[0] for w in got] == pytest.approx(expected, abs=1e-12)
     assert got[0][0] == 0.8
@@ -181,7 +181,7 @@ def test_a_schedule_is_exact_at_every_update(shape, expected):
 
 def test_the_weight_scales_the_gradient_and_not_the_shown_loss(learner):
     term = CrossEntropy(weight=2.0, weight_schedule=WeightSchedule(end=0.0))
-    objective, plain = Objective((term,)), Objective((CrossEntropy(),))
+    objective, plain = StageObjective((term,)), StageObjective((CrossEntropy(),))
     batches = packed(random_groups(), plain)
     loss, grads = gradients(learner, batches, plain)
     for step, weight in ((0, 2.0), (2, 1.0), (3, 0.5), (4, 0.0)):
@@ -249,7 +249,9 @@ def test_yaml_reads_the_options_and_names_mistakes():
 
 
 def test_every_term_has_the_options():
-    assert [t.__name__ for t in get_args(Term) if not issubclass(t, Term)] == []
+    for term in known("term").values():
+        assert issubclass(term, Term)
+        assert {"weight", "where", "limit", "weight_schedule"} <= set(term.__struct_fields__)
 
 
 def test_sequences_without_a_readable_token_are_no_trouble():
@@ -259,7 +261,7 @@ def test_sequences_without_a_readable_token_are_no_trouble():
     )
     (batch,) = pack([Group(task="test/0", members=members)], needs=frozenset(), max_tokens=99)
     term = CrossEntropy(where=(Kind.LEARNER,), limit=Limit(entropy_share=0.5))
-    assert kept_units(term, batch).tolist() == [False, False, True]
+    assert selected_units(term, batch).tolist() == [False, False, True]
 
 
 def test_a_term_over_sequences_is_limited_by_reward():
@@ -267,7 +269,7 @@ def test_a_term_over_sequences_is_limited_by_reward():
     term = Kto(limit=Limit(rewards="positive"))
     (batch,) = pack(groups, needs=term.limit.needs, max_tokens=10_000)
     rewards = [m.scalar(Column.REWARD) for g in groups for m in g.members]
-    assert kept_units(term, batch).tolist() == [r > 0 for r in rewards]
+    assert selected_units(term, batch).tolist() == [r > 0 for r in rewards]
 
 
 def test_a_micro_batch_of_other_authors_needs_no_rewards():
@@ -284,4 +286,4 @@ def test_a_micro_batch_of_other_authors_needs_no_rewards():
         for m in g.members
         if m.scalar(Column.REWARD) > 0
     ]
-    assert Objective(terms).counts(batches)[0] == sum(lengths)
+    assert StageObjective(terms).counts(batches)[0] == sum(lengths)

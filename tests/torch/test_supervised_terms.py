@@ -24,7 +24,8 @@ from posttrain.parts.supervised.likelihood import (
     WeightedCrossEntropy,
 )
 from posttrain.parts.supervised.presets import Asft
-from posttrain.training.objective import Objective
+from posttrain.testing import fake_tools
+from posttrain.training.objective import StageObjective
 
 P = np.array([0.5, 0.05, 0.9])  # π(y) of two answers, of 2 and 1 tokens
 
@@ -53,7 +54,7 @@ def evaluate(term, groups=None, p=P):
     """(loss per token, gradient by log π(y)) in float64, and what is shown."""
     (batch,) = pack(groups or two_answers(), needs=term.needs, max_tokens=999)
     logp = torch.tensor(np.log(p), requires_grad=True)
-    out = TERMS[type(term)].values(term, {Stat.LOGPROB: logp}, batch)
+    out = term.values({Stat.LOGPROB: logp}, batch)
     out.loss.sum().backward()
     return out.loss.detach().numpy(), logp.grad.numpy(), out.shown
 
@@ -63,7 +64,7 @@ def external(seed=0):
 
 
 def objective_gradients(learner, term, groups):
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     return gradients(learner, pack(groups, needs=objective.needs, max_tokens=10_000), objective)
 
 
@@ -80,7 +81,7 @@ def test_cross_entropy_by_hand():
 
     def value(z):
         logp = z.log_softmax(-1)[[1, 1, 1]]
-        return TERMS[CrossEntropy].values(CrossEntropy(), {Stat.LOGPROB: logp}, batch).loss[0]
+        return CrossEntropy().values({Stat.LOGPROB: logp}, batch).loss[0]
 
     at = torch.tensor(logits, requires_grad=True)
     value(at).backward()
@@ -179,7 +180,7 @@ def test_asft_without_an_anchor_is_dft():
 def test_asft_is_dft_where_it_starts_and_adds_the_forward_kl_elsewhere(learner):
     """KL(anchor ‖ π) has no gradient at π = anchor; its gradient elsewhere is π − anchor."""
     composition = Asft(data=Dataset(path="rows.jsonl"), kl_weight=0.7).compose()
-    objective = Objective(composition.terms)
+    objective = StageObjective(composition.terms)
     trajectories = [m.trajectory for g in external() for m in g.members]
 
     def anchored(values):
@@ -237,18 +238,18 @@ def test_proximal_cross_entropy_by_hand():
 
 def test_psft_starts_as_cross_entropy_and_leaves_it_after_an_update(learner):
     """At the snapshot r = 1 and the gradient is that of NLL; the draw's next update is not."""
-    groups = offline_signal(OwnLogprobs(), live=learner.policy).score(external())
+    groups = OwnLogprobs().score(external(), fake_tools(learner.policy))
     proximal = Psft(clip_high=0.2)
     loss, grads = objective_gradients(learner, proximal, groups)
     _, plain = objective_gradients(learner, CrossEntropy(), groups)
     assert loss == pytest.approx(-1, abs=1e-5)
     assert largest_gap(grads, plain) < 1e-4
-    objective = Objective((proximal,))
+    objective = StageObjective((proximal,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     reports = [learner.step(batches, objective, lr_scale=5.0) for _ in range(6)]
-    assert reports[0].metrics["proximal_cross_entropy/ratio"] == pytest.approx(1, abs=1e-5)
-    assert reports[0].metrics["proximal_cross_entropy/clipped"] == 0
-    assert reports[-1].metrics["proximal_cross_entropy/clipped"] > 0.2
+    assert reports[0].metrics["psft/ratio"] == pytest.approx(1, abs=1e-5)
+    assert reports[0].metrics["psft/clipped"] == 0
+    assert reports[-1].metrics["psft/clipped"] > 0.2
     assert -1.2 <= reports[-1].loss < -1.05
 
 
@@ -268,10 +269,10 @@ def test_psft_starts_as_cross_entropy_and_leaves_it_after_an_update(learner):
 )
 def test_micro_batches_change_nothing(learner, term):
     rng = np.random.default_rng(5)
-    groups = offline_signal(OwnLogprobs(), live=learner.policy).score(external())
+    groups = OwnLogprobs().score(external(), fake_tools(learner.policy))
     for column in (Column.WEIGHT, Column.REWARD):
         groups = with_column(groups, column, lambda t: np.asarray(rng.random()))
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     whole = pack(groups, needs=objective.needs, max_tokens=10_000)
     parts = pack(groups, needs=objective.needs, max_tokens=12)
     assert len(parts) > 3

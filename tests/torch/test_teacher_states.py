@@ -31,9 +31,9 @@ from posttrain.parts.distillation.presets import Opd
 from posttrain.parts.distillation.teachers import TeacherDistribution
 from posttrain.parts.legality import compared_in_the_loss
 from posttrain.parts.sources.rollouts import Rollouts
-from posttrain.testing import check_signal, tiny_model
+from posttrain.testing import check_signal, fake_tools, tiny_model
 from posttrain.training import stage as stages
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
 V, X = 37, 6
 OWN = frozenset({Stat.LOGPROB, Stat.SAMPLED_LOGPROB, Stat.ENTROPY})
@@ -42,8 +42,8 @@ SOFT = [
     for kind in DivergenceKind
     if kind is not DivergenceKind.SORTED_L1
 ]
-COMPARED = [divergence_of(t) for t in DENSE] + SOFT
-SPEC = TeacherDistribution(routes={"*": "t"})
+COMPARED = [t.divergence for t in DENSE] + SOFT
+SIGNAL = TeacherDistribution(routes={"*": "t"})
 
 
 @pytest.fixture(params=["kept", "computed again", "chunks", "kept chunks"])
@@ -175,7 +175,7 @@ def test_log_probs_and_states_in_one_batch(way):
 
 def test_a_token_without_a_teacher_gets_no_gradient_whatever_is_asked(way):
     states, _, heads, leaves, known = situation()
-    wanted, head = divergence_of(TeacherReverseKL()), LinearHead(leaves[1])
+    wanted, head = TeacherReverseKL().divergence, LinearHead(leaves[1])
     stats = token_stats(
         leaves[0], head, states, wanted=frozenset({wanted}), vocab_size=V, teachers=heads
     )
@@ -198,7 +198,7 @@ def test_a_second_backward_pass_gives_the_same_gradient():
 def test_bfloat16_is_as_close_as_its_precision():
     states, dense, heads, leaves, known = situation()
     half = [t.detach().bfloat16().requires_grad_() for t in leaves]
-    wanted, head = frozenset({divergence_of(TeacherReverseKL())}), LinearHead(half[1], half[2])
+    wanted, head = frozenset({TeacherReverseKL().divergence}), LinearHead(half[1], half[2])
     rounded = LinearHead(heads[0].weight_VX.bfloat16(), heads[0].bias_V.bfloat16(), 1.3)
     found = evaluated(states, head, half, wanted, known, heads=(rounded, heads[1]))
     expected = evaluated(dense, lambda h: head(h), half, wanted, known)
@@ -227,12 +227,16 @@ def routed(teachers):
         Group(task=f"{'two' if i % 2 else 'one'}/0", members=g.members)
         for i, g in enumerate(groups)
     ]
-    spec = TeacherDistribution(routes={"two": "capped", "*": "t"})
+    signal = TeacherDistribution(routes={"two": "capped", "*": "t"})
     numbers = {ref: n for n, ref in enumerate(teachers)}
-    signal = TeacherSignal(spec, teachers, heads=numbers)
-    check_signal(signal, groups, provides=spec.provides)
+    scored = check_signal(signal, groups, fake_tools(policies=teachers, heads=numbers))
     heads = tuple(t.hidden.head for t in teachers.values())
-    return signal.score(groups), TeacherSignal(spec, teachers).score(groups), heads
+    return scored, signal.score(groups, fake_tools(policies=teachers)), heads
+
+
+def with_states(groups, teacher):
+    """Groups with the hidden states of one teacher."""
+    return SIGNAL.score(groups, fake_tools(policies={"t": teacher}, heads={"t": 0}))
 
 
 def test_no_array_over_the_vocabulary_crosses_the_signal(teachers):
@@ -250,9 +254,9 @@ def test_no_array_over_the_vocabulary_crosses_the_signal(teachers):
 @pytest.mark.parametrize("term", DENSE, ids=name)
 def test_a_step_is_that_of_log_probs_however_it_is_split(learner, teachers, term):
     scored, dense, heads = routed(teachers)
-    objective = Objective((term,), teachers=heads)
+    objective = StageObjective((term,), teachers=heads)
     packed = pack(dense, needs=objective.needs, max_tokens=10_000)
-    expected_loss, expected = gradients(learner, packed, Objective((term,)))
+    expected_loss, expected = gradients(learner, packed, StageObjective((term,)))
     for max_tokens in (10_000, 30, 1):
         batches = pack(scored, needs=objective.needs, max_tokens=max_tokens)
         assert all(Column.TEACHER_LOGPROBS not in b.columns for b in batches)
@@ -266,8 +270,8 @@ def test_a_teacher_equal_to_the_learner_gives_no_loss_and_no_gradient(
     learner, engine, tiny_folder, term
 ):
     teacher = engine.policy(str(tiny_folder))
-    groups = TeacherSignal(SPEC, {"t": teacher}, heads={"t": 0}).score(random_groups())
-    objective = Objective((term,), teachers=(teacher.hidden.head,))
+    groups = with_states(random_groups(), teacher)
+    objective = StageObjective((term,), teachers=(teacher.hidden.head,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     loss, grads = gradients(learner, batches, objective)
     assert abs(loss) < 2e-6
@@ -277,7 +281,7 @@ def test_a_teacher_equal_to_the_learner_gives_no_loss_and_no_gradient(
 
 def test_states_that_are_missing_or_not_finite_are_refused(teachers):
     scored, _, _ = routed(teachers)
-    needs = Objective((TeacherReverseKL(),)).needs
+    needs = StageObjective((TeacherReverseKL(),)).needs
     (first, *_) = scored
     bare = Group(task=first.task, members=tuple(replace(m, columns={}) for m in first.members))
     with pytest.raises(LegalityError, match="has no teacher_"):
@@ -297,7 +301,6 @@ def test_only_what_never_changes_has_hidden_states(engine, tiny_folder, world):
     assert engine.policy(str(tiny_folder)).hidden is not None
     plain = engine.learner(str(tiny_folder), name="x", optimizer=Optimizer(), lora=None)
     assert plain.policy.hidden is None
-
     follows = engine.learner(
         str(tiny_folder), name="x", optimizer=Optimizer(), lora=None, moving=MovingReference()
     )
@@ -319,8 +322,8 @@ def test_adapters_off_have_those_of_the_policy_it_started_from(engine, tiny_fold
     trajectories = [m.trajectory for g in random_groups() for m in g.members]
     frozen = engine.policy(str(tiny_folder)).hidden
     expected = frozen.states(trajectories)
-    objective = Objective((TeacherReverseKL(),), teachers=(frozen.head,))
-    groups = TeacherSignal(SPEC, {"t": on_layers.start}, heads={"t": 0}).score(random_groups())
+    objective = StageObjective((TeacherReverseKL(),), teachers=(frozen.head,))
+    groups = with_states(random_groups(), on_layers.start)
     for _ in range(2):
         batches = pack(groups, needs=objective.needs, max_tokens=999)
         on_layers.step(batches, objective, lr_scale=1.0)
@@ -374,11 +377,11 @@ def test_a_stage_takes_the_same_steps_either_way(world, monkeypatch, tmp_path):
 def test_whatever_else_reads_the_log_probs_gets_them():
     source = Rollouts(tasks=("letters",))
 
-    def compared(*terms, signals=(SPEC,)):
+    def compared(*terms, signals=(SIGNAL,)):
         return compared_in_the_loss(Composition(source=source, signals=signals, terms=terms))
 
     assert compared(TeacherReverseKL(), TeacherForwardKL()) == ("t",)
     assert compared(TeacherReverseKL(), EntropyAwareKL()) == ()
     few = TeacherDistribution(routes={"*": "t"}, top_k=4)
     assert compared(TeacherReverseKL(), signals=(few,)) == ()
-    assert compared(TeacherReverseKL(), signals=(SPEC, SPEC)) == ()
+    assert compared(TeacherReverseKL(), signals=(SIGNAL, SIGNAL)) == ()

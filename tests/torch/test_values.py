@@ -13,7 +13,6 @@ from transformers import (
 
 from posttrain.core.errors import LegalityError, ModelError
 from posttrain.core.learner import Lora, Optimizer
-from posttrain.core.protocols import ScalarStart
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
 from posttrain.engines.local.scalar import FILE
@@ -21,12 +20,13 @@ from posttrain.numerics.batch import pack
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.policy.value import ValueLoss
 from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.protocols import ScalarStart
 from posttrain.testing import tiny_model
 from posttrain.testing.contracts import check_term
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 
-FIT = Objective((ValueLoss(clip=None),))
-BOTH = Objective((ClippedPolicyGradient(), ValueLoss(clip=0.2, weight=0.5)))
+FIT = StageObjective((ValueLoss(clip=None),))
+BOTH = StageObjective((ClippedPolicyGradient(), ValueLoss(clip=0.2, weight=0.5)))
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_the_policy_steps_as_it_would_without_a_critic(headed, engine):
         str(headed), name="t", optimizer=Optimizer(lr=1e-2, weight_decay=0.1), lora=None
     )
     beside = make(engine, headed, critic_lr=1.0)
-    policy_only = Objective((ClippedPolicyGradient(),))
+    policy_only = StageObjective((ClippedPolicyGradient(),))
     for seed in range(2):
         batches = packed(alone, BOTH, seed)
         alone.step(batches, policy_only, lr_scale=0.5)
@@ -348,4 +348,4 @@ def test_logits_are_not_computed_for_values_alone(headed, engine, monkeypatch):
     assert calls == []
     assert not FIT.reads_logits
     assert BOTH.reads_logits
-    assert Objective((CrossEntropy(),)).scalars == frozenset()
+    assert StageObjective((CrossEntropy(),)).scalars == frozenset()

@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import Sampling
 from posttrain.engines.local.admission import Limits, Queue
+from posttrain.protocols import Request
 
 
 def queue_of(groups, *, rows=8, tokens=10_000, row_tokens=5, prefill_tokens=100):

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from posttrain.core.errors import LegalityError, TaskError
-from posttrain.core.protocols import PureStream
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Column
 from posttrain.measure.measure import measure_policy
+from posttrain.measure.spec import Measure
 from posttrain.parts.base import Signal, Source, bound
 from posttrain.parts.credit.advantages import GroupAdvantage
 from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.rollouts import Rollouts
-from posttrain.measure.spec import Measure
+from posttrain.protocols import PureStream
 from posttrain.testing import (
     FakePolicy,
     FakeTaskSet,

@@ -19,7 +19,7 @@ from posttrain.core.errors import ConfigError, DataError, ModelError
 from posttrain.core.files import read_jsonl
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.trajectory import Column
-from posttrain.parts.sources.dataset import Dataset, Rows
+from posttrain.parts.sources.dataset import Dataset, DatasetRows
 
 MARKED = (
     "{% for m in messages %}[{{ m.role }}]"
@@ -56,7 +56,7 @@ def source(tmp_path, rows, *, with_renderer=RENDERER, context=1000, seed=0, **op
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (tmp_path / "d.jsonl").write_text("\n".join(lines), encoding="utf-8")
     spec = Dataset(**{"path": "d.jsonl", **options})
-    return Rows(spec, root=tmp_path, renderer=with_renderer, context=context, seed=seed)
+    return DatasetRows(spec, root=tmp_path, renderer=with_renderer, context=context, seed=seed)
 
 
 def refused(tmp_path, rows, **options):
@@ -140,7 +140,7 @@ def test_parquet_gives_the_same_groups_as_jsonl(tmp_path):
     lines = source(tmp_path, rows, name="d")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     spec = Dataset(path="d.parquet", name="d")
-    table = Rows(spec, root=tmp_path, renderer=RENDERER, context=100, seed=0)
+    table = DatasetRows(spec, root=tmp_path, renderer=RENDERER, context=100, seed=0)
     old, new = lines.draw(2, step=0), table.draw(2, step=0)
     assert [g.task for g in old] == [g.task for g in new]
     assert [g.members[0].trajectory.tokens.tolist() for g in old] == [
@@ -155,7 +155,9 @@ def test_author_digest_and_keys(tmp_path):
     s = source(tmp_path, RAW, author=Kind.HUMAN, licence="CC-BY-4.0")
     digest = hashlib.sha256((tmp_path / "d.jsonl").read_bytes()).hexdigest()
     author = Producer(kind=Kind.HUMAN, name="d", digest=digest)
-    assert (s.digest, s.producer, s.licence, s.name) == (digest, author, "CC-BY-4.0", "d")
+    (file,) = s.files
+    assert (file.digest, file.producer) == (digest, author)
+    assert (file.licence, file.name) == ("CC-BY-4.0", "d")
     groups = s.draw(5, step=0)
     assert len({g.task for g in groups}) == 5
     for group in groups:
@@ -167,7 +169,7 @@ def test_author_digest_and_keys(tmp_path):
             (Role.USER, author),
             (Role.ASSISTANT, author),
         }
-    assert source(tmp_path, RAW, name="sums").name == "sums"
+    assert source(tmp_path, RAW, name="sums").files[0].name == "sums"
 
 
 @pytest.mark.parametrize("author", [Kind.LEARNER, Kind.TEMPLATE, Kind.ENVIRONMENT])

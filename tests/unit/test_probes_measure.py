@@ -12,12 +12,12 @@ import pytest
 
 from posttrain.core.errors import DataError
 from posttrain.core.events import Event, Note
-from posttrain.core.protocols import Prompt
 from posttrain.core.provenance import Kind, Producer, Role, Span
 from posttrain.core.task import Task, TaskSet
 from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.spec import Measure
+from posttrain.protocols import Prompt
 from posttrain.recipe import Recipe
 from posttrain.run.plan import protocol_parts
 from posttrain.testing import CharRenderer, FakePolicy, FakeTaskSet

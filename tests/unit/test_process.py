@@ -12,6 +12,7 @@ from posttrain.core.learner import ScalarHead
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Group
+from posttrain.parts.base import bound
 from posttrain.parts.composition import Composition, method
 from posttrain.parts.credit.advantages import GroupAdvantage
 from posttrain.parts.credit.gae import Gae
@@ -41,6 +42,7 @@ from posttrain.testing import (
     as_group,
     check_signal,
     example_trajectory,
+    fake_tools,
     tiny_tokenizer,
 )
 
@@ -136,31 +138,33 @@ def rewards(groups):
     return [float(m.columns[Column.REWARD]) for g in groups for m in g.members]
 
 
+def judged_by(signal, model):
+    """A signal at work whose model ``m`` is this."""
+    return bound(signal, fake_tools(policies={"m": model}))
+
+
 def test_a_reward_model_judges_the_whole_answer():
     groups = [as_group(said("abc"), said("a"))]
-    assert rewards(RewardModelScores(RewardModel(model="m"), LENGTH).score(groups)) == [4, 2]
+    assert rewards(judged_by(RewardModel(model="m"), LENGTH)(groups)) == [4, 2]
     half = RewardModel(model="m", weight=-0.5)
-    assert rewards(RewardModelScores(half, LENGTH).score(groups)) == [-2, -1]
+    assert rewards(judged_by(half, LENGTH)(groups)) == [-2, -1]
     squashed = RewardModel(model="m", squash="sigmoid")
-    got = rewards(RewardModelScores(squashed, LENGTH).score(groups))
+    got = rewards(judged_by(squashed, LENGTH)(groups))
     assert got == pytest.approx([1 / (1 + np.exp(-4)), 1 / (1 + np.exp(-2))])
 
 
 def test_judges_in_turn_add_up():
-    first = RewardModelScores(RewardModel(model="m"), LENGTH)
-    second = RewardModelScores(RewardModel(model="n", weight=10, add=True), judge(lambda t: 1.0))
-    assert rewards(InTurn([first, second]).score([as_group(said("abc"))])) == [14]
+    first = judged_by(RewardModel(model="m"), LENGTH)
+    second = judged_by(RewardModel(model="m", weight=10, add=True), judge(lambda t: 1.0))
+    assert rewards(second(first([as_group(said("abc"))]))) == [14]
     with pytest.raises(LegalityError, match="no reward to add to"):
-        second.score([as_group(said("abc"))])
+        second([as_group(said("abc"))])
 
 
-def test_a_judge_without_a_head_is_refused_at_once():
-    for build in (
-        lambda p: RewardModelScores(RewardModel(model="m"), p),
-        lambda p: ProcessScores(ProcessReward(model="m"), p, RENDER),
-    ):
-        with pytest.raises(LegalityError, match="no scalar head"):
-            build(FakePolicy({"a": 1.0}))
+@pytest.mark.parametrize("signal", [RewardModel(model="m"), ProcessReward(model="m")])
+def test_a_judge_without_a_head_is_refused_at_once(signal):
+    with pytest.raises(LegalityError, match="no scalar head"):
+        judged_by(signal, FakePolicy({"a": 1.0}))
 
 
 P = {"?a\n": 0.8, "?a\nb\n": 0.5, "?a\nb\nc": 0.9}  # of the steps of a⏎b⏎c
@@ -171,8 +175,8 @@ def steps_judge():
 
 
 def process(**options):
-    signal = ProcessScores(ProcessReward(model="m", **options), steps_judge(), RENDER)
-    (group,) = signal.score([as_group(said("a\nb\nc"))])
+    score = judged_by(ProcessReward(model="m", **options), steps_judge())
+    (group,) = score([as_group(said("a\nb\nc"))])
     return group.members[0].columns
 
 
@@ -208,18 +212,16 @@ def test_dense_rewards_join_those_that_are_there():
         task=group.task,
         members=tuple(m.with_columns({Column.TOKEN_REWARD: earned}) for m in group.members),
     )
-    signal = ProcessScores(ProcessReward(model="m", use="dense"), steps_judge(), RENDER)
-    (scored,) = signal.score([group])
+    (scored,) = judged_by(ProcessReward(model="m", use="dense"), steps_judge())([group])
     assert scored.members[0].columns[Column.TOKEN_REWARD][2] == pytest.approx(1.8)
 
 
 @pytest.mark.parametrize("use", ["min", "dense"])
 def test_contracts(use):
     groups = [as_group(said("a\nb"), said("c")), as_group(said("d"))]
-    spec = ProcessReward(model="m", use=use)
-    check_signal(ProcessScores(spec, LENGTH, RENDER), groups, provides=spec.provides)
-    plain = RewardModel(model="m")
-    check_signal(RewardModelScores(plain, LENGTH), groups, provides=plain.provides)
+    tools = fake_tools(policies={"m": LENGTH})
+    check_signal(ProcessReward(model="m", use=use), groups, tools)
+    check_signal(RewardModel(model="m"), groups, tools)
 
 
 def test_sigmoid_does_not_overflow():
@@ -250,17 +252,15 @@ def careless(text):
     return (0.25, 0.75, 0.0) if text[-1] == "\n" else (0.0, 0.0, 1.0)
 
 
+def completed_by(policy):
+    """Tools of a stage whose continuations this policy writes."""
+    return fake_tools(policies={"input": policy}, tasksets={"example": Letters()}, seed=3)
+
+
 def labelled(text, *, policy=None, **options):
-    options = {"samples": 64, "max_new_tokens": 3, **options}
-    signal = StepLabelsByRollout(
-        StepLabels(**options),
-        policy=policy or TablePolicy("bx", careless),
-        judge=Verifier({"example": Letters()}, RENDER),
-        success={"example": 1.0},
-        renderer=RENDER,
-        seed=3,
-    )
-    (group,) = signal.score([drawn(text)])
+    signal = StepLabels(**{"samples": 64, "max_new_tokens": 3, **options})
+    tools = completed_by(policy or TablePolicy("bx", careless))
+    (group,) = signal.score([drawn(text)], tools)
     return group.members[0].columns[Column.STEP_LABEL]
 
 
@@ -300,33 +300,14 @@ def test_every_continuation_has_its_own_seed():
 
 
 def test_a_foreign_task_is_refused():
-    signal = StepLabelsByRollout(
-        StepLabels(),
-        policy=TablePolicy("b", lambda t: (0.0, 1.0)),
-        judge=judge_all(),
-        success={},
-        renderer=RENDER,
-        seed=0,
-    )
+    tools = completed_by(TablePolicy("b", lambda t: (0.0, 1.0)))
     with pytest.raises(TaskError, match="no task set"):
-        signal.score([as_group(said("a\nb"))])
-
-
-def judge_all():
-    return RewardModelScores(RewardModel(model="m"), LENGTH)
+        StepLabels().score([as_group(said("a\nb"))], tools)
 
 
 def test_label_contract():
-    spec = StepLabels(samples=2)
-    signal = StepLabelsByRollout(
-        spec,
-        policy=TablePolicy("b", lambda t: (0.0, 1.0)),
-        judge=Verifier({"example": Letters()}, RENDER),
-        success={"example": 1.0},
-        renderer=RENDER,
-        seed=0,
-    )
-    check_signal(signal, [drawn("a\nb"), drawn("c")], provides=spec.provides)
+    tools = completed_by(TablePolicy("b", lambda t: (0.0, 1.0)))
+    check_signal(StepLabels(samples=2), [drawn("a\nb"), drawn("c")], tools)
 
 
 # --- labelled steps in a file ----------------------------------------------------------------
@@ -411,7 +392,6 @@ def test_what_cannot_work_is_refused_when_planned(composition, words):
 
 
 def test_dense_process_rewards_feed_a_critic():
-
     check_composition(
         Composition(
             source=LIVE,

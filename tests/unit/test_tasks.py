@@ -27,14 +27,14 @@ PRIMES = ReasoningGym(
 
 def gym(tmp_path, *, chat=True, **changes):
     fields = {f: getattr(PRIMES, f) for f in PRIMES.__struct_fields__}
-    return build_taskset("primes", ReasoningGym(**{**fields, **changes}), root=tmp_path, chat=chat)
+    return ReasoningGym(**{**fields, **changes}).build("primes", root=tmp_path, chat=chat)
 
 
 def jsonl(tmp_path, rows, *, chat=True, **changes):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
     spec = JsonlTasks(**{"path": "t.jsonl", "held_out": 1, **changes})
-    return build_taskset("sums", spec, root=tmp_path, chat=chat)
+    return spec.build("sums", root=tmp_path, chat=chat)
 
 
 def with_reward(tmp_path, body, rows=None, **changes):

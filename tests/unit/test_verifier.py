@@ -8,22 +8,19 @@ import numpy as np
 import pytest
 
 from posttrain.core.errors import TaskError
-from posttrain.core.protocols import Prompt
 from posttrain.core.provenance import Kind, Producer, Role, Span
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
+from posttrain.parts.base import bound
+from posttrain.parts.rewards.verify import Verify
+from posttrain.testing import fake_tools
 
 ME = Producer(kind=Kind.LEARNER, name="run")
 
 
-class Letters:
-    """Tokens are code points, and 0 ends a turn."""
-
-    def prompt(self, task: Task) -> Prompt:
-        raise NotImplementedError
-
-    def text(self, tokens: np.ndarray) -> str:
-        return "".join(chr(t) for t in tokens if t)
+def verify(groups, *tasksets):
+    """The groups as ``verify`` judges them in a stage with these task sets."""
+    return bound(Verify(), fake_tools(tasksets={t.name: t for t in tasksets}))(groups)
 
 
 @dataclass
@@ -82,7 +79,7 @@ def test_each_set_is_asked_once_and_rewards_return_to_their_trajectories():
         rollouts(B[0], "1", "22", "333"),
         rollouts(A[0], "again"),
     ]
-    scored = Verifier({"a": a, "b": b}, Letters()).score(groups)
+    scored = verify(groups, a, b)
     assert rewards(scored) == [[3.0, 0.0], [104.0], [5.0], [101.0, 102.0, 103.0], [5.0]]
     assert a.calls == [([A[0], A[0], A[2], A[0]], ["one", "", "seven", "again"])]
     assert b.calls == [([B[1], B[0], B[0], B[0]], ["four", "1", "22", "333"])]
@@ -95,45 +92,44 @@ def test_trajectories_are_shared_and_other_columns_kept():
         task=group.task,
         members=(group.members[0].with_columns({Column.PREFERENCE: np.asarray(1.0)}),),
     )
-    [new] = Verifier({"a": Counting("a", A)}, Letters()).score([old])
+    [new] = verify([old], Counting("a", A))
     assert new.members[0].trajectory is old.members[0].trajectory
     assert new.members[0].scalar(Column.PREFERENCE) == 1.0
     assert old.members[0].scalar(Column.REWARD) is None
 
 
 def test_rewards_keep_their_precision():
-    [group] = Verifier({"a": Counting("a", A, offset=0.1)}, Letters()).score([rollouts(A[0], "")])
+    [group] = verify([rollouts(A[0], "")], Counting("a", A, offset=0.1))
     assert group.members[0].scalar(Column.REWARD) == 0.1
 
 
 def test_no_groups_ask_nobody():
     a = Counting("a", A)
-    assert list(Verifier({"a": a}, Letters()).score([])) == []
+    assert list(verify([], a)) == []
     assert a.calls == []
 
 
 def test_unknown_task_and_unknown_set():
-    verifier = Verifier({"products": Counting("products", A[:2])}, Letters())
+    products = Counting("products", A[:2])
     with pytest.raises(TaskError, match="which no task set holds"):
-        verifier.score([rollouts(A[2], "one")])
+        verify([rollouts(A[2], "one")], products)
     other = Task(taskset="product", prompt="x")
     with pytest.raises(TaskError, match="did you mean 'products'"):
-        verifier.score([rollouts(other, "one")])
+        verify([rollouts(other, "one")], products)
 
 
 @pytest.mark.parametrize("wrong", [[], [1.0, 2.0], [float("nan")], [float("inf")]])
 def test_scorer_that_breaks_its_promise(wrong):
-    verifier = Verifier({"a": Counting("a", A, wrong=wrong)}, Letters())
     with pytest.raises(TaskError, match="task set a scored 1 completions"):
-        verifier.score([rollouts(A[0], "one")])
+        verify([rollouts(A[0], "one")], Counting("a", A, wrong=wrong))
 
 
 def test_a_repeated_task_is_no_clash():
-    verifier = Verifier({"a": Counting("a", (A[0], A[0]), (A[1],))}, Letters())
-    assert rewards(verifier.score([rollouts(A[0], "ab")])) == [[2.0]]
+    repeated = Counting("a", (A[0], A[0]), (A[1],))
+    assert rewards(verify([rollouts(A[0], "ab")], repeated)) == [[2.0]]
 
 
 def test_two_prompts_under_one_key_are_refused(monkeypatch):
     monkeypatch.setattr(Task, "key", property(lambda _: "a/00000000"))
     with pytest.raises(TaskError, match="stands for two prompts: 'x' and 'y'"):
-        Verifier({"a": Counting("a", A[:2])}, Letters())
+        verify([], Counting("a", A[:2]))

@@ -220,11 +220,11 @@ def change_table(before: Measurement, after: Measurement, *, confidence: float =
     )
 
 
-def retention_table(kept: Sequence[Retained]) -> str:
+def retention_table(retained: Sequence[Retained]) -> str:
     """What later stages left of what each task set had; a dash where there was no later stage."""
     columns = ("task set", "first gained in", "before that", "since then", "forgotten", "handed on")
     table = _table("retention over the stages", columns)
-    for row in kept:
+    for row in retained:
         numbers = (row.forward, row.backward, row.forgetting, row.handoff)
         cells = (interval_words(r, missing="–") for r in numbers)
         table.add_row(row.task, row.learned, *cells)

@@ -22,13 +22,13 @@ import numpy as np
 
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import Policy
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
 from posttrain.diagnosis.drawing import check_prompts, draw_answers
 from posttrain.measure.bootstrap import mean_interval
 from posttrain.measure.reading import Reading, reading
 from posttrain.measure.support import Label, incomplete_beta
+from posttrain.protocols import Policy
 
 NEVER = 0.75
 """Prior weight of "it never succeeds" among the alternatives to being in reach."""

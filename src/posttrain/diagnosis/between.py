@@ -13,7 +13,6 @@ from pathlib import Path
 
 from posttrain.core.errors import ConfigError, ModelError
 from posttrain.core.events import Note, Observer, ignore
-from posttrain.core.protocols import Engine, Policy
 from posttrain.core.task import TaskSet
 from posttrain.diagnosis.drift import drift
 from posttrain.diagnosis.reachability import TaskReach, reachability
@@ -21,6 +20,7 @@ from posttrain.measure.measurement import Measurement, require_comparable
 from posttrain.measure.reading import Reading
 from posttrain.measure.readings import require_prompts
 from posttrain.measure.spec import Measure
+from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
 from posttrain.run.measuring import measure_for_recipe, measured_tasksets
 

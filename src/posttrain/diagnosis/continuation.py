@@ -21,13 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import Policy
 from posttrain.core.provenance import IntArray
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
 from posttrain.diagnosis.drawing import Demonstration, check_prompts, draw_answers
 from posttrain.measure.bootstrap import Interval, mean_interval
 from posttrain.measure.reading import Reading, reading
+from posttrain.protocols import Policy
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
 

@@ -15,7 +15,6 @@ from posttrain.core import config
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.core.events import Observer, ignore
 from posttrain.core.files import write_atomic
-from posttrain.core.protocols import Engine
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.diagnosis.conditions import diagnose_task
 from posttrain.diagnosis.examine import SAMPLES, Examination
@@ -23,6 +22,7 @@ from posttrain.diagnosis.page import render_card
 from posttrain.diagnosis.prescribe import NOTHING, Supplies, prescribe
 from posttrain.diagnosis.rules import RuleBook, load_rules
 from posttrain.measure.measurement import Measurement
+from posttrain.protocols import Engine
 from posttrain.recipe import Recipe
 from posttrain.run.plan import is_hub_id, model_path, protocol_of
 from posttrain.run.preview import read_shape

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.core.errors import ConfigError, ModelError, TaskError
-from posttrain.core.protocols import Completion, Policy, Prompt, Request
 from posttrain.core.provenance import IntArray, Kind, Producer, Role, Span
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import End, Trajectory
+from posttrain.protocols import Completion, Policy, Prompt, Request
 
 Floats = npt.NDArray[np.float64]
 NOTHING = np.zeros(0, np.int32)

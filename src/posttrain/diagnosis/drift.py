@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.core.protocols import Policy
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
 from posttrain.diagnosis.drawing import (
@@ -34,6 +33,7 @@ from posttrain.diagnosis.median import MedianInterval, median_interval
 from posttrain.diagnosis.unbounded import mean_of, ratio_of
 from posttrain.measure.bootstrap import Interval, mean_interval
 from posttrain.measure.reading import Reading, reading
+from posttrain.protocols import Policy
 
 Floats = npt.NDArray[np.float64]
 WHY_PLAIN = "a divergence is estimated on samples of the policy's own distribution"

@@ -21,7 +21,6 @@ import msgspec
 from posttrain.chat import ChatRenderer
 from posttrain.core.errors import ConfigError, ModelError
 from posttrain.core.events import Note, Observer, ignore
-from posttrain.core.protocols import Policy
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.task import Message, Task, TaskSet, with_context
 from posttrain.diagnosis.adaptive import AdaptiveDesign, adaptive_support
@@ -43,6 +42,7 @@ from posttrain.measure.reading import FEWEST, Reading
 from posttrain.measure.readings import answer_room, not_taken, take, take_change
 from posttrain.measure.registry import Estimation
 from posttrain.measure.spec import Measure
+from posttrain.protocols import Policy
 
 SAMPLES = 64
 """Samples per prompt of the first look: the rules ask for pass@64."""
@@ -73,18 +73,20 @@ three cases of four."""
 _ANSWERER = Producer(kind=Kind.EXTERNAL, name="answers")
 
 
-# --- right answers, and questions told otherwise -----------------------------------------------
+# --- right answers, and questions helped otherwise -----------------------------------------------
 
 
 @final
-class _Told:
-    """A task set whose questions are told through a scaffold; judged as before."""
+class _WithScaffold:
+    """A task set whose questions are helped through a scaffold; judged as before."""
 
     def __init__(self, taskset: TaskSet, scaffold: str) -> None:
         self.name, self.success = taskset.name, taskset.success
         self.train: Sequence[Task] = ()
         self.held_out = [with_context(t, scaffold) for t in taskset.held_out]
-        self._plain = {told.key: t for told, t in zip(self.held_out, taskset.held_out, strict=True)}
+        self._plain = {
+            helped.key: t for helped, t in zip(self.held_out, taskset.held_out, strict=True)
+        }
         self._score = taskset.score
 
     def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
@@ -361,18 +363,18 @@ class Examination:
         if self.rollouts + len(taskset.held_out) * WITH_HELP > self.budget:
             missing.append("amortisation: the budget is spent")
             return ()
-        told = _Told(taskset, scaffold)
+        asked = _WithScaffold(taskset, scaffold)
         (helped,) = measure_policy(
             self.policy.producer.name,
             self.policy,
-            [told],
+            [asked],
             spec=msgspec.structs.replace(self.spec, samples=WITH_HELP, epsilon=None),
             protocol=self.protocol,
             observe=ignore,
             stop=self.stop,
         ).tasks
         self._spent(helped.scores.size, int(helped.lengths.sum()))
-        same = replace(helped, prompts=now.prompts)  # the same questions, told otherwise
+        same = replace(helped, prompts=now.prompts)  # the same questions, helped otherwise
         return (amortisation_gap(now, same, confidence=self.spec.confidence),)
 
     def _labelled(self, evidence: Evidence, taskset: TaskSet) -> Evidence:

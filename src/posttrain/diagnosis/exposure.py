@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import Policy
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
 from posttrain.core.trajectory import Trajectory
@@ -39,6 +38,7 @@ from posttrain.diagnosis.drawing import (
 )
 from posttrain.measure.bootstrap import Interval, mean_interval, ratio_interval, student_quantile
 from posttrain.measure.reading import Reading, reading
+from posttrain.protocols import Policy
 
 Floats = npt.NDArray[np.float64]
 WHY_PLAIN = "prefixes are those of the policies' own distributions"

@@ -17,7 +17,6 @@ from types import MappingProxyType
 import numpy as np
 
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import Policy
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import Task, TaskSet
 from posttrain.diagnosis.drawing import (
@@ -30,6 +29,7 @@ from posttrain.diagnosis.drawing import (
 from posttrain.diagnosis.importance import ImportanceSample, odds_words
 from posttrain.diagnosis.median import median_interval
 from posttrain.measure.reading import Reading
+from posttrain.protocols import Policy
 
 WHY_PLAIN = (
     "the estimate divides by the probability with which the later policy wrote an answer, and "

@@ -22,7 +22,6 @@ import msgspec
 from posttrain.core import config
 from posttrain.core.errors import ResumeRefused
 from posttrain.core.events import Event, Measured, Note, Observer, StageStarted, ignore
-from posttrain.core.protocols import Engine
 from posttrain.diagnosis.card import Diagnosis, Evidence, Prescription
 from posttrain.diagnosis.diagnose import Known, Practice, find_bottleneck, grounded
 from posttrain.diagnosis.prescribe import Supplies
@@ -32,6 +31,7 @@ from posttrain.diagnosis.spending import Spent, expected, spent
 from posttrain.diagnosis.stage_decision import decide_stage
 from posttrain.measure.gates import Gate
 from posttrain.measure.measurement import Measurement
+from posttrain.protocols import Engine
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.folder import RunFolder, RunWriter
 from posttrain.run.ledger import RecordKind

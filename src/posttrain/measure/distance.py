@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.core.protocols import Completion, Policy, Prompt
 from posttrain.core.provenance import Role, Span
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.trajectory import Trajectory
@@ -19,6 +18,7 @@ from posttrain.measure.estimators import per_prompt, seen_range
 from posttrain.measure.measurement import TaskMeasurement
 from posttrain.measure.recording import TaskSamples, raw_column
 from posttrain.measure.registry import Better, Topic
+from posttrain.protocols import Completion, Policy, Prompt
 
 KL_SAMPLES = 16
 """Samples per prompt whose log-probs under the base are computed: enough for a mean."""

@@ -8,7 +8,6 @@ import numpy as np
 
 from posttrain.core.errors import DataError
 from posttrain.core.events import Measuring, Note, Observer
-from posttrain.core.protocols import Policy, Request
 from posttrain.core.provenance import Kind
 from posttrain.core.task import ReadsAnswers, TaskSet
 from posttrain.core.trajectory import End
@@ -17,6 +16,7 @@ from posttrain.measure.recording import TaskSamples, record_columns
 from posttrain.measure.rescoring import verifier_words
 from posttrain.measure.spec import Measure
 from posttrain.measure.texts import normalised
+from posttrain.protocols import Policy, Request
 
 
 def measure_policy(

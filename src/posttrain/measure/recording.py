@@ -14,11 +14,11 @@ from typing import TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.core.protocols import Completion, Policy, Prompt
 from posttrain.core.provenance import FloatArray
 from posttrain.core.task import Task, TaskSet
 from posttrain.measure.columns import Per, RawArray, RawColumn, raw_columns, register_column
 from posttrain.measure.spec import Measure
+from posttrain.protocols import Completion, Policy, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, LegalityError
-from posttrain.core.protocols import Renderer, Stream
 from posttrain.core.provenance import Kind
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column, Group
 from posttrain.parts.registry import snake_case
 from posttrain.parts.tools import Score, Tools
+from posttrain.protocols import Renderer, Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,7 @@ class Part(Config, tag=snake_case, tag_field="type"):
     """
 
     role: ClassVar[str]
+    declares: ClassVar[tuple[str, ...]]  # what every class of the role must have of its own
     formula: ClassVar[str] = ""
     paper: ClassVar[str] = "-"
     may_ask_learner: ClassVar[bool] = False  # else only frozen policies can be referred to
@@ -110,6 +111,7 @@ class Source(Part):
     """
 
     role: ClassVar[str] = "source"
+    declares: ClassVar[tuple[str, ...]] = ("writes", "origin", "identity", "open")
     mixed: ClassVar[bool] = False  # parts may need different columns beside different authors
     has_end: ClassVar[bool] = False  # it has a number of rows, so a budget can be in epochs
 
@@ -226,6 +228,7 @@ class Signal(Part):
     """
 
     role: ClassVar[str] = "signal"
+    declares: ClassVar[tuple[str, ...]] = ("provides", "score")
     judges: ClassVar[bool] = False
     sieves: ClassVar[bool] = False
     untempered: ClassVar[bool] = False
@@ -367,6 +370,7 @@ class Term(Part):
     """
 
     role: ClassVar[str] = "term"
+    declares: ClassVar[tuple[str, ...]] = ("values",)
     unit: ClassVar[Unit] = "token"
     accepts: ClassVar[frozenset[Kind]] = ANYONE  # authors on whose tokens it means what it says
     by_divergence: ClassVar[bool] = False  # of a teacher it reads divergences, and no log-probs

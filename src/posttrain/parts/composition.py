@@ -57,6 +57,10 @@ class Method(Part, tag_field="name"):
     """
 
     role: ClassVar[str] = "method"
+    declares: ClassVar[tuple[str, ...]] = (
+        *("provenance", "interface", "tendency", "formula"),
+        "compose",
+    )
     provenance: ClassVar[str]
     interface: ClassVar[str]
     tendency: ClassVar[str]

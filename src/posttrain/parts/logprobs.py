@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from posttrain.core import clock
-from posttrain.core.protocols import Policy
 from posttrain.core.provenance import FloatArray
 from posttrain.core.trajectory import Column, Group, Trajectory
 from posttrain.parts.base import Columns, PolicyRef, Signal
@@ -14,6 +13,7 @@ from posttrain.parts.columns import attach, trajectories_of
 from posttrain.parts.memory import Memory
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Policy
 
 
 @part

@@ -18,9 +18,9 @@ from typing import final
 import numpy as np
 
 from posttrain.core import clock
-from posttrain.core.protocols import Policy
 from posttrain.core.provenance import FloatArray
 from posttrain.core.trajectory import Trajectory
+from posttrain.protocols import Policy
 
 LIMIT_BYTES = 2**26
 """Most log-probs kept (64 MiB: 16 million tokens)."""

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 from posttrain.core.errors import TaskError
-from posttrain.core.protocols import Policy, Renderer, Sampler
 from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import Group
 from posttrain.parts.memory import Memory
+from posttrain.protocols import Policy, Renderer, Sampler
 
 Score = Callable[[Sequence[Group]], Sequence[Group]]
 """Groups in, the same groups with columns added out."""

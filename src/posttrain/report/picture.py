@@ -49,19 +49,19 @@ def pipeline(report: RunReport, *, ident: str, vertical: bool = False) -> Markup
         parts.append(_stage(stage, box, number=boxes.index(box) + 1))
         previous = box
     parts += _teachers(report, base, boxes, vertical)
-    told = [_told(i, s) for i, s in enumerate(report.stages, 1)]
+    captions = [_caption(i, s) for i, s in enumerate(report.stages, 1)]
     return figure(
         *parts,
         ident=ident,
         width=size[0],
         height=size[1],
         title=f"Pipeline of {report.recipe.name}",
-        desc=f"From {report.base_model}: " + ("; ".join(told) or "no stages") + ".",
+        desc=f"From {report.base_model}: " + ("; ".join(captions) or "no stages") + ".",
         class_="chart tall" if vertical else "chart pipeline",
     )
 
 
-def _told(number: int, stage: StageReport) -> str:
+def _caption(number: int, stage: StageReport) -> str:
     record, intends = stage.record, stage.record.planned.spec.intends
     roles = ", ".join(f"{task} {role}" for task, role in stage.roles) or "not measured"
     taught = f", taught by {', '.join(record.teachers)}" if record.teachers else ""

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from posttrain.core.errors import ModelError
 from posttrain.core.learner import MOVING
-from posttrain.core.protocols import Author, Learner, Policy
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import Group
@@ -23,8 +22,9 @@ from posttrain.parts.base import LEARNER, Source, bound
 from posttrain.parts.legality import compared_in_the_loss, scopes
 from posttrain.parts.memory import Memory
 from posttrain.parts.tools import Score, Tools
+from posttrain.protocols import Author, Learner, Policy
 from posttrain.run.plan import PlannedStage
-from posttrain.training.objective import Objective
+from posttrain.training.objective import StageObjective
 from posttrain.training.stage import Parts
 
 PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2  # naïve 数学 🙂"
@@ -69,7 +69,7 @@ class Workshop:
             source=stream,
             signals=_signals(planned, tools),
             terms=composition.terms,
-            objective=Objective(composition.terms, teachers=tuple(heads.values())),
+            objective=StageObjective(composition.terms, teachers=tuple(heads.values())),
             learner=learner,
             stateful=tuple(s for s in (memory, stream.state) if s is not None),
         )

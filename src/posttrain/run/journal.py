@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from typing import final
 
 from posttrain.core.files import as_disk_full
-from posttrain.core.protocols import Learner, Stateful
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 from posttrain.parts.legality import Admission
+from posttrain.protocols import Learner, Stateful
 from posttrain.run.folder import StageProgress, StageWriter
 from posttrain.run.ledger import Ledger, RecordKind, read
 from posttrain.run.store import Use, UseRole, write_trajectories, write_uses

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.core.events import Observer, ignore
-from posttrain.core.protocols import Engine, Policy
 from posttrain.core.task import TaskSet
 from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
+from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
 from posttrain.run.plan import model_path, protocol_of, protocol_parts
 

@@ -25,12 +25,12 @@ from posttrain.core.events import (
     ignore,
 )
 from posttrain.core.files import hash_folder
-from posttrain.core.protocols import Engine, Policy, ScalarStart
 from posttrain.core.task import TaskSet
 from posttrain.measure.gates import Detour, GateDecision, decide, detour
 from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
+from posttrain.protocols import Engine, Policy, ScalarStart
 from posttrain.recipe import Recipe
 from posttrain.run.build import Workshop
 from posttrain.run.folder import RunFolder, RunWriter, StageRecord, StageResult, StageWriter

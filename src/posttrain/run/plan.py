@@ -291,7 +291,7 @@ def _inputs(
     tasks = {name: recipe.tasks[name].identity(root) for name in source.draws_from}
     references = {r: known[r] for r in composition.references()}
     # The code of parts that are not ours counts by itself; ours counts in `semantics`.
-    packages = code_of(composition.parts)
+    packages = code_of((*composition.parts, *(recipe.tasks[n] for n in source.draws_from)))
     return {
         **({"extensions": packages} if packages else {}),
         "semantics": SEMANTICS,

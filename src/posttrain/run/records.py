@@ -17,10 +17,10 @@ import msgspec
 
 from posttrain.core import config
 from posttrain.core.files import hash_file
-from posttrain.core.protocols import DataFile
 from posttrain.measure.gates import GateDecision
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
+from posttrain.protocols import DataFile
 from posttrain.recipe import Recipe
 from posttrain.run.ledger import Ledger, RecordKind, read
 from posttrain.run.plan import PlannedStage

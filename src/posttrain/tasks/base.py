@@ -1,4 +1,7 @@
-"""What a recipe says of a task set, and how it is built."""
+"""What a recipe says of a task set, and how it is built.
+
+tasks: {sums: {type: jsonl, path: ...}} ──build(name)──▶ TaskSet: train, held_out, score
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ class TaskSetSpec(Config, tag=snake_case, tag_field="type"):
     """Where a task set comes from. A score of ``success`` or more counts as solved."""
 
     role: ClassVar[str] = "task_set"
+    declares: ClassVar[tuple[str, ...]] = ("identity", "build")
 
     success: float = 1.0
 

@@ -39,7 +39,6 @@ class JsonlTasks(TaskSetSpec, tag="jsonl"):
     path: str
     reward: str = "exact"
     held_out: int = 32
-    success: float = 1.0
 
     def identity(self, root: Path) -> dict[str, object]:
         """Its options, with the content of the file and of the reward's file."""

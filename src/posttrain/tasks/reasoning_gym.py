@@ -1,7 +1,7 @@
 """Task sets from the reasoning-gym library: procedural questions with the library's own scorer.
 
-generator ──items──▶ held_out: the first distinct questions
-                 └─▶ train: the items after them whose question is not held out
+    generator ──items──▶ held_out: the first distinct questions
+                     └─▶ train: the items after them whose question is not held out
 
 Questions in ``train`` may repeat: a generator with a small space of questions repeats itself.
 """
@@ -55,7 +55,6 @@ class ReasoningGym(TaskSetSpec):
     train: int = 1000
     held_out: int = 32
     seed: int = 0
-    success: float = 1.0
 
     def identity(self, root: Path) -> dict[str, object]:
         """Its options: the library's version is pinned by whoever installs it."""

@@ -160,9 +160,9 @@ def _evaluate(term: Term, groups: Sequence[Group], *, max_tokens: int) -> _Evalu
     import torch
 
     from posttrain.numerics.batch import pack
-    from posttrain.training.objective import Objective
+    from posttrain.training.objective import StageObjective
 
-    objective = Objective((term,))
+    objective = StageObjective((term,))
     batches = pack(groups, needs=objective.needs, max_tokens=max_tokens)
     hidden_NX = torch.cat([_hidden(m.trajectory) for g in groups for m in g.members])
     hidden_NX.requires_grad_()

@@ -21,15 +21,14 @@ from posttrain.numerics.logits import Head
 from posttrain.parts.base import Term
 from posttrain.parts.registry import tag_of
 from posttrain.training.authors import author_sums
-from posttrain.training.limits import kept_units
-from posttrain.training.reading import as_read, read_tokens
 from posttrain.training.reduce import count_units, reduce_units
+from posttrain.training.units import as_read, read_tokens, selected_units
 
 NO_SCALARS: Mapping[Wanted, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Objective:
+class StageObjective:
     """The terms of a stage, ready to be evaluated on packed batches."""
 
     terms: tuple[Term, ...]
@@ -42,7 +41,9 @@ class Objective:
         """Columns that ``pack`` must bring along."""
         return frozenset().union(*(t.needs | t.limit.needs for t in self.terms))
 
-    def at(self, *, step: int, steps: int, state: Mapping[str, float] | None = None) -> Objective:
+    def at(
+        self, *, step: int, steps: int, state: Mapping[str, float] | None = None
+    ) -> StageObjective:
         """The objective of one update: the first has the initial weights, the last the final.
 
         ``state`` is what the learner keeps of earlier updates; see :meth:`after`.
@@ -51,7 +52,7 @@ class Objective:
             >>> from posttrain.parts.base import WeightSchedule
             >>> from posttrain.parts.supervised.likelihood import CrossEntropy
             >>> moving = CrossEntropy(weight=2.0, weight_schedule=WeightSchedule(end=0.0))
-            >>> [Objective((moving,)).at(step=s, steps=5).weights for s in (0, 2, 4)]
+            >>> [StageObjective((moving,)).at(step=s, steps=5).weights for s in (0, 2, 4)]
             [(2.0,), (1.0,), (0.0,)]
         """
         return replace(self, progress=step / max(steps - 1, 1), state=state or {})
@@ -146,7 +147,7 @@ class Objective:
             if len(seen.target_N) == 0:
                 total, metrics[name] = total + 0.0 * hidden_NX.sum(), 0.0
                 continue
-            keep = kept_units(term, seen, entropy_N=seen_stats.get(Stat.ENTROPY))
+            keep = selected_units(term, seen, entropy_N=seen_stats.get(Stat.ENTROPY))
 
             def share(
                 per_unit: Tensor,
@@ -172,7 +173,7 @@ class Objective:
 def _count(term: Term, batches: Sequence[PackedBatch]) -> int:
     seen = [b.only(read_tokens(term, b)) for b in batches]
     seen = [b for b in seen if len(b.target_N)]
-    return count_units(term, seen, keep=[kept_units(term, b) for b in seen])
+    return count_units(term, seen, keep=[selected_units(term, b) for b in seen])
 
 
 def _own(values: Mapping[str, float], name: str) -> Mapping[str, float]:

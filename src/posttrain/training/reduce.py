@@ -13,6 +13,7 @@ from torch import Tensor
 
 from posttrain.numerics.batch import PackedBatch
 from posttrain.parts.base import Term
+from posttrain.training.units import mask_units
 
 
 def per_unit(term: Term) -> bool:
@@ -20,30 +21,12 @@ def per_unit(term: Term) -> bool:
     return term.aggregate not in ("sequence_mean", "sequence_sum")
 
 
-def mask_units(term: Term, batch: PackedBatch) -> Tensor:
-    """Bool mask over the units the term reads: [N] tokens, [S] sequences, or [P] pairs.
-
-    A sequence or pair counts only when everything trained in it was written by the kinds in
-    ``where``; a sequence without a trained token never does.
-    """
-    allowed_N = batch.where(term.readable)
-    if term.unit not in ("pair", "sequence"):
-        return allowed_N
-    barred_S = torch.zeros(batch.num_sequences, dtype=torch.bool, device=allowed_N.device)
-    barred_S[batch.sequence_N[~allowed_N]] = True
-    if term.unit == "sequence":
-        trained_S = torch.zeros_like(barred_S)
-        trained_S[batch.sequence_N] = True
-        return trained_S & ~barred_S
-    return ~barred_S[batch.pairs_P2].any(-1)
-
-
 def count_units(
     term: Term, batches: Sequence[PackedBatch], *, keep: Sequence[Tensor | None] = ()
 ) -> int:
     """How many tokens, sequences or pairs the term averages over in this step.
 
-    ``keep`` holds a further mask over units per batch, from ``limits.py``.
+    ``keep`` holds a further mask over units per batch, from ``units.selected_units``.
     """
     total = 0
     for batch, kept in zip(batches, keep or [None] * len(batches), strict=True):
@@ -73,7 +56,7 @@ def reduce_units(
         values: [N] or [P], one per unit.
         batch: where the values come from.
         count: from :func:`count_units` over *all* micro-batches of the step.
-        keep: a further mask over units, from ``limits.py``.
+        keep: a further mask over units, from ``units.selected_units``.
         shown: for a number to show, which is averaged where the loss is summed.
     """
     mask = mask_units(term, batch)

@@ -24,13 +24,13 @@ from posttrain.core import clock
 from posttrain.core.events import AlarmRang, Observer, StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.core.monitors import Watch
-from posttrain.core.protocols import Learner, Objective, Stateful, Stream
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column, End, Group
 from posttrain.numerics.batch import PackedBatch, pack
 from posttrain.parts.base import Term
 from posttrain.parts.legality import Admission, admit, column_readers, readouts
 from posttrain.parts.tools import Score
+from posttrain.protocols import Learner, Objective, Stateful, Stream
 from posttrain.recipe import Stage
 from posttrain.training.authors import author_metrics
 from posttrain.training.draw_metrics import mismatch_metrics, value_metrics

@@ -13,10 +13,10 @@ from torch import nn
 
 from posttrain.core.errors import ConfigError
 from posttrain.core.learner import Lora
-from posttrain.core.protocols import Completion, Hidden, Policy, Renderer, Request
 from posttrain.core.provenance import FloatArray, IntArray, Producer
 from posttrain.core.trajectory import Trajectory
 from posttrain.engines.local.model import Model
+from posttrain.protocols import Completion, Hidden, Policy, Renderer, Request
 
 # peft asks transformers for an attribute by its old name; nothing a user could act on.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)

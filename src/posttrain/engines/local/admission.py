@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from posttrain.core.protocols import Request
 from posttrain.core.provenance import IntArray
+from posttrain.protocols import Request
 
 FRESH_SHARE = 8
 """A new prompt enters when all its rows fit, or an eighth of the batch is free: small prefills
@@ -35,13 +35,13 @@ class Limits:
     row_tokens: int  # most tokens that one row can draw
 
     def room(self, *, prompts: int, width: int) -> int:
-        """Rows that fit beside so many prompts stored at that width; always at least one."""
+        """TokenRows that fit beside so many prompts stored at that width; always at least one."""
         by_memory = (self.tokens - prompts * width) // self.row_tokens
         return max(1, min(self.rows, by_memory))
 
 
 @dataclass(slots=True, eq=False)
-class Prompt:
+class QueuedPrompt:
     """A distinct prompt, its requests that still wait, and its place while it is held."""
 
     tokens: IntArray
@@ -61,21 +61,21 @@ class Queue:
     """Prompts that wait, and those that are held."""
 
     limits: Limits
-    waiting: deque[Prompt]
-    held: list[Prompt] = field(default_factory=list)
+    waiting: deque[QueuedPrompt]
+    held: list[QueuedPrompt] = field(default_factory=list)
 
     @classmethod
     def of(cls, requests: Sequence[Request], limits: Limits) -> Queue:
         """Distinct prompts, short ones first: stored side by side, they are padded less."""
-        by_tokens: dict[bytes, Prompt] = {}
+        by_tokens: dict[bytes, QueuedPrompt] = {}
         for index, request in enumerate(requests):
             key = request.prompt.tobytes()
-            by_tokens.setdefault(key, Prompt(request.prompt, deque())).waiting.append(index)
+            by_tokens.setdefault(key, QueuedPrompt(request.prompt, deque())).waiting.append(index)
         return cls(limits, deque(sorted(by_tokens.values(), key=lambda p: len(p.tokens))))
 
     @property
     def live(self) -> int:
-        """Rows being decoded."""
+        """TokenRows being decoded."""
         return sum(p.live for p in self.held)
 
     @property
@@ -83,12 +83,12 @@ class Queue:
         """Requests that have not entered."""
         return sum(len(p.waiting) for p in (*self.held, *self.waiting))
 
-    def admit(self) -> tuple[list[Prompt], list[tuple[Prompt, int]]]:
+    def admit(self) -> tuple[list[QueuedPrompt], list[tuple[QueuedPrompt, int]]]:
         """Prompts to prefill now, and (prompt, request) for every row to start now."""
-        rows: list[tuple[Prompt, int]] = []
+        rows: list[tuple[QueuedPrompt, int]] = []
         for prompt in self.held:
             rows += self._start(prompt, self._free())
-        fresh: list[Prompt] = []
+        fresh: list[QueuedPrompt] = []
         num_tokens = 0
         while self.waiting:
             prompt = self.waiting[0]
@@ -103,22 +103,22 @@ class Queue:
             rows += self._start(prompt, free)
         return fresh, rows
 
-    def _free(self, *more: Prompt) -> int:
-        """Rows that may still enter, on the prompts held and ``more``."""
+    def _free(self, *more: QueuedPrompt) -> int:
+        """TokenRows that may still enter, on the prompts held and ``more``."""
         prompts = [*self.held, *more]
         width = max((len(p.tokens) for p in prompts), default=0)
         return self.limits.room(prompts=len(prompts), width=width) - self.live
 
-    def _start(self, prompt: Prompt, most: int) -> list[tuple[Prompt, int]]:
+    def _start(self, prompt: QueuedPrompt, most: int) -> list[tuple[QueuedPrompt, int]]:
         num = min(max(most, 0), len(prompt.waiting))
         prompt.live += num
         return [(prompt, prompt.waiting.popleft()) for _ in range(num)]
 
-    def leave(self, prompt: Prompt) -> None:
+    def leave(self, prompt: QueuedPrompt) -> None:
         """One row of a prompt has finished."""
         prompt.live -= 1
 
-    def drop_closed(self) -> list[Prompt]:
+    def drop_closed(self) -> list[QueuedPrompt]:
         """Let go of prompts that nobody needs any more; returns them."""
         closed = [p for p in self.held if not p.is_open]
         if closed:

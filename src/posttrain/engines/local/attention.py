@@ -33,7 +33,7 @@ IMPLEMENTATION = "posttrain"
 PLAN = "posttrain_plan"
 
 
-class Plan(Protocol):
+class AttentionPlan(Protocol):
     """Which tokens read which, for one forward pass."""
 
     def attend(

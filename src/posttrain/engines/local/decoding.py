@@ -116,7 +116,7 @@ class DecodePlan:
                 layer.prefix_k = layer.prefix_k[:, :, :width].index_select(0, at)
                 layer.prefix_v = layer.prefix_v[:, :, :width].index_select(0, at)
             at = torch.tensor(rows, device=layer.own_k.device)
-            # Rows that have just entered may have no place yet: they have stored nothing.
+            # TokenRows that have just entered may have no place yet: they have stored nothing.
             layer.own_k = _grown(layer.own_k, max(rows) + 1, 0).index_select(0, at)
             layer.own_v = _grown(layer.own_v, max(rows) + 1, 0).index_select(0, at)
 

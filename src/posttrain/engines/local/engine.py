@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from posttrain.core import clock
 from posttrain.core.errors import LegalityError, ModelError
 from posttrain.core.learner import MOVING, Lora, MovingReference, Optimizer
-from posttrain.core.protocols import Objective, ScalarStart, StepReport
 from posttrain.core.provenance import Kind, Producer
 from posttrain.core.statistics import Wanted
 from posttrain.engines.local.adapters import WithoutAdapters, attach, export, trained_weights
 from posttrain.engines.local.footprint import comfortable_tokens
 from posttrain.engines.local.master_weights import MasterWeights
 from posttrain.engines.local.model import Dtype, Model, load_model, resolve_folder
-from posttrain.engines.local.moving_average import Shadow
+from posttrain.engines.local.moving_average import MovingAverage
 from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.engines.local.scalar import CRITIC, Scalar
 from posttrain.numerics.batch import PackedBatch
+from posttrain.protocols import Objective, ScalarStart, StepReport
 
 
 @final
@@ -88,13 +88,15 @@ class LocalLearner:
             fused=True,  # one pass over weights and state: a quarter of the time on a CPU
         )
         self._state: Mapping[str, float] = {}
-        self._shadow = Shadow(model, policy_only, moving) if moving else None
+        self._average = MovingAverage(model, policy_only, moving) if moving else None
         self._start = None
         if self._adapters is not None:
             own = LocalPolicy(model, scalar=Scalar.load(model, model.folder))
             self._start = WithoutAdapters(own, self._adapters)
         follower = Producer(kind=Kind.TEACHER, name=f"{name}/{MOVING}")
-        self._moving = LocalPolicy(self._shadow.model, producer=follower) if self._shadow else None
+        self._moving = (
+            LocalPolicy(self._average.model, producer=follower) if self._average else None
+        )
 
     @property
     def state(self) -> Mapping[str, float]:
@@ -177,8 +179,8 @@ class LocalLearner:
         self._optimizer.step()
         self._masters.write_back()
         self._version.steps += 1
-        if self._shadow is not None:
-            self._shadow.follow(self._masters.state(), step=self._version.steps)
+        if self._average is not None:
+            self._average.follow(self._masters.state(), step=self._version.steps)
         return norms
 
     def _forward(
@@ -206,7 +208,7 @@ class LocalLearner:
             "weights": self._masters.state(),
             "optimizer": self._optimizer.state_dict(),
             "version": self._version.steps,
-            "moving": self._shadow.state() if self._shadow else {},
+            "moving": self._average.state() if self._average else {},
             "state": dict(self._state),
         }
         torch.save(state, folder / "learner.pt")
@@ -225,8 +227,8 @@ class LocalLearner:
                 f"the learner trains {len(trained)}",
                 expected="the checkpoint of this very stage",
             )
-        if self._shadow is not None:
-            self._shadow.load(state.get("moving", {}))
+        if self._average is not None:
+            self._average.load(state.get("moving", {}))
         self._masters.load(state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._version.steps, self._state = state["version"], state.get("state", {})

@@ -27,7 +27,7 @@ from transformers.utils import logging as library_logging
 
 from posttrain.core.errors import ModelError
 from posttrain.core.files import hash_folder
-from posttrain.engines.local.attention import IMPLEMENTATION, PackedPlan, Plan
+from posttrain.engines.local.attention import IMPLEMENTATION, AttentionPlan, PackedPlan
 from posttrain.engines.local.recording import Recording, stock_hidden
 from posttrain.numerics.batch import PackedBatch, Segment
 from posttrain.numerics.logits import Head, LinearHead
@@ -82,7 +82,7 @@ class Model:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the output head, padding rows included."""
+        """TokenRows of the output head, padding rows included."""
         return int(self.causal.get_output_embeddings().weight.shape[0])
 
     @property
@@ -96,7 +96,7 @@ class Model:
         ends = self.causal.generation_config.eos_token_id
         return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, plan: Plan) -> Tensor:
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
         """Final hidden states [T, X] of packed tokens."""
         return stock_hidden(self.causal.base_model, tokens_T, positions_T, plan)
 

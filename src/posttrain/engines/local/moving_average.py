@@ -1,7 +1,7 @@
 """The second set of weights that a learner keeps: a reference that follows it.
 
 Only what is trained exists twice. A model under adapters shares its frozen weights with its
-shadow.
+average.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from posttrain.engines.local.model import Model
 
 
 @final
-class Shadow:
+class MovingAverage:
     """A copy of a model whose trained weights follow the original's.
 
     Args:

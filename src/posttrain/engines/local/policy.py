@@ -14,7 +14,6 @@ from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.core import clock
 from posttrain.core.config import digest
 from posttrain.core.errors import LegalityError, ModelError
-from posttrain.core.protocols import Completion, Hidden, Request
 from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Trajectory
@@ -24,6 +23,7 @@ from posttrain.engines.local.scalar import Scalar
 from posttrain.numerics.batch import PackedBatch, pack_trajectories
 from posttrain.numerics.head import token_stats
 from posttrain.numerics.logits import CHUNK_ELEMENTS, LinearHead
+from posttrain.protocols import Completion, Hidden, Request
 
 SCORE_TOKENS = 16384
 """Tokens scored together when no gradient is needed."""

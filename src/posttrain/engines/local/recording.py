@@ -29,13 +29,13 @@ from torch import Tensor, library, nn
 from torch.jit import TracerWarning  # type: ignore[attr-defined]  # exported at run time
 from transformers import PreTrainedModel
 
-from posttrain.engines.local.attention import PLAN, PackedPlan, Plan
+from posttrain.engines.local.attention import PLAN, AttentionPlan, PackedPlan
 from posttrain.numerics.batch import Segment
 from posttrain.numerics.matmul import linear_layers
 
 _OWN = ("torch.nn.", "transformers.")
 _NO_WINDOW = -1
-_CURRENT: ContextVar[Plan] = ContextVar("plan")
+_CURRENT: ContextVar[AttentionPlan] = ContextVar("plan")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layer: int, scaling: float, window: int) -> Tensor:
@@ -73,7 +73,9 @@ class _Body(nn.Module):
         return stock_hidden(self.decoder, tokens_T, positions_T, _Hole())
 
 
-def stock_hidden(decoder: nn.Module, tokens_T: Tensor, positions_T: Tensor, plan: Plan) -> Tensor:
+def stock_hidden(
+    decoder: nn.Module, tokens_T: Tensor, positions_T: Tensor, plan: AttentionPlan
+) -> Tensor:
     """Final hidden states [T, X] of packed tokens, by the model library's own forward."""
     with linear_layers():
         out = decoder(
@@ -109,7 +111,7 @@ class Recording:
         elif self._body is None and self._refusal is None:
             self._record()
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, plan: Plan) -> Tensor:
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
         """Final hidden states [T, X] of packed tokens."""
         if self._body is None or self._refusal is not None:
             return stock_hidden(self._causal.base_model, tokens_T, positions_T, plan)

@@ -29,25 +29,25 @@ from torch import Tensor
 
 from posttrain.core import clock
 from posttrain.core.errors import TaskError
-from posttrain.core.protocols import Completion, Request
 from posttrain.core.provenance import Sampling
 from posttrain.core.trajectory import End
-from posttrain.engines.local.admission import Limits, Prompt, Queue
+from posttrain.engines.local.admission import Limits, Queue, QueuedPrompt
 from posttrain.engines.local.attention import PackedPlan
 from posttrain.engines.local.decoding import DecodePlan, PrefillPlan
 from posttrain.engines.local.model import Model
 from posttrain.engines.local.sampling import sample
 from posttrain.engines.local.stops import find_stop
 from posttrain.numerics.batch import Segment
+from posttrain.protocols import Completion, Request
 
 MAX_ROWS = 1024
-"""Rows decoded together. More rows use a wide machine better, and need more memory."""
+"""TokenRows decoded together. More rows use a wide machine better, and need more memory."""
 
 KEY_VALUE_BYTES = 2**31
 """Most memory for keys and values; large models decode fewer rows together."""
 
 PREFILL_TOKENS = 8192
-"""Prompt tokens computed together. A longer prompt is computed alone."""
+"""QueuedPrompt tokens computed together. A longer prompt is computed alone."""
 
 COMPACT_BELOW = 0.75
 """Empty row slots are dropped once fewer than this share of the slots is in use."""
@@ -141,7 +141,7 @@ class _Batch:
     most_S: np.ndarray  # tokens that may be drawn
     searched_S: np.ndarray  # tokens that were searched for stop strings
     place_S: np.ndarray  # prompt slot; an empty row slot keeps its last
-    prompts: list[Prompt] = field(default_factory=list)  # of each prompt slot, let go or not
+    prompts: list[QueuedPrompt] = field(default_factory=list)  # of each prompt slot, let go or not
     states: list[Tensor] = field(default_factory=list)  # [X] of each prompt slot's last token
     num_slots: int = 0  # in use or emptied since the last compaction
     since_look: int = 0
@@ -204,7 +204,7 @@ class _Batch:
             self._draw(states, slots)
             yield from self._harvest()
 
-    def _prefill(self, fresh: Sequence[Prompt]) -> None:
+    def _prefill(self, fresh: Sequence[QueuedPrompt]) -> None:
         """Compute prompts, packed one after the other, and keep what their rows will read."""
         device = self.model.device
         lengths = [len(p.tokens) for p in fresh]
@@ -226,7 +226,7 @@ class _Batch:
             self.prompts[slot], self.states[slot], prompt.slot = prompt, state, slot
         self.plan.store(slots, lengths, plan)
 
-    def _seat(self, rows: Sequence[tuple[Prompt, int]]) -> np.ndarray:
+    def _seat(self, rows: Sequence[tuple[QueuedPrompt, int]]) -> np.ndarray:
         """Give every row an empty slot; returns the slots."""
         slots = np.flatnonzero(self.request_S < 0)[: len(rows)]
         for slot, (prompt, index) in zip(slots, rows, strict=True):

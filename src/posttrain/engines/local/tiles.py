@@ -38,7 +38,7 @@ ALONE = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class TokenRows:
     """Runs of packed tokens side by side, [B, Q]: a view where they follow each other.
 
     What is written to has one row more than there are tokens, [T + 1, ...]: padding goes there.
@@ -51,7 +51,9 @@ class Rows:
     padding: Tensor | None = None  # indices in N of what is padding; None where nothing is
 
     @classmethod
-    def of(cls, runs: Sequence[tuple[int, int]], num_tokens: int, device: torch.device) -> Rows:
+    def of(
+        cls, runs: Sequence[tuple[int, int]], num_tokens: int, device: torch.device
+    ) -> TokenRows:
         """From (start, length) of each run."""
         width = max(length for _, length in runs)
         first = runs[0][0]
@@ -60,7 +62,7 @@ class Rows:
         return cls.at([np.arange(s, s + n) for s, n in runs], num_tokens, device)
 
     @classmethod
-    def at(cls, indices: Sequence[np.ndarray], num_tokens: int, device: torch.device) -> Rows:
+    def at(cls, indices: Sequence[np.ndarray], num_tokens: int, device: torch.device) -> TokenRows:
         """From the tokens of each row."""
         lengths = np.array([len(row) for row in indices])
         width = int(lengths.max())
@@ -113,15 +115,15 @@ class Rows:
 class Family:
     """Shared prompts of one length, and the queries of everybody who reads them."""
 
-    queries: Rows
-    prefix: Rows
+    queries: TokenRows
+    prefix: TokenRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
     """All tiles of a batch, laid out once for all layers."""
 
-    own: tuple[Rows, ...]
+    own: tuple[TokenRows, ...]
     families: tuple[Family, ...]
 
     @classmethod
@@ -157,8 +159,8 @@ class Tiles:
         for groups in readers.values():
             prompts = [(prompt.start, prompt.length) for prompt, _ in groups]
             queries = _together([own for _, own in groups], num, device)
-            families.append(Family(queries, Rows.of(prompts, num, device)))
-        rows = [Rows.of(runs, num, device) for runs in plain.values()]
+            families.append(Family(queries, TokenRows.of(prompts, num, device)))
+        rows = [TokenRows.of(runs, num, device) for runs in plain.values()]
         return cls(tuple(rows), tuple(families))
 
 
@@ -177,13 +179,15 @@ def grid(length: int) -> int:
     return -(-length // step) * step
 
 
-def _together(groups: Sequence[Sequence[Segment]], num_tokens: int, device: torch.device) -> Rows:
+def _together(
+    groups: Sequence[Sequence[Segment]], num_tokens: int, device: torch.device
+) -> TokenRows:
     """The tokens of each group's segments, one group after the other in a row."""
     runs = [(own[0].start, sum(s.length for s in own)) for own in groups]
     ends = [own[-1].start + own[-1].length for own in groups]
     if all(first + total == end for (first, total), end in zip(runs, ends, strict=True)):
-        return Rows.of(runs, num_tokens, device)
-    return Rows.at(
+        return TokenRows.of(runs, num_tokens, device)
+    return TokenRows.at(
         [np.concatenate([_tokens(s) for s in own]) for own in groups], num_tokens, device
     )
 

@@ -105,9 +105,9 @@ class GroupAdvantage(Signal):
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``ADVANTAGE`` [T] on every member."""
-        return self._of_kept(groups) if self.kept_only else self._of_all(groups)
+        return self._among_remaining(groups) if self.kept_only else self._of_all(groups)
 
-    def _of_kept(self, groups: Sequence[Group]) -> list[Group]:
+    def _among_remaining(self, groups: Sequence[Group]) -> list[Group]:
         """Advantages among members that no signal discarded; 0 for the others."""
         kept = [[m for m in g.members if not discarded(m)] for g in groups]
         enough = [ms if len(ms) >= self.min_group else [] for ms in kept]

@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from posttrain.core.protocols import Policy, Request
 from posttrain.core.provenance import IntArray, Role, Sampling, Span
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 from posttrain.parts.base import Columns, Signal
 from posttrain.parts.columns import attach
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Policy, Request
 
 
 @part

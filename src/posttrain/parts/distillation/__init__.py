@@ -1,0 +1,1 @@
+"""Teachers: divergences from them, their log-probs as credit, and the methods made of these."""

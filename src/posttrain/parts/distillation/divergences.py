@@ -1,12 +1,16 @@
 """Terms that compare the policy's next-token distribution with a teacher's, token by token.
 
+    teacher_distribution ──TEACHER_IDS, TEACHER_LOGPROBS──┐
+    policy ──logits───────────────────────────────────────┴─▶ divergence [N] ─▶ teacher_forward_kl …
+    foreign_teacher ──TEACHER_SORTED, TEACHER_ALIGNED───────▶ sorted L1 [N] ──▶ teacher_sorted_l1
+
 π is the policy, π_T the teacher. Every term takes the full vocabulary or the teacher's top-k; with
 a top-k the rest of the vocabulary is one more outcome, "any other token". An f-divergence never
 grows when outcomes are merged, so each is then a lower bound of the full one, and still zero when
 both agree. ``temperature`` τ softens both sides first (π^(1/τ), renormalised) and needs the full
 vocabulary; gradients shrink about as 1/τ², which a weight of τ² undoes (arXiv 1503.02531).
 
-The code behind a term is in ``objectives/distillation.py``, the formulas in ``divergence.py``.
+The divergences are computed in :mod:`posttrain.numerics.divergence`.
 """
 
 from __future__ import annotations
@@ -17,19 +21,11 @@ from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Divergence, DivergenceKind, Wanted
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import (
-    Columns,
-    Scene,
-    Stats,
-    TokenTerm,
-    Values,
-)
-from posttrain.parts.distillation.teachers import TeacherDistribution
+from posttrain.parts.base import Columns, Scene, Stats, TokenTerm, Values
 from posttrain.parts.registry import part, tag_of
 
 if TYPE_CHECKING:
     from posttrain.numerics.batch import PackedBatch
-
 
 TEACHER = frozenset({Column.TEACHER_IDS, Column.TEACHER_LOGPROBS})
 FORWARD = Divergence(DivergenceKind.FORWARD_KL)
@@ -43,6 +39,8 @@ class TeacherDivergence(TokenTerm):
     """What losses share that compare the next-token distribution with a teacher's."""
 
     temperature: float = 1.0
+
+    kind: ClassVar[DivergenceKind]
     needs: ClassVar[Columns] = TEACHER
     by_divergence: ClassVar[bool] = True
     name_shown: ClassVar[str] = "divergence"
@@ -54,23 +52,23 @@ class TeacherDivergence(TokenTerm):
             )
 
     @property
+    def coefficient(self) -> float:
+        """The β or α of the divergence, if it has one."""
+        return 0.0
+
+    @property
     def divergence(self) -> Divergence:
         """What the output head computes at every token."""
-        raise NotImplementedError
+        return Divergence(self.kind, coefficient=self.coefficient, temperature=self.temperature)
 
     @property
     def reads(self) -> frozenset[Wanted]:
         """The divergence."""
         return frozenset({self.divergence})
 
-    def values(self, stats: Stats, batch: PackedBatch) -> Values:
-        """[N] the divergence over the next token."""
-        values_N = stats[self.divergence]
-        return Values(values_N, {self.name_shown: values_N.detach()})
-
     def check(self, scene: Scene) -> None:
         """What a temperature does to tokens that a teacher left out is not known."""
-        tops = [s.top_k for s in scene.signals if isinstance(s, TeacherDistribution) and s.top_k]
+        tops = [s.num_entries for s in scene.signals if s.num_entries]
         if tops and self.temperature != 1:
             raise scene.refuse(
                 f"{tag_of(self)} at temperature {self.temperature} with a teacher's top "
@@ -80,6 +78,11 @@ class TeacherDivergence(TokenTerm):
                 fix="drop top_k, or drop temperature",
             )
 
+    def values(self, stats: Stats, batch: PackedBatch) -> Values:
+        """[N] the divergence over the next token."""
+        values_N = stats[self.divergence]
+        return Values(values_N, {self.name_shown: values_N.detach()})
+
 
 @part
 class TeacherForwardKL(TeacherDivergence):
@@ -88,12 +91,10 @@ class TeacherForwardKL(TeacherDivergence):
     Covers whatever the teacher might say.
     """
 
+    formula: ClassVar[str] = "sum_v pi_T(v) log(pi_T(v) / pi(v))"
+    paper: ClassVar[str] = "1503.02531"
+    kind: ClassVar[DivergenceKind] = DivergenceKind.FORWARD_KL
     name_shown: ClassVar[str] = "kl"
-
-    @property
-    def divergence(self) -> Divergence:
-        """As written above."""
-        return Divergence(DivergenceKind.FORWARD_KL, temperature=self.temperature)
 
 
 @part
@@ -103,12 +104,10 @@ class TeacherReverseKL(TeacherDivergence):
     Avoids whatever the teacher would not say.
     """
 
+    formula: ClassVar[str] = "sum_v pi(v) log(pi(v) / pi_T(v))"
+    paper: ClassVar[str] = "2306.13649"
+    kind: ClassVar[DivergenceKind] = DivergenceKind.REVERSE_KL
     name_shown: ClassVar[str] = "kl"
-
-    @property
-    def divergence(self) -> Divergence:
-        """As written above."""
-        return Divergence(DivergenceKind.REVERSE_KL, temperature=self.temperature)
 
 
 @part
@@ -122,63 +121,71 @@ class TeacherJensenShannon(TeacherDivergence):
 
     beta: float = 0.5
 
+    formula: ClassVar[str] = (
+        "beta KL(pi_T || M) + (1-beta) KL(pi || M), M = beta pi_T + (1-beta) pi"
+    )
+    paper: ClassVar[str] = "2306.13649"
+    kind: ClassVar[DivergenceKind] = DivergenceKind.JENSEN_SHANNON
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.beta <= 1:
             raise ConfigError(f"beta={self.beta}", expected="from 0 (forward KL) to 1 (reverse KL)")
 
     @property
-    def divergence(self) -> Divergence:
-        """As written above."""
-        return Divergence(
-            DivergenceKind.JENSEN_SHANNON, coefficient=self.beta, temperature=self.temperature
-        )
+    def coefficient(self) -> float:
+        """β."""
+        return self.beta
+
+
+class SkewedKL(TeacherDivergence):
+    """A KL to a mixture that holds a share α of the distribution it starts from."""
+
+    alpha: float = 0.1
+
+    at_zero: ClassVar[str]  # the term that it is without the share
+    paper: ClassVar[str] = "2402.03898"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.alpha < 1:
+            raise ConfigError(
+                f"alpha={self.alpha}",
+                expected="above 0 and below 1",
+                fix=f"alpha 0 is {self.at_zero}",
+            )
+
+    @property
+    def coefficient(self) -> float:
+        """α."""
+        return self.alpha
 
 
 @part
-class TeacherSkewKL(TeacherDivergence):
+class TeacherSkewKL(SkewedKL):
     """KL(π_T ‖ α π_T + (1−α) π) (DistiLLM, arXiv 2402.03898): at most −log α, whatever π is."""
 
-    alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_alpha(self.alpha, "teacher_forward_kl")
-
-    @property
-    def divergence(self) -> Divergence:
-        """As written above."""
-        return Divergence(
-            DivergenceKind.SKEW_KL, coefficient=self.alpha, temperature=self.temperature
-        )
+    formula: ClassVar[str] = "KL(pi_T || alpha pi_T + (1-alpha) pi)"
+    kind: ClassVar[DivergenceKind] = DivergenceKind.SKEW_KL
+    at_zero: ClassVar[str] = "teacher_forward_kl"
 
 
 @part
-class TeacherSkewReverseKL(TeacherDivergence):
+class TeacherSkewReverseKL(SkewedKL):
     """KL(π ‖ (1−α) π_T + α π) (DistiLLM, arXiv 2402.03898): at most −log α, whatever π is."""
 
-    alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_alpha(self.alpha, "teacher_reverse_kl")
-
-    @property
-    def divergence(self) -> Divergence:
-        """As written above."""
-        return Divergence(
-            DivergenceKind.SKEW_REVERSE_KL, coefficient=self.alpha, temperature=self.temperature
-        )
+    formula: ClassVar[str] = "KL(pi || (1-alpha) pi_T + alpha pi)"
+    kind: ClassVar[DivergenceKind] = DivergenceKind.SKEW_REVERSE_KL
+    at_zero: ClassVar[str] = "teacher_reverse_kl"
 
 
 @part
 class TeacherTotalVariation(TeacherDivergence):
     """½ Σ_v |π_T(v) − π(v)|, from 0 to 1 (f-divergence distillation, arXiv 2307.15190)."""
 
-    @property
-    def divergence(self) -> Divergence:
-        """As written above."""
-        return Divergence(DivergenceKind.TOTAL_VARIATION, temperature=self.temperature)
+    formula: ClassVar[str] = "1/2 sum_v |pi_T(v) - pi(v)|"
+    paper: ClassVar[str] = "2307.15190"
+    kind: ClassVar[DivergenceKind] = DivergenceKind.TOTAL_VARIATION
 
 
 @part
@@ -190,6 +197,9 @@ class EntropyAwareKL(TokenTerm):
     """
 
     threshold: float = 0.8
+
+    formula: ClassVar[str] = "KL(pi || pi_T) + [H(pi_T) > threshold] KL(pi_T || pi)"
+    paper: ClassVar[str] = "2603.07079"
     needs: ClassVar[Columns] = TEACHER
     reads: ClassVar[frozenset[Wanted]] = frozenset({FORWARD, REVERSE})
 
@@ -218,6 +228,9 @@ class TeacherSortedL1(TokenTerm):
     """
 
     weight: float = 1.5
+
+    formula: ClassVar[str] = "sum_i |pi_(i) - pi_T(i)|, both sorted"
+    paper: ClassVar[str] = "2402.12030"
     needs: ClassVar[Columns] = frozenset({Column.TEACHER_SORTED, Column.TEACHER_ALIGNED})
     reads: ClassVar[frozenset[Wanted]] = frozenset({BY_RANK})
 
@@ -225,10 +238,3 @@ class TeacherSortedL1(TokenTerm):
         """[N] L1 of sorted probabilities where the teacher stands after the same text."""
         aligned_N = batch.columns[Column.TEACHER_ALIGNED]
         return Values(aligned_N * stats[BY_RANK], {"aligned": aligned_N})
-
-
-def _check_alpha(alpha: float, at_zero: str) -> None:
-    if not 0 < alpha < 1:
-        raise ConfigError(
-            f"alpha={alpha}", expected="above 0 and below 1", fix=f"alpha 0 is {at_zero}"
-        )

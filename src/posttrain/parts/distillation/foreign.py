@@ -13,34 +13,21 @@ import numpy as np
 
 from posttrain.core import clock
 from posttrain.core.errors import ConfigError, TaskError
-from posttrain.core.protocols import Policy, Renderer
 from posttrain.core.provenance import IntArray, Role, Span
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Array, Column, End, Group, Scored, Trajectory
-from posttrain.parts.base import (
-    Columns,
-    PolicyRef,
-    Scene,
-    Signal,
-)
+from posttrain.parts.base import Columns, PolicyRef, Scene, Signal
 from posttrain.parts.columns import attach, trajectories_of
 from posttrain.parts.distillation.teachers import need_tasks
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Policy, Renderer
 
 
-@part
-class ForeignTeacher(Signal):
-    """The sorted distribution of a teacher with another tokenizer, where both have a boundary.
-
-    The teacher reads the task in its own template and its own tokens of the completion's text.
-    Before a token that starts where one of the teacher's starts, both have read the same text,
-    and their next-token distributions can be compared by rank; other tokens are not aligned.
-    """
+class AcrossTokenizers(Signal):
+    """What signals share that ask a teacher with another tokenizer."""
 
     teacher: PolicyRef
-    top_k: int = 100
-    provides: ClassVar[Columns] = frozenset({Column.TEACHER_SORTED, Column.TEACHER_ALIGNED})
 
     def references(self) -> tuple[PolicyRef, ...]:
         """The teacher."""
@@ -49,6 +36,22 @@ class ForeignTeacher(Signal):
     def check(self, scene: Scene) -> None:
         """It reads the task in its own tokens."""
         need_tasks(self, scene)
+
+
+@part
+class ForeignTeacher(AcrossTokenizers):
+    """The sorted distribution of a teacher with another tokenizer, where both have a boundary.
+
+    The teacher reads the task in its own template and its own tokens of the completion's text.
+    Before a token that starts where one of the teacher's starts, both have read the same text,
+    and their next-token distributions can be compared by rank; other tokens are not aligned.
+    """
+
+    top_k: int = 100
+
+    formula: ClassVar[str] = "pi_T(.), sorted, at boundaries of both tokenizers"
+    paper: ClassVar[str] = "2402.12030"
+    provides: ClassVar[Columns] = frozenset({Column.TEACHER_SORTED, Column.TEACHER_ALIGNED})
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -99,7 +102,7 @@ def _aligned(
 
 
 @part
-class SpanAdvantage(Signal):
+class SpanAdvantage(AcrossTokenizers):
     """The log-ratio of policy and a teacher with another tokenizer, span by span, as credit.
 
     A span reaches from one boundary that both tokenizers have to the next; its log-prob is the sum
@@ -114,18 +117,11 @@ class SpanAdvantage(Signal):
     at the boundaries; the policy gradient on the spans' log-ratio is derived.
     """
 
-    teacher: PolicyRef
+    formula: ClassVar[str] = "log pi_T(span) - log pi(span)"
+    paper: ClassVar[str] = "GOLD, Hugging Face 2025"
     untempered: ClassVar[bool] = True
     needs: ClassVar[Columns] = frozenset({Column.BEHAVIOUR_LOGPROB})
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
-
-    def references(self) -> tuple[PolicyRef, ...]:
-        """The teacher."""
-        return (self.teacher,)
-
-    def check(self, scene: Scene) -> None:
-        """It reads the task in its own tokens."""
-        need_tasks(self, scene)
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with the column on every member, NaN where nothing is trained."""

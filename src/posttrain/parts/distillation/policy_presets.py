@@ -7,29 +7,25 @@ from typing import ClassVar
 from posttrain.core.errors import ConfigError
 from posttrain.core.sampling import SamplingSpec
 from posttrain.parts.base import Aggregate, PolicyRef, Signal, Term
-from posttrain.parts.composition import Composition, Method
+from posttrain.parts.composition import Composition
 from posttrain.parts.distillation.divergences import TeacherReverseKL
 from posttrain.parts.distillation.foreign import SpanAdvantage
+from posttrain.parts.distillation.presets import OnTasks
 from posttrain.parts.distillation.teacher_credit import DeltaAdvantage, TeacherAdvantage
 from posttrain.parts.distillation.teachers import TeacherDistribution, TeacherLogprobs
 from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.policy.losses import ClippedPolicyGradient, PolicyGradient
-from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.registry import part
 
 
-class Sampled(Method):
-    """The learner's own rollouts, and how they are averaged. Fields only."""
+class Sampled(OnTasks):
+    """Methods that credit each sampled token, and how the losses of tokens are averaged."""
 
-    tasks: tuple[str, ...]
     group_size: int = 4
-    max_new_tokens: int = 64
-    sampling: SamplingSpec = SamplingSpec()
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "on-policy"
-    interface: ClassVar[str] = "teacher targets"
-    tendency: ClassVar[str] = "reshaping or consolidation"
 
 
 def _sampled(method: Sampled, signals: tuple[Signal, ...], terms: tuple[Term, ...]) -> Composition:
@@ -188,6 +184,3 @@ class Minillm(Sampled):
             clip_low=self.clip_low, clip_high=self.clip_high, aggregate=self.aggregate
         )
         return _sampled(self, signals, (exact, rest))
-
-
-RewardedDistillation = OpdSampled | IwOpd | GOpd | Opd2 | SpanOpd | Minillm

@@ -14,6 +14,7 @@ from posttrain.parts.base import Aggregate, PolicyRef, Source, Term, WeightSched
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.distillation.divergences import (
     EntropyAwareKL,
+    SkewedKL,
     TeacherForwardKL,
     TeacherJensenShannon,
     TeacherReverseKL,
@@ -24,7 +25,7 @@ from posttrain.parts.distillation.divergences import (
 )
 from posttrain.parts.distillation.foreign import ForeignTeacher
 from posttrain.parts.distillation.teachers import TeacherDistribution
-from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.dataset import Dataset
@@ -33,14 +34,10 @@ from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.supervised.likelihood import CrossEntropy
 
 ANSWER_SHOWN = "{question}\nThe correct answer is {answer}. Answer in your own words."
-
-
 DEMONSTRATION_SHOWN = (
     "{question}\nThis is an example of a response to the question:\n{answer}\n"
     "Now answer with a response of your own."
 )
-
-
 SUCCESS_SHOWN = (
     "{question}\nThis answer to the question was correct:\n{success}\n"
     "Now solve the question in your own words."
@@ -48,7 +45,7 @@ SUCCESS_SHOWN = (
 
 
 class OnTasks(Method):
-    """Whose prompts are answered, and how. Fields only."""
+    """Methods on tasks: whose prompts are answered, and how."""
 
     tasks: tuple[str, ...]
     group_size: int = 1
@@ -105,138 +102,139 @@ class Kd(Method):
         return Composition(source=self.data, signals=(signal,), terms=(term,))
 
 
+class OnOwnRollouts(OnTasks):
+    """Methods in which teachers grade the learner's own rollouts with their distributions."""
+
+    teachers: dict[str, PolicyRef]
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "on-policy"
+
+
+def _graded(method: OnOwnRollouts, term: Term) -> Composition:
+    """Live rollouts; the distributions of the method's teachers; the term."""
+    signal = TeacherDistribution(routes=method.teachers, top_k=method.top_k)
+    return Composition(source=rollouts(method), signals=(signal,), terms=(term,))
+
+
 @part
-class Opd(OnTasks):
+class Opd(OnOwnRollouts):
     """On-policy distillation: the teacher grades every token of the learner's own rollouts.
 
     Several teachers, each for its own task sets, make it MOPD (arXiv 2601.02780):
     ``teachers: {sums: path:adder, "*": base}``.
     """
 
-    teachers: dict[str, PolicyRef]
-    top_k: int | None = None
-    aggregate: Aggregate = "token_mean"
-
-    provenance: ClassVar[str] = "on-policy"
     formula: ClassVar[str] = "KL(pi || pi_teacher) per token, on samples of pi"
     paper: ClassVar[str] = "2306.13649"
 
     def compose(self) -> Composition:
         """Live rollouts; teacher distributions routed by task set; reverse KL."""
-        return _taught(self, TeacherReverseKL(aggregate=self.aggregate))
+        return _graded(self, TeacherReverseKL(aggregate=self.aggregate))
 
 
 @part
-class EntropyAwareOpd(OnTasks):
+class EntropyAwareOpd(OnOwnRollouts):
     """OPD that also covers the teacher's answers where the teacher is unsure.
 
     Unconfirmed: read at second hand; the threshold's unit and the second part's weight are ours.
     """
 
-    teachers: dict[str, PolicyRef]
     top_k: int | None = 16
     threshold: float = 0.8
-    aggregate: Aggregate = "token_mean"
 
-    provenance: ClassVar[str] = "on-policy"
     formula: ClassVar[str] = "KL(pi || pi_T) + [H(pi_T) > threshold] KL(pi_T || pi)"
     paper: ClassVar[str] = "2603.07079"
 
     def compose(self) -> Composition:
         """Live rollouts; teacher distributions; both KLs."""
         term = EntropyAwareKL(threshold=self.threshold, aggregate=self.aggregate)
-        return _taught(self, term)
+        return _graded(self, term)
 
 
 @part
-class TvDistillation(OnTasks):
+class TvDistillation(OnOwnRollouts):
     """Total variation to a teacher on the learner's own rollouts: a bounded loss per token.
 
     Unconfirmed: the divergence is standard; that the paper uses it so is from general knowledge.
     """
 
-    teachers: dict[str, PolicyRef]
-    top_k: int | None = None
-    aggregate: Aggregate = "token_mean"
-
-    provenance: ClassVar[str] = "on-policy"
     formula: ClassVar[str] = "1/2 sum_v |pi_teacher - pi|, on samples of pi"
     paper: ClassVar[str] = "2307.15190"
 
     def compose(self) -> Composition:
         """Live rollouts; teacher distributions; total variation."""
-        return _taught(self, TeacherTotalVariation(aggregate=self.aggregate))
+        return _graded(self, TeacherTotalVariation(aggregate=self.aggregate))
 
 
-def _taught(method: Opd | EntropyAwareOpd | TvDistillation, term: Term) -> Composition:
+class OnMix(OnTasks):
+    """Methods on a share ``own`` of the learner's own rollouts, the rest given answers.
+
+    At 1 there is no data, at 0 there are no rollouts.
+    """
+
+    teachers: dict[str, PolicyRef]
+    data: Dataset | None = None
+    own: float = 0.5
+    top_k: int | None = None
+    aggregate: Aggregate = "token_mean"
+
+    provenance: ClassVar[str] = "mixed"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.own <= 1 or (self.own < 1) != (self.data is not None):
+            raise ConfigError(
+                f"own={self.own} with {'data' if self.data else 'no data'}",
+                expected="a share of rollouts from 0 to 1, and data exactly when it is below 1",
+            )
+
+
+def _graded_mix(method: OnMix, term: Term) -> Composition:
+    """A mix of data and live rollouts; the distributions of the method's teachers; the term."""
     signal = TeacherDistribution(routes=method.teachers, top_k=method.top_k)
-    return Composition(source=rollouts(method), signals=(signal,), terms=(term,))
+    source = mixed(method.data, rollouts(method), own=method.own)
+    return Composition(source=source, signals=(signal,), terms=(term,))
 
 
 @part
-class Gkd(OnTasks):
+class Gkd(OnMix):
     """Generalised distillation: a share λ of the learner's own rollouts, the rest given answers.
 
     ``own`` is λ; at 1 there is no data, at 0 there are no rollouts. ``beta`` goes from the forward
     KL at 0 to the reverse KL at 1; between them the loss is smaller, see teacher_jensen_shannon.
     """
 
-    teachers: dict[str, PolicyRef]
-    data: Dataset | None = None
-    own: float = 0.5
     beta: float = 0.5
-    top_k: int | None = None
-    aggregate: Aggregate = "token_mean"
 
-    provenance: ClassVar[str] = "mixed"
     formula: ClassVar[str] = (
         "beta KL(pi_T || M) + (1-beta) KL(pi || M), M = beta pi_T + (1-beta) pi"
     )
     paper: ClassVar[str] = "2306.13649"
 
-    def __post_init__(self) -> None:
-        check_share(self.own, self.data)
-
     def compose(self) -> Composition:
         """A mix of data and live rollouts; teacher distributions; generalised Jensen-Shannon."""
-        return Composition(
-            source=mixed(self.data, rollouts(self), own=self.own),
-            signals=(TeacherDistribution(routes=self.teachers, top_k=self.top_k),),
-            terms=(TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate),),
-        )
+        return _graded_mix(self, TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate))
 
 
 @part
-class Distillm(OnTasks):
+class Distillm(OnMix):
     """Skewed KL on a mix of given answers and the learner's own rollouts.
 
     The paper also replays old rollouts and adapts their share; here they are fresh, and the share
     is fixed.
     """
 
-    teachers: dict[str, PolicyRef]
-    data: Dataset | None = None
-    own: float = 0.5
     alpha: float = 0.1
     reverse: bool = True
-    top_k: int | None = None
-    aggregate: Aggregate = "token_mean"
 
-    provenance: ClassVar[str] = "mixed"
     formula: ClassVar[str] = "KL(pi || (1-alpha) pi_T + alpha pi); or KL(pi_T || alpha pi_T + ...)"
     paper: ClassVar[str] = "2402.03898"
-
-    def __post_init__(self) -> None:
-        check_share(self.own, self.data)
 
     def compose(self) -> Composition:
         """A mix of data and live rollouts; teacher distributions; a skew KL."""
         kind = TeacherSkewReverseKL if self.reverse else TeacherSkewKL
-        return Composition(
-            source=mixed(self.data, rollouts(self), own=self.own),
-            signals=(TeacherDistribution(routes=self.teachers, top_k=self.top_k),),
-            terms=(kind(alpha=self.alpha, aggregate=self.aggregate),),
-        )
+        return _graded_mix(self, kind(alpha=self.alpha, aggregate=self.aggregate))
 
 
 @part
@@ -283,7 +281,7 @@ class Distillm2(OnTasks):
 
 def _skewed(
     method: Distillm2,
-    kind: type[TeacherSkewKL] | type[TeacherSkewReverseKL],
+    kind: type[SkewedKL],
     author: Kind,
     *,
     weight: float,
@@ -336,8 +334,8 @@ class Uld(OnTasks):
         )
 
 
-class Told(OnTasks):
-    """A teacher with more to read than the learner. Fields only."""
+class Privileged(OnTasks):
+    """Methods whose teacher has more to read than the learner: a privileged context."""
 
     teacher: PolicyRef = "input"
     top_k: int | None = None
@@ -348,7 +346,7 @@ class Told(OnTasks):
 
 
 @part
-class ContextDistillation(Told):
+class ContextDistillation(Privileged):
     """What a policy says with an instruction becomes what it says without.
 
     On the learner's own rollouts (OPCD, arXiv 2602.12275); the first form of it (2209.15189)
@@ -362,11 +360,11 @@ class ContextDistillation(Told):
 
     def compose(self) -> Composition:
         """Live rollouts; the distribution of a teacher that reads more; reverse KL."""
-        return _told(self, self.context, TeacherReverseKL(aggregate=self.aggregate))
+        return _privileged(self, self.context, TeacherReverseKL(aggregate=self.aggregate))
 
 
 @part
-class Opsd(Told):
+class Opsd(Privileged):
     """On-policy self-distillation: the teacher is the policy that knows the right answer.
 
     The teacher is frozen where the stage begins; ``teacher: learner`` lets it move along.
@@ -383,11 +381,11 @@ class Opsd(Told):
     def compose(self) -> Composition:
         """Live rollouts; the distribution of a teacher that reads more; Jensen-Shannon."""
         term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
-        return _told(self, self.context, term)
+        return _privileged(self, self.context, term)
 
 
 @part
-class Sdft(Told):
+class Sdft(Privileged):
     """Self-distillation fine-tuning: the learner itself, shown a demonstration, is the teacher.
 
     The demonstration is the task's ``answer``. The teacher is a moving average of the learner
@@ -408,11 +406,11 @@ class Sdft(Told):
     def compose(self) -> Composition:
         """Live rollouts; the learner's own distribution after a demonstration; Jensen-Shannon."""
         term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
-        return _told(self, self.context, term, rate=self.rate)
+        return _privileged(self, self.context, term, rate=self.rate)
 
 
 @part
-class Sdpo(Told):
+class Sdpo(Privileged):
     """Self-distillation policy optimisation: the teacher is shown a sibling that succeeded.
 
     The teacher, a moving average of the learner, reads the first other answer of the group with a
@@ -442,31 +440,18 @@ class Sdpo(Told):
     def compose(self) -> Composition:
         """Live rollouts; verifier; an averaged teacher that reads a sibling; Jensen-Shannon."""
         term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
-        plain = _told(self, self.context, term, rate=self.rate, success=self.success)
+        plain = _privileged(self, self.context, term, rate=self.rate, success=self.success)
         return replace(plain, signals=(Verify(), *plain.signals))
 
 
-def _told(
-    method: Told, context: str, term: Term, *, rate: float = 1.0, success: float = 1.0
+def _privileged(
+    method: Privileged, context: str, term: Term, *, rate: float = 1.0, success: float = 1.0
 ) -> Composition:
     signal = TeacherDistribution(
         routes={"*": method.teacher}, top_k=method.top_k, context=context, success=success
     )
     moving = MovingReference(rate=rate) if method.teacher == MOVING else None
     return Composition(source=rollouts(method), signals=(signal,), terms=(term,), moving=moving)
-
-
-def check_share(own: float, data: Dataset | None) -> None:
-    """Refuse a share that leaves the data unused, or asks for data that is not named.
-
-    Raises:
-        ConfigError: as said.
-    """
-    if not 0 <= own <= 1 or (own < 1) != (data is not None):
-        raise ConfigError(
-            f"own={own} with {'data' if data else 'no data'}",
-            expected="a share of rollouts from 0 to 1, and data exactly when it is below 1",
-        )
 
 
 def mixed(data: Dataset | None, drawn: Rollouts, *, own: float) -> Source:

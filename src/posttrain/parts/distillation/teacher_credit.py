@@ -1,4 +1,11 @@
-"""A teacher's log-probs as credit of sampled tokens."""
+"""A teacher's log-probs as credit of sampled tokens: distillation as a policy gradient.
+
+    teacher_logprobs ──TEACHER_LOGPROB───┐
+    the record ────────BEHAVIOUR_LOGPROB─┴─teacher_advantage──▶ ADVANTAGE ──▶ policy gradients
+    teacher, its base, learner ────────────delta_advantage────▶ ADVANTAGE ──▶ policy gradients
+
+Shape legend: ``T`` tokens of a trajectory, ``V`` vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +18,12 @@ import numpy.typing as npt
 from posttrain.core import clock
 from posttrain.core.errors import ConfigError
 from posttrain.core.trajectory import Column, Group, Scored
-from posttrain.parts.base import (
-    Columns,
-    PolicyRef,
-    Signal,
-)
-from posttrain.parts.columns import attach
+from posttrain.parts.base import Columns, PolicyRef, Signal
+from posttrain.parts.columns import attach, trajectories_of
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
+
+Floats = npt.NDArray[np.float64]
 
 
 @part
@@ -40,6 +45,11 @@ class TeacherAdvantage(Signal):
     credit: Literal["token", "to_go", "future_mean"] = "token"
     extrapolation: float = 1.0
     early: float = 0.0
+
+    formula: ClassVar[str] = "log pi_T(y_t) - log pi(y_t), or what follows of it"
+    paper: ClassVar[str] = (
+        "2306.08543 (future_mean), 2602.12125 (extrapolation), 2606.22600 (early)"
+    )
     untempered: ClassVar[bool] = True
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
 
@@ -81,18 +91,31 @@ class TeacherAdvantage(Signal):
 
 @part
 class DeltaAdvantage(Signal):
-    """What a teacher's own tuning added, where it agrees with plain distillation (OPD², 2607.15161).
+    """What a teacher's own tuning added, where plain distillation agrees (OPD², 2607.15161).
 
     Δ = log π_T(y) − log π_base(y) and U = log π_T(y) − log π(y), each less its expectation under
     π; A = ``scale`` · Δ where Δ and U have one sign, else 0. ``base`` is what the teacher was
     tuned from. Expectations are exact, over the full vocabulary (the paper: over the policy's
     1024 most likely tokens).
-    """  # noqa: E501
+    """
 
     teacher: PolicyRef
     base: PolicyRef
     scale: float = 0.1
+
+    formula: ClassVar[str] = (
+        "scale (log pi_T - log pi_base - E_pi), where of one sign with log pi_T - log pi - E_pi"
+    )
+    paper: ClassVar[str] = "2607.15161"
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
+
+    def __post_init__(self) -> None:
+        if self.teacher == self.base or self.scale <= 0:
+            raise ConfigError(
+                f"delta_advantage with teacher={self.teacher}, base={self.base}, "
+                f"scale={self.scale}",
+                expected="two different policies, and scale above 0",
+            )
 
     def references(self) -> tuple[PolicyRef, ...]:
         """The teacher and what it was tuned from."""
@@ -103,34 +126,23 @@ class DeltaAdvantage(Signal):
         for reference in self.references():
             tools.policy(reference)
 
-    def __post_init__(self) -> None:
-        if self.teacher == self.base or self.scale <= 0:
-            raise ConfigError(
-                f"delta_advantage with teacher={self.teacher}, base={self.base}, "
-                f"scale={self.scale}",
-                expected="two different policies, and scale above 0",
-            )
-
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with the column on every member, NaN where nothing is trained."""
-        trajectories = [m.trajectory for g in groups for m in g.members]
+        trajectories = trajectories_of(groups)
         asked = (tools.live, *(tools.policy(r) for r in self.references()))
         with clock.timed("teacher"):
             logps = [p.distributions(trajectories, top_k=None) for p in asked]
         columns = []
         for index, trajectory in enumerate(trajectories):
             trained = trajectory.trainable
-            own, teacher, base = (
+            own_TV, teacher_TV, base_TV = (
                 logp[index][1][trained].astype(np.float64) for logp in logps
-            )  # [T, V]
+            )
             written = trajectory.tokens[trained]
             out = np.full(len(trained), np.nan, np.float32)
-            out[trained] = self.scale * delta_advantages(own, teacher, base, written)
+            out[trained] = self.scale * delta_advantages(own_TV, teacher_TV, base_TV, written)
             columns.append({Column.ADVANTAGE: out})
         return attach(groups, columns)
-
-
-Floats = npt.NDArray[np.float64]
 
 
 def credited(gain_T: Floats, *, credit: str) -> Floats:

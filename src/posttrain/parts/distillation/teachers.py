@@ -26,7 +26,6 @@ import numpy as np
 from posttrain.core import clock
 from posttrain.core.errors import ConfigError, TaskError, nearest
 from posttrain.core.learner import MOVING
-from posttrain.core.protocols import Policy
 from posttrain.core.provenance import Span
 from posttrain.core.task import with_context
 from posttrain.core.trajectory import Array, Column, Discard, Group, Scored, Trajectory
@@ -35,6 +34,7 @@ from posttrain.parts.columns import attach, discarded, trajectories_of
 from posttrain.parts.logprobs import remembered_logprobs
 from posttrain.parts.registry import part, tag_of
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Policy
 
 
 class RoutedTeacher(Signal):
@@ -42,6 +42,7 @@ class RoutedTeacher(Signal):
 
     routes: dict[str, PolicyRef]
     context: str | None = None
+
     may_ask_learner: ClassVar[bool] = True
     shown: ClassVar[tuple[str, ...]] = ("answer",)  # what a context may show beside the question
 
@@ -143,6 +144,9 @@ class TeacherDistribution(RoutedTeacher):
 
     top_k: int | None = None
     success: float = 1.0
+
+    formula: ClassVar[str] = "log pi_T(v | context, y_<t) of every v, or of the K likeliest"
+    paper: ClassVar[str] = "2209.15189, 2601.18734, 2601.19897 (contexts), 2601.20802 (success)"
     shown: ClassVar[tuple[str, ...]] = ("answer", "success")
 
     def __post_init__(self) -> None:
@@ -244,6 +248,7 @@ class TeacherLogprobs(RoutedTeacher):
     ``routes`` and ``context`` as in ``teacher_distribution``. Written is ``TEACHER_LOGPROB`` [T].
     """
 
+    formula: ClassVar[str] = "log pi_T(y_t | context, y_<t)"
     provides: ClassVar[Columns] = frozenset({Column.TEACHER_LOGPROB})
     remembered: ClassVar[bool] = True
 

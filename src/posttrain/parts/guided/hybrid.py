@@ -14,7 +14,7 @@ from posttrain.parts.base import Term, WeightSchedule
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.credit.advantages import GroupAdvantage
 from posttrain.parts.policy.building import clipped
-from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.dataset import Dataset

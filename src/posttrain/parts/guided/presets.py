@@ -26,7 +26,7 @@ from posttrain.parts.logprobs import OwnLogprobs
 from posttrain.parts.policy.building import clipped
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.policy.regularisers import EntropyBonus
-from posttrain.parts.policy.rollouts import demonstrated, rollouts
+from posttrain.parts.policy.shapes import demonstrated, rollouts
 from posttrain.parts.registry import part, tag_of
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.members import Guided

@@ -20,7 +20,7 @@ from posttrain.parts.credit.shaping import KLPenalty
 from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.policy.ratio import Mismatch
-from posttrain.parts.policy.rollouts import Answering, rollouts
+from posttrain.parts.policy.shapes import Answering, rollouts
 from posttrain.parts.sources.redraw import Redraw
 
 

@@ -13,7 +13,7 @@ from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.policy.building import kl_in_reward
 from posttrain.parts.policy.losses import ClippedPolicyGradient, PolicyGradient
 from posttrain.parts.policy.regularisers import ReferenceKL
-from posttrain.parts.policy.rollouts import OnRollouts, on_rollouts
+from posttrain.parts.policy.shapes import OnRollouts, on_rollouts
 from posttrain.parts.registry import part
 
 EXPECTED_REWARD = PolicyGradient(aggregate="sequence_sum")

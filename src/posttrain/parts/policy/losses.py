@@ -33,7 +33,7 @@ from posttrain.parts.policy.ratio import (
     sequence_advantages,
     weighed,
 )
-from posttrain.parts.policy.rollouts import GroupedRollouts
+from posttrain.parts.policy.shapes import GroupedRollouts
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import capped_exp, sequence_means, sequence_sums
 

@@ -12,7 +12,7 @@ from posttrain.parts.composition import Composition
 from posttrain.parts.credit.gae import Gae
 from posttrain.parts.policy.building import clipped, kl_in_reward
 from posttrain.parts.policy.losses import ClippedPolicyGradient
-from posttrain.parts.policy.rollouts import OnRollouts, on_rollouts
+from posttrain.parts.policy.shapes import OnRollouts, on_rollouts
 from posttrain.parts.policy.value import ValueLoss
 from posttrain.parts.registry import part
 from posttrain.parts.supervised.likelihood import CrossEntropy

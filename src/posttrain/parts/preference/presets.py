@@ -16,7 +16,7 @@ from posttrain.parts import unions
 from posttrain.parts.base import Aggregate, Limit, PolicyRef, Term
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.logprobs import ReferenceLogprobs
-from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.preference.ranking import RankPairs
 from posttrain.parts.preference.reference_free import ContrastiveLogistic, OddsRatio, Simpo

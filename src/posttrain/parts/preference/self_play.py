@@ -19,7 +19,7 @@ from posttrain.parts.base import PolicyRef
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.guided.external import ExplorationBonus
 from posttrain.parts.logprobs import ReferenceLogprobs
-from posttrain.parts.policy.rollouts import demonstrated, rollouts
+from posttrain.parts.policy.shapes import demonstrated, rollouts
 from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.preference.ranking import PreferDemonstration, RankPairs
 from posttrain.parts.registry import part

@@ -1,4 +1,7 @@
-"""Learnt judges of whole answers: reward models."""
+"""Signals that ask learnt judges, and the one that asks for a score of a whole answer.
+
+model, with a scalar head ──score after the last token──▶ reward_model ──▶ REWARD
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,67 @@ import numpy as np
 
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.trajectory import Array, Column, Group, Scored
-from posttrain.parts.base import (
-    Columns,
-    PolicyRef,
-    Signal,
-)
-from posttrain.parts.registry import part
+from posttrain.parts.base import NONE, Columns, PolicyRef, Signal
+from posttrain.parts.columns import trajectories_of
+from posttrain.parts.registry import part, tag_of
 from posttrain.parts.tools import Tools
 
 
+class LearntJudge(Signal):
+    """What signals share that ask a frozen model with a scalar head.
+
+    ``add`` adds ``weight`` times the judgement to the reward that is there already, instead of
+    writing it.
+    """
+
+    model: PolicyRef
+    weight: float = 1.0
+    add: bool = False
+
+    judges: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight) or self.weight == 0:
+            raise ConfigError(
+                f"{tag_of(self)} with weight={self.weight}",
+                expected="a finite number other than 0",
+            )
+
+    @property
+    def needs(self) -> Columns:
+        """The reward that it adds to, if it does."""
+        return frozenset({Column.REWARD}) if self.add else NONE
+
+    def references(self) -> tuple[PolicyRef, ...]:
+        """The model."""
+        return (self.model,)
+
+    def scorers(self) -> tuple[PolicyRef, ...]:
+        """The model."""
+        return (self.model,)
+
+    def prepare(self, tools: Tools) -> None:
+        """Refuse a model without a scalar head, or with other tokens than the learner's."""
+        tools.policy(self.model).scores([])
+
+    def rewarded(self, member: Scored, value: float) -> Scored:
+        """The member with ``weight * value`` as its reward, or added to it.
+
+        Raises:
+            LegalityError: there is no reward to add to.
+        """
+        before = member.scalar(Column.REWARD) if self.add else 0.0
+        if before is None:
+            raise LegalityError(
+                f"a trajectory of task {member.trajectory.task} has no reward to add to",
+                fix="put another judge before the one with add",
+            )
+        reward = np.asarray(before + self.weight * value, np.float64)
+        return member.with_columns({Column.REWARD: reward})
+
+
 @part
-class RewardModel(Signal):
+class RewardModel(LearntJudge):
     """``REWARD``: the score of a frozen reward model after the last token of the answer.
 
     ``model`` is a stage that trained one, a folder that such a stage exported, or a stock
@@ -29,38 +82,14 @@ class RewardModel(Signal):
     weighted score to the reward that is there already, instead of writing it.
     """
 
-    model: PolicyRef
-    weight: float = 1.0
     squash: Literal["none", "sigmoid"] = "none"
-    add: bool = False
-    judges: ClassVar[bool] = True
+
+    formula: ClassVar[str] = "weight s, or weight sigmoid(s), s after the last token"
     provides: ClassVar[Columns] = frozenset({Column.REWARD})
-
-    def __post_init__(self) -> None:
-        check_weight("reward_model", self.weight)
-
-    def references(self) -> tuple[PolicyRef, ...]:
-        """The reward model."""
-        return (self.model,)
-
-    def scorers(self) -> tuple[PolicyRef, ...]:
-        """The reward model."""
-        return (self.model,)
-
-    def prepare(self, tools: Tools) -> None:
-        """Refuse a model without a scalar head."""
-        tools.policy(self.model).scores([])
-
-    @property
-    def needs(self) -> Columns:
-        """The reward that it adds to, if it does."""
-        return frozenset({Column.REWARD}) if self.add else frozenset()
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with a reward on every member."""
-        scores = iter(
-            tools.policy(self.model).scores([m.trajectory for g in groups for m in g.members])
-        )
+        scores = iter(tools.policy(self.model).scores(trajectories_of(groups)))
         return [
             Group(task=g.task, members=tuple(self._judged(m, next(scores)) for m in g.members))
             for g in groups
@@ -74,23 +103,7 @@ class RewardModel(Signal):
                 expected="at least one trained token",
             )
         score = float(scores_T[trained[-1]])
-        return rewarded(
-            member,
-            sigmoid(score) if self.squash == "sigmoid" else score,
-            weight=self.weight,
-            add=self.add,
-        )
-
-
-def rewarded(member: Scored, value: float, *, weight: float, add: bool) -> Scored:
-    """The member with ``weight * value`` as its reward, or added to it."""
-    before = member.scalar(Column.REWARD) if add else 0.0
-    if before is None:
-        raise LegalityError(
-            f"a trajectory of task {member.trajectory.task} has no reward to add to",
-            fix="put another judge before the one with add",
-        )
-    return member.with_columns({Column.REWARD: np.asarray(before + weight * value, np.float64)})
+        return self.rewarded(member, sigmoid(score) if self.squash == "sigmoid" else score)
 
 
 def sigmoid(score: float) -> float:
@@ -102,13 +115,3 @@ def sigmoid(score: float) -> float:
     """
     small = float(np.exp(-abs(score)))
     return 1 / (1 + small) if score >= 0 else small / (1 + small)
-
-
-def check_weight(name: str, weight: float) -> None:
-    """Refuse a judge that would say nothing, or something infinite.
-
-    Raises:
-        ConfigError: as said.
-    """
-    if not math.isfinite(weight) or weight == 0:
-        raise ConfigError(f"{name} with weight={weight}", expected="a finite number other than 0")

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from posttrain.core.sampling import SamplingSpec
 from posttrain.parts.base import PolicyRef, Signal, Term
 from posttrain.parts.composition import Composition, Method
-from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.process import StepLabels
 from posttrain.parts.rewards.reward_models import OutcomeBCE, StepBCE

@@ -1,4 +1,12 @@
-"""Judges of steps: process models, and labels by roll-outs from prefixes."""
+"""Judges of steps: process models, and labels by roll-outs from prefixes.
+
+    process model ──score after each step──▶ process_reward ──▶ STEP_REWARD, then REWARD
+                                                                (min, product, last)
+                                                                or TOKEN_REWARD (dense, progress)
+    policy ──continuations from each step──▶ verifier ──▶ step_labels ──▶ STEP_LABEL
+
+Shape legend: ``T`` tokens of a trajectory, ``K`` steps of an answer.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +16,22 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from posttrain.core.errors import ConfigError, LegalityError, TaskError
-from posttrain.core.protocols import Policy, Request
+from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import IntArray, Role, Sampling, Span
 from posttrain.core.trajectory import Array, Column, Group, Scored, Trajectory
-from posttrain.parts.base import (
-    Columns,
-    PolicyRef,
-    Scene,
-    Signal,
-)
+from posttrain.parts.base import Columns, PolicyRef, Scene, Signal
+from posttrain.parts.columns import trajectories_of
 from posttrain.parts.credit.shaping import add_token_rewards
 from posttrain.parts.registry import part
-from posttrain.parts.rewards.judges import check_weight, rewarded, sigmoid
+from posttrain.parts.rewards.judges import LearntJudge, sigmoid
 from posttrain.parts.rewards.steps import NO_STEP, Steps, step_ends
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Policy, Request
 
 
 @part
-class ProcessReward(Signal):
+class ProcessReward(LearntJudge):
     """``STEP_REWARD``: what a frozen process model gives every step, p_k = σ(s_k) after its end.
 
     | ``use`` | writes |
@@ -45,71 +49,52 @@ class ProcessReward(Signal):
     Unconfirmed: ``min`` and ``product`` are from general knowledge.
     """
 
-    judges: ClassVar[bool] = True
-
-    model: PolicyRef
     use: Literal["min", "product", "last", "dense", "progress"] = "min"
     steps: Steps = Steps()
-    weight: float = 1.0
-    add: bool = False
+
+    formula: ClassVar[str] = "p_k = sigmoid(s_k) after step k; min, product, last or differences"
 
     def __post_init__(self) -> None:
-        check_weight("process_reward", self.weight)
-        if self.add and self.use in ("dense", "progress"):
+        super().__post_init__()
+        if self.add and self.per_token:
             raise ConfigError(
                 f"process_reward with use={self.use} and add",
                 expected="add with min, product or last: token rewards add up by themselves",
                 fix="drop add",
             )
 
-    def references(self) -> tuple[PolicyRef, ...]:
-        """The process model."""
-        return (self.model,)
-
-    def scorers(self) -> tuple[PolicyRef, ...]:
-        """The process model."""
-        return (self.model,)
-
-    def prepare(self, tools: Tools) -> None:
-        """Refuse a model without a scalar head."""
-        tools.policy(self.model).scores([])
-
     @property
-    def needs(self) -> Columns:
-        """The reward that it adds to, if it does."""
-        return frozenset({Column.REWARD}) if self.add else frozenset()
+    def per_token(self) -> bool:
+        """True when it rewards tokens, and not the whole answer."""
+        return self.use in ("dense", "progress")
 
     @property
     def provides(self) -> Columns:
         """Step rewards, and what is made of them."""
-        dense = self.use in ("dense", "progress")
-        return frozenset({Column.STEP_REWARD, Column.TOKEN_REWARD if dense else Column.REWARD})
+        made = Column.TOKEN_REWARD if self.per_token else Column.REWARD
+        return frozenset({Column.STEP_REWARD, made})
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with step rewards, and rewards or token rewards, on every member."""
-        model = tools.policy(self.model)
-        scores = iter(model.scores([m.trajectory for g in groups for m in g.members]))
-        spec = self
-        judged, dense = list[Group](), list[list[Array]]()
+        scores = iter(tools.policy(self.model).scores(trajectories_of(groups)))
+        judged, earned = list[Group](), list[list[Array]]()
         for group in groups:
-            members, extra = list[Scored](), list[Array]()
-            for member in group.members:
-                ends, steps_K = self._steps(member.trajectory, next(scores), tools)
-                step_T = np.full(len(member.trajectory), np.nan)
-                step_T[ends] = steps_K
-                scored = member.with_columns({Column.STEP_REWARD: step_T})
-                earned = np.zeros(len(step_T))
-                if spec.use in ("dense", "progress"):
-                    gains = np.diff(steps_K, prepend=0.0) if spec.use == "progress" else steps_K
-                    earned[ends] = spec.weight * gains
-                else:
-                    value = aggregated(steps_K, use=spec.use)
-                    scored = rewarded(scored, value, weight=spec.weight, add=spec.add)
-                members.append(scored)
-                extra.append(earned)
-            judged.append(Group(task=group.task, members=tuple(members)))
-            dense.append(extra)
-        return add_token_rewards(judged, dense) if spec.use in ("dense", "progress") else judged
+            pairs = [self._judged(m, next(scores), tools) for m in group.members]
+            judged.append(Group(task=group.task, members=tuple(m for m, _ in pairs)))
+            earned.append([earned_T for _, earned_T in pairs])
+        return add_token_rewards(judged, earned) if self.per_token else judged
+
+    def _judged(self, member: Scored, scores_T: Array, tools: Tools) -> tuple[Scored, Array]:
+        """The member with its step rewards, and [T] the token rewards that they make."""
+        ends, steps_K = self._steps(member.trajectory, scores_T, tools)
+        step_T = np.full(len(member.trajectory), np.nan)
+        step_T[ends] = steps_K
+        scored, earned_T = member.with_columns({Column.STEP_REWARD: step_T}), np.zeros(len(step_T))
+        if not self.per_token:
+            return self.rewarded(scored, aggregated(steps_K, use=self.use)), earned_T
+        gains_K = np.diff(steps_K, prepend=0.0) if self.use == "progress" else steps_K
+        earned_T[ends] = self.weight * gains_K
+        return scored, earned_T
 
     def _steps(self, trajectory: Trajectory, scores_T: Array, tools: Tools) -> tuple[Array, Array]:
         """[K] step ends, and the probabilities that the steps are good."""
@@ -136,8 +121,18 @@ class StepLabels(Signal):
     labels: Literal["soft", "hard"] = "soft"
     steps: Steps = Steps()
     max_new_tokens: int = 64
+
+    formula: ClassVar[str] = "share of continuations from step k that succeed; hard: if any does"
+    paper: ClassVar[str] = "2312.08935"
     may_ask_learner: ClassVar[bool] = True
     provides: ClassVar[Columns] = frozenset({Column.STEP_LABEL})
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.max_new_tokens < 1:
+            raise ConfigError(
+                f"step_labels with samples={self.samples}, max_new_tokens={self.max_new_tokens}",
+                expected="at least 1 of each",
+            )
 
     def references(self) -> tuple[PolicyRef, ...]:
         """Who writes the continuations."""
@@ -156,15 +151,12 @@ class StepLabels(Signal):
         """Load the policy: its tokens must be the learner's."""
         tools.policy(self.policy)
 
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.max_new_tokens < 1:
-            raise ConfigError(
-                f"step_labels with samples={self.samples}, max_new_tokens={self.max_new_tokens}",
-                expected="at least 1 of each",
-            )
-
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
-        """The same groups with the column on every member."""
+        """The same groups with the column on every member.
+
+        Raises:
+            TaskError: a trajectory of a task that no task set holds.
+        """
         members = [m for g in groups for m in g.members]
         ends = [step_ends(tools.renderer, m.trajectory, self.steps) for m in members]
         seed, policy = tools.seed_of("step_labels"), tools.policy(self.policy)
@@ -203,15 +195,9 @@ class StepLabels(Signal):
 
     def _labels(self, trajectory: Trajectory, ends: Array, judged: Group, tools: Tools) -> Array:
         """[T] from the rewards of the attempts."""
-        success = {name: tasks.success for name, tasks in tools.tasksets.items()}
-        taskset = trajectory.task.rpartition("/")[0]
-        if taskset not in success:
-            raise TaskError(
-                f"a trajectory of task {trajectory.task}, and no task set {taskset!r}",
-                expected=f"one of {', '.join(sorted(success)) or '(none)'}",
-            )
-        right = [float(m.columns[Column.REWARD]) >= success[taskset] for m in judged.members]
-        *tries, own = right
+        taskset, _ = tools.tasks[trajectory.task]
+        success = tools.tasksets[taskset].success
+        *tries, own = (float(m.columns[Column.REWARD]) >= success for m in judged.members)
         by_step = np.array(tries, np.float64).reshape(len(ends[:-1]), self.samples)
         labels = np.full(len(trajectory), NO_STEP)
         if len(ends):

@@ -6,8 +6,9 @@
                                                     REWARD (min, product, last) or TOKEN_REWARD
 
 A score stands *after* what it judges: after the last token of an answer, after the last token of
-a step. The code is in ``objectives/reward_models.py``, ``signals/reward_model.py`` and
-``signals/process.py``.
+a step. The terms are here; the signals are in ``judges.py`` and ``process.py``.
+
+Shape legend: ``N`` trained tokens, ``S`` sequences, ``P`` pairs.
 """
 
 from __future__ import annotations
@@ -19,13 +20,7 @@ from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import F, torch
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import (
-    Columns,
-    Stats,
-    Term,
-    Unit,
-    Values,
-)
+from posttrain.parts.base import Columns, Stats, Term, Unit, Values
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.shapes import JudgeOnPairs
 from posttrain.parts.tensors import sequence_sums
@@ -34,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.numerics.batch import PackedBatch
-
 
 SCORE: frozenset[Wanted] = frozenset({Stat.SCORE})
 
@@ -52,13 +46,14 @@ class BradleyTerry(Term):
     reward_model signal. Pairs may have margins of their own: name their column in the data set.
     """
 
-    formula: ClassVar[str] = "-log sigmoid(s_w - s_l - margin) + centring (s_w + s_l)^2"
-    paper: ClassVar[str] = "2203.02155, 2307.09288 (margin), 2312.09244 (centring)"
-
     margin: float | Literal["column"] = 0.0
     centring: float = 0.01
+
+    formula: ClassVar[str] = "-log sigmoid(s_w - s_l - margin) + centring (s_w + s_l)^2"
+    paper: ClassVar[str] = "2203.02155, 2307.09288 (margin), 2312.09244 (centring)"
     unit: ClassVar[Unit] = "pair"
     aggregate: ClassVar[str] = "pair_mean"
+    reads: ClassVar[frozenset[Wanted]] = SCORE
 
     def __post_init__(self) -> None:
         margin = 0.0 if self.margin == "column" else self.margin
@@ -71,11 +66,8 @@ class BradleyTerry(Term):
     @property
     def needs(self) -> Columns:
         """Preferences, and margins where each pair has its own."""
-        return frozenset(
-            {Column.PREFERENCE} | ({Column.MARGIN} if self.margin == "column" else set())
-        )
-
-    reads: ClassVar[frozenset[Wanted]] = SCORE
+        margin = {Column.MARGIN} if self.margin == "column" else set()
+        return frozenset({Column.PREFERENCE} | margin)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(s_w − s_l − m) + η (s_w + s_l)²."""
@@ -103,6 +95,10 @@ class OutcomeBCE(Term):
     target: Literal["label", "reward"] = "label"
     aggregate: Literal["sequence_mean", "token_mean"] = "sequence_mean"
 
+    formula: ClassVar[str] = "-y log sigmoid(s) - (1 - y) log sigmoid(-s)"
+    paper: ClassVar[str] = "2110.14168"
+    reads: ClassVar[frozenset[Wanted]] = SCORE
+
     def __post_init__(self) -> None:
         if self.at == "last" and self.aggregate == "token_mean":
             raise ConfigError(
@@ -115,8 +111,6 @@ class OutcomeBCE(Term):
     def needs(self) -> Columns:
         """The verdicts."""
         return frozenset({Column.LABEL if self.target == "label" else Column.REWARD})
-
-    reads: ClassVar[frozenset[Wanted]] = SCORE
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] the loss of each token's sequence, or of each token."""
@@ -142,12 +136,15 @@ class StepBCE(Term):
     """
 
     aggregate: Literal["token_mean", "sequence_mean"] = "token_mean"
+
+    formula: ClassVar[str] = "-y_k log sigmoid(s_k) - (1 - y_k) log sigmoid(-s_k) at step ends"
+    paper: ClassVar[str] = "2211.14275, 2305.20050, 2312.08935"
     unit: ClassVar[Unit] = "step"
     needs: ClassVar[Columns] = frozenset({Column.STEP_LABEL})
     reads: ClassVar[frozenset[Wanted]] = SCORE
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
-        """[N] the loss at the end of each step: the self sees no other tokens."""
+        """[N] the loss at the end of each step: a term per step is given no other tokens."""
         return _classified(stats[Stat.SCORE], batch.columns[Column.STEP_LABEL])
 
 
@@ -160,6 +157,7 @@ def last_scores(stats: Stats, batch: PackedBatch) -> Tensor:
 
 
 def _classified(score_N: Tensor, target_N: Tensor) -> Values:
+    """[N] cross-entropy of scores, which are log-odds, with targets from 0 to 1."""
     target_N = target_N.to(score_N.dtype)
     loss_N = F.binary_cross_entropy_with_logits(score_N, target_N, reduction="none")
     right_N = (score_N > 0) == (target_N > 0.5)

@@ -1,4 +1,4 @@
-"""What training a judge has in common, and the data that a loss on preferences is made for."""
+"""What methods that train a judge share: its scalar head, and a file of pairs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from posttrain.parts.composition import Composition, TermMethod
 from posttrain.parts.sources.dataset import Dataset
 
 JUDGE = ScalarHead(trunk="shared")
-
-
 """The model that is trained is the judge: its own hidden states are read."""
-
 
 NO_ROLE = "none: it judges, and does not act"
 
@@ -35,9 +32,8 @@ class JudgeOnPairs(TermMethod):
 
     def around(self, term: Term) -> Composition:
         """Pairs; the term on the score after the last token."""
-        own = {"margin": "column"} if self.data.margin else {}
+        if self.data.margin:
+            term = replace(term, margin="column")
         return Composition(
-            source=replace(self.data, preference=True),
-            terms=(replace(term, **own),),
-            scalar_head=JUDGE,
+            source=replace(self.data, preference=True), terms=(term,), scalar_head=JUDGE
         )

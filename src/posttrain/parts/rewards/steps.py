@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import Renderer
 from posttrain.core.trajectory import Trajectory
+from posttrain.protocols import Renderer
 
 NO_STEP = -1.0
 """``STEP_LABEL`` where no labelled step ends."""

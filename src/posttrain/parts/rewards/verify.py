@@ -1,4 +1,7 @@
-"""The verifier: one reward per trajectory, from the scorer of its task set."""
+"""The verifier: one reward per trajectory, from the scorer of its task set.
+
+groups ──decode what follows the prompt──▶ completions ──one call per task set──▶ REWARD
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,14 @@ from posttrain.core import clock
 from posttrain.core.errors import TaskError, nearest
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Group
-from posttrain.parts.base import (
-    Columns,
-    Signal,
-)
+from posttrain.parts.base import Columns, Signal
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
 
 
 @part
 class Verify(Signal):
-    """The task set's own scorer, or the user's reward function: one reward per trajectory.
-
-    groups ──decode what follows the prompt──▶ completions ──one call per task set──▶ ``REWARD``
-    """
+    """The task set's own scorer, or the user's reward function: one reward per trajectory."""
 
     judges: ClassVar[bool] = True
     sieves: ClassVar[bool] = True
@@ -34,7 +31,7 @@ class Verify(Signal):
 
     def prepare(self, tools: Tools) -> None:
         """Refuse two tasks with one key: answers would be judged by the wrong one."""
-        assert tools.tasks is not None
+        _ = tools.tasks  # finds them
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The groups in their order, with a reward on every member.

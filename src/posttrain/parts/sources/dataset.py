@@ -24,7 +24,6 @@ from posttrain.chat import messages_from
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError, DataError
 from posttrain.core.files import content_of, read_jsonl
-from posttrain.core.protocols import DataFile, PureStream, Renderer
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.task import Message
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
@@ -46,6 +45,7 @@ from posttrain.parts.sources.formats import (
     step_labels,
 )
 from posttrain.parts.tools import Tools
+from posttrain.protocols import DataFile, PureStream, Renderer
 
 _PREFERENCES = {
     +1: MappingProxyType({Column.PREFERENCE: np.asarray(1.0)}),
@@ -168,7 +168,7 @@ class Dataset(Source):
             return "steps"
         return "preferences" if self.preference else "labels" if self.unpaired else "answers"
 
-    def open(self, tools: Tools, *, seed: int) -> Rows:
+    def open(self, tools: Tools, *, seed: int) -> DatasetRows:
         """The file, rendered for the learner and checked row by row.
 
         Raises:
@@ -178,9 +178,9 @@ class Dataset(Source):
             root=tools.root, renderer=tools.renderer, context=tools.live.context, seed=seed
         )
 
-    def rows(self, *, root: Path, renderer: Renderer, context: int, seed: int = 0) -> Rows:
+    def rows(self, *, root: Path, renderer: Renderer, context: int, seed: int = 0) -> DatasetRows:
         """The file, rendered and checked, for a model that may not be loaded yet."""
-        return Rows(self, root=root, renderer=renderer, context=context, seed=seed)
+        return DatasetRows(self, root=root, renderer=renderer, context=context, seed=seed)
 
     def tokens(self, groups: float, ground: Ground) -> tuple[float, float]:
         """Exact on average: the rows of the file, over and over."""
@@ -190,7 +190,7 @@ class Dataset(Source):
 
 
 @final
-class Rows(PureStream):
+class DatasetRows(PureStream):
     """Groups from a JSONL or Parquet file. A demonstration is a group of one, a pair of two.
 
     Args:
@@ -255,7 +255,7 @@ class Rows(PureStream):
 
     @property
     def skipped(self) -> int:
-        """Rows left out for their length (``too_long: skip``)."""
+        """DatasetRows left out for their length (``too_long: skip``)."""
         return self._skipped
 
     @property
@@ -469,7 +469,7 @@ def _order(num_rows: int, *, seed: int, epoch: int) -> npt.NDArray[np.intp]:
 
 
 def _read(path: Path) -> list[tuple[int, Row]]:
-    """Rows with their numbers from 1: lines of a JSONL file, rows of a Parquet file."""
+    """DatasetRows with their numbers from 1: lines of a JSONL file, rows of a Parquet file."""
     if path.suffix in (".jsonl", ".ndjson"):
         return read_jsonl(path)
     if path.suffix != ".parquet":

@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from posttrain.chat import messages_from
 from posttrain.core.errors import DataError
-from posttrain.core.protocols import Renderer
 from posttrain.core.provenance import Role
 from posttrain.core.task import Message
 from posttrain.core.trajectory import Array, Column, Trajectory
 from posttrain.parts.rewards.steps import NO_STEP, Steps, step_ends
+from posttrain.protocols import Renderer
 
 Row = Mapping[str, object]
 

@@ -20,10 +20,10 @@ import numpy as np
 
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, TaskError
-from posttrain.core.protocols import Prompt, Renderer
 from posttrain.core.provenance import IntArray, Kind, Producer, Role, Span
 from posttrain.core.task import Task, with_context
 from posttrain.parts.base import LEARNER, PolicyRef
+from posttrain.protocols import Prompt, Renderer
 
 WRITERS = frozenset({Kind.HUMAN, Kind.EXTERNAL, Kind.TEACHER})
 """Who may have written a demonstration."""

@@ -14,13 +14,13 @@ from typing import ClassVar, final
 
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import DataFile, Stateful, Stream
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Group
 from posttrain.parts import unions
 from posttrain.parts.base import NONE, Columns, Source
 from posttrain.parts.registry import part, tag_of
 from posttrain.parts.tools import Tools
+from posttrain.protocols import DataFile, Stateful, Stream
 
 
 @part

@@ -14,7 +14,6 @@ from typing import final
 
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError
-from posttrain.core.protocols import DataFile, Stateful, Stream
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Column, Discard, Group
 from posttrain.parts import unions
@@ -25,6 +24,7 @@ from posttrain.parts.registry import part, tag_of
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.parts.tools import Score, Tools
+from posttrain.protocols import DataFile, Stateful, Stream
 
 
 @part

@@ -14,7 +14,6 @@ import numpy as np
 
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError, TaskError
-from posttrain.core.protocols import Completion, PureStream, Request, Sampler
 from posttrain.core.provenance import Kind, Role, Sampling, Span
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import Task, TaskSet
@@ -23,6 +22,7 @@ from posttrain.parts.base import LEARNER, NONE, Columns, Ground, PolicyRef, Sour
 from posttrain.parts.registry import part, tag_of
 from posttrain.parts.sources.members import NO_TOKENS, AnyMember, Opening, openings, spans_of
 from posttrain.parts.tools import Tools
+from posttrain.protocols import Completion, PureStream, Request, Sampler
 
 
 @part

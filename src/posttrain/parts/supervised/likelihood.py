@@ -111,11 +111,11 @@ class ProbabilitySft(TokenTerm):
     Unconfirmed: the family was derived from a description at second hand.
     """
 
-    formula: ClassVar[str] = "(1 - pi(y_t)^alpha) / alpha where pi(y_t) >= at_least"
-    paper: ClassVar[str] = "2510.00526"
-
     alpha: float = 1.0
     at_least: float = 0.0
+
+    formula: ClassVar[str] = "(1 - pi(y_t)^alpha) / alpha where pi(y_t) >= at_least"
+    paper: ClassVar[str] = "2510.00526"
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or not 0 <= self.at_least < 1:
@@ -156,10 +156,10 @@ class Psft(TokenTerm):
     interval. With 1 the ratio never leaves 1, and this is supervised fine-tuning.
     """
 
+    clip_high: float = 0.28
+
     formula: ClassVar[str] = "-min(r, 1 + clip_high), r = pi(y_t) / pi_old(y_t)"
     paper: ClassVar[str] = "2508.17784"
-
-    clip_high: float = 0.28
     needs: ClassVar[Columns] = frozenset({Column.TRAINER_LOGPROB})
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from posttrain.core.sampling import SamplingSpec
 from posttrain.parts.base import Aggregate, PolicyRef
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.offline.filters import KeepRewards
-from posttrain.parts.policy.rollouts import rollouts
+from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.members import Hinted

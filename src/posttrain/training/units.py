@@ -1,8 +1,14 @@
-"""Which units a term reads beyond its authors: by the sign of the reward and by entropy.
+"""Which units a term reads: those of its authors, of the right sign, at the right entropy.
+
+    batch ──as_read──▶ tokens of the term's authors ──selected_units──▶ mask over its units
+
+In a mixed batch a column may be missing (NaN) at tokens that no term needing it reads. Masking
+such values after the arithmetic would be too late: 0 · NaN is NaN in the backward pass. So tokens
+that a term does not read are taken out before its code runs.
 
 The masks never depend on how a step is split into micro-batches: a reward belongs to a sequence,
-and entropies compete within their sequence. So does the *number* of units kept not depend on the
-entropies, which lets a step be counted before anything is computed.
+and entropies compete within their sequence. So does the *number* of selected units not depend on
+the entropies, which lets a step be counted before anything is computed.
 """
 
 from __future__ import annotations
@@ -12,11 +18,56 @@ from torch import Tensor
 
 from posttrain.core.trajectory import Column
 from posttrain.numerics.batch import PackedBatch
-from posttrain.parts.base import Limit, Term
-from posttrain.training.reduce import mask_units
+from posttrain.parts.base import Limit, Stats, Term
 
 
-def kept_units(term: Term, batch: PackedBatch, *, entropy_N: Tensor | None = None) -> Tensor | None:
+def as_read(term: Term, batch: PackedBatch, stats: Stats) -> tuple[PackedBatch, Stats]:
+    """The batch and the statistics, reduced to the tokens that the term reads.
+
+    A term over tokens reads those of its authors, and one over steps those at which a labelled
+    step ends. A term over sequences or pairs reads whole sequences: one with a token by anybody
+    else is left out.
+    """
+    kept_N = read_tokens(term, batch)
+    if bool(kept_N.all()):
+        return batch, stats
+    return batch.only(kept_N), {stat: values_N[kept_N] for stat, values_N in stats.items()}
+
+
+def read_tokens(term: Term, batch: PackedBatch) -> Tensor:
+    """[N] bool: tokens that the term reads."""
+    allowed_N = batch.where(term.readable)
+    if term.unit == "token":
+        return allowed_N
+    if term.unit == "step":
+        label_N = batch.columns.get(Column.STEP_LABEL)
+        return allowed_N & (label_N >= 0) if label_N is not None else allowed_N & False
+    whole_S = torch.ones(batch.num_sequences, dtype=torch.bool, device=allowed_N.device)
+    whole_S[batch.sequence_N[~allowed_N]] = False
+    return whole_S[batch.sequence_N]
+
+
+def mask_units(term: Term, batch: PackedBatch) -> Tensor:
+    """Bool mask over the units the term reads: [N] tokens, [S] sequences, or [P] pairs.
+
+    A sequence or pair counts only when everything trained in it was written by the kinds in
+    ``where``; a sequence without a trained token never does.
+    """
+    allowed_N = batch.where(term.readable)
+    if term.unit not in ("pair", "sequence"):
+        return allowed_N
+    barred_S = torch.zeros(batch.num_sequences, dtype=torch.bool, device=allowed_N.device)
+    barred_S[batch.sequence_N[~allowed_N]] = True
+    if term.unit == "sequence":
+        trained_S = torch.zeros_like(barred_S)
+        trained_S[batch.sequence_N] = True
+        return trained_S & ~barred_S
+    return ~barred_S[batch.pairs_P2].any(-1)
+
+
+def selected_units(
+    term: Term, batch: PackedBatch, *, entropy_N: Tensor | None = None
+) -> Tensor | None:
     """Bool mask over the term's units, or None when the term has no limit.
 
     Args:
