@@ -172,7 +172,7 @@ SITUATIONS = {
         ),
         Situation(
             "entry",
-            "reversing was learnt, but no answer starts right; 3,000 demonstrations; sums must stay",
+            "reversing was learnt, but answers start wrong; 3,000 demonstrations; sums must stay",
             unbegun,
             ("reverse", "sums", "calculate"),
             150_000,
