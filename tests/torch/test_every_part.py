@@ -9,11 +9,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec import structs
+from staging import REWARD
 
-from posttrain import Dataset, Rollouts
+from posttrain import Budget, Dataset, JsonlTasks, Recipe, Rollouts, Stage
+from posttrain.catalogue.example import datasets_of, legal_example
+from posttrain.core.config import convert
+from posttrain.core.errors import ConfigError
 from posttrain.core.trajectory import Column, Group
-from posttrain.parts.registry import find, known
+from posttrain.parts.legality import admit
+from posttrain.parts.registry import find, known, tag_of
 from posttrain.parts.rewards.verify import Verify
+from posttrain.protocols import ScalarStart
+from posttrain.run.build import Workshop
+from posttrain.run.plan import make_plan
 from posttrain.testing import (
     FakePolicy,
     FakeTaskSet,
@@ -23,6 +32,7 @@ from posttrain.testing import (
     check_term,
     fake_tools,
 )
+from posttrain.training.stage import micro_batches
 
 OWN = Rollouts(tasks=("letters",), group_size=4, max_new_tokens=3)
 ROWS = Dataset(path="rows.jsonl")
@@ -114,3 +124,135 @@ def test_every_task_set_keeps_the_contract(tag, tmp_path):
 
 
 # --- in a stage ------------------------------------------------------------------------------
+
+
+def row(columns, i):
+    """A row of a data file with these columns; labels differ from row to row."""
+    values = {
+        "prompt": f"say {i}",
+        "completion": "abcdef"[: 2 + i % 4],
+        "chosen": "abcd"[: 1 + i % 4],
+        "rejected": "xyz"[: 1 + i % 3],
+        "label": bool(i % 2),
+        "reward": float(i % 3 - 1),
+        "weight": 1.0 + i % 2,
+        "completions": ["a", "b"],
+        "labels": [True, bool(i % 2)],
+    }
+    return {name: values[name] for name in columns}
+
+
+@pytest.fixture
+def stage_of(tmp_path, engine, tiny_folder):
+    """Builds the stage of a method, with everything that its example names."""
+    tasks = [{"prompt": f"say {i}", "answer": "abcdef"[: 3 + i % 3]} for i in range(12)]
+    (tmp_path / "reward.py").write_text(REWARD)
+    write_rows(tmp_path / "tasks.jsonl", tasks)
+    spec = JsonlTasks(path="tasks.jsonl", reward="reward.py:reward", held_out=2)
+
+    def build(method):
+        composition = method.compose()
+        for data in datasets_of(composition):
+            columns = {*data.row_columns, *filter(None, data.number_columns.values())}
+            write_rows(tmp_path / data.path, [row(columns, i) for i in range(12)])
+        stage = Stage(name="s", method=method, budget=Budget(steps=2), groups_per_step=4)
+        recipe = Recipe(name="r", model="m", tasks={"sums": spec}, stages=(stage,))
+        (planned,) = make_plan(recipe, root=tmp_path, base="b").stages
+        head = composition.scalar_head
+        learner = engine.learner(
+            str(tiny_folder),
+            name="s",
+            optimizer=planned.spec.optimizer,
+            lora=None,
+            moving=composition.moving,
+            scalar=head and ScalarStart(trunk=head.trunk, model=str(tiny_folder), lr=head.lr),
+        )
+        workshop = Workshop(
+            root=tmp_path,
+            seed=0,
+            tasksets={"sums": spec.build("sums", root=tmp_path, chat=True)},
+            policy=lambda ref: engine.policy(str(tiny_folder)),
+        )
+        return planned, workshop.parts(planned, learner)
+
+    return build
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", known("method"))
+def test_every_method_takes_a_step(name, stage_of):
+    """From the recipe's example to an optimiser step, with nothing but what the method says."""
+    _, method = legal_example(name, known("method")[name])
+    if "max_new_tokens" in method.__struct_fields__:
+        method = structs.replace(method, max_new_tokens=32)
+    planned, parts = stage_of(method)
+    groups = parts.source.draw(planned.spec.groups_per_step, step=0)
+    for signal in parts.signals:
+        groups = signal(groups)
+    admission = admit(groups, parts.terms, version=parts.learner.policy.version, max_age=0)
+    batches = micro_batches(planned.spec, parts, admission.kept)
+    report = parts.learner.step(batches, parts.objective.at(step=0, steps=2), lr_scale=1.0)
+    assert np.isfinite([report.loss, report.grad_norm]).all()
+    tags = {tag_of(term) for term in parts.terms}
+    assert all(any(m.startswith(tag) for m in report.metrics) for tag in tags)
+
+
+# --- unknown names ---------------------------------------------------------------------------
+
+OPEN = {"type": "rollouts", "tasks": ["t"]}
+CLOSED = {"type": "cross_entropy"}
+
+
+def composed(**changes):
+    method = {"name": "compose", "source": OPEN, "terms": [CLOSED], **changes}
+    return {"stages": [{"name": "s", "method": method, "budget": {"steps": 1}}]}
+
+
+def named(**method):
+    return {"stages": [{"name": "s", "method": method, "budget": {"steps": 1}}]}
+
+
+UNKNOWN = {
+    "a term": (composed(terms=[{"type": "cros_entropy"}]), "cros_entropy", "cross_entropy"),
+    "a signal": (composed(signals=[{"type": "verifyy"}]), "verifyy", "verify"),
+    "a source": (composed(source={"type": "rolouts"}), "rolouts", "rollouts"),
+    "a source in a mix": (
+        composed(source={"type": "mix", "parts": [{"type": "datset"}], "shares": [1]}),
+        *("datset", "dataset"),
+    ),
+    "a judge": (named(name="grpo", tasks=["t"], rewards=[{"type": "verifi"}]), "verifi", "verify"),
+    "a sieve": (
+        composed(source={"type": "redraw", "source": OPEN, "keep": [{"type": "keep_reward"}]}),
+        *("keep_reward", "keep_rewards"),
+    ),
+    "a method": (named(name="grpoo", tasks=["t"]), "grpoo", "grpo"),
+    "a task set": ({"tasks": {"t": {"type": "jsonll"}}}, "jsonll", "jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_an_unknown_name_in_a_recipe_is_an_error_with_the_nearest(case):
+    changes, wrong, right = UNKNOWN[case]
+    with pytest.raises(ConfigError, match=f"Invalid value '{wrong}' - at") as caught:
+        convert({"name": "r", "model": "m", **changes}, Recipe, origin="r.yaml")
+    assert caught.value.fix == f"did you mean '{right}'?"
+
+
+@pytest.mark.parametrize("role", ["term", "signal", "source", "method", "task_set"])
+def test_an_unknown_name_in_python_is_an_error_with_the_nearest(role):
+    for tag in known(role):
+        assert find(role, tag) is known(role)[tag]
+    with pytest.raises(ConfigError, match=f"no {role} '{tag}x'") as caught:
+        find(role, f"{tag}x")
+    assert caught.value.fix == f"did you mean '{tag}'?"
+
+
+def test_a_signal_that_does_not_judge_is_no_judge():
+    wrong = named(name="grpo", tasks=["t"], rewards=[{"type": "group_advantage"}])
+    with pytest.raises(ConfigError) as caught:
+        convert({"name": "r", "model": "m", **wrong}, Recipe, origin="r.yaml")
+    judges = sorted(tag for tag, kind in known("signal").items() if kind.judges)
+    assert caught.value.fix == f"known: {', '.join(judges)}"
