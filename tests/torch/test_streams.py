@@ -1,5 +1,6 @@
 """A source may hear of new weights and record state, and a resumed stage goes on bit for bit."""
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 
@@ -82,7 +83,7 @@ def take(folder, model, stream, *, stop_after=None, steps=6):
         identity="0" * 64,
         facts={},
     )
-    try:
+    with contextlib.suppress(Interrupted):
         run_stage(
             stage,
             parts,
@@ -91,8 +92,6 @@ def take(folder, model, stream, *, stop_after=None, steps=6):
             observe=observe,
             stop=lambda: stop_after is not None and len(taken) >= stop_after,
         )
-    except Interrupted:
-        pass
     return losses
 
 
