@@ -320,7 +320,7 @@ def ledger() -> None:
 
 @ledger.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
-@click.option("--head", help="The head that somebody else knows.")
+@click.option("--head", help="A head that is known from elsewhere.")
 def verify(path: Path, head: str | None) -> None:
     """Check a run's hash chain. PATH is a run folder or a ledger file."""
     from posttrain.run.folder import RunFolder
