@@ -101,7 +101,7 @@ def test_a_stream_that_records_state_resumes_bit_for_bit(tmp_path):
     losses = take(tmp_path / "whole", tmp_path / "model", whole)
     assert len(losses) == 6
     first = take(tmp_path / "parts", tmp_path / "model", Remembering(), stop_after=2)
-    # Another process: the stream starts empty, and is told what was recorded.
+    # Another process: the stream starts empty, and loads its recorded state.
     later = Remembering()
     rest = take(tmp_path / "parts", tmp_path / "model", later)
     assert [*first, *rest] == losses
