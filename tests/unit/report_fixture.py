@@ -179,7 +179,9 @@ def change(task: str, before: list[float], after: list[float]) -> Attribution:
             count[ChangeKind.LOST] += 1
         else:
             rose, fell = q > p + 0.12, q < p - 0.12
-            count[ChangeKind.SHARPENED if rose else ChangeKind.WEAKENED if fell else ChangeKind.KEPT] += 1
+            count[
+                ChangeKind.SHARPENED if rose else ChangeKind.WEAKENED if fell else ChangeKind.KEPT
+            ] += 1
     was_in = [i for i, p in enumerate(before) if support(p) is Label.IN]
     still = sum(support(after[i]) is Label.IN for i in was_in)
     return attribution(

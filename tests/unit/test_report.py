@@ -242,7 +242,9 @@ NEW, SHARP, KEPT = ChangeKind.NEWLY_REACHABLE, ChangeKind.SHARPENED, ChangeKind.
 WEAK, LOST, OPEN = ChangeKind.WEAKENED, ChangeKind.LOST, ChangeKind.UNDETERMINED
 
 
-def change(parts: dict[ChangeKind, Interval] | None = None, *, task: str = "t", **ends) -> Attribution:
+def change(
+    parts: dict[ChangeKind, Interval] | None = None, *, task: str = "t", **ends
+) -> Attribution:
     """A change; a part that is not given is about zero."""
     return attribution(task, {**dict.fromkeys(ChangeKind, estimate(0.0)), **(parts or {})}, **ends)
 

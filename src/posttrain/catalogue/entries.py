@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from msgspec import structs
 
+from posttrain import parts
 from posttrain.catalogue.example import datasets_of, legal_example, recipe_of
 from posttrain.catalogue.words import Option, default_of, flow, options, written_types
 from posttrain.core.config import Config
@@ -19,6 +21,9 @@ from posttrain.core.learner import ScalarHead
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.registry import known, package_of, tag_of
 
+COMMON = "common"
+READ_FIRST = ("supervised", "preference", "policy")
+FOLDERS = frozenset(m.name for m in pkgutil.iter_modules(parts.__path__) if m.ispkg)
 Role = Literal["source", "signal", "term", "head", "options"]
 
 
@@ -28,6 +33,7 @@ class ExplainedPart:
 
     role: Role
     tag: str
+    family: str
     facts: str  # what it needs, provides, reads, in one line
     doc: str
 
@@ -42,7 +48,7 @@ class Entry:
     """A method, explained."""
 
     name: str
-    family: str  # title of the file it stands in, or the package it comes from
+    family: str  # folder of ``parts`` it stands in, or the package it comes from
     doc: str
     provenance: str
     interface: str
@@ -98,11 +104,55 @@ def entries(*, packages: bool = True) -> list[Entry]:
 
 
 def families(*, packages: bool = True) -> Mapping[str, Mapping[str, type[Method]]]:
-    """Methods by name, by the title of their family."""
+    """Methods by name, by their family."""
     found: dict[str, dict[str, type[Method]]] = {}
     for name, kind in known_methods(packages=packages).items():
-        found.setdefault(_family(kind), {})[name] = kind
-    return found
+        found.setdefault(family_of(kind), {})[name] = kind
+    return dict(sorted(found.items(), key=lambda named: reading_order(named[0])))
+
+
+def reading_order(family: str) -> tuple[bool, int]:
+    """What most people look for stands first, what all families share last.
+
+    Families of the same rank stay in the order in which they are found.
+
+    Example:
+        >>> sorted(["common", "offline", "policy", "supervised"], key=reading_order)
+        ['supervised', 'policy', 'offline', 'common']
+    """
+    rank = READ_FIRST.index(family) if family in READ_FIRST else len(READ_FIRST)
+    return family == COMMON, rank
+
+
+def family_of(kind: type[Config]) -> str:
+    """The folder of ``parts`` in which a class stands, or the package that it comes from.
+
+    What several families share is ``common``.
+
+    Example:
+        >>> from posttrain.parts.registry import find
+        >>> family_of(find("term", "dpo")), family_of(find("signal", "reference_logprobs"))
+        ('preference', 'common')
+    """
+    if package := package_of(kind):
+        return package
+    inside = kind.__module__.removeprefix(f"{parts.__name__}.").split(".")
+    return inside[0] if len(inside) > 1 and inside[0] in FOLDERS else COMMON
+
+
+def family_title(family: str) -> str:
+    """What a family has in common, in a line.
+
+    Example:
+        >>> family_title("offline")
+        'Offline RL: logged answers with rewards, from whoever wrote them'
+    """
+    if family == COMMON:
+        return "Common: what several families use"
+    if family not in FOLDERS:
+        return f"From {family}"
+    doc = importlib.import_module(f"{parts.__name__}.{family}").__doc__ or ""
+    return doc.splitlines()[0].rstrip(".")
 
 
 def entry(name: str) -> Entry:
@@ -119,7 +169,7 @@ def entry(name: str) -> Entry:
     composition = method.compose()
     return Entry(
         name=name,
-        family=_family(kind),
+        family=family_of(kind),
         doc=inspect.cleandoc(kind.__doc__ or ""),
         provenance=kind.provenance,
         interface=kind.interface,
@@ -132,12 +182,6 @@ def entry(name: str) -> Entry:
         asks=tuple(_asks(kind, composition)),
         recipe=recipe_of(name, given, composition),
     )
-
-
-def _family(kind: type[Config]) -> str:
-    if package := package_of(kind):
-        return f"From {package}"
-    return (sys.modules[kind.__module__].__doc__ or "").splitlines()[0].rstrip(".")
 
 
 def _parts(composition: Composition) -> Iterator[ExplainedPart]:
@@ -159,12 +203,13 @@ def _parts(composition: Composition) -> Iterator[ExplainedPart]:
 
 def _head(facts: str) -> ExplainedPart:
     doc = inspect.cleandoc(ScalarHead.__doc__ or "")
-    return ExplainedPart(role="head", tag="scalar_head", facts=facts, doc=doc)
+    return ExplainedPart(role="head", tag="scalar_head", family=COMMON, facts=facts, doc=doc)
 
 
 def _part(role: Role, spec: Config | type[Config], facts: str) -> ExplainedPart:
-    doc = inspect.cleandoc(spec.__doc__ or "")  # of an instance or of a class
-    return ExplainedPart(role=role, tag=tag_of(spec), facts=facts, doc=doc)
+    kind = spec if isinstance(spec, type) else type(spec)
+    doc = inspect.cleandoc(kind.__doc__ or "")
+    return ExplainedPart(role=role, tag=tag_of(spec), family=family_of(kind), facts=facts, doc=doc)
 
 
 def _names(values: Any) -> str:
@@ -270,7 +315,9 @@ def _group_name(kind: type[Config]) -> str:
 
 def _group(kind: type[Config]) -> ExplainedPart:
     doc = inspect.cleandoc(kind.__doc__ or "")
-    return ExplainedPart(role="options", tag=_group_name(kind), facts="", doc=doc)
+    return ExplainedPart(
+        role="options", tag=_group_name(kind), family=family_of(kind), facts="", doc=doc
+    )
 
 
 def mentions(word: str) -> list[str]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from posttrain.catalogue import (
     entry,
     families,
+    family_title,
     known_groups,
     known_methods,
     known_parts,
@@ -320,7 +321,7 @@ def methods_table() -> str:
     by_width = max(len(m.interface) for _, m in every)
     lines: list[str] = []
     for family, members in families().items():
-        lines += ["", family]
+        lines += ["", family_title(family)]
         for name, method in members.items():
             paper = paper_words(method.paper, link=False)
             lines += [
@@ -349,7 +350,7 @@ def method_page(name: str) -> str:
     lines = [
         f"{name}: {prose(e.doc)}",
         "",
-        f"family      {e.family}",
+        f"family      {family_title(e.family)}",
         f"provenance  {e.provenance}",
         f"interface   {e.interface}",
         f"tends to    {e.tendency}",

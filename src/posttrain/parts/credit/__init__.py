@@ -1,0 +1,1 @@
+"""Credit: which answer and which token gets how much of a reward."""

@@ -1,1 +1,1 @@
-"""Teachers: divergences from them, their log-probs as credit, and the methods made of these."""
+"""Distillation: divergences from teachers, and their log-probs as credit."""

@@ -1,0 +1,1 @@
+"""Demonstrations beside or inside the learner's own rollouts."""

@@ -1,1 +1,1 @@
-"""What an answer or a step is worth: verifiers, learnt judges, and how judges are trained."""
+"""Rewards: verifiers, learnt judges of answers and steps, and how judges are trained."""

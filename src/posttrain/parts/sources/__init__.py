@@ -1,0 +1,1 @@
+"""Where trajectories come from: rows of data, rollouts, and mixtures of sources."""
