@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, final
 
 import numpy as np
-from jinja2 import TemplateError
 
 from posttrain.core.errors import DataError, ModelError, nearest
 from posttrain.core.provenance import IntArray, Kind, Producer, Role, Span
@@ -320,6 +319,8 @@ class ChatRenderer:
         return [*self._opening, *body], authors
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
+        from jinja2 import TemplateError  # here: recipes are planned without a template
+
         if not self.has_template:
             raise ModelError(
                 "a conversation, but the tokenizer has no chat template",
