@@ -16,10 +16,10 @@ from posttrain import parts
 from posttrain.catalogue.example import datasets_of, legal_example, recipe_of
 from posttrain.catalogue.words import Option, default_of, flow, options, written_types
 from posttrain.core.config import Config
-from posttrain.core.errors import ConfigError, nearest
+from posttrain.core.errors import ConfigError
 from posttrain.core.learner import ScalarHead
 from posttrain.parts.composition import Composition, Method
-from posttrain.parts.registry import known, package_of, tag_of
+from posttrain.parts.registry import find, known, package_of, tag_of
 
 COMMON = "common"
 READ_FIRST = ("supervised", "preference", "policy")
@@ -79,8 +79,8 @@ def unconfirmed(doc: str) -> str:
         >>> unconfirmed("A method.\\n\\nUnconfirmed: the formula,\\nand its sign.")
         'the formula, and its sign.'
     """
-    told = re.search(r"^Unconfirmed: (.+?)(?=\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
-    return " ".join(told[1].split()) if told else ""
+    found = re.search(r"^Unconfirmed: (.+?)(?=\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
 
 
 def known_methods(*, packages: bool = True) -> Mapping[str, type[Method]]:
@@ -161,10 +161,7 @@ def entry(name: str) -> Entry:
     Raises:
         ConfigError: no such method, or one whose required options have no obvious example.
     """
-    known = known_methods()
-    if name not in known:
-        raise ConfigError(f"no method {name!r}", fix=nearest(name, known))
-    kind = known[name]
+    kind: type[Method] = find("method", name)
     given, method = legal_example(name, kind)
     composition = method.compose()
     return Entry(
@@ -186,17 +183,17 @@ def entry(name: str) -> Entry:
 
 def _parts(composition: Composition) -> Iterator[ExplainedPart]:
     source = composition.source
-    told = f"written by {_names(source.writes)}; provides {_names(source.provides)}"
-    yield _part("source", source, told)
+    facts = f"written by {_names(source.writes)}; provides {_names(source.provides)}"
+    yield _part("source", source, facts)
     for signal in composition.signals:
-        told = f"needs {_names(signal.needs)}; provides {_names(signal.provides)}"
-        yield _part("signal", signal, told)
+        facts = f"needs {_names(signal.needs)}; provides {_names(signal.provides)}"
+        yield _part("signal", signal, facts)
     for term in composition.terms:
-        told = (
+        facts = (
             f"weight {term.weight:g}, per {term.unit}, {term.aggregate}; needs "
             f"{_names(term.needs)}; reads tokens of {_names(term.readable)}"
         )
-        yield _part("term", term, told)
+        yield _part("term", term, facts)
     if (head := composition.scalar_head) is not None:
         yield _head(f"{head.trunk} trunk, starts from {head.start}")
 
@@ -282,8 +279,8 @@ def _class_facts(role: Role, spec: Any) -> str:
     needs = _names(spec.needs) if isinstance(spec.needs, frozenset) else "depends on its options"
     if role == "signal":
         gives = spec.provides
-        told = _names(gives) if isinstance(gives, frozenset) else "depends on its options"
-        return f"needs {needs}; provides {told}"
+        provides = _names(gives) if isinstance(gives, frozenset) else "depends on its options"
+        return f"needs {needs}; provides {provides}"
     return f"per {spec.unit}; needs {needs}; may read tokens of {_names(spec.accepts)}"
 
 
@@ -291,10 +288,10 @@ def known_groups(*, packages: bool = True) -> list[tuple[ExplainedPart, tuple[Op
     """Every group of options that a method or a part takes as one option, with its own options."""
     read: list[type[Config]] = [*known_methods(packages=packages).values()]
     read += [k for r in ("source", "signal", "term") for k in known(r).values()]
-    told, found = {*read, ScalarHead}, dict[type[Config], None]()
+    explained, found = {*read, ScalarHead}, dict[type[Config], None]()
     while read:
         inside = [c for f in structs.fields(read.pop(0)) for c in _configs(f.type)]
-        new = [c for c in inside if c not in told and c not in found]
+        new = [c for c in inside if c not in explained and c not in found]
         found |= dict.fromkeys(new)
         read += new
     ordered = sorted(found, key=_group_name)

@@ -156,8 +156,8 @@ def _overview(members: Sequence[Entry]) -> Iterator[str]:
     for e in members:
         cells = (e.provenance, e.interface, e.tendency, _code(e.formula))
         paper = paper_words(e.paper, link=True)
-        told = " | ".join(_cell(c) for c in cells)
-        yield f"| {_link(e.name, e.name, family=e.family, on='')} | {told} | {paper} |"
+        row = " | ".join(_cell(c) for c in cells)
+        yield f"| {_link(e.name, e.name, family=e.family, on='')} | {row} | {paper} |"
 
 
 def _section(e: Entry) -> Iterator[str]:
@@ -218,8 +218,8 @@ def _part_section(
         yield f"* {part.facts}"
     links = [_link(e.name, e.name, family=e.family, on=part.family) for e in users]
     yield f"* used by {', '.join(links) or 'no named method'}"
-    told = [f"`{o.name}` {o.default}" for o in options]
-    yield f"* options: {'; '.join(told) or 'none'}"
+    defaults = [f"`{o.name}` {o.default}" for o in options]
+    yield f"* options: {'; '.join(defaults) or 'none'}"
     yield ""
 
 

@@ -10,6 +10,8 @@ too: ``@part(method=SHAPE)`` fills a shape with it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, Union
 
 import msgspec
@@ -53,7 +55,8 @@ class Method(Part, tag_field="name"):
 
     Class variables are its row in ``posttrain methods``: ``provenance`` (``on-policy``,
     ``off-policy``, ``mixed``), ``interface`` (what teaches: token targets, preferences, rewards)
-    and ``tendency`` (the role it is meant for; the role is measured).
+    and ``tendency`` (the role it is meant for; the role is measured). ``example`` has values of
+    options that an example of the method cannot find by their types.
     """
 
     role: ClassVar[str] = "method"
@@ -64,6 +67,7 @@ class Method(Part, tag_field="name"):
     provenance: ClassVar[str]
     interface: ClassVar[str]
     tendency: ClassVar[str]
+    example: ClassVar[Mapping[str, object]] = MappingProxyType({})
     spelt_out: ClassVar[bool] = False  # its options are the parts themselves
 
     def compose(self) -> Composition:
@@ -158,14 +162,20 @@ def method(name: str, **options: Any) -> Method:
 class Compose(Method):
     """Any legal composition, spelt out."""
 
-    spelt_out: ClassVar[bool] = True
-
     source: unions.AnySource
     terms: tuple[unions.AnyTerm, ...]
     signals: tuple[unions.AnySignal, ...] = ()
     moving: MovingReference | None = None
     scalar_head: ScalarHead | None = None
 
+    spelt_out: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, object]] = MappingProxyType(
+        {
+            "source": {"type": "rollouts", "tasks": ["sums"]},
+            "signals": [{"type": "verify"}, {"type": "group_advantage", "scale": "none"}],
+            "terms": [{"type": "clipped_policy_gradient", "clip_high": 0.28}],
+        }
+    )
     provenance: ClassVar[str] = "as composed"
     interface: ClassVar[str] = "as composed"
     tendency: ClassVar[str] = "measure it"
