@@ -24,11 +24,11 @@ check: $(VENV)/ready
 	$(BIN)/python -m pytest tests/unit/test_house_rules.py
 
 format: $(VENV)/ready
-	$(BIN)/ruff format src tests recipes
-	$(BIN)/ruff check --fix src tests recipes
+	$(BIN)/ruff format src tests recipes benchmarks
+	$(BIN)/ruff check --fix src tests recipes benchmarks
 
-docs: $(VENV)/ready  ## write the map of methods again
-	$(BIN)/python -m posttrain.catalogue > docs/methods.md
+docs: $(VENV)/ready  ## write the pages of methods again
+	$(BIN)/python -m posttrain.catalogue docs
 
 lab: $(VENV)/ready  ## make the lab's base model again, from nothing
 	$(BIN)/python -m posttrain.lab.pretrain out/lab

@@ -4,8 +4,8 @@
     python benchmarks/catalogue.py --only dpo grpo        # some
     python benchmarks/catalogue.py --only                 # none: just write the page again
 
-A situation is an entry of SITUATIONS in a module ``posttrain.lab.catalogue_<family>``: a function
-of an inputs folder and a seed that writes its data there and returns a recipe. The last stage is
+A situation is an entry of SITUATIONS in a module ``situations/<family>.py``: a function of an
+inputs folder and a seed that writes its data there and returns a recipe. The last stage is
 the method; *before* is the policy that this stage starts from. A seed varies data, rollouts and
 data order; the base and the measured prompts are the same for all. The page shows every finished
 run of the results file, also of earlier commands.
@@ -23,13 +23,14 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import situations
 from results_file import RESULTS, ResultsFile
 
-import posttrain.lab
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import ConfigError, PosttrainError, nearest
 from posttrain.core.files import hash_file, hash_folder, write_atomic
 from posttrain.measure.bootstrap import student_quantile
+from posttrain.parts.registry import known, tag_of
 from posttrain.recipe import Recipe
 from posttrain.run.folder import RunFolder
 
@@ -57,20 +58,16 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 # --- what there is ---------------------------------------------------------------------------
 
 
-def situations() -> dict[str, tuple[str, Situation]]:
-    """(family, situation) by name, from every ``catalogue_`` module of the lab.
+def known_situations() -> dict[str, tuple[str, Situation]]:
+    """(family, situation) by name, from every module of the folder of situations.
 
     Raises:
         ConfigError: two families use one name.
     """
     found: dict[str, tuple[str, Situation]] = {}
-    for module in sorted(m.name for m in pkgutil.iter_modules(posttrain.lab.__path__)):
-        if not module.startswith("catalogue_"):
-            continue
-        family = module.removeprefix("catalogue_")
-        entries: Mapping[str, Situation] = importlib.import_module(
-            f"posttrain.lab.{module}"
-        ).SITUATIONS
+    for family in sorted(m.name for m in pkgutil.iter_modules(situations.__path__)):
+        module = importlib.import_module(f"situations.{family}")
+        entries: Mapping[str, Situation] = module.SITUATIONS
         for name, situation in entries.items():
             if name in found:
                 raise ConfigError(f"situation {name} in families {found[name][0]} and {family}")
@@ -78,16 +75,16 @@ def situations() -> dict[str, tuple[str, Situation]]:
     return found
 
 
-def chosen(known: Mapping[str, object], only: Sequence[str] | None) -> list[str]:
+def chosen(named: Mapping[str, object], only: Sequence[str] | None) -> list[str]:
     """The names to run: all of them, or those asked for.
 
     Raises:
         ConfigError: an unknown name.
     """
     for name in only or ():
-        if name not in known:
-            raise ConfigError(f"no situation {name!r}", fix=nearest(name, known))
-    return list(known) if only is None else list(only)
+        if name not in named:
+            raise ConfigError(f"no situation {name!r}", fix=nearest(name, named))
+    return list(named) if only is None else list(only)
 
 
 # --- running ---------------------------------------------------------------------------------
@@ -112,7 +109,7 @@ def run_one(
     *,
     seed: int,
     folder: Path,
-    results: ResultsFile[Result],
+    stored: ResultsFile[Result],
     runner: Runner,
 ) -> Result:
     """Run one situation with one seed, unless this very run has finished before.
@@ -127,9 +124,9 @@ def run_one(
     files = {str(p.relative_to(inputs)): hash_file(p) for p in inputs.rglob("*") if p.is_file()}
     base = Path(recipe.model)
     key = digest([plain(recipe), files, hash_folder(base) if base.is_dir() else None])
-    known = results.rows().get((name, seed))
-    if known is not None and known.key == key and known.failure is None:
-        return known
+    before = stored.rows().get((name, seed))
+    if before is not None and before.key == key and before.failure is None:
+        return before
     last = recipe.stages[-1]
     previous = [s.name for s in recipe.stages[:-1]][-1:] or ["base"]
     start = previous[0] if last.init == "previous" else last.init
@@ -137,7 +134,7 @@ def run_one(
         family=family,
         name=name,
         seed=seed,
-        method=str(last.method.__struct_config__.tag),
+        method=tag_of(last.method),
         start=start,
         key=key,
     )
@@ -150,7 +147,7 @@ def run_one(
         result = msgspec.structs.replace(about, tasks=tasks, seconds=round(took, 1))
     except PosttrainError as error:
         result = msgspec.structs.replace(about, failure=str(error).splitlines()[0])
-    results.add(result)
+    stored.add(result)
     return result
 
 
@@ -163,10 +160,10 @@ def pass_at_1(out: Path, before: str, after: str) -> dict[str, tuple[float, floa
     }
 
 
-def finished(results: ResultsFile[Result], known: Mapping[str, object]) -> list[Result]:
+def finished(stored: ResultsFile[Result], named: Mapping[str, object]) -> list[Result]:
     """Every result whose situation still exists."""
-    order = list(known)
-    found = [r for r in results.rows().values() if r.name in known]
+    order = list(named)
+    found = [r for r in stored.rows().values() if r.name in named]
     return sorted(found, key=lambda r: (order.index(r.name), r.seed))
 
 
@@ -216,7 +213,7 @@ def rows(results: Sequence[Result]) -> Iterator[str]:
             yield f"| {name} | – | seed {r.seed} | – | – | failed: {r.failure} |"
 
 
-def page(results: Sequence[Result], known: Mapping[str, tuple[str, object]]) -> str:
+def page(results: Sequence[Result], named: Mapping[str, tuple[str, object]]) -> str:
     """The whole page."""
     lines = [
         "# What every method did in the lab",
@@ -233,14 +230,14 @@ def page(results: Sequence[Result], known: Mapping[str, tuple[str, object]]) -> 
         "and *down* mean that it excludes zero.",
         "",
     ]
-    for family in dict.fromkeys(f for f, _ in known.values()):
-        mine = [r for r in results if known[r.name][0] == family]
+    for family in dict.fromkeys(f for f, _ in named.values()):
+        mine = [r for r in results if named[r.name][0] == family]
         if not mine:
             continue
         lines += [f"## {family}", "", "| situation | task | seeds | pass@1 | effect | reading |"]
         lines += ["|---|---|---|---|---|---|", *rows(mine), ""]
     done = {r.name for r in results}
-    waiting = [n for n in known if n not in done]
+    waiting = [n for n in named if n not in done]
     lines.append(f"Not run yet: {', '.join(waiting) or 'nothing'}.")
     return "\n".join(lines) + "\n"
 
@@ -248,7 +245,7 @@ def page(results: Sequence[Result], known: Mapping[str, tuple[str, object]]) -> 
 def uncovered(recipes: Sequence[Result]) -> list[str]:
     """Named methods that no finished situation shows; one of a judge ends with who asks it."""
     shown = {m for r in recipes if r.failure is None for m in (r.method, r.name)}
-    return [n for n in METHODS if n not in shown and n != "compose"]
+    return [n for n, m in known("method").items() if n not in shown and not m.spelt_out]
 
 
 def main(arguments: Sequence[str] | None = None, *, runner: Runner = run_here) -> None:
@@ -262,24 +259,24 @@ def main(arguments: Sequence[str] | None = None, *, runner: Runner = run_here) -
     parser.add_argument("--results", type=Path, default=RESULTS / "catalogue.jsonl")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
-    known, results = situations(), results_in(options.results)
-    for name in chosen(known, options.only):
-        family, situation = known[name]
+    named, stored = known_situations(), results_in(options.results)
+    for name in chosen(named, options.only):
+        family, situation = named[name]
         for seed in options.seeds:
             folder = options.out / family / name / str(seed)
             result = run_one(
-                name, family, situation, seed=seed, folder=folder, results=results, runner=runner
+                name, family, situation, seed=seed, folder=folder, stored=stored, runner=runner
             )
             words = result.failure or ", ".join(
                 f"{t} {a:.2f} → {b:.2f}" for t, (a, b) in result.tasks.items()
             )
             print(f"{name} seed {seed}: {words} ({result.seconds:.0f} s)", file=sys.stderr)
             # After every run: a long table should be readable before it is complete.
-            write_atomic(options.page, page(finished(results, known), known))
-    text = page(finished(results, known), known)
+            write_atomic(options.page, page(finished(stored, named), named))
+    text = page(finished(stored, named), named)
     write_atomic(options.page, text)
     print(text, end="")
-    if missing := uncovered(finished(results, known)):
+    if missing := uncovered(finished(stored, named)):
         print(f"methods that no finished run shows: {', '.join(missing)}", file=sys.stderr)
 
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from lab_log import write
 
-from posttrain.protocols import Policy
 from posttrain.core.task import Task, TaskSet
 from posttrain.diagnosis.card import Bottleneck, TaskDiagnosis
 from posttrain.diagnosis.conditions import diagnose_task
@@ -31,6 +30,7 @@ from posttrain.diagnosis.examine import Examination
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.rules import load_rules
 from posttrain.measure.spec import Measure
+from posttrain.protocols import Policy
 from posttrain.testing import TablePolicy
 
 LETTERS = "abcdefgh"

@@ -146,7 +146,9 @@ def known_by_name(path: Path, classes: Mapping[str, str]) -> Iterator[str]:
         elif isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             texts = [s for s in sides if isinstance(s, ast.Constant) and isinstance(s.value, str)]
-            tags = [s for s in sides if re.search(r"tag_of\(|__struct_config__\.tag$", ast.unparse(s))]
+            tags = [
+                s for s in sides if re.search(r"tag_of\(|__struct_config__\.tag$", ast.unparse(s))
+            ]
             if texts and tags:
                 yield f"{path.relative_to(ROOT)}:{node.lineno} compares a tag"
         for name in sorted(asked & classes.keys()):

@@ -23,10 +23,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain.protocols import Request
 from posttrain.core.provenance import Sampling
 from posttrain.engines.local.model import Model, load_model
 from posttrain.engines.local.sampler import generate
+from posttrain.protocols import Request
 from posttrain.testing import tiny_tokenizer
 
 

@@ -16,14 +16,15 @@ from against_trl.worker import Steps
 from posttrain.core import clock
 from posttrain.core.events import Event, StepDone
 from posttrain.core.learner import Optimizer
-from posttrain.protocols import Learner, Policy
 from posttrain.core.trajectory import Column, Group
 from posttrain.engines.local.engine import LocalEngine
+from posttrain.parts.composition import method
 from posttrain.parts.distillation.presets import Opd
 from posttrain.parts.legality import admit
 from posttrain.parts.policy.presets import Grpo
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
+from posttrain.protocols import Learner, Policy
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import Workshop
 from posttrain.run.folder import RunFolder
@@ -47,18 +48,18 @@ def recipe(job: Job) -> Recipe:
     rollouts = {"tasks": ("words",), "group_size": load.group_size}
     length = {"max_new_tokens": load.completion_tokens}
     if job.work == "sft":
-        method = Sft(data=Dataset(path="documents.jsonl"))
+        chosen = Sft(data=Dataset(path="documents.jsonl"))
     elif job.work == "dpo":
-        method = method("dpo", data=Dataset(path="pairs.jsonl"))
+        chosen = method("dpo", data=Dataset(path="pairs.jsonl"))
     elif job.work == "grpo":
-        method = Grpo(**rollouts, **length)
+        chosen = Grpo(**rollouts, **length)
     else:
-        method = Opd(**rollouts, **length, teachers={"*": "path:teacher"})
-    chosen = job.ours.micro_batch_tokens
-    micro = {} if chosen is None else {"micro_batch_tokens": chosen}
+        chosen = Opd(**rollouts, **length, teachers={"*": "path:teacher"})
+    size = job.ours.micro_batch_tokens
+    micro = {} if size is None else {"micro_batch_tokens": size}
     stage = Stage(
         name=job.work.replace("_", "-"),
-        method=method,
+        method=chosen,
         budget=Budget(steps=STEPS),
         optimizer=Optimizer(
             lr=job.learning_rate, betas=(0.9, 0.999), max_grad_norm=job.max_grad_norm
@@ -92,8 +93,7 @@ def build(job: Job) -> tuple[PlannedStage, Workshop, Learner]:
         return engine.policy(student if ref == "base" else str(root / ref.removeprefix("path:")))
 
     tasksets = {
-        name: build_taskset(name, spec, root=root, chat=False)
-        for name, spec in wanted.tasks.items()
+        name: spec.build(name, root=root, chat=False) for name, spec in wanted.tasks.items()
     }
     learner = engine.learner(
         student, name="bench", optimizer=planned.spec.optimizer, lora=None, seed=0
@@ -108,7 +108,7 @@ def one_step(job: Job, *, stale: bool) -> tuple[Sequence[Group], float, Mapping[
     parts = workshop.parts(planned, learner)
     groups = parts.source.draw(job.load.groups, step=0)
     for signal in parts.signals:
-        groups = signal.score(groups)
+        groups = signal(groups)
     if stale:
         groups = _aged(groups)
     admission = admit(groups, parts.terms, version=learner.policy.version, max_age=0)

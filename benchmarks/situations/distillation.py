@@ -1,7 +1,7 @@
 """A small situation in the lab for every method of distillation, and for mixes with others.
 
     taught    base ──SFT on right answers──▶ teacher;  base ──the method──▶ learner
-    told      base ──SFT on questions that carry a hint──▶ reader ──the method──▶ learner
+    hinted    base ──SFT on questions that carry a hint──▶ reader ──the method──▶ learner
     chord     base ──the method──▶ learner
 
 ``products`` is answered rightly about one time in ten, by a habit otherwise. The teacher knows the
@@ -47,6 +47,7 @@ from posttrain.parts.distillation.presets import (
     Uld,
 )
 from posttrain.parts.guided.hybrid import Chord, ChordPhi
+from posttrain.parts.registry import tag_of
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
 from posttrain.parts.supervised.rejection import Star
@@ -66,7 +67,7 @@ def taught(method: Callable[[], Method], lr: float, inputs: Path, seed: int) -> 
     return _recipe(inputs, seed, teacher, _stage("student", method(), lr=lr, init="base"))
 
 
-def told(
+def hinted(
     method: Callable[[], Method],
     hint: str,
     lr: float,
@@ -86,8 +87,8 @@ def told(
         for task in {t.key: t for t in taskset(PRODUCTS).train}.values()
     )
     write_rows(inputs / "hinted.jsonl", rows)
-    hinted = Dataset(path="hinted.jsonl", name="lab-hinted", licence="CC0-1.0")
-    reader = _stage("reader", Sft(data=hinted), lr=1e-3)
+    data = Dataset(path="hinted.jsonl", name="lab-hinted", licence="CC0-1.0")
+    reader = _stage("reader", Sft(data=data), lr=1e-3)
     return _recipe(inputs, seed, reader, _stage("student", method(), lr=lr, groups=groups))
 
 
@@ -113,7 +114,7 @@ def _recipe(inputs: Path, seed: int, *stages: Stage) -> Recipe:
     rows = (d.row for d in demonstrations(PRODUCTS, seed=seed, count=1000))
     write_rows(inputs / DATA.path, rows)
     return Recipe(
-        name=f"catalogue-{stages[-1].method.__struct_config__.tag}",
+        name=f"catalogue-{tag_of(stages[-1].method)}",
         model=str(BASE),
         seed=seed,
         threads=1,
@@ -133,11 +134,11 @@ def _sampled(method: Callable[..., Method], **options: object) -> Callable[[Path
     return partial(taught, make, 3e-4)
 
 
-def _told(
+def _hinted(
     method: Callable[..., Method], *, context: str = HINT, lr: float = 3e-4
 ) -> Callable[[Path, int], Recipe]:
     make = partial(method, tasks=TASKS, max_new_tokens=ANSWER, context=context)
-    return partial(told, make, context, lr)
+    return partial(hinted, make, context, lr)
 
 
 _MIXED = {"teachers": TEACHERS, "data": DATA}
@@ -163,13 +164,13 @@ SITUATIONS: Mapping[str, Callable[[Path, int], Recipe]] = MappingProxyType(
         "opd2": _sampled(Opd2, teacher="teacher", teacher_base="base", sampling=_COOL, scale=1.0),
         "span_opd": _sampled(SpanOpd, teacher="teacher"),  # with one tokenizer: opd_sampled
         "minillm": _sampled(Minillm, teachers=TEACHERS),
-        "opsd": _told(Opsd),
+        "opsd": _hinted(Opsd),
         # At 3e-4 a teacher that moves with the learner is pulled along, and both get worse.
-        "sdft": _told(Sdft),
-        "sdft_live_teacher": _told(partial(Sdft, teacher="learner"), lr=1e-4),
-        "sdpo": partial(told, _SDPO, HINT, 3e-4, groups=GROUPS // 4),
-        "star_rationalised": partial(told, _STAR, HINT, 1e-3),
-        "context_distillation": _told(ContextDistillation, context=INSTRUCTION),
+        "sdft": _hinted(Sdft),
+        "sdft_live_teacher": _hinted(partial(Sdft, teacher="learner"), lr=1e-4),
+        "sdpo": partial(hinted, _SDPO, HINT, 3e-4, groups=GROUPS // 4),
+        "star_rationalised": partial(hinted, _STAR, HINT, 1e-3),
+        "context_distillation": _hinted(ContextDistillation, context=INSTRUCTION),
         "chord": partial(
             alone,
             lambda: Chord(data=DATA, tasks=TASKS, expert=0.25, max_new_tokens=ANSWER),

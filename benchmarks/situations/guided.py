@@ -16,12 +16,13 @@ from posttrain.lab.tour import ANSWER, BASE
 from posttrain.measure.spec import Measure
 from posttrain.parts.composition import Method
 from posttrain.parts.guided.presets import GuidedGrpo, Hpt, Luffy, PrefixRft, Uft
+from posttrain.parts.registry import tag_of
 from posttrain.recipe import Budget, Recipe, Stage
 
 
 def situation(method: Method, *, groups: int, lr: float, seed: int) -> Recipe:
     """A recipe of one stage. It needs no data files."""
-    name = str(method.__struct_config__.tag)
+    name = tag_of(method)
     return Recipe(
         name=f"guided-{name}",
         model=str(BASE),

@@ -16,13 +16,12 @@ from pathlib import Path
 from random import Random
 from types import MappingProxyType
 
-from posttrain.lab.catalogue_preference import labelled_rows
-
 from posttrain.core.learner import Optimizer
 from posttrain.lab.corpus import preference_pairs, taskset, write_rows
 from posttrain.lab.settings import CALCULATE, PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
 from posttrain.measure.spec import Measure
+from posttrain.parts.base import Signal
 from posttrain.parts.composition import Method, method
 from posttrain.parts.policy.presets import Grpo
 from posttrain.parts.rewards.judges import RewardModel
@@ -33,6 +32,7 @@ from posttrain.parts.supervised.presets import Sft
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.tasks.base import TaskSetSpec
 from posttrain.tasks.jsonl import JsonlTasks
+from situations.preference import labelled_rows
 
 WALK = 10
 """Longest answer in steps, in tokens."""
@@ -118,10 +118,10 @@ def stage(
     )
 
 
-def asking(judge: Judge, *, tasks: str, longest: int, init: str) -> Stage:
+def asking(judge: Signal, *, tasks: str, longest: int, init: str) -> Stage:
     """GRPO that hears of the verifier only through its judge."""
-    method = Grpo(tasks=(tasks,), max_new_tokens=longest, rewards=(judge,))
-    return stage("asking", method, steps=40, groups=16, init=init)
+    grpo = Grpo(tasks=(tasks,), max_new_tokens=longest, rewards=(judge,))
+    return stage("asking", grpo, steps=40, groups=16, init=init)
 
 
 _CAREFUL = JsonlTasks(path="tasks.jsonl", reward="exact", held_out=32)

@@ -38,6 +38,8 @@ from posttrain.parts.policy.presets import (
     KlCov,
     Luspo,
 )
+from posttrain.parts.policy.shapes import OnRollouts
+from posttrain.parts.registry import tag_of
 from posttrain.recipe import Budget, Recipe, Stage
 
 ROLLOUTS = 128
@@ -46,9 +48,9 @@ ROLLOUTS = 128
 _TASKS = (PRODUCTS.name,)
 
 
-def situation(method: PolicyMethod, *, updates: int, seed: int) -> Recipe:
+def situation(method: OnRollouts, *, updates: int, seed: int) -> Recipe:
     """A recipe of one stage, ``updates`` of them on every draw. It needs no data files."""
-    name = str(method.__struct_config__.tag)
+    name = tag_of(method)
     return Recipe(
         name=f"policy-{name}",
         model=str(BASE),
@@ -70,7 +72,7 @@ def situation(method: PolicyMethod, *, updates: int, seed: int) -> Recipe:
     )
 
 
-def _of(method: PolicyMethod, *, updates: int = 1) -> Callable[[Path, int], Recipe]:
+def _of(method: OnRollouts, *, updates: int = 1) -> Callable[[Path, int], Recipe]:
     return lambda _, seed: situation(method, updates=updates, seed=seed)
 
 

@@ -19,9 +19,10 @@ from posttrain.lab.corpus import preference_pairs, write_rows
 from posttrain.lab.settings import CHAINS
 from posttrain.lab.tour import ANSWER, BASE
 from posttrain.measure.spec import Measure
-from posttrain.parts.composition import method
+from posttrain.parts.composition import Method, method
 from posttrain.parts.preference.presets import Alphapo, Cpo, Irpo, IterativeDpo, OnlineDpo, Orpo
 from posttrain.parts.preference.self_play import Spin, TrDpo, Xpo
+from posttrain.parts.registry import tag_of
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.recipe import Budget, Recipe, Stage
 
@@ -70,15 +71,13 @@ def _further_off(answer: object) -> object:
     return [{**turn, "content": str(int(turn["content"]) + 50)} for turn in answer]
 
 
-def situation(
-    method: PreferenceMethod, inputs: Path, *, seed: int, lr: float, groups: int
-) -> Recipe:
+def situation(method: Method, inputs: Path, *, seed: int, lr: float, groups: int) -> Recipe:
     """A recipe of one stage, its data files written into ``inputs``."""
     pairs = preference_pairs(CHAINS, seed=seed, count=STEPS * 64)
     write_rows(inputs / PAIRS.path, pairs)
     write_rows(inputs / LABELLED.path, labelled_rows(pairs))
     write_rows(inputs / POOR.path, poor_pairs(pairs))
-    name = str(method.__struct_config__.tag)
+    name = tag_of(method)
     return Recipe(
         name=f"preference-{name}",
         model=str(BASE),
@@ -99,9 +98,7 @@ def situation(
     )
 
 
-def _of(
-    method: PreferenceMethod, *, lr: float = 5e-4, groups: int = 32
-) -> Callable[[Path, int], Recipe]:
+def _of(method: Method, *, lr: float = 5e-4, groups: int = 32) -> Callable[[Path, int], Recipe]:
     return lambda inputs, seed: situation(method, inputs, seed=seed, lr=lr, groups=groups)
 
 

@@ -23,8 +23,8 @@ from posttrain.lab.tour import ANSWER, BASE
 from posttrain.measure.spec import Measure
 from posttrain.parts.composition import Method, method
 from posttrain.parts.offline.presets import ALol, Awr, RGold
+from posttrain.parts.registry import tag_of
 from posttrain.parts.sources.dataset import Dataset
-from posttrain.parts.supervised.likelihood import Psft
 from posttrain.parts.supervised.presets import Asft, Sft, WeightedSft
 from posttrain.parts.supervised.rejection import Raft, RestEm, Rft, Ssd, Star
 from posttrain.recipe import Budget, Recipe, Stage
@@ -33,12 +33,14 @@ Situation = Callable[[Path, int], Recipe]
 STEPS = 40
 
 
-def demonstrated(method: Callable[[Dataset], Method], inputs: Path, seed: int) -> Recipe:
+def demonstrated(
+    method: Callable[[Dataset], Method], inputs: Path, seed: int, *, updates: int = 1
+) -> Recipe:
     """Right answers to ``products``."""
     rows = (d.row for d in demonstrations(PRODUCTS, seed=seed, count=1000))
     write_rows(inputs / "demonstrations.jsonl", rows)
     data = Dataset(path="demonstrations.jsonl", name="lab-demonstrations", licence="CC0-1.0")
-    return _recipe(PRODUCTS, method(data), seed=seed)
+    return _recipe(PRODUCTS, method(data), seed=seed, updates=updates)
 
 
 def logged(method: Callable[[Dataset], Method], inputs: Path, seed: int) -> Recipe:
@@ -65,8 +67,8 @@ def own_answers(method: Method, inputs: Path, seed: int) -> Recipe:
 def sharpened(inputs: Path, seed: int) -> Recipe:
     """Own answers, unverified, to ``calculate``, which the base answers rightly when it is sampled
     with care. Measured by careless sampling, which is what learning from careful samples mends."""
-    method = Ssd(tasks=(CALCULATE.name,), max_new_tokens=ANSWER)
-    return _recipe(CALCULATE, method, seed=seed, lr=3e-4, sampling=SamplingSpec(temperature=2.0))
+    ssd = Ssd(tasks=(CALCULATE.name,), max_new_tokens=ANSWER)
+    return _recipe(CALCULATE, ssd, seed=seed, lr=3e-4, sampling=SamplingSpec(temperature=2.0))
 
 
 def _log() -> Dataset:
@@ -83,10 +85,10 @@ def _recipe(
     seed: int,
     lr: float = 1e-3,
     sampling: SamplingSpec = SamplingSpec(),
+    updates: int = 1,
 ) -> Recipe:
-    proximal = isinstance(method, Psft)
     return Recipe(
-        name=f"catalogue-{method.__struct_config__.tag}",
+        name=f"catalogue-{tag_of(method)}",
         model=str(BASE),
         seed=seed,
         threads=1,
@@ -97,8 +99,8 @@ def _recipe(
                 name="learn",
                 method=method,
                 budget=Budget(steps=STEPS),
-                groups_per_step=256 if proximal else 32,
-                updates_per_draw=8 if proximal else 1,
+                groups_per_step=32 * updates,
+                updates_per_draw=updates,
                 optimizer=Optimizer(lr=lr, warmup_steps=4),
             ),
         ),
@@ -117,7 +119,7 @@ SITUATIONS: Mapping[str, Situation] = MappingProxyType(
         "probability_sft": partial(
             demonstrated, lambda d: method("probability_sft", data=d, alpha=0.5)
         ),
-        "psft": partial(demonstrated, lambda d: method("psft", data=d)),
+        "psft": partial(demonstrated, lambda d: method("psft", data=d), updates=8),
         "weighted_sft": partial(logged, lambda d: WeightedSft(data=d)),
         "awr": partial(logged, lambda d: Awr(data=d, beta=0.25)),
         "a_lol": partial(logged, lambda d: ALol(data=d)),

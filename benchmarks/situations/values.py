@@ -14,6 +14,8 @@ from posttrain.lab.settings import PRODUCTS
 from posttrain.lab.tour import ANSWER, BASE
 from posttrain.measure.spec import Measure
 from posttrain.parts.policy.ppo import Ppo, ValuePretraining, Vapo
+from posttrain.parts.policy.shapes import OnRollouts
+from posttrain.parts.registry import tag_of
 from posttrain.recipe import Budget, Recipe, Stage
 
 ROLLOUTS = 128
@@ -26,10 +28,10 @@ three."""
 _TASKS = (PRODUCTS.name,)
 
 
-def stage(method: ValueMethod, *, steps: int = 40, updates: int = 1) -> Stage:
+def stage(method: OnRollouts, *, steps: int = 40, updates: int = 1) -> Stage:
     """A stage of one method on fresh rollouts."""
     return Stage(
-        name=str(method.__struct_config__.tag),
+        name=tag_of(method),
         method=method,
         budget=Budget(steps=steps),
         groups_per_step=ROLLOUTS // method.group_size,

@@ -1,4 +1,4 @@
-"""``python -m posttrain``: the command line."""
+"""The command line, as ``python -m posttrain``."""
 
 from posttrain.cli.main import main
 

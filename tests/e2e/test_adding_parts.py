@@ -27,7 +27,9 @@ def shown():
     text = PAGE.read_text(encoding="utf-8")
     out = {}
     for heading, body in re.findall(r"^### (.+?)\n(.*?)(?=^###? |\Z)", text, re.M | re.S):
-        blocks = re.findall(r"^`src/(posttrain/[\w/.]+)`:\n+```python\n(.*?)^```", body, re.M | re.S)
+        blocks = re.findall(
+            r"^`src/(posttrain/[\w/.]+)`:\n+```python\n(.*?)^```", body, re.M | re.S
+        )
         if blocks:
             out[heading] = blocks
     return out
@@ -127,9 +129,11 @@ def test_a_recipe_trains_with_them(copy, tmp_path):
     assert "fluency_reward → median_advantage" in planned.stdout, planned.stderr
     done = python(copy, "-m", "posttrain", "run", "recipe.yaml", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    row = next(line for line in done.stderr.splitlines() + done.stdout.splitlines() if "vowels" in line)
+    row = next(
+        line for line in done.stderr.splitlines() + done.stdout.splitlines() if "vowels" in line
+    )
     assert "passed" in row or "at least 0" in row, row
     raw = json.loads((tmp_path / "out/measurements/prefer.json").read_text(encoding="utf-8"))
     assert "vowels" in json.dumps(raw)
-    told = python(copy, "-m", "posttrain", "methods", "chi_po")
-    assert "2407.13399" in told.stdout
+    explained = python(copy, "-m", "posttrain", "methods", "chi_po")
+    assert "2407.13399" in explained.stdout

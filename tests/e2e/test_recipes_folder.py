@@ -164,7 +164,7 @@ def test_the_data_is_right():
     assert all(20 <= len(p.read_text().splitlines()) < 100 for p in FOLDER.glob("data/*.jsonl"))
 
 
-def test_the_reward_tells_right_from_number_from_noise():
+def test_the_reward_distinguishes_right_answers_numbers_and_noise():
     from posttrain.tasks.rewards import load_reward
 
     reward = load_reward("data/rewards.py:product", FOLDER)
@@ -235,7 +235,7 @@ def test_yaml_on_the_page_runs(copy):
 
 def test_python_on_the_page_runs_and_is_the_yaml_beside_it(copy):
     (code,) = snippets("python")
-    check = "\nfrom posttrain import config\nprint(config.digest(recipe))"
+    check = "\nfrom posttrain.core import config\nprint(config.digest(recipe))"
     printed = execute([sys.executable, "-c", code + check], cwd=copy).splitlines()
     (text,) = snippets("yaml recipe")
     beside = config.convert(yaml.safe_load(text), Recipe, origin="page")
@@ -249,11 +249,11 @@ def test_shell_on_the_page_runs(copy):
     for line in [line for body in snippets("sh") for line in body.splitlines()]:
         program, *words = shlex.split(line)
         assert (program, words[0] in cli.commands) == ("posttrain", True)
-        printed = execute([sys.executable, "-m", "posttrain.cli.main", *words], cwd=copy)
+        printed = execute([sys.executable, "-m", "posttrain", *words], cwd=copy)
         assert printed
     assert (copy / "out/sft/report.html").is_file()
     assert "already finished" in execute(
-        [sys.executable, "-m", "posttrain.cli.main", "run", "recipes/sft.yaml", "--out", "out/sft"],
+        [sys.executable, "-m", "posttrain", "run", "recipes/sft.yaml", "--out", "out/sft"],
         cwd=copy,
     )
 

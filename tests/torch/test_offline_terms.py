@@ -16,6 +16,7 @@ from posttrain.parts.offline.presets import ALol, Awr, RGold
 from posttrain.parts.offline.weighted import AdvantageWeighted, LeftoverLunch, RewardGold
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.likelihood import CrossEntropy, WeightedCrossEntropy
+from posttrain.testing import fake_tools
 from posttrain.training.objective import StageObjective
 
 LOGP = np.log([0.5, 0.05, 0.9])  # two answers, of 2 and 1 tokens
@@ -47,7 +48,7 @@ def columned(advantages=(0.7, -1.5), rewards=(2.0, -0.5)):
 def evaluate(term, groups=None, logp=LOGP):
     (batch,) = pack(groups or columned(), needs=term.needs, max_tokens=999)
     logprob = torch.tensor(logp, requires_grad=True)
-    out = TERMS[type(term)].values(term, {Stat.LOGPROB: logprob}, batch)
+    out = term.values({Stat.LOGPROB: logprob}, batch)
     out.loss.sum().backward()
     return out.loss.detach().numpy(), logprob.grad.numpy(), out.shown
 
@@ -181,7 +182,7 @@ def test_the_logged_advantage_is_the_reward_minus_a_baseline():
     groups = columned(rewards=(2.0, -1.0))
     for baseline, expected in ((None, [1.5, -1.5]), (0.25, [1.75, -1.25])):
         spec = Awr(data=Dataset(path="x", reward="r"), baseline=baseline).compose().signals[0]
-        (scored,) = GroupAdvantageSignal(spec).score(groups)
+        (scored,) = spec.score(groups, fake_tools())
         got = [float(m.columns[Column.ADVANTAGE][-1]) for m in scored.members]
         assert got == pytest.approx(expected)
 

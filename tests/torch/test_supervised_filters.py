@@ -12,9 +12,10 @@ from posttrain.core.learner import Optimizer
 from posttrain.core.trajectory import Column, Discard, Group, Scored
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.parts.base import WeightSchedule
-from posttrain.parts.composition import Compose
+from posttrain.parts.composition import Compose, method
 from posttrain.parts.legality import admit, check_composition
 from posttrain.parts.offline.filters import KeepPositiveAdvantages, KeepRewards
+from posttrain.parts.registry import known, tag_of
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.sources.formats import row_numbers
 from posttrain.parts.supervised.likelihood import CrossEntropy
@@ -27,7 +28,7 @@ from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
 from posttrain.run.store import UseRole, read_uses
 from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
-from posttrain.testing import check_signal
+from posttrain.testing import check_signal, fake_tools
 from posttrain.training.stage import Interrupted, run_stage
 
 
@@ -41,7 +42,7 @@ def group(rewards, answers=None):
 
 
 def verdicts(spec, *groups):
-    scored = KeepRewardsSignal(spec).score(groups)
+    scored = spec.score(groups, fake_tools())
     return [[str(tuple(Discard)[int(m.scalar(Column.DISCARD))]) for m in g.members] for g in scored]
 
 
@@ -70,8 +71,8 @@ def test_duplicates_go_before_the_best_are_chosen_and_after_the_threshold():
 
 
 def test_an_earlier_verdict_stands():
-    first = KeepRewardsSignal(KeepRewards(at_least=0.5)).score([group([0.0, 1.0, 2.0])])
-    (second,) = KeepRewardsSignal(KeepRewards(best=1)).score(first)
+    first = KeepRewards(at_least=0.5).score([group([0.0, 1.0, 2.0])], fake_tools())
+    (second,) = KeepRewards(best=1).score(first, fake_tools())
     codes = [m.scalar(Column.DISCARD) for m in second.members]
     wanted = [Discard.LOW_REWARD, Discard.NOT_BEST, Discard.KEPT]
     assert codes == [w.code for w in wanted]
@@ -81,7 +82,7 @@ def test_positive_advantages_stay():
     groups = with_column([group([0.0, 0.0, 0.0])], Column.ADVANTAGE, lambda t: np.zeros(len(t)))
     values = iter([0.2, 0.0, -0.3])
     groups = with_column(groups, Column.ADVANTAGE, lambda t: np.full(len(t), next(values)))
-    (scored,) = offline_signal(KeepPositiveAdvantages(), live=None).score(groups)
+    (scored,) = KeepPositiveAdvantages().score(groups, fake_tools())
     assert [m.scalar(Column.DISCARD) for m in scored.members] == [
         Discard.KEPT.code,
         Discard.NO_ADVANTAGE.code,
@@ -91,14 +92,13 @@ def test_positive_advantages_stay():
 
 def test_a_filter_keeps_the_contract_of_signals():
     groups = with_column(random_groups(), Column.REWARD, lambda t: np.asarray(1.0))
-    signal = KeepRewardsSignal(KeepRewards(best=1))
-    check_signal(signal, groups, provides=frozenset({Column.DISCARD}))
+    scored = check_signal(KeepRewards(best=1), groups)
+    assert all(Column.DISCARD in m.columns for g in scored for m in g.members)
 
 
 def test_admission_trains_on_the_kept_and_says_why_the_others_went():
-    groups = KeepRewardsSignal(KeepRewards(at_least=1.0)).score(
-        [group([0.0, 1.0]), group([0.0, 0.0])]
-    )
+    answers = [group([0.0, 1.0]), group([0.0, 0.0])]
+    groups = KeepRewards(at_least=1.0).score(answers, fake_tools())
     admission = admit(groups, [CrossEntropy()], version=0, max_age=0)
     assert [len(g.members) for g in admission.kept] == [1]
     assert admission.kept[0].members[0].scalar(Column.REWARD) == 1.0
@@ -112,22 +112,22 @@ def test_a_filter_that_does_nothing_or_everything_is_refused(options):
         KeepRewards(**options)
 
 
-@pytest.mark.parametrize("method", [Raft, RestEm])
-def test_keeping_the_whole_group_is_refused(method):
+@pytest.mark.parametrize("kind", [Raft, RestEm])
+def test_keeping_the_whole_group_is_refused(kind):
     with pytest.raises(ConfigError, match="best < group_size"):
-        method(tasks=("t",), best=8, group_size=8)
+        kind(tasks=("t",), best=8, group_size=8)
 
 
 def test_an_answer_without_a_reward_is_refused():
     bare = Group(task="test/0", members=(Scored(trajectory=trajectory([1], [2])),))
     with pytest.raises(LegalityError, match="no reward"):
-        KeepRewardsSignal(KeepRewards(at_least=1.0)).score([bare])
+        KeepRewards(at_least=1.0).score([bare], fake_tools())
 
 
 def test_every_named_method_is_legal():
-    for method in (Rft, Raft, Star, RestEm, Ssd):
-        check_composition(method(tasks=("t",)).compose(), stage="s")
-        assert METHODS[str(method.__struct_config__.tag)] is method
+    for kind in (Rft, Raft, Star, RestEm, Ssd):
+        check_composition(kind(tasks=("t",)).compose(), stage="s")
+        assert known("method")[tag_of(kind)] is kind
 
 
 # --- numbers of a data file ------------------------------------------------------------------
@@ -135,21 +135,21 @@ def test_every_named_method_is_legal():
 
 def test_numbers_of_a_row():
     spec = Dataset(path="x", reward="score", weight="w")
-    numbers = row_numbers(spec, {"score": -2, "w": 0.5, "prompt": "p"})
+    numbers = row_numbers({"score": -2, "w": 0.5, "prompt": "p"}, spec.number_columns)
     assert {c: float(v) for c, v in numbers.items()} == {Column.REWARD: -2.0, Column.WEIGHT: 0.5}
     assert spec.provides == {Column.REWARD, Column.WEIGHT}
-    assert row_numbers(Dataset(path="x"), {"score": 1}) == {}
+    assert row_numbers({"score": 1}, Dataset(path="x").number_columns) == {}
 
 
 @pytest.mark.parametrize("value", [None, "1", True, float("nan"), float("inf")])
 def test_a_reward_must_be_a_number(value):
     with pytest.raises(DataError, match="finite number"):
-        row_numbers(Dataset(path="x", reward="score"), {"score": value})
+        row_numbers({"score": value}, Dataset(path="x", reward="score").number_columns)
 
 
 def test_a_weight_is_not_negative():
     with pytest.raises(DataError, match="0 or more"):
-        row_numbers(Dataset(path="x", weight="w"), {"w": -0.1})
+        row_numbers({"w": -0.1}, Dataset(path="x", weight="w").number_columns)
 
 
 # --- whole stages ----------------------------------------------------------------------------
@@ -175,10 +175,10 @@ def world(tmp_path, tiny_folder):
     taskset = JsonlTaskSet("rows", spec, root=tmp_path, chat=True)
     engine = LocalEngine(device=torch.device("cpu"))
 
-    def go(method, out, *, steps=4, stop_after=None, **options):
+    def go(intervention, out, *, steps=4, stop_after=None, **options):
         stage = Stage(
             name="s",
-            method=method,
+            method=intervention,
             budget=Budget(steps=steps),
             optimizer=Optimizer(lr=1e-2),
             groups_per_step=3,
@@ -228,8 +228,8 @@ def uses(folder):
 
 def test_a_rejection_stage_trains_on_right_answers_and_records_the_others(world):
     go, root = world
-    method = Rft(tasks=("rows",), group_size=4, max_new_tokens=5)
-    _, metrics = go(method, "rft", steps=3)
+    rft = Rft(tasks=("rows",), group_size=4, max_new_tokens=5)
+    _, metrics = go(rft, "rft", steps=3)
     told = uses(root / "rft")
     assert len(told) == 3 * 3 * 4
     trained = [u for u in told if u.role is UseRole.TRAIN]
@@ -261,7 +261,7 @@ def test_a_step_without_a_kept_answer_changes_nothing(world):
 def test_a_method_runs_on_logged_answers(world, name):
     go, root = world
     data = Dataset(path="logged.jsonl", reward="score", weight="w")
-    _, metrics = go(METHODS[name](data=data), name, steps=4, updates_per_draw=2)
+    _, metrics = go(method(name, data=data), name, steps=4, updates_per_draw=2)
     assert all(np.isfinite(m["loss"]) for m in metrics)
     assert max(m["grad_norm"] for m in metrics) > 0
     if name == "a_lol":  # rewards of a draw are −1, 0 and 1, so one of three is above their mean
@@ -271,7 +271,7 @@ def test_a_method_runs_on_logged_answers(world, name):
             "no advantage"
         }
     if name == "psft":
-        ratios = [m["proximal_cross_entropy/ratio"] for m in metrics]
+        ratios = [m["psft/ratio"] for m in metrics]
         assert ratios[0] == pytest.approx(1, abs=1e-5)  # drawn now
         assert ratios[2] == pytest.approx(1, abs=1e-5)
         assert abs(ratios[1] - 1) > 1e-4  # one update later
@@ -280,13 +280,13 @@ def test_a_method_runs_on_logged_answers(world, name):
 def test_a_moving_weight_survives_an_interruption_bit_for_bit(world):
     go, _ = world
     term = CrossEntropy(weight=1.0, weight_schedule=WeightSchedule(end=0.1, shape="cosine"))
-    method = Compose(
+    composed = Compose(
         source=Dataset(path="logged.jsonl"), terms=(term, replace_weight(term, weight=0.2))
     )
-    whole, metrics = go(method, "whole", steps=5)
+    whole, metrics = go(composed, "whole", steps=5)
     with pytest.raises(Interrupted):
-        go(method, "parts", steps=5, stop_after=2)
-    resumed, rest = go(method, "parts", steps=5)
+        go(composed, "parts", steps=5, stop_after=2)
+    resumed, rest = go(composed, "parts", steps=5)
     weights = [m["cross_entropy-1/weight"] for m in metrics]
     assert weights[0] == 1.0
     assert weights[-1] == pytest.approx(0.1, abs=1e-12)

@@ -24,6 +24,7 @@ from posttrain.parts.supervised.likelihood import (
     WeightedCrossEntropy,
 )
 from posttrain.parts.supervised.presets import Asft
+from posttrain.testing import fake_tools
 from posttrain.training.objective import StageObjective
 
 P = np.array([0.5, 0.05, 0.9])  # π(y) of two answers, of 2 and 1 tokens
@@ -53,7 +54,7 @@ def evaluate(term, groups=None, p=P):
     """(loss per token, gradient by log π(y)) in float64, and what is shown."""
     (batch,) = pack(groups or two_answers(), needs=term.needs, max_tokens=999)
     logp = torch.tensor(np.log(p), requires_grad=True)
-    out = TERMS[type(term)].values(term, {Stat.LOGPROB: logp}, batch)
+    out = term.values({Stat.LOGPROB: logp}, batch)
     out.loss.sum().backward()
     return out.loss.detach().numpy(), logp.grad.numpy(), out.shown
 
@@ -80,7 +81,7 @@ def test_cross_entropy_by_hand():
 
     def value(z):
         logp = z.log_softmax(-1)[[1, 1, 1]]
-        return TERMS[CrossEntropy].values(CrossEntropy(), {Stat.LOGPROB: logp}, batch).loss[0]
+        return CrossEntropy().values({Stat.LOGPROB: logp}, batch).loss[0]
 
     at = torch.tensor(logits, requires_grad=True)
     value(at).backward()
@@ -237,7 +238,7 @@ def test_proximal_cross_entropy_by_hand():
 
 def test_psft_starts_as_cross_entropy_and_leaves_it_after_an_update(learner):
     """At the snapshot r = 1 and the gradient is that of NLL; the draw's next update is not."""
-    groups = offline_signal(OwnLogprobs(), live=learner.policy).score(external())
+    groups = OwnLogprobs().score(external(), fake_tools(learner.policy))
     proximal = Psft(clip_high=0.2)
     loss, grads = objective_gradients(learner, proximal, groups)
     _, plain = objective_gradients(learner, CrossEntropy(), groups)
@@ -246,9 +247,9 @@ def test_psft_starts_as_cross_entropy_and_leaves_it_after_an_update(learner):
     objective = StageObjective((proximal,))
     batches = pack(groups, needs=objective.needs, max_tokens=10_000)
     reports = [learner.step(batches, objective, lr_scale=5.0) for _ in range(6)]
-    assert reports[0].metrics["proximal_cross_entropy/ratio"] == pytest.approx(1, abs=1e-5)
-    assert reports[0].metrics["proximal_cross_entropy/clipped"] == 0
-    assert reports[-1].metrics["proximal_cross_entropy/clipped"] > 0.2
+    assert reports[0].metrics["psft/ratio"] == pytest.approx(1, abs=1e-5)
+    assert reports[0].metrics["psft/clipped"] == 0
+    assert reports[-1].metrics["psft/clipped"] > 0.2
     assert -1.2 <= reports[-1].loss < -1.05
 
 
@@ -268,7 +269,7 @@ def test_psft_starts_as_cross_entropy_and_leaves_it_after_an_update(learner):
 )
 def test_micro_batches_change_nothing(learner, term):
     rng = np.random.default_rng(5)
-    groups = offline_signal(OwnLogprobs(), live=learner.policy).score(external())
+    groups = OwnLogprobs().score(external(), fake_tools(learner.policy))
     for column in (Column.WEIGHT, Column.REWARD):
         groups = with_column(groups, column, lambda t: np.asarray(rng.random()))
     objective = StageObjective((term,))

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import situations
 from test_probes_measurement import measured, policy
 
-import posttrain.lab
 from posttrain.core.errors import ConfigError, ModelError
+from posttrain.parts.registry import known
 
 ROOT = Path(__file__).parents[2]
 FAMILY = """
 from pathlib import Path
-from posttrain.tasks.jsonl import JsonlTasks
-from posttrain.recipe import Budget, Recipe, Stage
+from posttrain import Budget, Dataset, JsonlTasks, Recipe, Sft, Stage
 
 def stage(name, **more):
     method = Sft(data=Dataset(path="d.jsonl"))
@@ -52,15 +52,15 @@ def bench(monkeypatch):
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch):
-    """A lab whose only catalogue is made up."""
-    folder = tmp_path / "lab"
+def families(tmp_path, monkeypatch):
+    """The folder of situations, with one family, which is made up."""
+    folder = tmp_path / "situations"
     folder.mkdir()
-    (folder / "catalogue_fake.py").write_text(FAMILY)
-    monkeypatch.setattr(posttrain.lab, "__path__", [str(folder)])
+    (folder / "fake.py").write_text(FAMILY)
+    monkeypatch.setattr(situations, "__path__", [str(folder)])
     yield folder
-    for name in [n for n in sys.modules if n.startswith("posttrain.lab.catalogue_")]:
-        del sys.modules[name]
+    for name in ("situations.fake", "situations.other"):
+        sys.modules.pop(name, None)
 
 
 class FakeRunner:
@@ -92,7 +92,7 @@ def row(text: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_before_is_where_the_last_stage_starts(bench, lab, tmp_path):
+def test_before_is_where_the_last_stage_starts(bench, families, tmp_path):
     rates = {"teacher": lambda s: 0.6, "student": lambda s: 0.4}
     text = go(bench, tmp_path, FakeRunner(**rates), "--seeds", "0", "1")
     assert row(text, "chained")[3:5] == ["0.60 (from teacher) → 0.40", "-0.20 [-0.20, -0.20]"]
@@ -111,7 +111,7 @@ def test_the_interval_is_students_over_seeds(bench):
     assert bench.reading((0.2, -0.01, 0.41)) == "undetermined"
 
 
-def test_finished_runs_are_not_run_again(bench, lab, tmp_path):
+def test_finished_runs_are_not_run_again(bench, families, tmp_path):
     runner = FakeRunner(only=lambda s: 0.5)
     first = go(bench, tmp_path, runner, "--seeds", "0", "1", "--only", "single")
     assert runner.calls == [("single", 0), ("single", 1)]
@@ -127,12 +127,12 @@ def test_finished_runs_are_not_run_again(bench, lab, tmp_path):
     assert len(runner.calls) == 3
 
 
-def test_changed_data_is_another_run(bench, lab, tmp_path):
+def test_changed_data_is_another_run(bench, families, tmp_path):
     runner = FakeRunner()
     go(bench, tmp_path, runner, "--seeds", "0", "--only", "single")
-    family = lab / "catalogue_fake.py"
+    family = families / "fake.py"
     family.write_text(FAMILY.replace('write_text("{}")', 'write_text("{\\"a\\": 1}")'))
-    del sys.modules["posttrain.lab.catalogue_fake"]
+    del sys.modules["situations.fake"]
     importlib.invalidate_caches()
     go(bench, tmp_path, runner, "--seeds", "0", "--only", "single")
     assert len(runner.calls) == 2
@@ -140,7 +140,7 @@ def test_changed_data_is_another_run(bench, lab, tmp_path):
     assert len(runs) == 2, "the first run's folder is left alone"
 
 
-def test_a_failure_is_a_row_and_is_tried_again(bench, lab, tmp_path):
+def test_a_failure_is_a_row_and_is_tried_again(bench, families, tmp_path):
     def failing(recipe, out, root):
         if recipe.name == "single":
             raise ModelError("no such model", fix="none")
@@ -156,18 +156,18 @@ def test_a_failure_is_a_row_and_is_tried_again(bench, lab, tmp_path):
     assert row(text, "single")[3] == "0.10 → 0.50"
 
 
-def test_unknown_and_doubled_names(bench, lab, tmp_path):
+def test_unknown_and_doubled_names(bench, families, tmp_path):
     with pytest.raises(ConfigError, match="no situation 'singel'") as caught:
         go(bench, tmp_path, FakeRunner(), "--only", "singel")
     assert caught.value.fix == "did you mean 'single'?"
-    (lab / "catalogue_other.py").write_text(FAMILY)
+    (families / "other.py").write_text(FAMILY)
     with pytest.raises(ConfigError, match="single in families fake and other"):
-        bench.situations()
+        bench.known_situations()
 
 
 def test_every_method_has_a_situation(bench):
-    """Read off the lab itself: the recipes are made, nothing is run."""
-
-    known = bench.situations()
-    assert len(known) >= len(METHODS) - 1
-    assert set(METHODS) - {"compose"} <= set(known), "a situation bears its method's name"
+    """The situations are looked up, and none is run."""
+    found = bench.known_situations()
+    methods = {name for name, method in known("method").items() if not method.spelt_out}
+    assert len(methods) == len(known("method")) - 1
+    assert methods <= set(found), "a situation bears its method's name"

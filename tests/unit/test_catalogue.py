@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 import subprocess
 import sys
@@ -12,50 +13,82 @@ from typing import ClassVar, get_args
 import pytest
 import yaml
 
-from posttrain import catalogue, methods
+from posttrain import catalogue
 from posttrain.catalogue import example, words
-from posttrain.catalogue.example import legal_example, rows_of
+from posttrain.catalogue.example import legal_example
 from posttrain.cli.tables import method_page, methods_table
-from posttrain.core.config import Config, convert
+from posttrain.core.config import convert
 from posttrain.core.errors import ConfigError
-from posttrain.parts.base import Aggregate, PolicyRef, Signal, Term
-from posttrain.parts.composition import Composition
+from posttrain.parts import registry
+from posttrain.parts.base import Aggregate, PolicyRef
+from posttrain.parts.composition import Composition, Method
 from posttrain.parts.distillation.divergences import TeacherReverseKL
 from posttrain.parts.logprobs import ReferenceLogprobs
+from posttrain.parts.registry import known, tag_of
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.recipe import Recipe
 from posttrain.run.plan import make_plan
 from posttrain.testing import check_method
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/methods.md"
+DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r"^```yaml recipe\n(.*?)^```", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^### (.+)$", re.MULTILINE)
 VALUES = {"label": True, "reward": 0.5, "weight": 1.0}
+METHODS = known("method")
 
 
-# --- the page --------------------------------------------------------------------------------
+def every_page() -> str:
+    return "\n".join(catalogue.pages().values())
 
 
-def test_the_page_is_current():
-    assert PAGE.read_text("utf-8") == catalogue.page(), (
-        "docs/methods.md is stale: python -m posttrain.catalogue > docs/methods.md"
-    )
+# --- the pages -------------------------------------------------------------------------------
 
 
-def test_the_page_has_everything():
-    text = catalogue.page()
-    headings = re.findall(r"^### (.+)$", text, re.MULTILINE)
+def test_the_pages_are_current():
+    pages = catalogue.pages()
+    written = {str(path.relative_to(DOCS)) for path in (DOCS / "methods").glob("*.md")}
+    assert {"methods.md", *written} == set(pages), "make docs"
+    stale = [name for name, text in pages.items() if (DOCS / name).read_text("utf-8") != text]
+    assert not stale, "make docs"
+
+
+def test_every_family_has_a_page_that_the_map_leads_to():
+    pages = catalogue.pages()
+    families = {
+        catalogue.family_of(k) for r in ("term", "signal", "source") for k in known(r).values()
+    }
+    assert set(pages) == {"methods.md", *(f"methods/{f}.md" for f in families)}
+    for family in families:
+        assert f"({f'methods/{family}.md'})" in pages["methods.md"]
+        assert pages[f"methods/{family}.md"].startswith(f"# {catalogue.family_title(family)}\n")
+
+
+def test_the_pages_have_everything():
+    pages = catalogue.pages()
+    text = every_page()
+    headings = HEADING.findall(text)
     assert len(headings) == len(set(headings))
     for name, kind in METHODS.items():
-        assert name in headings
+        own = pages[f"methods/{catalogue.family_of(kind)}.md"]
+        assert name in HEADING.findall(own), "on the page of its family"
         formula = kind.formula.replace("`", "")
-        assert f"* **minimises** `{formula}`" in text
-        assert f"`{formula}`".replace("|", "\\|") in text, "in the table"
-    for role, union in (("source", SourceSpec), ("signal", Signal), ("term", Term)):
-        for spec in get_args(union):
-            assert f"{role} {spec.__struct_config__.tag}" in headings
-    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= {h.replace(" ", "-") for h in headings}
+        assert f"* **minimises** `{formula}`" in own
+        assert f"`{formula}`".replace("|", "\\|") in pages["methods.md"], "in the table"
+    for role in ("source", "signal", "term"):
+        for tag in known(role):
+            assert f"{role} {tag}" in headings
+
+
+def test_every_link_leads_to_a_heading():
+    pages = catalogue.pages()
+    anchors = {
+        name: {h.replace(" ", "-") for h in HEADING.findall(text)} for name, text in pages.items()
+    }
+    for name, text in pages.items():
+        for path, anchor in re.findall(r"\]\(([\w./]*)#([\w-]+)\)", text):
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), path))
+            assert anchor in anchors[target if path else name], (name, path, anchor)
 
 
 def planned(text: str, folder: Path):
@@ -63,7 +96,7 @@ def planned(text: str, folder: Path):
     recipe = convert(yaml.safe_load(text), Recipe, origin="example")
     (stage,) = recipe.stages
     for data in example.datasets_of(stage.method.compose()):
-        row = {name: VALUES.get(name, f"some {name}") for name in rows_of(data)}
+        row = {name: VALUES.get(name, f"some {name}") for name in data.row_columns}
         (folder / data.path).write_text(json.dumps(row) + "\n")
     return make_plan(recipe, root=folder, base="b")
 
@@ -71,7 +104,7 @@ def planned(text: str, folder: Path):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_recipe_of_a_method_plans(name, tmp_path):
     on_page = {
-        yaml.safe_load(t)["stages"][0]["method"]["name"]: t for t in FENCE.findall(catalogue.page())
+        yaml.safe_load(t)["stages"][0]["method"]["name"]: t for t in FENCE.findall(every_page())
     }
     plan = planned(on_page[name], tmp_path)
     assert plan.stages[0].spec.method == convert(
@@ -81,7 +114,7 @@ def test_the_recipe_of_a_method_plans(name, tmp_path):
     parts = (composition.source, *composition.signals, *composition.terms)
     heads = ["scalar_head"] if composition.scalar_head else []
     tags = [p.tag for p in catalogue.entry(name).parts]
-    assert tags == [*(p.__struct_config__.tag for p in parts), *heads]
+    assert tags == [*map(tag_of, parts), *heads]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -118,7 +151,7 @@ def test_pairs_ask_for_pairs():
     assert "method: {name: dpo, data: {path: pairs.jsonl}}" in e.recipe
 
 
-class MadeUp(Config, tag="made_up", tag_field="name"):
+class MadeUp(Method):
     """A method that nobody has heard of.
 
     With more to say.
@@ -146,8 +179,20 @@ class MadeUp(Config, tag="made_up", tag_field="name"):
         return Composition(source=self.data, signals=signals, terms=terms)
 
 
-def test_a_new_method_appears_by_itself(monkeypatch):
-    monkeypatch.setitem(METHODS, "made_up", MadeUp)
+@pytest.fixture
+def register(monkeypatch):
+    """Makes a method one of ours, for one test."""
+
+    def one_of_ours(kind: type[Method]) -> None:
+        known("method")  # what is registered by itself comes first
+        monkeypatch.setattr(registry, "OURS", ("posttrain.", __name__))
+        monkeypatch.setitem(registry._parts["method"], tag_of(kind), kind)
+
+    return one_of_ours
+
+
+def test_a_new_method_appears_by_itself(register):
+    register(MadeUp)
     e = catalogue.entry("made_up")
     assert e.summary == "A method that nobody has heard of."
     assert "data: {path: answers.jsonl, weight: weight}" in e.recipe, "what makes it legal"
@@ -159,24 +204,34 @@ def test_a_new_method_appears_by_itself(monkeypatch):
         "a file with rows of prompt, completion, weight (JSONL or Parquet)",
         "judge: a model with the learner's vocabulary",
     )
-    text = catalogue.page()
-    row = next(line for line in text.splitlines() if line.startswith("| [made_up](#made_up)"))
+    assert e.family == "common"
+    start = "| [made_up](methods/common.md#made_up)"
+    row = next(line for line in every_page().splitlines() if line.startswith(start))
     assert "`-log pi \\| given`" in row, "a pipe must not end a cell"
     assert "[2401.00001](https://arxiv.org/abs/2401.00001), [2401.00002](" in row
     assert "made_up" in methods_table()
 
 
-def test_a_method_without_an_obvious_example_says_so(monkeypatch):
-    class Odd(MadeUp, tag="odd", tag_field="name"):
-        """Odd."""
+class Odd(MadeUp):
+    """Odd."""
 
-        table: dict[str, int]
+    table: dict[str, int]
 
-    Odd.__module__ = __name__
-    monkeypatch.setitem(METHODS, "odd", Odd)
+
+class Shown(Odd):
+    """Odd, with an example."""
+
+    example: ClassVar[dict[str, object]] = {"table": {"a": 3}}
+
+
+def test_a_method_without_an_obvious_example_says_so(register):
+    register(Odd)
     with pytest.raises(ConfigError, match="option table is required") as caught:
         catalogue.entry("odd")
     assert caught.value.expected
+    assert "`example`" in caught.value.fix
+    register(Shown)
+    assert "table: {a: 3}" in catalogue.entry("shown").recipe
 
 
 def test_types_in_words():
@@ -193,10 +248,11 @@ def test_types_in_words():
 def test_the_table_groups_by_family_and_says_tendency():
     text = methods_table()
     families = catalogue.families()
-    places = [text.index(f"{title}\n") for title in families]
+    titles = {family: catalogue.family_title(family) for family in families}
+    places = [text.index(f"{title}\n") for title in titles.values()]
     assert places == sorted(places)
-    for title, members in families.items():
-        start = text.index(f"{title}\n")
+    for family, members in families.items():
+        start = text.index(f"{titles[family]}\n")
         for name, kind in members.items():
             line = text.index(f"  {name} ", start)
             assert f"tends to {kind.tendency}" in text[line:]
@@ -231,12 +287,12 @@ def test_a_part_and_a_group_of_options_are_explained():
 SPOKEN_OF = {
     "cDPO": "dpo",
     "SLiC": "hinge",
-    "RSO": "pairwise_hinge",
+    "RSO": "hinge",
     "RPO": "irpo",
     "MOPD": "opd",
     "IcePop": "Mismatch",
     "TIS": "Mismatch",
-    "LD-DPO": "pairwise_shared",
+    "LD-DPO": "ld_dpo",
     "k3": "reference_kl",
     "dual_clip": "clipped_policy_gradient",
     "2-GRPO": "grpo",
@@ -254,27 +310,27 @@ def test_what_goes_by_another_name_is_found(word, speaker):
 
 def test_every_group_of_options_is_explained():
     """What an option's type names in capitals has a section of its own."""
-    text = catalogue.page()
-    headings = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    text = every_page()
+    headings = HEADING.findall(text)
     groups = set(re.findall(r"\| (?:list of )?([A-Z]\w+) \{", text)) - {"ScalarHead"}
     assert {"Mismatch", "Limit", "SamplingSpec"} <= groups
     assert {f"options {g}" for g in groups | {"WeightSchedule"}} <= set(headings)
 
 
-def test_what_was_not_confirmed_is_listed(monkeypatch):
-    class Guessed(MadeUp, tag="guessed", tag_field="name"):
-        """A guess.
+class Guessed(MadeUp):
+    """A guess.
 
-        Unconfirmed: the sign,
-        and the scale.
-        """
+    Unconfirmed: the sign,
+    and the scale.
+    """
 
-    Guessed.__module__ = __name__
-    monkeypatch.setitem(METHODS, "guessed", Guessed)
-    listed = catalogue.page().partition("## What was not confirmed")[2]
-    assert "* [guessed](#guessed): the sign, and the scale." in listed
-    assert "* [vapo](#vapo): " in listed
-    assert "(#sft)" not in listed
+
+def test_what_was_not_confirmed_is_listed(register):
+    register(Guessed)
+    listed = catalogue.pages()["methods.md"].partition("## What was not confirmed")[2]
+    assert "* [guessed](methods/common.md#guessed): the sign, and the scale." in listed
+    assert "* [vapo](methods/policy.md#vapo): " in listed
+    assert "#sft)" not in listed
 
 
 @pytest.mark.parametrize("arguments", [[], ["grpo"]])
@@ -289,10 +345,13 @@ def test_the_command_stays_light(arguments):
     assert "grpo" in ran.stdout
 
 
-def test_the_methods_module_is_the_only_list():
-    """Nothing in the catalogue names a method."""
+def test_the_catalogue_knows_no_part_by_name():
+    """Nothing in it names a part of any role, by its tag or by its class."""
     folder = Path(catalogue.__file__).parent
     text = "".join(p.read_text("utf-8") for p in folder.glob("*.py"))
-    named = [n for n in METHODS if re.search(rf"[\"']{n}[\"']", text)]
-    assert named == []
-    assert methods.METHODS is METHODS
+    kinds = [
+        kind for role in ("method", "term", "signal", "source") for kind in known(role).values()
+    ]
+    code = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)  # examples in docstrings name some
+    assert [k for k in kinds if re.search(rf"[\"']{tag_of(k)}[\"']", code)] == []
+    assert [k for k in kinds if re.search(rf"\b{k.__name__}\b", code)] == []

@@ -155,7 +155,9 @@ def test_author_digest_and_keys(tmp_path):
     s = source(tmp_path, RAW, author=Kind.HUMAN, licence="CC-BY-4.0")
     digest = hashlib.sha256((tmp_path / "d.jsonl").read_bytes()).hexdigest()
     author = Producer(kind=Kind.HUMAN, name="d", digest=digest)
-    assert (s.digest, s.producer, s.licence, s.name) == (digest, author, "CC-BY-4.0", "d")
+    (file,) = s.files
+    assert (file.digest, file.producer) == (digest, author)
+    assert (file.licence, file.name) == ("CC-BY-4.0", "d")
     groups = s.draw(5, step=0)
     assert len({g.task for g in groups}) == 5
     for group in groups:
@@ -167,7 +169,7 @@ def test_author_digest_and_keys(tmp_path):
             (Role.USER, author),
             (Role.ASSISTANT, author),
         }
-    assert source(tmp_path, RAW, name="sums").name == "sums"
+    assert source(tmp_path, RAW, name="sums").files[0].name == "sums"
 
 
 @pytest.mark.parametrize("author", [Kind.LEARNER, Kind.TEMPLATE, Kind.ENVIRONMENT])

@@ -20,6 +20,7 @@ DECISIONS = sorted(ROOT.glob("docs/decisions/*.md"))
 FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+TO_WRITE = re.compile(r"^`[\w/.-]+\.py`:\n+(?=```python\n)", re.MULTILINE)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 MAX_DECISION_LINES, MAX_ENTRY_WORDS = 40, 25
 
@@ -64,10 +65,13 @@ def unknown_commands(text: str) -> set[tuple[str, str]]:
 
 
 def missing_files(text: str) -> list[str]:
-    """Python files and tests named in code spans that are not there."""
+    """Python files and tests named in code spans that are not there.
+
+    A file whose whole code follows is one that the reader writes.
+    """
     places = (ROOT, ROOT / "src/posttrain", ROOT / "tests/unit", ROOT / "tests/torch")
     out = []
-    for span in CODE_SPAN.findall(prose(text)):
+    for span in CODE_SPAN.findall(prose(TO_WRITE.sub("", text))):
         named = re.fullmatch(r"((?:[\w-]+/)*\w+\.py)(?:::(\w+))?", span)
         if named is None:
             continue
@@ -125,14 +129,14 @@ def test_there_are_examples_to_check():
 
 def test_the_layers_of_the_contributing_page_are_those_that_are_checked():
     rows = re.findall(
-        r"^\| (\d) \| ([\w, ]+?)(?: \(.*\))? \|",
+        r"^\| (\d+) \| ([`\w, ]+?) \|",
         (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
-    on_page: dict[int, set[str]] = {}
+    shown: dict[int, set[str]] = {}
     for depth, modules in rows:
-        on_page.setdefault(int(depth), set()).update(modules.split(", "))
-    assert on_page == dict(enumerate(LAYERS))
+        shown.setdefault(int(depth), set()).update(modules.replace("`", "").split(", "))
+    assert shown == dict(enumerate(LAYERS))
 
 
 @pytest.mark.parametrize("page", DECISIONS, ids=lambda p: p.stem)
@@ -164,7 +168,8 @@ def test_the_checks_catch_what_they_should():
     assert broken_links(page, "[a](#absent)") == ["#absent: no such heading"]
     assert unknown_commands("`make coffee` and `posttrain tour`") == {("make", "coffee")}
     assert unknown_commands("```sh\nposttrain dance\n```\n") == {("posttrain", "dance")}
-    assert missing_files("`stage.py`, `gone.py`, `tests/unit/test_docs.py::test_absent`") == [
+    assert missing_files("`new.py`:\n\n```python\nx = 1\n```\n") == []
+    assert missing_files("`core/task.py`, `gone.py`, `tests/unit/test_docs.py::test_absent`") == [
         "gone.py",
         "tests/unit/test_docs.py::test_absent",
     ]

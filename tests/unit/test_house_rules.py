@@ -147,7 +147,7 @@ def test_asking_for_a_part_is_seen(tmp_path, monkeypatch, code):
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / "x.py"
     path.write_text(code)
-    classes = {name: "parts/rewards" for name in ("Verify", "Gae", "Dataset", "Rollouts")}
+    classes = dict.fromkeys(("Verify", "Gae", "Dataset", "Rollouts"), "parts/rewards")
     assert list(house.known_by_name(path, classes))
 
 

@@ -27,13 +27,19 @@ def stages(**rates: tuple[float, ...]):
 
 def test_bringing_back_what_the_base_could_do_is_no_gain():
     chain = stages(restored=(0.9, 0.2, 0.9))
-    changes = [attribute_changes(a, b, epsilon=SPEC.threshold) for a, b in ((chain[0], chain[1]), chain[1:])]
+    changes = [
+        attribute_changes(a, b, epsilon=SPEC.threshold)
+        for a, b in ((chain[0], chain[1]), chain[1:])
+    ]
     assert own_stages(chain, changes) == {"restored": 0}
 
 
 def test_what_later_stages_left():
     chain = stages(learned=(0.0, 0.9, 0.5), known=(0.9, 0.9, 0.9), late=(0.0, 0.0, 0.8))
-    changes = [attribute_changes(a, b, epsilon=SPEC.threshold) for a, b in ((chain[0], chain[1]), chain[1:])]
+    changes = [
+        attribute_changes(a, b, epsilon=SPEC.threshold)
+        for a, b in ((chain[0], chain[1]), chain[1:])
+    ]
     assert own_stages(chain, changes) == {"learned": 1, "known": 0, "late": 2}
     learned, known, late = retained(chain, changes, spec=SPEC)
     assert learned.backward.high < -0.3

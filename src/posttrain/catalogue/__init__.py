@@ -1,6 +1,6 @@
 """The map of methods: everything that the code says about itself, gathered for reading.
 
-    python -m posttrain.catalogue > docs/methods.md
+    python -m posttrain.catalogue docs
 
 Nothing here knows a method by name. What a method asks for, composes and accepts is read off its
 class, off the composition that it makes with its defaults, and off what its options change. A
@@ -13,12 +13,14 @@ from posttrain.catalogue.entries import (
     entries,
     entry,
     families,
+    family_of,
+    family_title,
     known_groups,
     known_methods,
     known_parts,
     mentions,
 )
-from posttrain.catalogue.page import page, paper_words, prose
+from posttrain.catalogue.pages import pages, paper_words, prose
 from posttrain.catalogue.words import Option, options
 
 __all__ = [
@@ -28,12 +30,14 @@ __all__ = [
     "entries",
     "entry",
     "families",
+    "family_of",
+    "family_title",
     "known_groups",
     "known_methods",
     "known_parts",
     "mentions",
     "options",
-    "page",
+    "pages",
     "paper_words",
     "prose",
 ]

@@ -1,6 +1,14 @@
-"""Write the page of methods to the standard output. Extensions are left out."""
+"""Write the pages of methods into a folder. Installed packages are left out."""
 
-from posttrain.catalogue.page import page
+import sys
+from pathlib import Path
+
+from posttrain.catalogue.pages import pages, stale
 
 if __name__ == "__main__":
-    print(page(), end="")
+    folder = Path(sys.argv[1])
+    for path in stale(folder):
+        path.unlink()
+    for name, text in pages().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")

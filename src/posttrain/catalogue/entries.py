@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from msgspec import structs
 
+from posttrain import parts
 from posttrain.catalogue.example import datasets_of, legal_example, recipe_of
 from posttrain.catalogue.words import Option, default_of, flow, options, written_types
 from posttrain.core.config import Config
-from posttrain.core.errors import ConfigError, nearest
+from posttrain.core.errors import ConfigError
 from posttrain.core.learner import ScalarHead
 from posttrain.parts.composition import Composition, Method
-from posttrain.parts.registry import known, package_of, tag_of
+from posttrain.parts.registry import find, known, package_of, tag_of
 
+COMMON = "common"
+READ_FIRST = ("supervised", "preference", "policy")
+FOLDERS = frozenset(m.name for m in pkgutil.iter_modules(parts.__path__) if m.ispkg)
 Role = Literal["source", "signal", "term", "head", "options"]
 
 
@@ -28,6 +33,7 @@ class ExplainedPart:
 
     role: Role
     tag: str
+    family: str
     facts: str  # what it needs, provides, reads, in one line
     doc: str
 
@@ -42,7 +48,7 @@ class Entry:
     """A method, explained."""
 
     name: str
-    family: str  # title of the file it stands in, or the package it comes from
+    family: str  # folder of ``parts`` it stands in, or the package it comes from
     doc: str
     provenance: str
     interface: str
@@ -73,8 +79,8 @@ def unconfirmed(doc: str) -> str:
         >>> unconfirmed("A method.\\n\\nUnconfirmed: the formula,\\nand its sign.")
         'the formula, and its sign.'
     """
-    told = re.search(r"^Unconfirmed: (.+?)(?=\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
-    return " ".join(told[1].split()) if told else ""
+    found = re.search(r"^Unconfirmed: (.+?)(?=\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
 
 
 def known_methods(*, packages: bool = True) -> Mapping[str, type[Method]]:
@@ -98,11 +104,55 @@ def entries(*, packages: bool = True) -> list[Entry]:
 
 
 def families(*, packages: bool = True) -> Mapping[str, Mapping[str, type[Method]]]:
-    """Methods by name, by the title of their family."""
+    """Methods by name, by their family."""
     found: dict[str, dict[str, type[Method]]] = {}
     for name, kind in known_methods(packages=packages).items():
-        found.setdefault(_family(kind), {})[name] = kind
-    return found
+        found.setdefault(family_of(kind), {})[name] = kind
+    return dict(sorted(found.items(), key=lambda named: reading_order(named[0])))
+
+
+def reading_order(family: str) -> tuple[bool, int]:
+    """What most people look for stands first, what all families share last.
+
+    Families of the same rank stay in the order in which they are found.
+
+    Example:
+        >>> sorted(["common", "offline", "policy", "supervised"], key=reading_order)
+        ['supervised', 'policy', 'offline', 'common']
+    """
+    rank = READ_FIRST.index(family) if family in READ_FIRST else len(READ_FIRST)
+    return family == COMMON, rank
+
+
+def family_of(kind: type[Config]) -> str:
+    """The folder of ``parts`` in which a class stands, or the package that it comes from.
+
+    What several families share is ``common``.
+
+    Example:
+        >>> from posttrain.parts.registry import find
+        >>> family_of(find("term", "dpo")), family_of(find("signal", "reference_logprobs"))
+        ('preference', 'common')
+    """
+    if package := package_of(kind):
+        return package
+    inside = kind.__module__.removeprefix(f"{parts.__name__}.").split(".")
+    return inside[0] if len(inside) > 1 and inside[0] in FOLDERS else COMMON
+
+
+def family_title(family: str) -> str:
+    """What a family has in common, in a line.
+
+    Example:
+        >>> family_title("offline")
+        'Offline RL: logged answers with rewards, from whoever wrote them'
+    """
+    if family == COMMON:
+        return "Common: what several families use"
+    if family not in FOLDERS:
+        return f"From {family}"
+    doc = importlib.import_module(f"{parts.__name__}.{family}").__doc__ or ""
+    return doc.splitlines()[0].rstrip(".")
 
 
 def entry(name: str) -> Entry:
@@ -111,15 +161,12 @@ def entry(name: str) -> Entry:
     Raises:
         ConfigError: no such method, or one whose required options have no obvious example.
     """
-    known = known_methods()
-    if name not in known:
-        raise ConfigError(f"no method {name!r}", fix=nearest(name, known))
-    kind = known[name]
+    kind: type[Method] = find("method", name)
     given, method = legal_example(name, kind)
     composition = method.compose()
     return Entry(
         name=name,
-        family=_family(kind),
+        family=family_of(kind),
         doc=inspect.cleandoc(kind.__doc__ or ""),
         provenance=kind.provenance,
         interface=kind.interface,
@@ -134,37 +181,32 @@ def entry(name: str) -> Entry:
     )
 
 
-def _family(kind: type[Config]) -> str:
-    if package := package_of(kind):
-        return f"From {package}"
-    return (sys.modules[kind.__module__].__doc__ or "").splitlines()[0].rstrip(".")
-
-
 def _parts(composition: Composition) -> Iterator[ExplainedPart]:
     source = composition.source
-    told = f"written by {_names(source.writes)}; provides {_names(source.provides)}"
-    yield _part("source", source, told)
+    facts = f"written by {_names(source.writes)}; provides {_names(source.provides)}"
+    yield _part("source", source, facts)
     for signal in composition.signals:
-        told = f"needs {_names(signal.needs)}; provides {_names(signal.provides)}"
-        yield _part("signal", signal, told)
+        facts = f"needs {_names(signal.needs)}; provides {_names(signal.provides)}"
+        yield _part("signal", signal, facts)
     for term in composition.terms:
-        told = (
+        facts = (
             f"weight {term.weight:g}, per {term.unit}, {term.aggregate}; needs "
             f"{_names(term.needs)}; reads tokens of {_names(term.readable)}"
         )
-        yield _part("term", term, told)
+        yield _part("term", term, facts)
     if (head := composition.scalar_head) is not None:
         yield _head(f"{head.trunk} trunk, starts from {head.start}")
 
 
 def _head(facts: str) -> ExplainedPart:
     doc = inspect.cleandoc(ScalarHead.__doc__ or "")
-    return ExplainedPart(role="head", tag="scalar_head", facts=facts, doc=doc)
+    return ExplainedPart(role="head", tag="scalar_head", family=COMMON, facts=facts, doc=doc)
 
 
 def _part(role: Role, spec: Config | type[Config], facts: str) -> ExplainedPart:
-    doc = inspect.cleandoc(spec.__doc__ or "")  # of an instance or of a class
-    return ExplainedPart(role=role, tag=tag_of(spec), facts=facts, doc=doc)
+    kind = spec if isinstance(spec, type) else type(spec)
+    doc = inspect.cleandoc(kind.__doc__ or "")
+    return ExplainedPart(role=role, tag=tag_of(spec), family=family_of(kind), facts=facts, doc=doc)
 
 
 def _names(values: Any) -> str:
@@ -237,8 +279,8 @@ def _class_facts(role: Role, spec: Any) -> str:
     needs = _names(spec.needs) if isinstance(spec.needs, frozenset) else "depends on its options"
     if role == "signal":
         gives = spec.provides
-        told = _names(gives) if isinstance(gives, frozenset) else "depends on its options"
-        return f"needs {needs}; provides {told}"
+        provides = _names(gives) if isinstance(gives, frozenset) else "depends on its options"
+        return f"needs {needs}; provides {provides}"
     return f"per {spec.unit}; needs {needs}; may read tokens of {_names(spec.accepts)}"
 
 
@@ -246,10 +288,10 @@ def known_groups(*, packages: bool = True) -> list[tuple[ExplainedPart, tuple[Op
     """Every group of options that a method or a part takes as one option, with its own options."""
     read: list[type[Config]] = [*known_methods(packages=packages).values()]
     read += [k for r in ("source", "signal", "term") for k in known(r).values()]
-    told, found = {*read, ScalarHead}, dict[type[Config], None]()
+    explained, found = {*read, ScalarHead}, dict[type[Config], None]()
     while read:
         inside = [c for f in structs.fields(read.pop(0)) for c in _configs(f.type)]
-        new = [c for c in inside if c not in told and c not in found]
+        new = [c for c in inside if c not in explained and c not in found]
         found |= dict.fromkeys(new)
         read += new
     ordered = sorted(found, key=_group_name)
@@ -270,7 +312,9 @@ def _group_name(kind: type[Config]) -> str:
 
 def _group(kind: type[Config]) -> ExplainedPart:
     doc = inspect.cleandoc(kind.__doc__ or "")
-    return ExplainedPart(role="options", tag=_group_name(kind), facts="", doc=doc)
+    return ExplainedPart(
+        role="options", tag=_group_name(kind), family=family_of(kind), facts="", doc=doc
+    )
 
 
 def mentions(word: str) -> list[str]:

@@ -19,7 +19,6 @@ from posttrain.parts.legality import check_composition
 MODEL, TEACHER, TASKS = "org/model", "path:org/teacher", "sums"
 """What the examples call the things that only a user has."""
 
-
 FILES: Mapping[tuple[str, ...], str] = defaultdict(
     lambda: "answers.jsonl",
     {
@@ -29,19 +28,10 @@ FILES: Mapping[tuple[str, ...], str] = defaultdict(
         ("prompt", "completions", "labels"): "steps.jsonl",
     },
 )
-
+"""What an example calls a data file, by the columns that it must have."""
 
 PLAIN: Mapping[Any, object] = {int: 32, float: 0.5, str: "Think step by step. {question}"}
 """Numbers and texts that a method has no default for."""
-
-
-COMPOSED: Mapping[str, object] = {
-    "source": {"type": "rollouts", "tasks": [TASKS]},
-    "signals": [{"type": "verify"}, {"type": "group_advantage", "scale": "none"}],
-    "terms": [{"type": "clipped_policy_gradient", "clip_high": 0.28}],
-}
-"""Options whose type is a union of specifications, for the method that spells them out."""
-
 
 NAMED_COLUMNS: Sequence[Mapping[str, object]] = (
     {},
@@ -59,11 +49,12 @@ def legal_example(name: str, kind: type[Method]) -> tuple[dict[str, object], Met
         PosttrainError: a required option without an obvious value, or no legal example.
     """
     refusal: PosttrainError | None = None
+    written = written_types(kind)
     for with_data, columns in itertools.product((False, True), NAMED_COLUMNS):
         given = {
-            f.name: _example(f, written_types(kind).get(f.name, ""), columns)
+            f.name: kind.example.get(f.name) or _example(f, written[f.name], columns)
             for f in structs.fields(kind)
-            if f.required or f.name in COMPOSED or (with_data and _is_data(f.type))
+            if f.required or f.name in kind.example or (with_data and _is_data(f.type))
         }
         try:
             method = convert({"name": name, **given}, kind, origin=f"the example of {name}")
@@ -86,8 +77,6 @@ def _example(option: structs.FieldInfo, written: str, columns: Mapping[str, obje
     Raises:
         ConfigError: the type says too little.
     """
-    if option.name in COMPOSED:
-        return COMPOSED[option.name]
     if _is_data(option.type):
         return {"path": f"{option.name}.jsonl", **columns}
     if "PolicyRef" in written:
@@ -99,7 +88,7 @@ def _example(option: structs.FieldInfo, written: str, columns: Mapping[str, obje
     raise ConfigError(
         f"option {option.name} is required, and nothing says what an example would be",
         expected="a data set, a PolicyRef, a tuple of task sets, a number or a text; or a default",
-        fix="give it a default, or teach posttrain.catalogue the type",
+        fix="give it a default, or a value in the `example` of the class",
     )
 
 

@@ -1,1 +1,1 @@
-"""What everything is made of: records, configuration, errors, files. No PyTorch."""
+"""The base of all other folders: records, configuration, errors, files. No PyTorch."""

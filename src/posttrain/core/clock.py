@@ -1,16 +1,17 @@
-"""Where the time of a step goes: seconds by name, each second counted once. And what was saved.
+"""Wall time of a step by activity, each second counted once, and counts of work avoided.
 
     with clock.timed("score"):            score     ██    ██
-        with clock.timed("reference"):    reference   ████        what is inside is subtracted
+        with clock.timed("reference"):    reference   ████        nested time is subtracted
 
     clock.drain()  ──▶  {"score": 0.2, "reference": 0.4, "idle": 0.1}    sums to the wall time
 
-Whoever does the work measures it; the stage loop drains once per step, into the metrics
-``seconds/<name>``. A row of metrics therefore holds the time since the row before: writing a row,
-and a checkpoint after it, count to the next one. Every thread has a clock of its own, and only
-the thread of the stage loop is drained. On a GPU, time is counted where the program waits for it.
+The code that does the work times it. The stage loop drains the clock once per step, into the
+metrics ``seconds/<name>``. A row of metrics therefore holds the time since the previous row:
+writing a row, and a checkpoint after it, count to the next one. Each thread has its own clock, and
+only the thread of the stage loop is drained. On a GPU, time is counted where the program waits for
+the device.
 
-Work that was *not* done is counted too, with :func:`count`, and drained with the times.
+Work that was *not* done is counted with :func:`count`, and drained with the times.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from contextvars import ContextVar
 from typing import Literal, final, get_args
 
 Name = Literal[
-    "draw",  # sources: tasks, rows of data, what is left of a rollout beside prefill and decode
+    "draw",  # sources: tasks, rows of data, a rollout's time outside prefill and decode
     "prefill",  # reading prompts before the first sampled token
     "decode",  # sampling tokens
-    "score",  # signals: all that is none of the next three
+    "score",  # signals, without the next three
     "verify",  # verifiers and reward functions
     "reference",  # log-probs under a frozen reference
     "teacher",  # log-probs and distributions of teachers
@@ -36,11 +37,11 @@ Name = Literal[
     "journal",  # metrics, shards, checkpoints
     "idle",  # the rest of the wall time
 ]
-"""What is measured apart. Stable: reports and ``metrics.jsonl`` use these words."""
+"""Activities that are timed separately. Stable: reports and ``metrics.jsonl`` use these names."""
 
 NAMES: tuple[str, ...] = get_args(Name)
 PREFIX = "seconds/"
-"""Of the metrics that hold these times."""
+"""Prefix of the metrics that hold these times."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "sampling": ("draw", "prefill", "decode"),
@@ -48,7 +49,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "training": ("pack", "forward", "backward", "optimizer"),
     "the rest": ("journal", "idle"),
 }
-"""The names in four groups, for a reader in a hurry."""
+"""The names in four groups, for summaries."""
 
 
 @final
@@ -58,8 +59,8 @@ class Clock:
     Example:
         >>> ticks = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
         >>> clock = Clock(lambda: next(ticks))
-        >>> with clock.timed("score"):  # from 1 to 10
-        ...     with clock.timed("teacher"):  # from 3 to 6
+        >>> with clock.measure("score"):  # from 1 to 10
+        ...     with clock.measure("teacher"):  # from 3 to 6
         ...         pass
         >>> clock.drain()
         {'score': 6.0, 'teacher': 3.0, 'idle': 6.0}
@@ -74,7 +75,7 @@ class Clock:
 
     @contextmanager
     def measure(self, name: Name) -> Iterator[None]:
-        """Count the time inside to ``name``, less what is measured within."""
+        """Count the time inside to ``name``, without the time of nested measurements."""
         self._credit()
         self._open.append(name)
         try:
@@ -84,18 +85,18 @@ class Clock:
             self._open.pop()
 
     def drain(self) -> dict[str, float]:
-        """Seconds by name since the last drain, and ``idle`` for what nobody measured."""
+        """Seconds by name since the last drain, and ``idle`` for the time not measured."""
         self._credit()
         seconds, self._seconds = self._seconds, {}
         wall, self._drained = self._since - self._drained, self._since
         return {**seconds, "idle": max(wall - sum(seconds.values()), 0.0)}
 
     def count(self, name: str, number: float) -> None:
-        """Add to a number that the next row of metrics shows."""
+        """Add to a count that the next row of metrics shows."""
         self._counts[name] = self._counts.get(name, 0.0) + number
 
     def drain_counts(self) -> dict[str, float]:
-        """The numbers since they were last drained."""
+        """The counts since the last drain."""
         counts, self._counts = self._counts, {}
         return counts
 
@@ -119,22 +120,22 @@ def _current() -> Clock:
 
 
 def timed(name: Name) -> AbstractContextManager[None]:
-    """Count the time inside a ``with`` to ``name``, less what is measured within."""
+    """Count the time inside a ``with`` to ``name``, without the time of nested measurements."""
     return _current().measure(name)
 
 
 def drain() -> dict[str, float]:
-    """Seconds by name since this thread's last drain; what nobody measured is ``idle``."""
+    """Seconds by name since this thread's last drain; time not measured is ``idle``."""
     return _current().drain()
 
 
 def count(name: str, number: float) -> None:
-    """Add to a number that the next row of metrics shows."""
+    """Add to a count that the next row of metrics shows."""
     _current().count(name, number)
 
 
 def drain_counts() -> dict[str, float]:
-    """This thread's numbers since they were last drained."""
+    """This thread's counts since the last drain."""
     return _current().drain_counts()
 
 

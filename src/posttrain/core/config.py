@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-5`` as text, since it wants a dot and a sign. People and JSON do not."""
+    """Reads ``1e-5`` as a float, as JSON does. YAML 1.1 requires a dot and a sign."""
 
 
 _Loader.add_implicit_resolver(
@@ -33,12 +33,12 @@ _Loader.add_implicit_resolver(
 
 
 class ConfigMeta(msgspec.StructMeta):
-    """Makes every configuration frozen and keyword-only without its saying so."""
+    """Makes every configuration class frozen and keyword-only by default."""
 
     def __new__(
         mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any
     ) -> ConfigMeta:
-        """A class, with ``kw_only`` unless told otherwise; ``frozen`` is inherited."""
+        """A class with ``kw_only=True`` by default; ``frozen`` is inherited."""
         return super().__new__(mcls, name, bases, namespace, **{"kw_only": True, **options})
 
 
@@ -75,9 +75,9 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def brief(value: object) -> Any:
-    """The configuration as plain data without options that have their default.
+    """The configuration as plain data, without options that have their default value.
 
-    Reads back to an equal configuration.
+    It converts back to an equal configuration.
 
     Example:
         >>> class Pen(Config):
@@ -107,7 +107,7 @@ C = TypeVar("C", bound=Config)
 
 
 def checked(config: C) -> C:
-    """The same configuration with every type checked, as if it had been read from a file.
+    """The same configuration with every type checked, as when it is read from a file.
 
     Python lets ``lr=1`` and ``lr="fast"`` pass where a float is declared. This turns the first
     into 1.0, so that it is the same recipe as its YAML, and refuses the second.
@@ -127,8 +127,8 @@ def convert(value: object, to: type[T], *, origin: str) -> T:
         origin: where it came from (a file name), for the message.
 
     Raises:
-        ConfigError: an unknown, missing or ill-typed option; names the place and the nearest
-            valid name.
+        ConfigError: an unknown, missing or ill-typed option; the message has its path and the
+            nearest valid name.
     """
     try:
         return msgspec.convert(value, to)
@@ -182,7 +182,7 @@ def _hint(message: str, to: object) -> str | None:
     if unknown := re.search(rf"unknown field `(\w+)`{place}", message):
         structs = _structs(_type_at(to, unknown.group(2) or ""))
         names = {f.encode_name for s in structs for f in s.fields}
-        # Another member of the union may have an option of that very name.
+        # Another member of the union may have an option of the same name.
         return nearest(unknown.group(1), names - {unknown.group(1)})
     if tag := re.search(rf"Invalid value '(.+?)'{place}", message):
         where = (tag.group(2) or "").rpartition(".")[0]

@@ -2,15 +2,15 @@
 
     PosttrainError
     ├── ConfigError        a recipe or an option is wrong
-    ├── LegalityError      a stage asks an objective for something its source cannot give
-    ├── DataError          a data file is malformed, empty or cannot teach anything
+    ├── LegalityError      an objective needs columns or provenance that the stage does not provide
+    ├── DataError          a data file is malformed, empty, or has nothing to train on
     ├── TaskError          a task set or a reward function misbehaves
     ├── ModelError         a model folder is not usable, or a model breaks an assumption
     └── RunError           the state of a run folder
-        ├── RunLocked      another process works in this folder
+        ├── RunLocked      another process uses this folder
         ├── ResumeRefused  the recipe or its data changed under a started stage
         ├── LedgerBroken   the hash chain of a ledger does not hold
-        └── DiskFull       the disk refused a write; what was written before is intact
+        └── DiskFull       the disk is full; earlier writes are intact
 
 A message has up to three parts: what was found, what was expected, and what to do.
 """
@@ -48,7 +48,7 @@ class LegalityError(PosttrainError):
 
 
 class DataError(PosttrainError):
-    """A data file is malformed, empty, or holds nothing to learn from."""
+    """A data file is malformed, empty, or has nothing to train on."""
 
 
 class TaskError(PosttrainError):
@@ -56,15 +56,15 @@ class TaskError(PosttrainError):
 
 
 class ModelError(PosttrainError):
-    """A model cannot be loaded, or breaks an assumption that exactness rests on."""
+    """A model cannot be loaded, or breaks an assumption that exact results need."""
 
 
 class RunError(PosttrainError):
-    """The state of a run folder does not allow what was asked."""
+    """The state of a run folder does not allow the operation."""
 
 
 class RunLocked(RunError):
-    """Another process works in this run folder."""
+    """Another process uses this run folder."""
 
 
 class ResumeRefused(RunError):
@@ -76,7 +76,7 @@ class LedgerBroken(RunError):
 
 
 class DiskFull(RunError):
-    """The disk refused a write. Everything committed before is intact."""
+    """The disk is full. Everything committed before is intact."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStarted:
-    """A stage begins, resumes (``step`` > 0), or is found finished."""
+    """A stage starts, resumes (``step`` > 0), or was already finished."""
 
     stage: str
     method: str
@@ -22,21 +22,21 @@ class StageStarted:
 class StepDone:
     """One optimiser step.
 
-    ``metrics`` holds loss, reward, entropy and the like by name, and the time by what it went
-    into as ``seconds/<name>`` (see ``clock.py``).
+    ``metrics`` holds loss, reward, entropy and others by name, and the time per activity as
+    ``seconds/<name>`` (see ``clock.py``).
     """
 
     stage: str
     step: int
     steps: int
-    seconds: float  # wall time since the step before, drawing and scoring included
+    seconds: float  # wall time since the previous step, drawing and scoring included
     num_tokens: int  # tokens that were sampled or trained on
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlarmRang:
-    """A monitor of a running stage has something to say."""
+    """A monitor of a running stage raised an alarm."""
 
     stage: str
     step: int
@@ -73,7 +73,7 @@ class GateDecided:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Note:
-    """Something worth a line, such as what is being loaded or written."""
+    """A log line, such as which file is being loaded or written."""
 
     text: str
 
@@ -83,4 +83,4 @@ Observer = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The observer that shows nothing."""
+    """An observer that does nothing."""

@@ -1,10 +1,10 @@
-"""Files and folders that are never seen half written, their digests, and the run lock.
+"""Atomic writes of files and folders, their digests, and the run lock.
 
     write_atomic    content -> .name.<random>.partial -> fsync -> rename -> fsync folder
-    atomic_folder   .name.partial -> fsync -> old aside as .name.old -> rename in -> delete old
+    atomic_folder   .name.partial -> fsync -> rename old to .name.old -> rename new -> delete old
 
 A process may be killed at any point: a file is the old one or the new one, and so is a folder
-once :func:`recover_folder` has settled it. A full disk is :class:`~posttrain.core.errors.DiskFull`.
+after :func:`recover_folder`. A full disk raises :class:`~posttrain.core.errors.DiskFull`.
 POSIX only: renames replace, and locks are advisory ``flock`` locks.
 """
 
@@ -41,7 +41,7 @@ __all__ = [
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 # torch.save writes through a C++ stream and loses the errno; these texts also come from other
-# causes, so they count only while the disk has next to nothing left.
+# causes, so they count only while the disk is nearly full.
 _STREAM_TEXTS = ("PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
 _NEXT_TO_NOTHING = 1 << 20  # bytes
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
@@ -49,9 +49,9 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS})
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a whole file: afterwards it holds ``content``, or on any failure what it held before.
+    """Write a whole file: afterwards it holds ``content``, or its old content on any failure.
 
-    Text is written as UTF-8. Missing parent folders are made.
+    Text is written as UTF-8. Missing parent folders are created.
 
     Raises:
         DiskFull: the disk or the quota is full; the temporary file is removed.
@@ -92,7 +92,7 @@ def write_all(fd: int, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder survive a power cut."""
+    """Flush a folder's renames and new names to disk, so that they survive a power cut."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -104,13 +104,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def as_disk_full(error: BaseException, *, writing: Path | None = None) -> DiskFull | None:
-    """The :class:`DiskFull` that an error stands for, or None when it is about something else.
+    """The :class:`DiskFull` for an error that reports a full disk, or None for another error.
 
-    Libraries report a full disk in their own ways: an errno, a message only (safetensors), or a
-    broken stream (torch). The error and what it was raised from are both looked at.
+    Libraries report a full disk in different ways: an errno, a message only (safetensors), or a
+    broken stream (torch). The error and its causes are checked.
 
     Args:
-        error: what was caught.
+        error: the caught exception.
         writing: the file or folder being written, for the message and for the space left.
 
     Example:
@@ -159,7 +159,7 @@ def _disk_full(error: BaseException, writing: Path | None) -> DiskFull:
 
 
 def _free(path: Path | None) -> int | None:
-    """Bytes left where ``path`` is, or would be. None when that cannot be told."""
+    """Free bytes on the disk of ``path``, which may not exist yet. None when unknown."""
     while path is not None:
         with suppress(OSError):
             return shutil.disk_usage(path).free
@@ -169,11 +169,11 @@ def _free(path: Path | None) -> int | None:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Fill a temporary folder that takes the place of ``final`` when the block ends well.
+    """Fill a temporary folder that replaces ``final`` when the block succeeds.
 
-    When the block raises, ``final`` is what it was. POSIX has no atomic exchange of folders: a
-    kill between the two renames leaves ``final`` missing for a moment, with both versions
-    complete beside it. A writer calls :func:`recover_folder` on open; this does so too.
+    When the block raises, ``final`` is unchanged. POSIX has no atomic exchange of folders: a
+    kill between the two renames leaves ``final`` missing, with both versions complete beside it.
+    A writer calls :func:`recover_folder` when it opens the folder; so does this function.
 
     Raises:
         DiskFull: the disk or the quota is full; the temporary folder is removed.
@@ -204,11 +204,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def recover_folder(final: Path) -> None:
-    """Settle what a kill inside :func:`atomic_folder` left behind; otherwise does nothing.
+    """Finish or undo a write that was killed inside :func:`atomic_folder`; else do nothing.
 
     For the writer of the folder only: it would delete what another process is writing now.
-    The old folder is set aside only once the new one is complete and on the disk. So without a
-    ``final``, an old one aside proves the new one whole, and it is moved in.
+    The old folder is renamed only after the new one is complete on disk. So without ``final``,
+    an existing ``.name.old`` proves that the new one is complete, and it is moved in.
 
     ===== ============ ======== =====================================================
     final .name.old    .partial then
@@ -216,16 +216,16 @@ def recover_folder(final: Path) -> None:
     any   no           yes      killed while writing: the partial one is deleted
     no    yes          yes      killed between the renames: the new one is moved in
     no    yes          no       the old one is put back
-    yes   yes          any      killed after the renames: the leftovers are deleted
+    yes   yes          any      killed after the renames: old and partial are deleted
     ===== ============ ======== =====================================================
     """
     partial, old = _beside(final)
     if old.is_dir() and not final.exists():
         (partial if partial.is_dir() else old).rename(final)
         sync_folder(final.parent)
-    for leftover in (old, partial):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
+    for stale in (old, partial):
+        if stale.is_dir():
+            shutil.rmtree(stale)
 
 
 def _beside(final: Path) -> tuple[Path, Path]:
@@ -250,8 +250,8 @@ def _swap(partial: Path, *, final: Path, old: Path) -> None:
 
 
 def _remove_quietly(folder: Path) -> None:
-    # A leftover is harmless and removed by the next recover_folder; an error raised here would
-    # hide the one that matters.
+    # The next recover_folder removes a folder that stays; an error raised here would hide the
+    # original one.
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -271,7 +271,7 @@ def _raise(error: OSError) -> None:
 
 
 def content_of(path: str, root: Path) -> str:
-    """Digest of a data file: what it holds matters, not where it lies.
+    """Digest of a data file's content, whatever its path.
 
     Raises:
         DataError: no such file.
@@ -319,15 +319,15 @@ def hash_folder(path: Path) -> str:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone. The lock dies with the process, however it ends.
+    """Lock a folder for this process. The lock ends with the process, however it ends.
 
-    ``<folder>/lock`` names the holder. The file stays when the lock is given back, empty:
-    deleting it would let two processes lock two files of the same name. Children forked inside
-    the block share the lock until they end too.
+    ``<folder>/lock`` names the holder. When the lock is released the file stays, empty: deleting
+    it would let two processes lock two files of the same name. Children forked inside the block
+    share the lock until they end too.
 
     Raises:
-        RunLocked: another process holds it; says which, where and since when.
-        RunError: the file system has no locks.
+        RunLocked: another process holds it; the message has its pid, host and start time.
+        RunError: the file system does not support locks.
     """
     path = folder / "lock"
     folder.mkdir(parents=True, exist_ok=True)
@@ -340,7 +340,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         finally:
             os.ftruncate(fd, 0)
     finally:
-        os.close(fd)  # gives the lock back
+        os.close(fd)  # releases the lock
 
 
 def _take(fd: int, folder: Path) -> None:
@@ -376,7 +376,7 @@ def _locked(content: bytes, folder: Path) -> RunLocked:
         holder = json.loads(content)
         who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         stop = f"kill {holder['pid']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock and has not signed yet
+    except (ValueError, KeyError, TypeError):  # locked, and its name is not written yet
         who, stop = "another process", "end it"
     return RunLocked(
         f"{folder} is in use by {who}",
@@ -386,7 +386,7 @@ def _locked(content: bytes, folder: Path) -> RunLocked:
 
 
 def read_jsonl(path: Path) -> list[tuple[int, Mapping[str, object]]]:
-    """Rows of a JSONL file with their line numbers, which start at 1. Blank lines are passed over.
+    """Rows of a JSONL file with their line numbers, counted from 1. Blank lines are skipped.
 
     Raises:
         DataError: no such file, not UTF-8, a line that is not a JSON object, or no row at all.

@@ -2,8 +2,8 @@
 
     from posttrain.core.lazy import F, torch
 
-A recipe is planned, and methods are listed, from the very classes that compute the losses. They
-use these two names like the real modules; the first attribute that is asked for loads PyTorch.
+The classes that compute the losses also serve to plan recipes and to list methods. They use these
+two names like the real modules; the first attribute access loads PyTorch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 else:
 
     class _Later:
-        """A module that is imported when something of it is first used."""
+        """A module that is imported at the first attribute access."""
 
         def __init__(self, name: str) -> None:
             self._name = name
 
         def __getattr__(self, attribute: str) -> object:
             found = getattr(import_module(self._name), attribute)
-            self.__dict__[attribute] = found  # asked once: a loss is computed thousands of times
+            self.__dict__[attribute] = found  # cached: a loss is computed thousands of times
             return found
 
     torch = _Later("torch")

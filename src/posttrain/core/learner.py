@@ -1,4 +1,4 @@
-"""What decides how a learner's weights move, and which weights it has: plain options."""
+"""Options of a learner: optimiser, adapters, moving reference and scalar head."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError
 
 MOVING = "moving"
-"""The policy reference under which signals and sources find it."""
+"""The name by which signals and sources refer to the moving reference."""
 
 
 class MovingReference(Config):
     """Weights φ that start as the stage's input and follow the learner's θ.
 
     φ ← (1 − ``rate``) φ + ``rate`` θ, after every ``every`` optimiser steps. Rate 1 is a copy.
-    Signals and sources refer to it as policy ``moving``. With adapters it is their factors that
-    are averaged, not their product, which is the same only for a copy. It is kept in float32 and
-    saved with the learner, so a resumed stage goes on with the very same φ.
+    Signals and sources refer to it as policy ``moving``. With adapters, their factors are
+    averaged and not their product; the two are equal only for a copy. φ is float32 and is saved
+    in the learner's checkpoint, so a resumed stage continues with the same φ.
 
     Known as a moving reference (TR-DPO, arXiv 2404.09656: rate 0.6 every 512 steps, or a copy),
     and as a mean teacher (every step, small rates).
@@ -39,7 +39,7 @@ class MovingReference(Config):
             )
 
     def due(self, step: int) -> bool:
-        """True when it moves after the optimiser step of this number, counted from 1."""
+        """True when it is updated after the optimiser step of this number, counted from 1."""
         return step % self.every == 0
 
 
@@ -47,12 +47,12 @@ class ScalarHead(Config):
     """A linear map from a decoder's final hidden state to one number.
 
     ``trunk: shared`` reads the hidden states of the model being trained: a reward model, or a
-    critic that moves the policy as it learns. ``trunk: separate`` is a second decoder that the
-    learner owns beside the policy, so that fitting a value leaves the policy alone.
+    critic whose loss also updates the policy's weights. ``trunk: separate`` is a second decoder
+    that the learner trains beside the policy, so that the value loss leaves the policy unchanged.
 
-    ``start`` refers to the policy that a separate trunk is a copy of; its own critic is taken
-    where it has one. The head starts as the named model's, or at zero where it has none. ``lr`` is
-    the rate of a separate trunk and its head; null takes the stage's.
+    ``start`` refers to the policy that a separate trunk is copied from, or from its critic if it
+    has one. The head starts from the named model's head, or at zero if it has none. ``lr`` is the
+    learning rate of a separate trunk and its head; null for the stage's.
     """
 
     trunk: Literal["shared", "separate"] = "separate"

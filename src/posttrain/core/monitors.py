@@ -1,9 +1,9 @@
-"""Watching a stage while it runs: alarms that say what a number means and what to do.
+"""Monitors of a running stage: alarms that explain a metric and advise what to do.
 
-metrics of a step ──Watch.see──▶ window of the last steps ──▶ Alarm, once until it has calmed down
+metrics of a step ──Watch.see──▶ window of the last steps ──▶ Alarm, once until it resets
 
-An alarm is a pure function of the metrics in order, so a report reads the same ones off
-``metrics.jsonl`` that the run showed. Alarms change nothing: gates decide, monitors report.
+An alarm is a pure function of the metrics in order, so a report computes the same alarms from
+``metrics.jsonl`` as the run showed. Alarms change nothing: gates decide, monitors report.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 
 CALM = 0.8
-"""An alarm may ring again once its number has come back to this share of the way to its bound."""
+"""An alarm resets, and may be raised again, below this share of the way to its bound."""
 
 
 class Monitors(Config):
-    """Bounds of the alarms that a running stage gives, on means over ``window`` steps.
+    """Bounds of the alarms of a running stage, on means over ``window`` steps.
 
-    Alarms change nothing. null switches one off.
+    Alarms change nothing. null switches an alarm off.
     """
 
     window: int = 5  # steps
     zero_variance: float | None = 0.8  # share of groups with equal rewards
     entropy_left: float | None = 0.2  # share of the first window's entropy, on the learner's tokens
     effective_share: float | None = 0.3  # of importance weights, per kind of author (verl's alarm)
-    stale_share: float | None = 0.2  # of groups too old to be trained on
-    truncated_share: float | None = 0.3  # of answers that the token budget cut off
+    stale_share: float | None = 0.2  # of groups too old to train on
+    truncated_share: float | None = 0.3  # of completions that the token budget cut off
     kl: float | None = 1.0  # nats per token from the reference
 
     def __post_init__(self) -> None:
@@ -53,18 +53,18 @@ class Monitors(Config):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
-    """Something that a person should know now."""
+    """A warning about a running stage."""
 
     name: str
     step: int
-    words: str  # what was seen and what it means
+    words: str  # what was observed and what it means
     advice: str  # what to do
 
 
 @final
 @dataclass(slots=True)
 class Watch:
-    """The monitors of one stage. Feed it every step in order.
+    """The monitors of one stage. Call :meth:`see` with every step in order.
 
     Example:
         >>> watch = Watch(Monitors(window=2))
@@ -82,18 +82,18 @@ class Watch:
         self._window = deque(maxlen=self.bounds.window)
 
     def see(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        """The alarms that begin with this step."""
+        """The alarms that are raised at this step."""
         self._window.append(metrics)
         if len(self._window) < self.bounds.window:
             return []
-        begun: list[Alarm] = []
+        raised: list[Alarm] = []
         for name, over, alarm in self._checks(step):
             if over >= 1 and name not in self._ringing:
                 self._ringing.add(name)
-                begun.append(alarm)
+                raised.append(alarm)
             elif over < CALM:
                 self._ringing.discard(name)
-        return begun
+        return raised
 
     def _mean(self, name: str) -> float | None:
         """Mean over the steps of the window that have it."""
@@ -101,7 +101,7 @@ class Watch:
         return sum(seen) / len(seen) if seen else None
 
     def _checks(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
-        """(name, how far to the bound: 1 is on it, the alarm if it rings)."""
+        """(name, distance to the bound as a share: 1 is at the bound, the alarm if raised)."""
         yield from self._no_signal(step)
         yield from self._entropy(step)
         yield from self._ratios(step)
@@ -152,7 +152,7 @@ class Watch:
         )
 
     def _ratios(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
-        """Effective share of the importance weights, for every kind of author apart."""
+        """Effective share of the importance weights, separately for each kind of author."""
         bound = self.bounds.effective_share
         if bound is None:
             return
@@ -181,7 +181,7 @@ class Watch:
             )
 
     def _waste(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
-        """Work that was thrown away: too old, or cut off."""
+        """Discarded work: groups too old, or completions cut off."""
         bound = self.bounds.stale_share
         share = self._mean("stale_share")
         if share is not None and bound is not None:
@@ -212,7 +212,7 @@ class Watch:
             )
 
     def _drift(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
-        """KL spent: what the policy has moved on its own answers since the reference."""
+        """KL divergence of the policy from the reference, on the policy's own completions."""
         bound = self.bounds.kl
         names = {n for m in self._window for n in m if n == "kl" or n.endswith("/kl")}
         for name in sorted(names):

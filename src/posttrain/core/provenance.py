@@ -1,8 +1,8 @@
 """Who wrote a run of tokens, and from which distribution.
 
 Provenance decides the regime: a token sampled from the live learner is *on-policy*, any other is
-*off-policy* (arXiv 2604.07941, section 3.1). It is recorded per span, where it cannot drift from
-the tokens, and it never changes afterwards.
+*off-policy* (arXiv 2604.07941, section 3.1). It is recorded per span, with the tokens, and never
+changes afterwards.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ IntArray = npt.NDArray[np.int32]
 
 
 class Kind(StrEnum):
-    """What sort of author a producer is.
+    """The kind of author of a span.
 
-    Code asks about *liveness* (``kind is Kind.LEARNER``: written by the model being trained) and
-    otherwise treats every author alike; the remaining kinds exist for accounting and for a
-    term's ``where``.
+    Code branches on *liveness* only (``kind is Kind.LEARNER``: sampled from the model being
+    trained). The other kinds serve accounting and a term's ``where``.
     """
 
     HUMAN = "human"
-    EXTERNAL = "external"  # a data set whose authors are not known one by one
+    EXTERNAL = "external"  # a data set whose individual authors are unknown
     TEACHER = "teacher"  # a frozen policy, an earlier checkpoint of the learner included
     LEARNER = "learner"
     ENVIRONMENT = "environment"  # tools, retrieved text, a task's question
@@ -36,7 +35,7 @@ class Kind(StrEnum):
 
 
 class Regime(StrEnum):
-    """Who sampled what a stage learns from, as seen from the model that learns from it."""
+    """Whether the training data were sampled from the model being trained."""
 
     OFF = "off-policy"
     ON = "on-policy"
@@ -44,7 +43,7 @@ class Regime(StrEnum):
 
 
 class Role(StrEnum):
-    """Whose turn a span belongs to, in the chat sense."""
+    """The chat role of the turn that a span belongs to."""
 
     SYSTEM = "system"
     USER = "user"
@@ -56,8 +55,8 @@ class Role(StrEnum):
 class Producer:
     """The author of a span. Hashable, so it can key metrics, gates and ledger rows.
 
-    ``digest`` names the content behind the author: the hash of a data file or of a frozen
-    checkpoint. A live learner has none, since its weights change; its spans carry versions.
+    ``digest`` identifies the author's content: the hash of a data file or of a frozen
+    checkpoint. A live learner has none, since its weights change; its spans have versions.
 
     Example:
         >>> Producer(kind=Kind.EXTERNAL, name="openai/gsm8k").kind
@@ -77,7 +76,7 @@ class Sampling:
     and the log-probs of a span are those of the truncated, renormalised distribution.
 
     A completion ends after the token that completes one of the ``stop`` strings; the string stays
-    in its text. When to end is part of the record and changes no token's log-prob.
+    in its text. Stop strings are part of the record and do not change any token's log-prob.
 
     Example:
         >>> Sampling(temperature=0.7).is_truncated, Sampling(top_p=0.9).is_truncated
@@ -104,7 +103,7 @@ class Sampling:
 
     @property
     def is_truncated(self) -> bool:
-        """True when some tokens had probability zero that the model itself does not give them."""
+        """True when truncation gave probability 0 to tokens that the model gives more than 0."""
         return self.temperature == 0 or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
@@ -150,6 +149,6 @@ class Span:
 
     @property
     def is_authored(self) -> bool:
-        """True for an assistant turn written by somebody, not by a template or an environment."""
+        """True for an assistant span that neither a template nor an environment wrote."""
         mechanical = (Kind.TEMPLATE, Kind.ENVIRONMENT)
         return self.role is Role.ASSISTANT and self.producer.kind not in mechanical

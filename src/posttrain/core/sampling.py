@@ -1,4 +1,4 @@
-"""How a policy is sampled, as options of a recipe."""
+"""Sampling options of a recipe."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from posttrain.core.provenance import Sampling
 
 
 class SamplingSpec(Config):
-    """How a policy is sampled. Defaults are the policy's own distribution, untouched.
+    """How a policy is sampled. The defaults sample its own distribution, without changes.
 
-    An answer also ends after a token that completes one of the ``stop`` strings, which stays in
-    its text.
+    A completion also ends after a token that completes one of the ``stop`` strings, which stays
+    in its text.
     """
 
     temperature: float = 1.0
@@ -20,7 +20,7 @@ class SamplingSpec(Config):
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.with_seed(0)  # refuses what no sampler could draw from
+        self.with_seed(0)  # raises on invalid options
 
     def with_seed(self, seed: int) -> Sampling:
         """The exact distribution of one request."""
@@ -40,7 +40,7 @@ class SamplingSpec(Config):
 
     @property
     def is_plain(self) -> bool:
-        """True when samples are those of the policy itself.
+        """True when samples come from the policy's own distribution.
 
         Example:
             >>> SamplingSpec().is_plain, SamplingSpec(temperature=0.7).is_plain

@@ -1,4 +1,4 @@
-"""What the output head can be asked for, by name: the vocabulary of terms, without PyTorch.
+"""Names of the statistics that the output head computes for terms. No PyTorch.
 
     term.reads ──▶ frozenset[Wanted] ──token_stats──▶ {Wanted: float32 [N]} ──▶ term.values
 
@@ -12,7 +12,7 @@ from enum import StrEnum
 
 
 class DivergenceKind(StrEnum):
-    """Which divergence."""
+    """The divergences by name: π is the policy, π_T the teacher."""
 
     FORWARD_KL = "forward_kl"  # KL(π_T ‖ π)
     REVERSE_KL = "reverse_kl"  # KL(π ‖ π_T)
@@ -25,10 +25,10 @@ class DivergenceKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """A divergence to read off every token's logits, as ``Stat`` is read.
+    """A divergence between policy and teacher, computed at every token like a ``Stat``.
 
     ``coefficient`` is the β of Jensen-Shannon or the α of a skew KL, and unused otherwise.
-    ``temperature`` softens both sides, π^(1/τ) renormalised, before they are compared.
+    ``temperature`` τ softens both sides before they are compared: π^(1/τ), renormalised.
     """
 
     kind: DivergenceKind
@@ -37,18 +37,18 @@ class Divergence:
 
 
 class Stat(StrEnum):
-    """What can be read off a token's logits, or off a scalar head. All are float32 [N]."""
+    """Statistics of a token's logits, or of a scalar head. All are float32 [N]."""
 
     LOGPROB = "logprob"  # log pi(y)
     SAMPLED_LOGPROB = "sampled_logprob"  # log pi(y) at the temperature the token was sampled at
     ENTROPY = "entropy"  # -sum_v pi log pi
-    LOG_COLLISION = "log_collision"  # log sum_v pi^2: two samples are the same token
+    LOG_COLLISION = "log_collision"  # log sum_v pi^2: that two samples are the same token
     VALUE = "value"  # the scalar head before the token, where it is predicted
     SCORE = "score"  # the scalar head after the token, where it has been read
 
 
 SCALARS = frozenset({Stat.VALUE, Stat.SCORE})
-"""Statistics that are not functions of logits: the learner computes them beside these."""
+"""Statistics of the scalar head and not of the logits: the learner computes them separately."""
 
 
 Wanted = Stat | Divergence

@@ -1,4 +1,4 @@
-"""A task: one prompt, and what a verifier needs to judge an answer to it."""
+"""A task: one prompt, and what a verifier needs to score a completion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One prompt. ``prompt`` is a conversation, or plain text that no template touches.
+    """One prompt. ``prompt`` is a conversation, or plain text without a chat template.
 
     Example:
         >>> Task(taskset="sums", prompt="1+1=", answer="2").key
@@ -36,7 +36,7 @@ class Task:
 
     @property
     def text(self) -> str:
-        """The last user turn, or the plain prompt: what a person would read as the question."""
+        """The question: the last turn's content, or the plain prompt."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1].content
 
     @property
@@ -52,7 +52,7 @@ class Task:
 
 
 def with_context(task: Task, context: str, **shown: str) -> Task:
-    """The task as somebody reads it who knows more: its last turn told through a template.
+    """The task with privileged context: its last turn is replaced by a filled-in template.
 
     Args:
         task: question and answer.
@@ -64,11 +64,11 @@ def with_context(task: Task, context: str, **shown: str) -> Task:
         >>> with_context(sums, "The answer is {answer}. {question}").prompt
         'The answer is 2. 1+1='
     """
-    told = context.format(question=task.text, answer=task.answer, **shown)
+    content = context.format(question=task.text, answer=task.answer, **shown)
     if isinstance(task.prompt, str):
-        return replace(task, prompt=told)
+        return replace(task, prompt=content)
     *before, last = task.prompt
-    return replace(task, prompt=(*before, Message(role=last.role, content=told)))
+    return replace(task, prompt=(*before, Message(role=last.role, content=content)))
 
 
 class TaskSet(Protocol):
@@ -84,7 +84,7 @@ class TaskSet(Protocol):
 
     @property
     def held_out(self) -> Sequence[Task]:
-        """Tasks that only probes may use."""
+        """Tasks for probes only, never for training."""
         ...
 
     @property
@@ -103,10 +103,10 @@ class TaskSet(Protocol):
 
 @runtime_checkable
 class ReadsAnswers(Protocol):
-    """What a task set may offer besides: the final answer in a completion, as its scorer sees it.
+    """Optional method of a task set: the final answer in a completion, as its scorer reads it.
 
-    Probes count answers with it. Without it, two completions hold the same answer when their texts
-    are equal apart from space.
+    Probes count distinct answers with it. Without it, two completions have the same answer when
+    their texts are equal up to whitespace.
     """
 
     def final_answer(self, completion: str) -> str: ...

@@ -1,8 +1,8 @@
 """The record: one trajectory type for demonstrations, preferences, teacher output and rollouts.
 
-A :class:`Trajectory` says what happened and is never changed. What somebody thinks of it (a
-reward, an advantage, a reference log-prob) stands *beside* it in a :class:`Scored`, so the same
-trajectory can be judged again, or replayed under another objective.
+A :class:`Trajectory` records tokens and their authors, and is immutable. What signals compute for
+it (a reward, an advantage, a reference log-prob) is stored in the columns of a :class:`Scored`, so
+the same trajectory can be scored again, or replayed under another objective.
 
 Shape legend: ``T`` tokens of one trajectory, ``K`` entries of a top-k distribution.
 """
@@ -26,43 +26,43 @@ Array = npt.NDArray[Any]
 
 
 class End(StrEnum):
-    """Why a trajectory stopped."""
+    """Why a trajectory ended."""
 
     COMPLETED = "completed"  # the author ended the turn
-    LENGTH = "length"  # the token budget ended it
-    CONTEXT = "context"  # the model's context ended it
+    LENGTH = "length"  # the token budget was reached
+    CONTEXT = "context"  # the model's context was full
 
 
 class Column(StrEnum):
-    """What can stand beside a trajectory. Per-token columns are [T, ...], the others scalars."""
+    """Columns of a scored trajectory. Per-token columns are [T, ...], the others scalars."""
 
-    BEHAVIOUR_LOGPROB = "behaviour_logprob"  # [T] under the distribution that was sampled
+    BEHAVIOUR_LOGPROB = "behaviour_logprob"  # [T] under the distribution it was sampled from
     REFERENCE_LOGPROB = "reference_logprob"  # [T] under the frozen reference
     TEACHER_IDS = "teacher_ids"  # [T, K] the teacher's K most likely tokens
     TEACHER_LOGPROBS = "teacher_logprobs"  # [T, K] their log-probs
-    TEACHER_STATES = "teacher_states"  # [T, X] what the teacher's head reads, in their place
-    TEACHER_HEAD = "teacher_head"  # scalar: which head that is, by its number in the objective
-    TEACHER_LOGPROB = "teacher_logprob"  # [T] the teacher's log-prob of the written token
+    TEACHER_STATES = "teacher_states"  # [T, X] the teacher's hidden states, in place of these
+    TEACHER_HEAD = "teacher_head"  # scalar: index of that teacher's head in the objective
+    TEACHER_LOGPROB = "teacher_logprob"  # [T] the teacher's log-prob of the trajectory's token
     TEACHER_SORTED = "teacher_sorted"  # [T, K] log-probs of another vocabulary, largest first
     TEACHER_ALIGNED = "teacher_aligned"  # [T] 1 where TEACHER_SORTED follows the same text, else 0
     ADVANTAGE = "advantage"  # [T]
     REWARD = "reward"  # scalar
     PREFERENCE = "preference"  # scalar: +1 chosen, -1 rejected
-    TRAINER_LOGPROB = "trainer_logprob"  # [T] the learner's own scoring, before it was updated
-    TOKEN_REWARD = "token_reward"  # [T] added to the reward where it was earned: penalties
-    MARK = "mark"  # [T] 1 at tokens that a signal singled out, else 0
-    BASELINE = "baseline"  # scalar: the reward that the policy's likeliest answer got
+    TRAINER_LOGPROB = "trainer_logprob"  # [T] computed by the learner before the update
+    TOKEN_REWARD = "token_reward"  # [T] added to the reward at single tokens: penalties
+    MARK = "mark"  # [T] 1 at tokens that a signal selected, else 0
+    BASELINE = "baseline"  # scalar: the reward of the policy's greedy completion
     DISCARD = "discard"  # scalar: 0 to train on it, else the index of a Discard
-    WEIGHT = "weight"  # scalar: how much a row of a data set counts
+    WEIGHT = "weight"  # scalar: weight of a row of a data set
     LABEL = "label"  # scalar: +1 good, -1 bad, judged without a comparison
-    MISMATCHED_KL = "mismatched_kl"  # scalar: mean log-ratio of other prompts' answers
-    LOG_RATIO_CENTRE = "log_ratio_centre"  # scalar: between those of good and of bad answers
-    MARGIN = "margin"  # scalar: how far apart the sides of a pair should be scored
+    MISMATCHED_KL = "mismatched_kl"  # scalar: mean log-ratio of completions of other prompts
+    LOG_RATIO_CENTRE = "log_ratio_centre"  # scalar: between the log-ratios of good and bad ones
+    MARGIN = "margin"  # scalar: target difference between the scores of a pair
     STEP_LABEL = "step_label"  # [T] 0 to 1 where a labelled step ends, -1 elsewhere
-    STEP_REWARD = "step_reward"  # [T] what a process model gives the step that ends there
-    OLD_VALUE = "old_value"  # [T] what the critic expected before each token, before the update
-    RETURN = "return"  # [T] what was really still to come at each token: the critic's target
-    QUANTILE = "quantile"  # scalar: the value of the same rank that an answer is compared with
+    STEP_REWARD = "step_reward"  # [T] process reward of the step that ends there
+    OLD_VALUE = "old_value"  # [T] the critic's value before each token, before the update
+    RETURN = "return"  # [T] return from each token on: the critic's target
+    QUANTILE = "quantile"  # scalar: the value of the same rank that it is compared with
 
     @property
     def per_token(self) -> bool:
@@ -91,38 +91,38 @@ IN_PLACE = {
     Column.TEACHER_LOGPROBS: Column.TEACHER_STATES,
     Column.TEACHER_IDS: Column.TEACHER_HEAD,
 }
-"""What may stand beside a trajectory in place of a column: a distribution over the vocabulary is
-the teacher's head applied to its hidden states, which are far fewer numbers."""
+"""Columns that may replace another: a distribution over the vocabulary is the teacher's head
+applied to its hidden states, which are far fewer numbers."""
 
 
 class Discard(StrEnum):
-    """Why a signal keeps a member out of the update. It stays in its group's statistics."""
+    """Why a signal leaves a member out of the update. It stays in its group's statistics."""
 
     KEPT = "kept"
-    EQUAL_REWARDS = "equal rewards"  # nothing in the group is better than anything else
-    CUT_OFF = "cut off"  # the token budget ended the answer, so its reward says little
+    EQUAL_REWARDS = "equal rewards"  # no member of the group is better than another
+    CUT_OFF = "cut off"  # the token budget ended the completion: its reward is unreliable
     LOW_REWARD = "reward too low"
     NOT_BEST = "not among the best"  # of its group
-    DUPLICATE = "duplicate"  # of an earlier answer of its group
+    DUPLICATE = "duplicate"  # of an earlier completion of its group
     NO_ADVANTAGE = "no advantage"  # not better than the baseline
     UNRANKED = "unranked"  # neither the best nor the worst of its group
-    NO_SUCCESS = "no successful sibling"  # that could be shown to a teacher
-    SURPLUS = "surplus"  # worth training on, and the step had enough
-    IMITATED = "a demonstration instead"  # the group failed, and is shown how
-    NOT_NEEDED = "demonstration not needed"  # the group did well enough by itself
+    NO_SUCCESS = "no successful sibling"  # for the teacher's context
+    SURPLUS = "surplus"  # usable, and the step had enough
+    IMITATED = "a demonstration instead"  # the group failed: its demonstration is trained on
+    NOT_NEEDED = "demonstration not needed"  # the group succeeded often enough without it
 
     @property
     def code(self) -> int:
-        """What the ``DISCARD`` column holds."""
+        """Its value in the ``DISCARD`` column."""
         return tuple(Discard).index(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trajectory:
-    """Immutable record of one branch of text. Its spans tile the tokens exactly.
+    """Immutable record of one sequence. Its spans cover the tokens exactly.
 
-    Tokens before ``prompt_length`` are context: nothing there is ever trained, and trajectories
-    of one group that share them share their computation.
+    Tokens before ``prompt_length`` are context and are never trained on. Trajectories of one
+    group with the same context share its computation.
 
     Example:
         >>> from posttrain.core.provenance import Producer, Role
@@ -139,7 +139,7 @@ class Trajectory:
     prompt_length: int
     spans: tuple[Span, ...]
     end: End = End.COMPLETED
-    parent: str | None = None  # id of the trajectory this one was branched or edited from
+    parent: str | None = None  # id of the trajectory that this one branches from or edits
 
     def __post_init__(self) -> None:
         tiled = sum(s.length for s in self.spans)
@@ -154,8 +154,8 @@ class Trajectory:
 
     @property
     def id(self) -> str:
-        """Content hash of task, tokens and authors, 16 hex digits: equal text by another author
-        or learner version is another trajectory."""
+        """Content hash of task, tokens and authors, 16 hex digits. The same text by another
+        author or learner version has another id."""
         h = hashlib.sha256(f"{self.task}|{self.prompt_length}|{self.end}|{self.parent}".encode())
         h.update(np.ascontiguousarray(self.tokens, np.int32).tobytes())
         for s in self.spans:
@@ -171,7 +171,7 @@ class Trajectory:
 
     @property
     def authors(self) -> frozenset[Kind]:
-        """Kinds of producers with tokens that are trained."""
+        """Kinds of producers of the trained tokens."""
         at, found = 0, set[Kind]()
         for span in self.spans:
             at += span.length
@@ -181,7 +181,8 @@ class Trajectory:
 
     @property
     def answer_start(self) -> int:
-        """Where the last answer begins: before ``prompt_length`` if its beginning was given."""
+        """Index of the last answer's first token: before ``prompt_length`` if the prompt holds
+        the answer's beginning."""
         ends = np.cumsum([s.length for s in self.spans])
         start = self.prompt_length
         for span, end in zip(reversed(self.spans), reversed(ends), strict=True):
@@ -190,13 +191,13 @@ class Trajectory:
         return start
 
     def spread(self, of: Callable[[Span], Any]) -> Array:
-        """[T] array from a per-span value: a scalar, or an array [length]."""
+        """[T] array of a per-span value: a scalar, or an array [length]."""
         parts = [np.broadcast_to(np.asarray(of(s)), (s.length,)) for s in self.spans]
         return np.concatenate(parts)
 
     @property
     def behaviour_logprobs(self) -> npt.NDArray[np.float32]:
-        """[T] log-probs recorded by the producers; NaN where unknown, since unknown is not 0."""
+        """[T] log-probs recorded by the producers; NaN where unknown."""
         known = self.spread(lambda s: np.nan if s.logprobs is None else s.logprobs)
         return known.astype(np.float32)
 
@@ -215,7 +216,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scored:
-    """A trajectory and what was said about it. A missing column means never asked, not zero."""
+    """A trajectory and its columns. A missing column was not computed; it is not zero."""
 
     trajectory: Trajectory
     columns: Mapping[Column, Array] = field(default_factory=lambda: MappingProxyType({}))
@@ -229,18 +230,18 @@ class Scored:
                 raise DataError(f"column {column} of shape {values.shape}", expected=want)
 
     def with_columns(self, columns: Mapping[Column, Array]) -> Scored:
-        """A new ``Scored`` with these columns added. The trajectory is shared, never copied."""
+        """A new ``Scored`` with these columns added. The trajectory is shared, not copied."""
         return replace(self, columns=MappingProxyType({**self.columns, **columns}))
 
     def scalar(self, column: Column) -> float | None:
-        """The value of a scalar column, or None when nobody wrote it."""
+        """The value of a scalar column, or None when it is missing."""
         value = self.columns.get(column)
         return None if value is None else float(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
-    """Trajectories that answer the same prompt: G rollouts, one pair, or one demonstration."""
+    """Trajectories of the same prompt: G rollouts, one pair, or one demonstration."""
 
     task: str
     members: tuple[Scored, ...]

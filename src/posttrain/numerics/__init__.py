@@ -1,1 +1,1 @@
-"""What losses are computed with: packed batches, the output head, divergences."""
+"""Numerics of the losses: packed batches, the output head, divergences."""

@@ -2,14 +2,14 @@
 
     group: prompt p, completions a, b        packed tokens_T       read by
     ──────────────────────────────────       ─────────────────     ───────────────────
-    p₀ p₁ p₂ | a₀ a₁ ⏎                        p₀ p₁ p₂              everybody below
+    p₀ p₁ p₂ | a₀ a₁ ⏎                        p₀ p₁ p₂              all below
              | b₀ ⏎                           a₀ a₁                 after p₀ p₁ p₂
                                               b₀                    after p₀ p₁ p₂
 
 There is no padding. A prompt that several sequences share (rollouts of one group, both sides of a
-pair) stands once; a sequence's last token is a target only and is never computed, unless somebody
-wants to know what was thought *after* it (``whole``). The hidden state that predicts a completion's
-first token belongs to the shared prompt, so ``predict_N`` may name one position several times.
+pair) is stored once. A sequence's last token is a target only and is not computed, unless a term
+reads the hidden state *after* it (``whole``). The hidden state that predicts a completion's first
+token belongs to the shared prompt, so ``predict_N`` may hold one position several times.
 
 Shape legend: ``T`` packed tokens, ``N`` trained tokens, ``S`` sequences, ``P`` pairs, ``K``
 entries of a top-k distribution.
@@ -34,7 +34,7 @@ KINDS = tuple(Kind)
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of packed tokens that attends to itself causally, and wholly to its parent.
+    """A run of packed tokens that attends to itself causally, and to all of its parent.
 
     ``parent`` is the index of the segment with the shared prompt, or None for a root.
     """
@@ -52,10 +52,10 @@ class PackedBatch:
     positions_T: Tensor  # position within the sequence, for the rotary embedding
     segments: tuple[Segment, ...]
     predict_N: Tensor  # index in T of the hidden state that predicts the trained token
-    after_N: Tensor  # index in T of the one that has read it; -1 where it was not computed
+    after_N: Tensor  # index in T of the hidden state after it; -1 where it was not computed
     target_N: Tensor  # the trained token
     sequence_N: Tensor  # index in S
-    kind_N: Tensor  # who wrote it, index in KINDS
+    kind_N: Tensor  # kind of its author, index in KINDS
     temperature_N: Tensor  # temperature it was sampled at, 1 when it was not sampled
     columns: Mapping[Column, Tensor]  # [N, ...] for per-token columns, [S] for scalars
     pairs_P2: Tensor  # (chosen, rejected), indices in S
@@ -86,17 +86,17 @@ class PackedBatch:
         return replace(self, columns=columns, **moved)
 
     def where(self, kinds: Iterable[Kind]) -> Tensor:
-        """[N] bool: tokens written by these kinds of producer. No kinds means everybody."""
+        """[N] bool: tokens written by these kinds of producer. No kinds means all."""
         wanted = [KINDS.index(k) for k in kinds]
         if not wanted:
             return torch.ones_like(self.kind_N, dtype=torch.bool)
         return torch.isin(self.kind_N, torch.tensor(wanted, device=self.kind_N.device))
 
     def only(self, selected_N: Tensor) -> PackedBatch:
-        """The batch as if only these tokens were trained, all else forgotten.
+        """The batch with only these tokens trained.
 
-        Sequences without a kept token are left out, with the pairs that they are part of, and
-        what is left is numbered anew. What the model computes stays as it is.
+        Sequences without a selected token are left out, with their pairs, and the others are
+        renumbered. The tokens that the model computes do not change.
         """
         if bool(selected_N.all()):
             return self
@@ -118,7 +118,7 @@ class PackedBatch:
 
 
 Needs = frozenset[Column] | Mapping[Column, frozenset[Kind]]
-"""Columns that must be there: at every trained token, or at those of the authors named."""
+"""Required columns: at every trained token, or at those of the given kinds of author."""
 
 
 def pack(
@@ -129,20 +129,20 @@ def pack(
     group_tokens: int | None = None,
     whole: bool = False,
 ) -> list[PackedBatch]:
-    """Lay groups out as micro-batches of at most ``max_tokens`` computed tokens.
+    """Pack groups into micro-batches of at most ``max_tokens`` computed tokens.
 
-    A pair is never split, and a group only where it is longer than ``group_tokens``: the prompt
+    A pair is never split, and a group only if it is longer than ``group_tokens``: the prompt
     of a split group is computed again. A group or a single sequence longer than ``max_tokens``
-    gets a batch of its own.
+    gets its own batch.
 
     Args:
-        groups: scored trajectories. Every member must carry the columns that its authors' tokens
+        groups: scored trajectories. Every member must have the columns that its authors' tokens
             need; a column may be missing, or not finite, elsewhere.
-        needs: columns to bring along, aligned with the trained tokens. What is missing is NaN in
-            the batch (-1 for ids), never a number that arithmetic would take for a value.
+        needs: columns to include, aligned with the trained tokens. Missing values are NaN in the
+            batch (-1 for ids), never a number that arithmetic would take for a value.
         max_tokens: budget of a micro-batch.
-        group_tokens: longest group that stays together; None for ``max_tokens``.
-        whole: compute last tokens too, for terms that read what stands after a token.
+        group_tokens: longest group that is not split; None for ``max_tokens``.
+        whole: compute last tokens too, for terms that read the hidden state after a token.
 
     Raises:
         LegalityError: a needed column is missing or not finite at a token that needs it.
@@ -165,7 +165,7 @@ def pack(
 def pack_trajectories(
     trajectories: Sequence[Trajectory], *, max_tokens: int, whole: bool = False
 ) -> list[tuple[PackedBatch, list[int]]]:
-    """Pack bare trajectories for scoring, with the indices that each batch holds, in order."""
+    """Pack trajectories without columns for scoring: batches, each with its indices in order."""
     packed: list[tuple[PackedBatch, list[int]]] = []
     builder, members = _Builder({}, whole), list[int]()
     for index, trajectory in enumerate(trajectories):
@@ -194,14 +194,14 @@ def _temperature(span: Span) -> float:
 
 
 def _filled(parts: Sequence[np.ndarray | int], column: Column) -> list[np.ndarray]:
-    """Rows of NaN (-1 for ids) in place of each number of missing rows."""
+    """Each number of missing rows replaced by rows of NaN (-1 for ids)."""
     arrays = [part for part in parts if isinstance(part, np.ndarray)]
     shape = max(part.shape[1:] for part in arrays)
     fill = -1 if column is Column.TEACHER_IDS else np.nan
     out = [np.full((part, *shape), fill) if isinstance(part, int) else part for part in parts]
     if column is not Column.TEACHER_STATES:
         return out
-    # Teachers may be of several widths: the rows of a narrow one end with NaN.
+    # Teachers may have different hidden sizes: shorter rows are padded with NaN.
     return [np.pad(p, ((0, 0), (0, shape[0] - p.shape[1])), constant_values=fill) for p in out]
 
 
@@ -227,7 +227,7 @@ class _Builder:
     pairs: list[tuple[int, int]] = field(default_factory=list)
 
     def cost(self, unit: Sequence[Scored]) -> int:
-        """Tokens that adding the unit would compute, shared prompts counted once."""
+        """Computed tokens that the unit would add, shared prompts counted once."""
         seen, total = set(self.prompts), 0
         for member in unit:
             trajectory = member.trajectory
@@ -271,7 +271,7 @@ class _Builder:
             self._segment(rest, offset=cut, parent=parent)
 
         trained = np.flatnonzero(trajectory.trainable)
-        trained = trained[trained > 0]  # the very first token has nothing to predict it from
+        trained = trained[trained > 0]  # nothing precedes the first token to predict it
         before = trained - 1
         prompt_start = self.segments[parent].start if parent is not None else 0
         in_prompt = before < cut
@@ -290,15 +290,15 @@ class _Builder:
             read = np.isin(kinds, [KINDS.index(k) for k in readers])
             other = IN_PLACE.get(column)
             if other is not None:
-                stands = other in member.columns
-                self._add_column(other, member, trained, read & stands)
-                read = read & (not stands)
+                present = other in member.columns
+                self._add_column(other, member, trained, read & present)
+                read = read & (not present)
             self._add_column(column, member, trained, read)
 
     def _add_column(
         self, column: Column, member: Scored, trained: np.ndarray, read: np.ndarray
     ) -> None:
-        """The member's share of a column, which must be there where ``read``."""
+        """The member's rows of a column, which must be present where ``read``."""
         parts = self.columns.setdefault(column, [])
         if column not in member.columns:
             if not read.any():
@@ -311,8 +311,8 @@ class _Builder:
             )
         values = member.columns[column]
         chosen = values[trained] if column.per_token else values[None]
-        asked = chosen[read] if column.per_token else chosen[: int(read.any())]
-        if not np.isfinite(asked).all():
+        needed = chosen[read] if column.per_token else chosen[: int(read.any())]
+        if not np.isfinite(needed).all():
             raise LegalityError(
                 f"{column} is not finite on a trajectory of task {member.trajectory.task}",
                 expected="a number at every trained token",

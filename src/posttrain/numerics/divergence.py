@@ -1,8 +1,8 @@
 """Divergences between the policy and a teacher, per token, as functions of log-probs.
 
-Both sides are brought onto one set of outcomes first: the whole vocabulary, or the teacher's
-top-k with everything else as one more outcome. Merging outcomes never increases an f-divergence,
-so with a top-k every divergence here (all but ULD) is a lower bound of the full one.
+Both sides are first mapped onto one set of outcomes: the whole vocabulary, or the teacher's top-k
+with all other tokens as one more outcome. Merging outcomes never increases an f-divergence, so
+with a top-k every divergence here (all but ULD) is a lower bound of the full one.
 
 Shape legend: ``N`` tokens, ``V`` vocabulary, ``K`` top-k entries, ``W`` outcomes (V, or K + 1).
 ``s`` is the policy (student) and ``t`` the teacher, as log-probs; exp(s) is π, exp(t) is π_T.
@@ -20,7 +20,7 @@ from torch import Tensor
 from posttrain.core.statistics import Divergence, DivergenceKind
 
 TINY = 1e-10
-"""Least probability of "any other token" on the teacher's side: its top-k may sum to 1."""
+"""Lower bound of the teacher's probability of all other tokens: its top-k may sum to 1."""
 
 
 def divergence(wanted: Divergence, logp_NV: Tensor, ids_NK: Tensor, teacher_NK: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def divergence(wanted: Divergence, logp_NV: Tensor, ids_NK: Tensor, teacher_NK: 
     Args:
         wanted: which one.
         logp_NV: [N, V] log-probs of the policy.
-        ids_NK: [N, K] the teacher's tokens; [N, 0] when it gave its whole vocabulary.
+        ids_NK: [N, K] the teacher's tokens; [N, 0] for the whole vocabulary.
         teacher_NK: [N, K] their log-probs, or [N, V].
 
     Example:
@@ -87,16 +87,16 @@ class LogitSides:
 
 
 def sloped(wanted: Divergence, sides: LogitSides, *, out_NV: Tensor, spare_NV: Tensor) -> Tensor:
-    """[N] the divergence over the whole vocabulary, and in ``out_NV`` its gradient.
+    """[N] the divergence over the whole vocabulary, with its gradient written to ``out_NV``.
 
-    With g = ∂D / ∂p the gradient by z is p (g − Σ p g). What is the same for every token drops out
-    of g, so logits stand in it for log-probs.
+    With g = ∂D / ∂p the gradient by z is p (g − Σ p g). A constant over the vocabulary drops out
+    of g, so logits replace log-probs in it.
 
     Args:
-        wanted: which one; not the one by rank.
-        sides: what is compared.
-        out_NV: receives the gradient by the policy's logits as they were before the division.
-        spare_NV: is written over.
+        wanted: which one; not ``SORTED_L1``.
+        sides: policy and teacher.
+        out_NV: receives the gradient by the policy's logits before the division by τ.
+        spare_NV: scratch space, overwritten.
     """
     kind, dot, factor = wanted.kind, torch.linalg.vecdot, 1.0
     if kind is DivergenceKind.JENSEN_SHANNON and wanted.coefficient in (0, 1):
@@ -128,13 +128,13 @@ def sloped(wanted: Divergence, sides: LogitSides, *, out_NV: Tensor, spare_NV: T
 def _mixed(
     kind: DivergenceKind, c: float, sides: LogitSides, out_NV: Tensor, spare_NV: Tensor
 ) -> tuple[Tensor, Tensor, float]:
-    """[N] a divergence from a mixture M, and g: Σ p g [N], what is left in ``out_NV``, its factor.
+    """[N] a divergence from a mixture M, Σ p g [N], and the factor of g, which is in ``out_NV``.
 
     M = c q + (1−c) p, or (1−c) q + c p for the reverse skew KL.
     """
     dot, z_NV, p_NV, q_NV = torch.linalg.vecdot, sides.z_NV, sides.p_NV, sides.q_NV
     share = 1 - c if kind is DivergenceKind.SKEW_REVERSE_KL else c
-    # Where both are 0 in float32 a mixture of 0 would make 0 · log 0 and 0 / 0.
+    # Where both are 0 in float32, a mixture of 0 would give 0 · log 0 and 0 / 0.
     torch.lerp(p_NV, q_NV, share, out=out_NV).clamp_min_(torch.finfo(torch.float32).tiny)
     log_NV = torch.log(out_NV, out=spare_NV)
     if kind is DivergenceKind.SKEW_KL:  # g = −(1−α) q / M
@@ -152,7 +152,7 @@ def _mixed(
 
 
 def outcomes(logp_NV: Tensor, ids_NK: Tensor, teacher_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """([N, W], [N, W]) log-probs of policy and teacher over the outcomes that they share."""
+    """([N, W], [N, W]) log-probs of policy and teacher over one set of outcomes."""
     if ids_NK.shape[1] == 0:
         return logp_NV, teacher_NK
     seen_NK = logp_NV.gather(-1, ids_NK)
@@ -177,7 +177,7 @@ def jensen_shannon(s_NW: Tensor, t_NW: Tensor, *, beta: float) -> Tensor:
     """[N] β KL(π_T ‖ M) + (1−β) KL(π ‖ M), M = β π_T + (1−β) π (GKD, arXiv 2306.13649).
 
     It vanishes as β → 0 and β → 1: divided by β it tends to the forward KL, divided by 1−β to the
-    reverse KL. At exactly 0 and 1 this *is* the forward and the reverse KL, as in GKD's code, so
+    reverse KL. At exactly 0 and 1 this is the forward and the reverse KL, as in GKD's code, so
     the scale jumps there.
     """
     if beta == 0:
@@ -191,8 +191,8 @@ def jensen_shannon(s_NW: Tensor, t_NW: Tensor, *, beta: float) -> Tensor:
 def sorted_l1(logp_NV: Tensor, sorted_NK: Tensor) -> Tensor:
     """[N] Σ_i |π_(i) − π_T(i)|, both sorted from the largest (ULD, arXiv 2402.12030).
 
-    Which token a probability belongs to is forgotten, so the vocabularies may differ. The shorter
-    vector is filled up with zeros.
+    Token identities are dropped, so the vocabularies may differ. The shorter vector is padded
+    with zeros.
 
     Args:
         logp_NV: [N, V] log-probs of the policy.

@@ -1,16 +1,16 @@
-"""Statistics of a linear head, with a gradient of their own.
+"""Statistics of a linear head, with a hand-written gradient.
 
-One product gives a chunk's logits z, and everything is read off them while they are in the cache:
+One matrix product gives a chunk's logits z; all statistics are computed while z is in the cache:
 
     log-prob of y      dlog p_y / dz = (1[y] − p) / τ
     entropy H          dH / dz       = −p (log p + H)
     a divergence D     dD / dz       = p (g − Σ p g) / τ,  g = ∂D / ∂p      (``divergence.sloped``)
 
-For the backward pass p is kept for the first two, and dD / dz for each divergence; or nothing, and
-the products are computed again.
+For the backward pass p is saved for the first two, and dD / dz for each divergence; or nothing is
+saved, and the products are computed again.
 
 Shape legend: ``N`` trained tokens, ``n`` those of a chunk, ``X`` hidden size, ``V`` vocabulary,
-``D`` divisors of the logits (temperatures of sampling), ``J`` divergences, ``R`` spare rooms.
+``D`` divisors of the logits (temperatures of sampling), ``J`` divergences, ``R`` scratch buffers.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from posttrain.numerics.logits import LinearHead, Teachers, chunk_rows, chunks
 from posttrain.numerics.matmul import by_onednn, product, weight_gradient
 
 KEEP_ELEMENTS = 2**25
-"""Up to this many numbers (128 MiB in float32) are kept for the backward pass. Beyond, as with
+"""Up to this many elements (128 MiB in float32) are saved for the backward pass. Beyond, as with
 every large vocabulary, they are computed again: four products with the head, not three."""
 
 ROOMS = 4
-"""Spare [n, V] that a divergence needs: the teacher's logits, the policy's probabilities, two."""
+"""Scratch buffers [n, V] of a divergence: teacher's logits, policy's probabilities, two more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Views:
-    """What is read off one product with the head."""
+    """What is computed from one product with the head."""
 
-    divisors: tuple[Tensor | None, ...]  # [N] each; the entropy is read where it is None
+    divisors: tuple[Tensor | None, ...]  # [N] each; the entropy is computed where it is None
     entropy: bool
-    divergences: tuple[Divergence, ...]  # from the teachers, which are there if any is
+    divergences: tuple[Divergence, ...]  # from the teachers, which must be set if there are any
     teachers: Teachers | None
     scale: float
-    graded: bool  # whether a backward pass may come
+    graded: bool  # whether a backward pass may follow
 
     @property
     def num(self) -> int:
@@ -103,10 +103,10 @@ class LinearStats(torch.autograd.Function):
         views: Views = ctx.views
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         hidden_grad_NX = torch.empty_like(hidden_NX) if wants_hidden else None
-        # Float32, or what many chunks add up to would be rounded as often.
+        # Float32: a sum over many chunks would else be rounded at each of them.
         weight_grad_VX: Tensor | None = None
         bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias else None
-        # What was kept is overwritten: a second backward pass computes it again.
+        # Saved tensors are overwritten: a second backward pass computes them again.
         kept_MNV, ctx.kept = ctx.kept, None
         work = None
         if kept_MNV is None:
@@ -137,7 +137,7 @@ class LinearStats(torch.autograd.Function):
 
 
 def _more(total_VX: Tensor | None, d_nV: Tensor, hidden_nX: Tensor) -> Tensor:
-    """The weights' gradient in float32, with a chunk's share added."""
+    """The weights' gradient in float32, with a chunk's share added to it."""
     if total_VX is not None and d_nV.dtype == torch.float32 and not by_onednn():
         return total_VX.addmm_(d_nV.t(), hidden_nX)
     share_VX = weight_gradient(d_nV, hidden_nX).float()
@@ -145,7 +145,7 @@ def _more(total_VX: Tensor | None, d_nV: Tensor, hidden_nX: Tensor) -> Tensor:
 
 
 class _Work:
-    """The chunks of one pass, and rooms that all of them use."""
+    """One pass over the chunks, with scratch buffers that they share."""
 
     def __init__(self, views: Views, head: LinearHead, hidden_NX: Tensor) -> None:
         self._views, self._head, self._hidden_NX = views, head, hidden_NX
@@ -159,7 +159,7 @@ class _Work:
         return self._hidden_NX.new_empty(num, rows, vocab, dtype=torch.float32)
 
     def read(self, part: slice, out_MnV: Tensor, value_Jn: Tensor) -> Tensor:
-        """Logits [n, V] of a chunk; in ``out_MnV`` what a backward pass needs of it.
+        """Logits [n, V] of a chunk; writes to ``out_MnV`` what a backward pass needs.
 
         ``value_Jn`` receives the divergences.
         """
@@ -197,7 +197,7 @@ class _Work:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Grads:
-    """Of the results; None where nobody asked."""
+    """Gradients of the results; None where not needed."""
 
     logp_DN: Tensor | None
     entropy_N: Tensor | None
@@ -212,7 +212,7 @@ def _logits_grad(
     entropy_N: Tensor,
     grads: _Grads,
 ) -> Tensor:
-    """[n, V] gradient of a chunk's logits, written over what is held of it."""
+    """[n, V] gradient of a chunk's logits, written over ``held_MnV``."""
     total_nV: Tensor | None = None
     for view, divisor_N in enumerate(views.divisors):
         p_nV = held_MnV[view]
@@ -237,8 +237,8 @@ def _logits_grad(
     if grads.value_JN is not None and views.teachers is not None:
         known_n = views.teachers.known_N[part]
         for slope_nV, grad_N in zip(slopes_JnV, grads.value_JN, strict=True):
-            # Whatever is asked of a token without a teacher, even NaN, does not reach it.
+            # A token without a teacher gets no gradient, even if the incoming one is NaN.
             d_nV = slope_nV.mul_(grad_N[part].where(known_n, 0)[:, None])
             total_nV = d_nV if total_nV is None else total_nV.add_(d_nV)
-    assert total_nV is not None  # something was asked
+    assert total_nV is not None  # some result has a gradient
     return total_nV if views.scale == 1 else total_nV.mul_(views.scale)

@@ -1,10 +1,10 @@
-"""Per-token statistics from hidden states, without ever keeping the full logits.
+"""Per-token statistics from hidden states, without the full logits in memory.
 
-The output head runs only at trained positions and in chunks. Two ways lead through it:
+The output head runs only at trained positions and in chunks. There are two code paths:
 
-    log-probs, entropy, divergences from whole    one function with a gradient of its own, which is
-    vocabularies, of a plain linear head          formed in place and multiplied into hidden and
-                                                  weight, chunk by chunk (``fused.py``)
+    log-probs, entropy, divergences from whole    one function with a hand-written gradient, which
+    vocabularies, of a plain linear head          is computed in place and multiplied into hidden
+                                                  and weight, chunk by chunk (``fused.py``)
     anything else                                 autograd on every chunk's log-softmax, recomputed
                                                   in the backward pass when there are several
 
@@ -141,8 +141,8 @@ def _divisor(temperature_N: Tensor) -> Tensor | None:
     """[N] what logits are divided by; None where all are divided by 1."""
     if bool((temperature_N == 1).all()):
         return None
-    # A greedy token (temperature 0) has no ratio, and no term may ask for one. Divided by 0 it
-    # would still make the gradient of its whole micro-batch NaN: 0 · NaN is NaN.
+    # A greedy token (temperature 0) has no ratio, and no term may read one. Division by 0 would
+    # still make the gradient of its whole micro-batch NaN: 0 · NaN is NaN.
     return torch.where(temperature_N > 0, temperature_N, torch.ones_like(temperature_N))
 
 
@@ -159,7 +159,7 @@ def _fused_stats(
     wanted: frozenset[Wanted],
     teachers: Teachers | None,
 ) -> Mapping[Wanted, Tensor]:
-    divisors = dict[Wanted, Tensor | None]()  # which stat is read off which division of the logits
+    divisors = dict[Wanted, Tensor | None]()  # the divisor of the logits for each statistic
     if Stat.SAMPLED_LOGPROB in wanted:
         divisors[Stat.SAMPLED_LOGPROB] = _divisor(batch.temperature_N)
     if wanted & {Stat.LOGPROB, Stat.ENTROPY}:

@@ -1,8 +1,8 @@
-"""Logits of a chunk of tokens: the policy's, and those of the teachers it is compared with.
+"""Logits of a chunk of tokens: the policy's and its teachers'.
 
     policy's hidden states ──its head──────────▶ logits [n, V]   ┐
     teachers' hidden states ──each one's head──▶ logits [n, V]   ├─ only a chunk at a time
-    or their log-probs, where those were kept ─▶ rows of [N, V]  ┘
+    or their recorded log-probs ───────────────▶ rows of [N, V]  ┘
 
 Shape legend: ``N`` trained tokens, ``n`` those of a chunk, ``X`` hidden size, ``V`` vocabulary.
 """
@@ -22,15 +22,15 @@ from posttrain.numerics.batch import PackedBatch
 from posttrain.numerics.matmul import by_onednn, linear_layers, product
 
 CHUNK_ELEMENTS = 2**24
-"""Entries of one chunk's logits (64 MiB in float32). Their log-softmax and what the statistics
-need beside it come on top, a few times that."""
+"""Elements of one chunk's logits (64 MiB in float32). Log-softmax and statistics need a few times
+that in addition."""
 
 CHUNK_ROWS = 256
-"""Tokens of a chunk on a CPU, where a chunk that stays in the cache is worth more than a long one;
-more where the vocabulary is small, fewer where ``CHUNK_ELEMENTS`` asks for it."""
+"""Tokens of a chunk on a CPU, where a chunk that fits into the cache is faster than a long one;
+more for a small vocabulary, fewer where ``CHUNK_ELEMENTS`` limits them."""
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states [N, X] -> float32 logits [N, V], everything the model does to them included."""
+"""Hidden states [N, X] -> float32 logits [N, V], scaling and soft-capping included."""
 
 
 @final
@@ -49,7 +49,7 @@ class LinearHead:
         return logits_NV if self.scale == 1 else logits_NV * self.scale
 
     def into(self, room_nV: Tensor | None, hidden_nX: Tensor) -> Tensor:
-        """Logits [n, V] without a gradient; in ``room_nV`` where there is a product that can."""
+        """Logits [n, V] without a gradient; written to ``room_nV`` where the product allows it."""
         if room_nV is not None and hidden_nX.dtype == torch.float32 and not by_onednn():
             logits_nV = torch.mm(hidden_nX, self.weight_VX.t(), out=room_nV[: len(hidden_nX)])
             if self.bias_V is not None:
@@ -62,22 +62,21 @@ class LinearHead:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Teachers:
-    """The teachers of a batch, of whom the whole vocabulary is known. Constants, all of it.
+    """The teachers of a batch with log-probs over the whole vocabulary. No gradient.
 
-    A token's teacher is given by its log-probs, by the hidden state that its head reads, or not at
-    all.
+    A token's teacher is given by its log-probs, by its hidden state and head, or not at all.
     """
 
     known_N: Tensor  # bool: the token has a teacher
-    everywhere: bool  # whether all have
+    everywhere: bool  # whether all tokens have one
     logp_NV: Tensor | None
     states_NX: Tensor | None  # as wide as the widest teacher
-    number_N: Tensor | None  # of the head that reads them, -1 where there is none
-    readers: Mapping[int, tuple[Head, int]]  # heads in use by number, and how wide their states are
+    number_N: Tensor | None  # index of the head that reads them, -1 where there is none
+    readers: Mapping[int, tuple[Head, int]]  # heads in use by index, and their hidden size
 
     @classmethod
     def of(cls, batch: PackedBatch, heads: Sequence[Head]) -> Teachers | None:
-        """Read off a batch's columns; None where they hold no teacher, or only its top-k."""
+        """From a batch's columns; None where they hold no teacher, or only its top-k."""
         logp_NV = batch.columns.get(Column.TEACHER_LOGPROBS)
         if logp_NV is not None and batch.columns[Column.TEACHER_IDS].shape[1]:
             return None
@@ -101,7 +100,7 @@ class Teachers:
     def logits(self, part: slice, room_nV: Tensor) -> Tensor:
         """[n, V] of a chunk, each row up to a constant; 0 where a token has no teacher.
 
-        The result is only to be read. It may stand in ``room_nV``.
+        Do not write to the result. It may be a view of ``room_nV``.
         """
         known_n = self.known_N[part]
         if self.everywhere and self.logp_NV is not None and not self.readers:
@@ -123,7 +122,7 @@ class Teachers:
     def _read(
         self, number: int, rows_m: Tensor | slice, part: slice, room_nV: Tensor | None
     ) -> Tensor:
-        """Logits [m, V] by one teacher at some tokens of a chunk."""
+        """Logits [m, V] of one teacher at some tokens of a chunk."""
         assert self.states_NX is not None  # where there are readers
         head, width = self.readers[number]
         states_mX = self.states_NX[part][rows_m, :width]

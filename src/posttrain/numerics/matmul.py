@@ -1,14 +1,14 @@
-"""Matrix products of float32 numbers on a CPU, by the faster of the two libraries in torch.
+"""Float32 matrix products on a CPU, by the faster of the two libraries in torch.
 
     x [..., K], w [N, K] ──▶ x wᵀ [..., N]      MKL on Intel's processors, oneDNN on others
 
-torch gives float32 products to MKL. On an AMD Zen 5 it reaches half of the rate of oneDNN, which
-torch ships for smaller number types and for convolutions; with 512-bit units off, oneDNN is still a
-tenth faster (lab log; no other processor but Intel's was at hand). Which of the two computes
-follows from the processor and not from a measurement, so that a run repeats bit for bit.
+torch uses MKL for float32 products. On an AMD Zen 5, MKL has half the throughput of oneDNN, which
+torch ships for smaller number types and for convolutions; without 512-bit units, oneDNN is still a
+tenth faster (lab log; of other processors only Intel's were measured). The choice depends on the
+processor and not on a measurement, so that a run repeats bit for bit.
 
-A stock model gets there unchanged: inside of :func:`linear_layers`, what its modules ask of
-``torch.nn.functional.linear`` by position, as ``nn.Linear`` does, is answered here.
+A stock model needs no change: inside of :func:`linear_layers`, calls of
+``torch.nn.functional.linear`` with positional arguments, as in ``nn.Linear``, are computed here.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]  # exported at ru
 from torch.overrides import TorchFunctionMode
 
 CPU_FACTS = Path("/proc/cpuinfo")
-"""Where Linux says who made the processor."""
+"""Where Linux reports the maker of the processor."""
 
 SHAPES = 32
-"""Compiled shapes that oneDNN keeps; memory grows by nearly 1 MiB with each. A micro-batch has some
-fifteen, and lengths seldom repeat: of the 1,024 that it keeps otherwise few come again."""
+"""Compiled shapes that oneDNN caches; each takes nearly 1 MiB. A micro-batch has about fifteen, and
+lengths seldom repeat: of the 1,024 that it caches by default few are used again."""
 
 WIDE = 4
-"""Outputs over inputs from which on a layer's gradient is computed the other way round."""
+"""From this ratio of outputs to inputs on, a layer's gradient is computed transposed."""
 
 
 def has_both() -> bool:
@@ -44,7 +44,7 @@ def has_both() -> bool:
     mkl, mkldnn = torch.backends.mkl, torch.backends.mkldnn
     if not (mkl.is_available() and mkldnn.is_available()):
         return False
-    # What torch's own compiler calls for linear layers. It is not documented, and may go.
+    # torch's compiler calls this for linear layers. It is undocumented and may be removed.
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) is not None
 
 
@@ -53,17 +53,17 @@ def by_onednn() -> bool:
     """Whether oneDNN computes float32 products on this processor."""
     if not has_both() or maker() in ("GenuineIntel", ""):
         return False
-    # Read at the first product: once by oneDNN, once by what stands between torch and it.
+    # Read at the first product: one by oneDNN, one by torch's wrapper around it.
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(SHAPES))
     return True
 
 
 def maker() -> str:
-    """Who made the processor, in the words of x86 processors; empty where nobody says."""
+    """The processor's vendor id, as x86 processors report it; empty when unknown."""
     if not CPU_FACTS.is_file():
-        said = platform.processor()  # on Windows: "AMD64 Family 25 Model 33, AuthenticAMD"
-        return next((m for m in ("GenuineIntel", "AuthenticAMD") if m in said), "")
+        name = platform.processor()  # on Windows: "AMD64 Family 25 Model 33, AuthenticAMD"
+        return next((m for m in ("GenuineIntel", "AuthenticAMD") if m in name), "")
     for line in CPU_FACTS.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("vendor_id"):
             return line.partition(":")[2].strip()
@@ -85,7 +85,7 @@ def product(x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
 
 
 def linear_layers() -> AbstractContextManager[object]:
-    """Linear layers inside of it are computed here, with their gradients."""
+    """A context in which linear layers are computed here, with their gradients."""
     return _LinearLayers() if by_onednn() else nullcontext()
 
 
@@ -96,18 +96,18 @@ def _fits(x: Tensor, w_NK: Tensor) -> bool:
 
 
 def onednn(x: Tensor, w_NK: Tensor, bias_N: Optional[Tensor] = None) -> Tensor:  # noqa: UP045  # script
-    """x wᵀ + bias by oneDNN, on whatever processor."""
+    """x wᵀ + bias by oneDNN, on any processor."""
     return torch.ops.mkldnn._linear_pointwise(x, w_NK, bias_N, "none", [], "")  # type: ignore[no-any-return]
 
 
 @cache
 def _scripted() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The tracer takes the operator in this form only: its list of options confuses it."""
+    """A scripted ``onednn``: the tracer cannot record the operator with its list of options."""
     return torch.jit.script(onednn)
 
 
 class _LinearLayers(TorchFunctionMode):
-    """Answers ``F.linear``; everything else goes its way."""
+    """Computes ``F.linear``; passes all other functions on."""
 
     def __torch_function__(
         self,
@@ -146,11 +146,11 @@ class _Linear(torch.autograd.Function):
 
 
 def weight_gradient(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
-    """gradᵀ x: the gradient [N, K] of the weights of :func:`product`, perhaps a transposed view.
+    """gradᵀ x: the gradient [N, K] of the weights of :func:`product`; may be a transposed view.
 
-    oneDNN turns the left side of a product around in memory: of a wide head let that be x.
+    oneDNN transposes the left side of a product in memory: for a wide head that should be x.
     """
-    if not len(x_MK):  # it refuses sums over nothing
+    if not len(x_MK):  # oneDNN rejects empty sums
         return grad_MN.t() @ x_MK
     if grad_MN.shape[1] > WIDE * x_MK.shape[1]:
         return product(x_MK.t(), grad_MN.t()).t()

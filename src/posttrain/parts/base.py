@@ -65,6 +65,7 @@ class Part(Config, tag=snake_case, tag_field="type"):
     """
 
     role: ClassVar[str]
+    declares: ClassVar[tuple[str, ...]]  # members that every class of the role must define
     formula: ClassVar[str] = ""
     paper: ClassVar[str] = "-"
     may_ask_learner: ClassVar[bool] = False  # else references must be frozen policies
@@ -109,6 +110,7 @@ class Source(Part):
     """
 
     role: ClassVar[str] = "source"
+    declares: ClassVar[tuple[str, ...]] = ("writes", "origin", "identity", "open")
     mixed: ClassVar[bool] = False  # parts may need different columns beside different authors
     has_end: ClassVar[bool] = False  # it has a number of rows, so a budget can be in epochs
 
@@ -224,6 +226,7 @@ class Signal(Part):
     """
 
     role: ClassVar[str] = "signal"
+    declares: ClassVar[tuple[str, ...]] = ("provides", "score")
     judges: ClassVar[bool] = False
     sieves: ClassVar[bool] = False
     untempered: ClassVar[bool] = False
@@ -365,6 +368,7 @@ class Term(Part):
     """
 
     role: ClassVar[str] = "term"
+    declares: ClassVar[tuple[str, ...]] = ("values",)
     unit: ClassVar[Unit] = "token"
     accepts: ClassVar[frozenset[Kind]] = ANYONE  # authors on whose tokens the loss is valid
     by_divergence: ClassVar[bool] = False  # reads divergences from a teacher, and no log-probs

@@ -10,6 +10,8 @@ too: ``@part(method=SHAPE)`` makes it from a shape.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, Union
 
 import msgspec
@@ -53,13 +55,19 @@ class Method(Part, tag_field="name"):
 
     Class variables are its row in ``posttrain methods``: ``provenance`` (``on-policy``,
     ``off-policy``, ``mixed``), ``interface`` (the supervision: token targets, preferences, rewards)
-    and ``tendency`` (the intended role; the actual role is measured).
+    and ``tendency`` (the intended role; the actual role is measured). ``example`` has values of
+    options that an example of the method cannot derive from their types.
     """
 
     role: ClassVar[str] = "method"
+    declares: ClassVar[tuple[str, ...]] = (
+        *("provenance", "interface", "tendency", "formula"),
+        "compose",
+    )
     provenance: ClassVar[str]
     interface: ClassVar[str]
     tendency: ClassVar[str]
+    example: ClassVar[Mapping[str, object]] = MappingProxyType({})
     spelt_out: ClassVar[bool] = False  # its options are the parts themselves
 
     def compose(self) -> Composition:
@@ -154,14 +162,20 @@ def method(name: str, **options: Any) -> Method:
 class Compose(Method):
     """Any legal composition, written out."""
 
-    spelt_out: ClassVar[bool] = True
-
     source: unions.AnySource
     terms: tuple[unions.AnyTerm, ...]
     signals: tuple[unions.AnySignal, ...] = ()
     moving: MovingReference | None = None
     scalar_head: ScalarHead | None = None
 
+    spelt_out: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, object]] = MappingProxyType(
+        {
+            "source": {"type": "rollouts", "tasks": ["sums"]},
+            "signals": [{"type": "verify"}, {"type": "group_advantage", "scale": "none"}],
+            "terms": [{"type": "clipped_policy_gradient", "clip_high": 0.28}],
+        }
+    )
     provenance: ClassVar[str] = "as composed"
     interface: ClassVar[str] = "as composed"
     tendency: ClassVar[str] = "measure it"

@@ -88,17 +88,13 @@ def part(
 
 
 def _register(cls: type[Config]) -> None:
-    role, tag = str(cls.role), tag_of(cls)  # type: ignore[attr-defined]
-    config = cls.__struct_config__
-    if not config.frozen or not config.forbid_unknown_fields or not (cls.__doc__ or "").strip():
-        raise ConfigError(
-            f"{role} {cls.__name__} is not frozen, allows unknown options, or has no docstring",
-            expected="a frozen Config with a docstring that says what it computes",
-        )
+    role, tag = _check(cls), tag_of(cls)
     taken = _parts.setdefault(role, {}).get(tag)
     if taken is not None and (taken.__module__, taken.__name__) != (cls.__module__, cls.__name__):
+        # A script may import a package before ours is loaded; the name is ours all the same.
+        later, first = (taken, cls) if cls.__module__.startswith(OURS) else (cls, taken)
         raise ConfigError(
-            f"{role} {tag} of {cls.__module__} takes a name that {taken.__module__} has",
+            f"{role} {tag} of {later.__module__} takes a name that {first.__module__} has",
             expected="a name of its own: the tag is the class's name in snake case",
         )
     if _loaded and taken is None:
@@ -110,15 +106,53 @@ def _register(cls: type[Config]) -> None:
     _parts[role][tag] = cls
 
 
+def _check(cls: type[Config]) -> str:
+    """The role of a class; refuses one that recipes could not name or stages could not use."""
+    bases = list(cls.__mro__)
+    first = next((i for i, base in enumerate(bases) if "role" in vars(base)), None)
+    if first is None:
+        raise ConfigError(
+            f"{cls.__name__} has no role",
+            expected="a subclass of Term, Signal, Source, Method or TaskSetSpec",
+        )
+    base: Any = bases[first]
+    role, config = str(base.role), cls.__struct_config__
+    if not config.frozen or not config.forbid_unknown_fields or not (cls.__doc__ or "").strip():
+        raise ConfigError(
+            f"{role} {cls.__name__} is not frozen, allows unknown options, or has no docstring",
+            expected="a frozen Config with a docstring that says what it computes",
+        )
+    if config.tag_field != base.__struct_config__.tag_field or not isinstance(config.tag, str):
+        raise ConfigError(
+            f"{role} {cls.__name__} has tag {config.tag!r} under {config.tag_field!r}",
+            expected=f"a text under {base.__struct_config__.tag_field!r}, as its base has",
+        )
+    own = {name for between in bases[:first] for name in vars(between)}
+    if missing := [name for name in base.declares if name not in own]:
+        raise ConfigError(
+            f"{role} {cls.__name__} lacks {', '.join(missing)}",
+            expected=f"{', '.join(base.declares)}, as options or on the class",
+        )
+    return role
+
+
 def known(role: str) -> Mapping[str, type[Any]]:
-    """Every part of a role by its tag: ours, and those of installed packages.
+    """Every part of a role by its tag: ours, then those of installed packages, module by module.
+
+    The order does not depend on what was imported first.
 
     Example:
         >>> "verify" in known("signal"), "dataset" in known("source")
         (True, True)
     """
     load()
-    return MappingProxyType(_parts.get(role, {}))
+    # Sorting is stable: within a module, parts stay in the order of their definition.
+    named = sorted(_parts.get(role, {}).items(), key=lambda item: _place(item[1]))
+    return MappingProxyType(dict(named))
+
+
+def _place(cls: type[Config]) -> tuple[bool, str]:
+    return not cls.__module__.startswith(OURS), cls.__module__
 
 
 def find(role: str, tag: str) -> type[Any]:

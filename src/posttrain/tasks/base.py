@@ -17,6 +17,7 @@ class TaskSetSpec(Config, tag=snake_case, tag_field="type"):
     """The specification of a task set. A score of ``success`` or more counts as solved."""
 
     role: ClassVar[str] = "task_set"
+    declares: ClassVar[tuple[str, ...]] = ("identity", "build")
 
     success: float = 1.0
 

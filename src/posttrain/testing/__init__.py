@@ -5,20 +5,22 @@ An engine, source, signal, term, method or task set from outside proves itself b
 """
 
 from posttrain.testing.contracts import check_method, check_term
-from posttrain.testing.seams import (
+from posttrain.testing.fakes import (
     CharRenderer,
     FakePolicy,
     FakeTaskSet,
     RuleTaskSet,
     TablePolicy,
     as_group,
+    example_trajectory,
+    fake_tools,
+)
+from posttrain.testing.seams import (
     check_learner,
     check_policy,
     check_signal,
     check_source,
     check_taskset,
-    example_trajectory,
-    fake_tools,
 )
 from posttrain.testing.tiny import tiny_model, tiny_tokenizer
 

@@ -122,15 +122,15 @@ def check_method(method: Method) -> None:
     assert checked(composition) == composition, "compose() gave an ill-typed composition"
     check_composition(composition, stage=name)
     live = Kind.LEARNER in composition.source.writes
-    told = method.provenance
-    assert not told.startswith("on-policy") or composition.source.writes == {Kind.LEARNER}, (
+    provenance = method.provenance
+    assert not provenance.startswith("on-policy") or composition.source.writes == {Kind.LEARNER}, (
         f"{name} says on-policy, and others than the learner write"
     )
-    assert not (told.startswith("off-policy") and live), (
+    assert not (provenance.startswith("off-policy") and live), (
         f"{name} says off-policy; the learner writes"
     )
     about = {
-        "provenance": told,
+        "provenance": provenance,
         "interface": method.interface,
         "tendency": method.tendency,
         "formula": method.formula,

@@ -1,1 +1,1 @@
-"""Distillation: divergences from teachers, teacher log-probs as advantages, and methods."""
+"""Distillation: divergences from teachers, and teacher log-probs as advantages."""

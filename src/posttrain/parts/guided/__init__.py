@@ -1,0 +1,1 @@
+"""Demonstrations combined with the learner's own rollouts."""

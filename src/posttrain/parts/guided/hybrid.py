@@ -13,7 +13,7 @@ from posttrain.core.sampling import SamplingSpec
 from posttrain.parts.base import Term, WeightSchedule
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.credit.advantages import GroupAdvantage
-from posttrain.parts.policy.building import clipped
+from posttrain.parts.policy.losses import clipped
 from posttrain.parts.policy.shapes import rollouts
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.verify import Verify

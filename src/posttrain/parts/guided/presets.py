@@ -23,8 +23,7 @@ from posttrain.parts.credit.advantages import GroupAdvantage
 from posttrain.parts.credit.selection import ImitateFailures
 from posttrain.parts.guided.external import AssumedCertainGradient, AssumedOwnGradient
 from posttrain.parts.logprobs import OwnLogprobs
-from posttrain.parts.policy.building import clipped
-from posttrain.parts.policy.losses import ClippedPolicyGradient
+from posttrain.parts.policy.losses import ClippedPolicyGradient, clipped
 from posttrain.parts.policy.regularisers import EntropyBonus
 from posttrain.parts.policy.shapes import demonstrated, rollouts
 from posttrain.parts.registry import part, tag_of

@@ -1,0 +1,1 @@
+"""Offline RL: logged answers with rewards, from whoever wrote them."""

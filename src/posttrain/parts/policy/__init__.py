@@ -1,0 +1,1 @@
+"""Policy gradients: losses on the learner's own rollouts."""

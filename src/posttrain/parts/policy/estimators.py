@@ -10,10 +10,9 @@ from posttrain.parts.credit.advantages import BestOfKAdvantage, DecoupledAdvanta
 from posttrain.parts.credit.greedy import GreedyBaseline
 from posttrain.parts.credit.shaping import SoftLengthPenalty
 from posttrain.parts.logprobs import ReferenceLogprobs
-from posttrain.parts.policy.building import kl_in_reward
 from posttrain.parts.policy.losses import ClippedPolicyGradient, PolicyGradient
 from posttrain.parts.policy.regularisers import ReferenceKL
-from posttrain.parts.policy.shapes import OnRollouts, on_rollouts
+from posttrain.parts.policy.shapes import OnRollouts, kl_in_reward, on_rollouts
 from posttrain.parts.registry import part
 
 EXPECTED_REWARD = PolicyGradient(aggregate="sequence_sum")

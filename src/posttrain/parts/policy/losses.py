@@ -17,14 +17,15 @@ Shape legend: ``N`` trained tokens, ``S`` sequences.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import Aggregate, Stats, Values
+from posttrain.parts.base import Aggregate, Stats, Values, WeightSchedule
 from posttrain.parts.policy.ratio import (
+    Mismatch,
     RatioTerm,
     check_level,
     log_ratio,
@@ -113,6 +114,34 @@ class ClippedPolicyGradient(RatioTerm):
             kept_N = torch.where(masked_N, torch.zeros_like(kept_N), kept_N)
             shown["masked"] = masked_N.float()
         return weighed(self.mismatch, -kept_N, shown, batch)
+
+
+class Clipping(Protocol):
+    """Bounds of a clipped ratio."""
+
+    @property
+    def clip_low(self) -> float: ...
+    @property
+    def clip_high(self) -> float: ...
+
+
+def clipped(
+    method: Clipping,
+    *,
+    aggregate: Aggregate = "token_mean",
+    weight: float = 1.0,
+    weight_schedule: WeightSchedule | None = None,
+    mismatch: Mismatch | None = None,
+) -> ClippedPolicyGradient:
+    """The clipped policy gradient with the method's bounds."""
+    return ClippedPolicyGradient(
+        clip_low=method.clip_low,
+        clip_high=method.clip_high,
+        aggregate=aggregate,
+        weight=weight,
+        weight_schedule=weight_schedule,
+        mismatch=mismatch,
+    )
 
 
 @part(method=GroupedRollouts)

@@ -10,9 +10,8 @@ from posttrain.core.provenance import Kind
 from posttrain.parts.base import Limit, PolicyRef
 from posttrain.parts.composition import Composition
 from posttrain.parts.credit.gae import Gae
-from posttrain.parts.policy.building import clipped, kl_in_reward
-from posttrain.parts.policy.losses import ClippedPolicyGradient
-from posttrain.parts.policy.shapes import OnRollouts, on_rollouts
+from posttrain.parts.policy.losses import ClippedPolicyGradient, clipped
+from posttrain.parts.policy.shapes import OnRollouts, kl_in_reward, on_rollouts
 from posttrain.parts.policy.value import ValueLoss
 from posttrain.parts.registry import part
 from posttrain.parts.supervised.likelihood import CrossEntropy

@@ -17,11 +17,10 @@ from posttrain.parts.credit.selection import (
 )
 from posttrain.parts.credit.shaping import SoftLengthPenalty
 from posttrain.parts.logprobs import ReferenceLogprobs
-from posttrain.parts.policy.building import clipped, redrawn
-from posttrain.parts.policy.losses import ClippedPolicyGradient, Gspo, PolicyGradient
+from posttrain.parts.policy.losses import ClippedPolicyGradient, Gspo, PolicyGradient, clipped
 from posttrain.parts.policy.ratio import Mismatch
 from posttrain.parts.policy.regularisers import AdaptiveEntropyBonus, LogRatioPenalty, ReferenceKL
-from posttrain.parts.policy.shapes import OnRollouts, on_rollouts
+from posttrain.parts.policy.shapes import OnRollouts, on_rollouts, redrawn
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.verify import Verify
 

@@ -4,12 +4,17 @@
     rewards, then the method's own signals ──────────────┼── on_rollouts ──▶ Composition
     the method's terms ──────────────────────────────────┘
 
+    kl_beta   ── kl_in_reward ──▶ two signals of a reward
+    max_draws ── redrawn ──▶ a source around the rollouts
+
 A method that is one term on the group's advantage fills ``GroupedRollouts``.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar, Protocol
+
+from msgspec.structs import replace
 
 from posttrain.core.learner import ScalarHead
 from posttrain.core.provenance import Kind
@@ -18,10 +23,12 @@ from posttrain.parts import unions
 from posttrain.parts.base import PolicyRef, Signal, Term
 from posttrain.parts.composition import Composition, Method, TermMethod
 from posttrain.parts.credit.advantages import GroupAdvantage
-from posttrain.parts.logprobs import TrainerLogprobs
+from posttrain.parts.credit.shaping import KLPenalty
+from posttrain.parts.logprobs import ReferenceLogprobs, TrainerLogprobs
 from posttrain.parts.policy.ratio import Mismatch, RatioTerm
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.members import AnyMember, Guided
+from posttrain.parts.sources.redraw import Redraw
 from posttrain.parts.sources.rollouts import Rollouts
 
 
@@ -102,6 +109,28 @@ def on_rollouts(
         terms=terms,
         scalar_head=scalar_head,
     )
+
+
+def redrawn(
+    method: Answering,
+    once: Composition,
+    *,
+    keep: tuple[unions.AnySieve, ...],
+    max_draws: int,
+) -> Composition:
+    """The composition with a source that redraws; ``keep`` filters there, not as signals.
+
+    With ``max_draws`` 1 it is the composition itself.
+    """
+    if max_draws == 1:
+        return once
+    source = Redraw(source=rollouts(method), keep=keep, max_draws=max_draws)
+    return replace(once, source=source, signals=tuple(s for s in once.signals if s not in keep))
+
+
+def kl_in_reward(beta: float, reference: PolicyRef) -> tuple[Signal, ...]:
+    """The signals of a KL penalty in the reward; none for 0."""
+    return (ReferenceLogprobs(policy=reference), KLPenalty(beta=beta)) if beta else ()
 
 
 class GroupedRollouts(OnRollouts, TermMethod):

@@ -1,0 +1,1 @@
+"""Preferences: fixed pairs, labelled answers, and fresh pairs of rollouts."""

@@ -321,7 +321,7 @@ class LnDpo(PairTerm):
 
 @part(method=OnPairs)
 class LdDpo(PairTerm):
-    """Length-desensitised DPO (arXiv 2409.06411): tokens beyond the other side's length count less.
+    """LD-DPO (arXiv 2409.06411): tokens beyond the other side's length count less.
 
     DPO in which tokens up to the shorter side's length have weight 1 and the rest ``tail``, in π
     and π_ref. ``tail: 1`` is DPO. (TRL shortens π only, which leaves −(1−α) log π_ref of the tail

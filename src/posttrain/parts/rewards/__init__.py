@@ -1,1 +1,1 @@
-"""Rewards of answers and steps: verifiers, reward models, and their training."""
+"""Rewards: verifiers, reward models of answers and steps, and their training."""

@@ -1,0 +1,1 @@
+"""Sources of trajectories: data sets, rollouts, and mixtures."""
