@@ -137,12 +137,12 @@ def test_grpo_explained():
     assert e.parts[-1].facts.endswith("reads tokens of learner")
     assert e.variants == ("kl_weight: above 0 adds reference_logprobs, reference_kl",)
     assert e.asks == ("a task set, with a scorer for its answers",)
-    told = {o.name: (o.kind, o.default) for o in e.options}
-    assert told["tasks"] == ("list of text", "required")
-    assert told["group_size"] == ("whole number", "8")
-    assert told["reference"] == ("policy", "input")
-    assert told["sampling"][1] == "{}", "a group of options at its own defaults"
-    assert told["aggregate"][1] == "sequence_mean"
+    found = {o.name: (o.kind, o.default) for o in e.options}
+    assert found["tasks"] == ("list of text", "required")
+    assert found["group_size"] == ("whole number", "8")
+    assert found["reference"] == ("policy", "input")
+    assert found["sampling"][1] == "{}", "a group of options at its own defaults"
+    assert found["aggregate"][1] == "sequence_mean"
 
 
 def test_pairs_ask_for_pairs():
