@@ -82,7 +82,7 @@ def section() -> str:
     never = math.ceil(math.log(0.05) / math.log(1 - EPSILON))
     return f"""## Adaptive support, simulated
 
-Labels at ε = {EPSILON}, confidence 0.95, that stay valid when sampling stops because of them (`probes/adaptive.py`). Made by `python benchmarks/adaptive_support.py --write`, {PATHS} paths of {LONGEST} samples. *Peeking*: exact binomial bounds for a fixed n, looked at after every sample. IN is wrong below ε and OUT above it; at ε itself both count as wrong. Allowed: 5 % each.
+Labels at ε = {EPSILON}, confidence 0.95, that stay valid when sampling stops because of them (`diagnosis/adaptive.py`). Made by `python benchmarks/adaptive_support.py --write`, {PATHS} paths of {LONGEST} samples. *Peeking*: exact binomial bounds for a fixed n, looked at after every sample. IN is wrong below ε and OUT above it; at ε itself both count as wrong. Allowed: 5 % each.
 
 | true rate | IN | OUT | peeking IN | peeking OUT | samples to a label, median |
 |---|---|---|---|---|---|

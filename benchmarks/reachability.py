@@ -243,9 +243,9 @@ def section(out: Path, *, seed: int, trials: int) -> str:
     minutes = (time.process_time() - started) / 60
     return f"""{HEADING}
 
-How improbable success is under a base that never succeeds, asked through the successes of a later policy (`probes/reachability.py`). Made by `python benchmarks/reachability.py --write` (seed {seed}, {minutes:.0f} minutes of one thread).
+How improbable success is under a base that never succeeds, estimated from the successes of a later policy (`diagnosis/reachability.py`). Made by `python benchmarks/reachability.py --write` (seed {seed}, {minutes:.0f} minutes of one thread).
 
-**On the lab.** {PROMPTS} held-out prompts, {SAMPLES} samples of a policy after 20 GRPO steps, {OWN} of the judged base, whose logits are multiplied by the number given; the truth is a brute-force rate of the judged base. *Contradicted*: the 95 % interval lies outside the exact 99.9 % interval of brute force; of {6 * PROMPTS} intervals, up to 5 % may. The ratio is over trusted prompts with 5 brute-force successes or more, whose own noise is up to 45 %.
+**On the lab.** {PROMPTS} held-out prompts, {SAMPLES} samples of a policy after 20 GRPO steps, {OWN} of the base in question, whose logits are multiplied by the number given; the truth is a brute-force rate of that base. *Contradicted*: the 95 % interval lies outside the exact 99.9 % interval of brute force; of {6 * PROMPTS} intervals, up to 5 % may. The ratio is over trusted prompts with 5 brute-force successes or more, whose own noise is up to 45 %.
 
 | task × logits | true rate, range | 0 of {OWN} | trusted | compared | estimate / truth, median (range) | contradicted |
 |---|---|---|---|---|---|---|

@@ -172,7 +172,7 @@ SITUATIONS = {
         ),
         Situation(
             "entry",
-            "reversing was learnt, and is no longer begun; 3,000 demonstrations; sums must stay",
+            "reversing was learnt, but answers start wrong; 3,000 demonstrations; sums must stay",
             unbegun,
             ("reverse", "sums", "calculate"),
             150_000,

@@ -152,7 +152,7 @@ def loss_of(model, rollouts: Sequence[Rollout], advantage_R: Tensor, settings: S
 
 
 def train(model, tokenizer, taskset: TaskSet, settings: Settings, *, watch: Callable) -> None:
-    """Change the model's weights in place; ``watch`` hears of every step."""
+    """Change the model's weights in place; ``watch`` is called after every step."""
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(settings.steps):

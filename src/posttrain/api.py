@@ -1,4 +1,4 @@
-"""Running and measuring from Python, on this machine. The only place that names an engine.
+"""Running and measuring from Python, on this machine. The only module that chooses an engine.
 
 from posttrain import Recipe
 from posttrain.api import run
@@ -39,14 +39,14 @@ def run(
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Run a recipe in this process, or go on with it.
+    """Run a recipe in this process, or resume it.
 
     Args:
-        recipe: what to do.
+        recipe: the configuration.
         out: the run folder.
         root: folder that the recipe's paths are relative to.
         observe: called with every event.
-        stop: asked between draws; True commits and raises ``Interrupted``.
+        stop: called between draws; True commits and raises ``Interrupted``.
     """
     return pipeline.run(
         recipe, out=out, root=root, engine=engine_for(recipe), observe=observe, stop=stop
@@ -61,7 +61,7 @@ def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) 
 def compare(
     recipe: Recipe, before: str, after: str, *, root: Path = Path(), observe: Observer = ignore
 ) -> Between:
-    """Measure two models alike on the recipe's task sets; its model and stages are ignored."""
+    """Compare two models, measured on the recipe's task sets; its model and stages are ignored."""
     return compare_models(
         recipe, before, after, root=root, engine=engine_for(recipe), observe=observe
     )
@@ -81,9 +81,9 @@ def diagnose(
     Args:
         recipe: model, task sets and measuring.
         root: folder that the recipe's paths are relative to.
-        supplies: what there is to treat the model with.
-        book: the rules; None takes the shipped ones.
-        budget: the most rollouts to spend; None takes the default.
+        supplies: demonstrations, teachers and other inputs that are available for training.
+        book: the rules; None for the default ones.
+        budget: most rollouts to sample; None for the default.
         observe: called with every event.
     """
     return find_bottleneck(
@@ -108,17 +108,17 @@ def treat(
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
 ) -> Treated:
-    """Diagnose, prescribe, run and compare, until nothing helps or the budget is spent.
+    """Diagnose, prescribe, run and compare, until nothing helps or the budget is used up.
 
     Args:
         recipe: model, task sets and measuring; its stages are ignored.
         out: the run folder.
-        budget: tokens sampled and trained, looking included.
+        budget: tokens sampled and trained on, diagnosis included.
         root: folder that the recipe's paths are relative to.
-        supplies: what there is to treat the model with.
-        book: the rules; None takes the shipped ones.
+        supplies: demonstrations, teachers and other inputs that are available for training.
+        book: the rules; None for the default ones.
         observe: called with every event.
-        stop: asked between draws; True commits and raises ``Interrupted``.
+        stop: called between draws; True commits and raises ``Interrupted``.
     """
     return run_treatment(
         recipe,
@@ -134,7 +134,7 @@ def treat(
 
 
 def engine_for(recipe: Recipe) -> Engine:
-    """The local engine, set up as the recipe says."""
+    """The local engine, configured by the recipe."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     return LocalEngine(

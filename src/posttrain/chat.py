@@ -1,11 +1,11 @@
-"""Conversations: read from files, rendered to tokens that know their author, and back to text.
+"""Conversations: read from files, rendered to tokens with authors, and decoded to text.
 
 rows ──messages_from──▶ messages ──chat template──▶ text ──tokenizer──▶ tokens + spans
-                                        └─ which characters are whose ─────────▲
+                                        └─ author of each character ───────────▲
 
-The text of a message belongs to its author; every other token of a rendered conversation was
-added by the chat template and says so. This module imports neither torch nor transformers: a
-tokenizer is handed in.
+The text of a message belongs to its author; the author of every other token of a rendered
+conversation is the chat template. This module imports neither torch nor transformers: callers
+pass a tokenizer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Author = tuple[Role, Producer]
 Stretch = tuple[int, int]  # [start, end) in characters
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# Private-use characters, which no template looks at and no real message holds.
+# Private-use characters, which templates do not test for and real messages do not contain.
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -41,7 +41,7 @@ def messages_from(value: object) -> tuple[Message, ...]:
     """Messages from plain data: a list of ``{"role": ..., "content": ...}``.
 
     Raises:
-        DataError: no list, an empty one, an unknown role, or content that is not text.
+        DataError: not a list, an empty one, an unknown role, or content that is not text.
 
     Example:
         >>> messages_from([{"role": "user", "content": "1+1="}])
@@ -81,7 +81,7 @@ def _message(turn: object, number: int) -> Message:
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers fast tokenizer."""
+    """The interface of a transformers fast tokenizer that is used here."""
 
     @property
     def is_fast(self) -> bool: ...
@@ -102,10 +102,10 @@ class Tokenizer(Protocol):
 
 
 def token_texts(folder: Path) -> Callable[[int], str]:
-    """A model folder's tokens as text, special tokens by name: what
-    :meth:`ChatRenderer.token_text` gives, for readers who have nothing to render.
+    """The text of a token id, special tokens by name, from a model folder.
 
-    Needs the tokenizers library only: transformers takes seconds to import.
+    Equal to :meth:`ChatRenderer.token_text`. Needs the tokenizers library only: transformers
+    takes seconds to import.
     """
     from tokenizers import Tokenizer as Tokens
 
@@ -115,11 +115,11 @@ def token_texts(folder: Path) -> Callable[[int], str]:
 
 @final
 class ChatRenderer:
-    """Tasks and conversations to tokens with authors, and tokens to text, for one tokenizer.
+    """Renders tasks and conversations to tokens with authors, and decodes tokens to text.
 
     Args:
-        tokenizer: a fast tokenizer (characters must be traceable to tokens).
-        end_tokens: further ids that end a turn, from the model's generation config.
+        tokenizer: a fast tokenizer (it must map characters to tokens).
+        end_tokens: additional ids that end a turn, from the model's generation config.
 
     Raises:
         ModelError: the tokenizer is a slow one, or has no end-of-turn token.
@@ -167,14 +167,14 @@ class ChatRenderer:
         return self._template
 
     def prompt(self, task: Task) -> Prompt:
-        """Render a task up to where the answer starts.
+        """Render a task up to the start of the answer.
 
-        A conversation goes through the chat template; plain text is tokenised as it stands, with
-        a start token only if the tokenizer itself adds one.
+        A conversation goes through the chat template; plain text is tokenised without changes,
+        with a start token only if the tokenizer itself adds one.
 
         Raises:
             ModelError: a conversation, and the tokenizer has no chat template.
-            DataError: the template refuses the conversation.
+            DataError: the template rejects the conversation.
         """
         author = Producer(kind=Kind.ENVIRONMENT, name=task.taskset)
         if isinstance(task.prompt, str):
@@ -196,23 +196,23 @@ class ChatRenderer:
     ) -> Trajectory:
         """A whole conversation written by ``producer``, whose assistant turns are trained.
 
-        ``trainable`` is exactly the assistant mask: the template's ``{% generation %}`` blocks,
-        or with ``prefix`` what each answer adds to the rendered prompt before it, up to and with
-        the end-of-turn token.
+        ``trainable`` is the assistant mask: the template's ``{% generation %}`` blocks, or with
+        ``prefix`` the tokens that each answer adds to the rendered prompt before it, up to and
+        with the end-of-turn token.
 
         Args:
             messages: the turns.
-            producer: who wrote them (template tokens excepted).
+            producer: author of all tokens but the template's.
             task: key of the task or row.
             assistant_mask: where the mask comes from.
-            num_prompt: the first so many messages are the prompt and are not trained; the
+            num_prompt: number of leading messages that are the prompt and are not trained; the
                 prompt then ends where generation would start. None: every assistant turn is
                 trained, and the prompt ends at the first trained token.
 
         Raises:
             ModelError: the tokenizer has no chat template.
-            DataError: the template has no generation block, refuses the conversation, or does
-                not render a conversation as an extension of its beginning.
+            DataError: the template has no generation block, rejects the conversation, or renders
+                its first messages differently when more follow.
         """
         tokens, offsets, text = self._rendered(messages)
         start = 0
@@ -232,7 +232,7 @@ class ChatRenderer:
         authors = self._authors(messages, offsets, places, producer, tail=messages[-1].role)
         unread = Producer(
             kind=Kind.ENVIRONMENT, name=producer.name, digest=producer.digest
-        )  # answers that the mask leaves out after the prompt; authored text would be trained
+        )  # for answers after the prompt that the mask excludes: the producer's would be trained
         for t, (role, author) in enumerate(authors):
             if mask[t]:
                 authors[t] = (Role.ASSISTANT, producer)
@@ -250,7 +250,7 @@ class ChatRenderer:
     ) -> Trajectory:
         """Plain text and its continuation, no template. The end token is added, and trained.
 
-        Prompt and completion are tokenised apart, as they are when the model is sampled.
+        Prompt and completion are tokenised separately, as when the model is sampled.
         """
         tokens, authors = self._plain(prompt, producer)
         written: list[int] = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
@@ -267,7 +267,7 @@ class ChatRenderer:
         """The tokens of an answer with this text, up to and with its end-of-turn token.
 
         Raises:
-            DataError: the template does not render an answer as an extension of the prompt.
+            DataError: the template renders the prompt differently when an answer follows.
         """
         author = Producer(kind=Kind.EXTERNAL, name=task.taskset)
         if isinstance(task.prompt, str):
@@ -284,7 +284,7 @@ class ChatRenderer:
         return whole.tokens[np.flatnonzero(whole.trainable)]
 
     def text(self, tokens: IntArray) -> str:
-        """The completion as a verifier reads it: no special or end tokens, all else untouched."""
+        """The completion as a verifier reads it: decoded without special or end tokens."""
         kept = [int(t) for t in tokens if int(t) not in self._ends]
         return self._tokenizer.decode(
             kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -292,11 +292,11 @@ class ChatRenderer:
 
     def token_text(self, token: int) -> str:
         """One token as text, special tokens by name. For display only: tokens that are parts of
-        a character have no text of their own."""
+        a character have no text."""
         return self._tokenizer.decode([token], skip_special_tokens=False)
 
     def show(self, trajectory: Trajectory) -> str:
-        """The full text with every trained stretch in ⟦ ⟧, for people to check a mask by eye."""
+        """The full text with every trained run of tokens in ⟦ ⟧, to check a mask by eye."""
         runs = groupby(zip(trajectory.trainable, trajectory.tokens, strict=True), lambda p: p[0])
         parts = []
         for trained, run in runs:
@@ -305,8 +305,8 @@ class ChatRenderer:
         return "".join(parts)
 
     def _tokens_put_in_front(self) -> list[int]:
-        """What the tokenizer itself puts before any text (a start token, for some). What some
-        put after it is left out: an end token would close the prompt."""
+        """Tokens that the tokenizer itself adds before any text, such as a start token. Those
+        that some add after it are left out: an end token would close the prompt."""
         bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self._tokenizer("a", add_special_tokens=True)["input_ids"]
         starts = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
@@ -319,7 +319,7 @@ class ChatRenderer:
         return [*self._opening, *body], authors
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        from jinja2 import TemplateError  # here: recipes are planned without a template
+        from jinja2 import TemplateError  # planning and listing methods do without it
 
         if not self.has_template:
             raise ModelError(
@@ -390,7 +390,7 @@ class ChatRenderer:
     def _skeleton(self, messages: Sequence[Message], *, generation: bool) -> list[str]:
         """The template's own text: [before, message number, between, message number, …, after].
 
-        Empty when it cannot be had: some templates look into the messages.
+        Empty when it cannot be determined: some templates depend on the messages' content.
         """
         key = (tuple(m.role for m in messages), generation)
         if key not in self._skeletons:
@@ -405,8 +405,8 @@ class ChatRenderer:
     def _places(
         self, messages: Sequence[Message], text: str, *, generation: bool
     ) -> list[Stretch | None]:
-        """Where each message's content stands in the rendered text; None where the template
-        rewrote it (some strip the reasoning from earlier turns)."""
+        """Where each message's content is in the rendered text; None where the template rewrote
+        it (some strip the reasoning from earlier turns)."""
         skeleton = self._skeleton(messages, generation=generation)
         return _fit(messages, skeleton, text) or _search(messages, text)
 
@@ -419,8 +419,8 @@ class ChatRenderer:
         *,
         tail: Role,
     ) -> list[Author]:
-        """The author of each token. A token that holds any character of a message is its
-        author's; a template token has the role of the message after it, ``tail`` after the last.
+        """The author of each token. A token with any character of a message has the message's
+        author; a template token has the role of the message after it, ``tail`` after the last.
         """
         starts = np.array([s for s, _ in offsets], np.int64)
         ends = np.maximum(np.array([e for _, e in offsets], np.int64), starts + 1)
@@ -439,7 +439,7 @@ _TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstr
 
 
 def _fit(messages: Sequence[Message], skeleton: list[str], text: str) -> list[Stretch | None]:
-    """Lay the skeleton over the text. Empty when it does not fit to the last character."""
+    """Places from matching the skeleton to the text. Empty unless it matches completely."""
     places: list[Stretch | None] = [None] * len(messages)
     if not skeleton or not text.startswith(skeleton[0]):
         return []
@@ -456,7 +456,7 @@ def _fit(messages: Sequence[Message], skeleton: list[str], text: str) -> list[St
 
 
 def _search(messages: Sequence[Message], text: str) -> list[Stretch | None]:
-    """The contents in order, each at its first place after the one before."""
+    """Places of the contents in order, each the first match after the previous one."""
     places: list[Stretch | None] = []
     at = 0
     for message in messages:

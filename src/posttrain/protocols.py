@@ -1,4 +1,4 @@
-"""The seams. Each has a contract suite and a fake in :mod:`posttrain.testing`.
+"""Protocols between folders. Each has a contract suite and a fake in :mod:`posttrain.testing`.
 
 Shape legend: ``T`` tokens of a trajectory, ``K`` entries of a top-k distribution.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A rendered prompt: token ids, and who wrote them."""
+    """A rendered prompt: token ids, and their authors as spans."""
 
     tokens: IntArray  # [T]
     spans: tuple[Span, ...]
@@ -36,7 +36,7 @@ class Renderer(Protocol):
 
     @property
     def has_template(self) -> bool:
-        """True when questions should be asked as chat messages."""
+        """True when prompts should be chat messages."""
         ...
 
     def prompt(self, task: Task) -> Prompt: ...
@@ -46,7 +46,7 @@ class Renderer(Protocol):
         ...
 
     def text(self, tokens: IntArray) -> str:
-        """The completion as a verifier should read it: without end-of-turn tokens."""
+        """The completion as a verifier reads it: without end-of-turn tokens."""
         ...
 
     def token_text(self, token: int) -> str:
@@ -61,7 +61,7 @@ class Renderer(Protocol):
     def completion(
         self, prompt: str, completion: str, *, producer: Producer, task: str
     ) -> Trajectory:
-        """Plain text by its author after plain text, with the token that ends it."""
+        """A plain-text prompt and completion, with the end token."""
         ...
 
     def conversation(
@@ -73,17 +73,17 @@ class Renderer(Protocol):
         assistant_mask: Literal["template", "prefix"] = "template",
         num_prompt: int | None = None,
     ) -> Trajectory:
-        """Messages in the model's template; the assistant's turns are the author's."""
+        """Messages rendered by the chat template; ``producer`` wrote the assistant's turns."""
         ...
 
     def show(self, trajectory: Trajectory) -> str:
-        """The text as the learner sees it, each trained stretch in ⟦ ⟧."""
+        """The text as the learner reads it, each trained run of tokens in ⟦ ⟧."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """One completion to draw. Equal requests to equal weights give equal completions."""
+    """One completion to sample. Equal requests with equal weights give equal completions."""
 
     prompt: IntArray  # [T]
     sampling: Sampling
@@ -92,7 +92,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Completion:
-    """What a sampler drew, with log-probs under the distribution that was really sampled."""
+    """A sampled completion, with log-probs under the distribution it was sampled from."""
 
     tokens: IntArray  # [T], the end-of-turn token included
     logprobs: FloatArray  # [T]
@@ -101,23 +101,23 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Hidden:
-    """What is behind a policy's distributions: hidden states, and the head that reads them."""
+    """A policy's hidden states and output head, in place of its distributions."""
 
     head: Head
     states: Callable[[Sequence[Trajectory]], list[FloatArray]]
     """[T, X] per trajectory: the final hidden states that predict the trainable tokens, each
-    where the token stands; NaN elsewhere."""
+    at the token's index; NaN elsewhere."""
 
 
 class Author(Protocol):
-    """Who writes or scores tokens: a model, live or frozen."""
+    """A model that samples or scores tokens, live or frozen."""
 
     @property
     def producer(self) -> Producer: ...
 
     @property
     def version(self) -> int | None:
-        """Steps taken, for a live learner. None for a frozen policy."""
+        """Optimiser steps taken, for a live learner. None for a frozen policy."""
         ...
 
     @property
@@ -125,23 +125,23 @@ class Author(Protocol):
 
     @property
     def context(self) -> int:
-        """Longest sequence it can hold, in tokens."""
+        """Longest sequence, in tokens."""
         ...
 
     @property
     def vocabulary(self) -> str:
-        """Digest of its token ids: only policies with equal vocabularies can grade each other."""
+        """Digest of its token ids: a policy can score another's tokens only if these are equal."""
         ...
 
 
 class Sampler(Author, Protocol):
-    """A model that can be sampled. An engine that only generates, such as a server, is one."""
+    """A model that can be sampled. An engine that only generates, such as a server, suffices."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
 
 
 class Scorer(Author, Protocol):
-    """A model that can be asked what it thinks of tokens that are there."""
+    """A model that can score given tokens."""
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory: log-probs of trainable tokens at temperature 1, NaN elsewhere."""
@@ -163,18 +163,18 @@ class Scorer(Author, Protocol):
 
     @property
     def hidden(self) -> Hidden | None:
-        """What its distributions are made from, if head and weights are in this process and never
-        change; else None."""
+        """Its hidden states and head, if its weights are in this process and never change; else
+        None."""
         ...
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory: the scalar head *before* each trainable token, NaN elsewhere.
 
-        Of a learner with a critic beside it, the critic's. The first token of a trajectory without
-        a prompt has none.
+        A learner with a separate critic gives the critic's. The first token of a trajectory
+        without a prompt has none.
 
         Raises:
-            LegalityError: there is no scalar head, also when nothing is asked.
+            LegalityError: there is no scalar head, also for no trajectories.
         """
         ...
 
@@ -182,17 +182,17 @@ class Scorer(Author, Protocol):
         """[T] per trajectory: the scalar head *after* each trainable token, NaN elsewhere.
 
         Raises:
-            LegalityError: there is no scalar head, also when nothing is asked.
+            LegalityError: there is no scalar head, also for no trajectories.
         """
         ...
 
 
 class Policy(Sampler, Scorer, Protocol):
-    """A model that can be sampled and asked for log-probs."""
+    """A model that samples completions and computes log-probs."""
 
 
 class Stateful(Protocol):
-    """Something that a checkpoint must hold for a resumed stage to go on bit for bit."""
+    """State that a checkpoint must hold, so that a stage resumes bit for bit."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -201,43 +201,43 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFile:
-    """What the ledger says of a data file that is drawn from."""
+    """A data file of a source, as the ledger records it."""
 
     name: str
     producer: Producer  # the author of its rows, with the file's digest
     digest: str  # sha256 of the file, 64 hex digits
     licence: str | None
-    rows: int  # those that are drawn
-    skipped: int  # those left out for their length
+    rows: int  # rows that are used
+    skipped: int  # rows left out because they are too long
 
 
 class Stream(Protocol):
-    """A source at work. What it draws is a function of the step and of its recorded state."""
+    """An open source. What it draws is a function of the step and of its recorded state."""
 
     @property
     def files(self) -> Sequence[DataFile]:
-        """The data files that it draws from."""
+        """The data files that it reads."""
         ...
 
     @property
     def num_groups(self) -> int | None:
-        """Groups of an epoch; None for a source without an end."""
+        """Groups of an epoch; None for a source without epochs."""
         ...
 
     @property
     def state(self) -> Stateful | None:
-        """What must be recorded with a checkpoint; None where a draw depends on the step alone."""
+        """State to save in checkpoints; None where a draw depends on the step alone."""
         ...
 
     def publish(self, version: int) -> None:
-        """The learner has new weights, after so many updates. Called after every update."""
+        """The learner has new weights, after ``version`` updates. Called after every update."""
         ...
 
     def draw(self, num_groups: int, *, step: int) -> Sequence[Group]: ...
 
 
 class PureStream:
-    """A base for streams whose draws depend on the step alone, whatever the weights are."""
+    """A base for streams whose draws depend on the step and not on recorded state."""
 
     @property
     def files(self) -> Sequence[DataFile]:
@@ -246,12 +246,12 @@ class PureStream:
 
     @property
     def num_groups(self) -> int | None:
-        """No end."""
+        """None: no epochs."""
         return None
 
     @property
     def state(self) -> Stateful | None:
-        """Nothing."""
+        """None: no state."""
         return None
 
     def publish(self, version: int) -> None:
@@ -260,7 +260,7 @@ class PureStream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one optimiser step did. ``metrics`` are already reduced over the global batch."""
+    """The result of one optimiser step. ``metrics`` are reduced over the global batch."""
 
     loss: float
     grad_norm: float
@@ -282,20 +282,20 @@ class Objective(Protocol):
 
     @property
     def scalars(self) -> frozenset[Stat]:
-        """Readings of a scalar head that :meth:`loss` must be given."""
+        """Statistics of a scalar head that :meth:`loss` needs."""
         ...
 
     @property
     def reads_logits(self) -> bool:
-        """False when no term reads anything of the policy's distribution."""
+        """False when no term reads a statistic of the policy's distribution."""
         ...
 
     def at(self, *, step: int, steps: int, state: Mapping[str, float] | None = None) -> Objective:
-        """The objective of one update, its weights those of this step and of what is known."""
+        """The objective of one update, with the weights of this step and state."""
         ...
 
     def after(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
-        """What a learner must keep for the next update, now that this one gave these metrics."""
+        """The state to pass to :meth:`at` for the next update, from this update's metrics."""
         ...
 
     def counts(self, batches: Sequence[PackedBatch]) -> tuple[int, ...]:
@@ -324,25 +324,25 @@ class Learner(Protocol):
 
     @property
     def state(self) -> Mapping[str, float]:
-        """What the objective remembers of earlier updates, by name. Saved with the weights."""
+        """The objective's state after earlier updates, by name. Saved with the weights."""
         ...
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens that go through it at once where the stage names no number."""
+        """Default number of tokens of a micro-batch."""
         ...
 
     @property
     def start(self) -> Policy | None:
         """The policy it started from, on the same weights; None where they are overwritten.
 
-        Under adapters this is the model with the adapters switched off.
+        With adapters this is the model with the adapters switched off.
         """
         ...
 
     @property
     def moving(self) -> Policy | None:
-        """The reference that follows the learner; None when the stage declares none."""
+        """The moving reference of the learner; None when the stage declares none."""
         ...
 
     def step(
@@ -352,27 +352,27 @@ class Learner(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Weights and optimiser state, enough to go on bit for bit."""
+        """Write weights and optimiser state, enough to resume bit for bit."""
         ...
 
     def load(self, folder: Path) -> None: ...
 
     def export(self, folder: Path) -> None:
-        """A plain model folder that needs nothing of ours."""
+        """Write a model folder that transformers can load without posttrain."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalarStart:
-    """The scalar head that a learner has, and where it starts."""
+    """The scalar head of a learner, and its initial weights."""
 
     trunk: Literal["shared", "separate"]
-    model: str  # folder or hub id whose head, and for a separate trunk whose decoder, it copies
-    lr: float | None = None  # of a separate trunk and its head; None for the learner's own
+    model: str  # folder or hub id to copy the head from, and for a separate trunk the decoder
+    lr: float | None = None  # of a separate trunk and its head; None for the learner's
 
 
 class Engine(Protocol):
-    """Makes policies and learners from model folders. Chosen in ``api.py`` and nowhere else."""
+    """Makes policies and learners from model folders. Only ``api.py`` chooses one."""
 
     def policy(self, model: str) -> Policy:
         """A frozen policy from a folder or a hub id."""
@@ -392,13 +392,13 @@ class Engine(Protocol):
     ) -> Learner:
         """A learner that starts from a folder or a hub id; adapters start from ``seed``.
 
-        ``activation_checkpointing`` computes activations again rather than keep them.
+        ``activation_checkpointing`` recomputes activations in the backward pass.
         """
         ...
 
 
 def provided(group: Group) -> frozenset[Column]:
-    """Columns that every member of a group carries, or has something in place of."""
+    """Columns that every member of a group has, or has a replacement for (``IN_PLACE``)."""
     return frozenset.intersection(
         *(
             frozenset(m.columns) | {c for c, other in IN_PLACE.items() if other in m.columns}

@@ -1,6 +1,6 @@
 """A recipe: a model, task sets, stages with gates, and how to measure. Pure data.
 
-recipe.yaml ──load_recipe──▶ Recipe ◀──the same tree in Python
+recipe.yaml ──load_recipe──▶ Recipe ◀── built in Python
 
 model ──▶ [measure] ──▶ stage 1 ──▶ [measure, gate] ──▶ stage 2 ──▶ … ──▶ report
 """
@@ -47,12 +47,12 @@ class Stage(Config):
     """One intervention: a method, a budget and an optimiser.
 
     ``groups_per_step`` prompts, demonstrations or pairs are drawn at a time; the learner takes
-    ``updates_per_draw`` steps on each draw. ``init`` is where the weights start: ``previous``,
+    ``updates_per_draw`` steps on each draw. ``init`` is the policy to start from: ``previous``,
     ``base`` or the name of an earlier stage. ``then`` is the stage that follows, if not the next
-    one of the recipe: a later one, or ``end``. ``micro_batch_tokens`` go through the model at
-    once; null leaves the number to the engine, which knows the size of the model and the device.
-    ``activation_checkpointing`` computes activations again in the backward pass: less memory,
-    about a third more work. ``intends`` is a note; the role is measured.
+    one of the recipe: a later one, or ``end``. ``micro_batch_tokens`` is the size of a
+    micro-batch; null lets the engine choose it from the sizes of the model and the device.
+    ``activation_checkpointing`` recomputes activations in the backward pass: less memory, about a
+    third more work. ``intends`` is a note; the role is measured.
     """
 
     name: str
@@ -96,15 +96,15 @@ class Stage(Config):
             )
 
 
-# --- the whole -------------------------------------------------------------------------------
+# --- the recipe ------------------------------------------------------------------------------
 
 
 class Recipe(Config):
-    """Everything that decides a run.
+    """The complete configuration of a run.
 
     ``remote_code`` must repeat the model's name to allow code from its repository to run.
-    ``threads`` are CPU threads; null leaves the library's choice. One is best for tiny models:
-    threads that wait for each other on busy cores lose far more than they win.
+    ``threads`` is the number of CPU threads; null for the library's default. One is best for tiny
+    models: on busy cores, threads that wait for each other cost more than they gain.
     """
 
     name: str
@@ -141,7 +141,7 @@ class Recipe(Config):
         self._check_order(names)
 
     def _check_order(self, names: list[str]) -> None:
-        """What follows a stage stands after it; what it is compared with stands before it."""
+        """Targets of a stage must come after it; what its gates compare with, before it."""
         for number, stage in enumerate(self.stages):
             later, earlier = [*names[number + 1 :], "end"], ["base", "input", *names[:number]]
             for target in (stage.then, *(g.to for g in stage.gates)):
@@ -169,7 +169,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read a YAML recipe. Paths in it are relative to its folder.
 
     Raises:
-        ConfigError: with the place of the mistake and the nearest valid option.
+        ConfigError: the message has the path of the wrong option and the nearest valid name.
     """
     return convert(read_yaml(path), Recipe, origin=str(path))
 
@@ -181,12 +181,12 @@ def measuring_recipe(
 
     Args:
         path: a recipe, or any YAML mapping with ``tasks``; paths in it are relative to its folder.
-        model: a folder, from where the process runs, or a hub id.
-        samples: per prompt, instead of the file's.
+        model: a folder, relative to the working directory, or a hub id.
+        samples: per prompt, in place of the file's number.
         name: of the recipe.
 
     Raises:
-        ConfigError: no task sets, or an option that does not exist.
+        ConfigError: no task sets, or an unknown option.
     """
     content: dict[str, object] = dict(read_yaml(path))
     if not content.get("tasks"):

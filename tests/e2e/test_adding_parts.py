@@ -135,5 +135,5 @@ def test_a_recipe_trains_with_them(copy, tmp_path):
     assert "passed" in row or "at least 0" in row, row
     raw = json.loads((tmp_path / "out/measurements/prefer.json").read_text(encoding="utf-8"))
     assert "vowels" in json.dumps(raw)
-    told = python(copy, "-m", "posttrain", "methods", "chi_po")
-    assert "2407.13399" in told.stdout
+    explained = python(copy, "-m", "posttrain", "methods", "chi_po")
+    assert "2407.13399" in explained.stdout

@@ -1,4 +1,4 @@
-"""The command line as somebody meets it who has never read a line of the code."""
+"""The command line, used without knowledge of the code."""
 
 import json
 import os
@@ -242,11 +242,11 @@ def test_probe_writes_what_compare_reads(shared, finished, posttrain, tmp_path):
         assert code == 0, errors
         tables.append([line for line in table.splitlines() if " → grpo: " not in line])
     assert tables[0] == tables[1] == tables[2][: len(tables[0])]
-    rest = "\n".join(tables[2][len(tables[0]) :])  # a run has stages, so more can be told
+    rest = "\n".join(tables[2][len(tables[0]) :])  # a run has stages, so retention is shown as well
     assert "retention over the stages" in rest
     assert "say" in rest
-    told = [line for line in tables[0] if line.startswith("  say")]
-    assert len(told) == 4  # three tables and a note
+    task_lines = [line for line in tables[0] if line.startswith("  say")]
+    assert len(task_lines) == 4  # three tables and a note
     code, table, errors = posttrain("compare", out, "--tasks", "say")
     assert code == 0, errors
     assert posttrain("compare", out, "--tasks", "sai")[0] == 2

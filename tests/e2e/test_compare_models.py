@@ -1,4 +1,4 @@
-"""`posttrain compare` of two models: what samples tell, and what needs the log-probs of both."""
+"""`posttrain compare` of two models: results from samples, and those from log-probs of both."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def test_other_tokens_can_be_sampled_and_not_scored(two, posttrain):
     assert "compare them by samples" in table
 
 
-def test_tempered_sampling_leaves_out_what_it_cannot_tell(two, posttrain):
+def test_tempered_sampling_leaves_out_what_it_cannot_estimate(two, posttrain):
     measure = {"samples": 16, "max_new_tokens": 5, "sampling": {"temperature": 0.7}}
     write_recipe(two, recipe(measure=measure), "warm.yaml")
     code, table, errors = compared(posttrain, two, "model", "other", tasks="warm.yaml")
@@ -119,7 +119,7 @@ def test_measured_in_two_ways_is_refused_and_the_way_is_named(two, posttrain, ch
     assert "measure both policies again with one recipe" in errors
 
 
-def test_a_scorer_that_changes_its_mind_is_told(two, posttrain):
+def test_a_nondeterministic_scorer_is_reported(two, posttrain):
     (two / "unsteady.py").write_text(UNSTEADY)
     tasks = {"say": task_set(reward="unsteady.py:score", success=0.5)}
     path = write_recipe(two, recipe(tasks=tasks), "unsteady.yaml")

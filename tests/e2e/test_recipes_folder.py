@@ -164,7 +164,7 @@ def test_the_data_is_right():
     assert all(20 <= len(p.read_text().splitlines()) < 100 for p in FOLDER.glob("data/*.jsonl"))
 
 
-def test_the_reward_tells_right_from_number_from_noise():
+def test_the_reward_distinguishes_right_answers_numbers_and_noise():
     from posttrain.tasks.rewards import load_reward
 
     reward = load_reward("data/rewards.py:product", FOLDER)

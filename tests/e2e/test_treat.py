@@ -131,7 +131,7 @@ def test_with_nothing_that_helps_it_says_what_is_needed(tmp_path):
 
 
 def test_the_command_shows_the_course_and_writes_the_report(tmp_path, posttrain):
-    """A budget that only reaches for looking: the base is measured, and nothing is begun."""
+    """The budget covers the diagnosis only: the base is measured, and no stage starts."""
     content = {
         "tasks": {"products": config.plain(PRODUCTS.tasks)},
         "measure": {"max_new_tokens": ANSWER},

@@ -296,8 +296,8 @@ def trace(out: Path) -> dict:
     found: dict = {"rows": rows(out)}
     for folder in sorted((out / "stages").iterdir()):
         assert folder.name[0] != ".", folder
-        leftovers = [p.name for p in folder.rglob(".*")]
-        assert not leftovers, leftovers
+        partial = [p.name for p in folder.rglob(".*")]
+        assert not partial, partial
         found[folder.name] = {
             "metrics": metrics(folder),
             "model": {p.name: sha(p) for p in sorted((folder / "model").iterdir()) if p.is_file()},

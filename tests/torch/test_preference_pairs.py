@@ -245,7 +245,7 @@ def test_apo_down_lowers_both_and_the_rejected_more_than_it_lowers_the_chosen():
     assert rejected == pytest.approx(0.25)
     apart = Pair(EVEN.rw + 2, EVEN.rl - 2, EVEN.rw, EVEN.rl)
     rejected, chosen = slopes(Apo(direction="down", beta=1.0), apart)
-    assert 0 < rejected < chosen, "once the pair is told apart, the chosen is lowered"
+    assert 0 < rejected < chosen, "once the pair is separated, the chosen is lowered"
 
 
 def test_discopop_starts_on_the_wrong_side_of_its_hump():

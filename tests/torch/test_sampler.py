@@ -104,7 +104,7 @@ def test_log_probs_are_those_of_the_distribution_sampled(sampling):
     assert (np.abs(counts - num * p) < 4.5 * sd).all()
 
 
-def test_ends_are_told_apart(engine, tmp_path):
+def test_the_reasons_of_an_end_are_distinguished(engine, tmp_path):
     policy = engine.policy(str(tiny_model(tmp_path / "m", context=16)))
     (prompt,) = {r.prompt.tobytes(): r for r in requests_for(policy, count=1)}.values()
     room = 16 - len(prompt.prompt)

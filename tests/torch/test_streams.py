@@ -1,5 +1,6 @@
 """A source may hear of new weights and record state, and a resumed stage goes on bit for bit."""
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 
@@ -82,7 +83,7 @@ def take(folder, model, stream, *, stop_after=None, steps=6):
         identity="0" * 64,
         facts={},
     )
-    try:
+    with contextlib.suppress(Interrupted):
         run_stage(
             stage,
             parts,
@@ -91,8 +92,6 @@ def take(folder, model, stream, *, stop_after=None, steps=6):
             observe=observe,
             stop=lambda: stop_after is not None and len(taken) >= stop_after,
         )
-    except Interrupted:
-        pass
     return losses
 
 
@@ -102,7 +101,7 @@ def test_a_stream_that_records_state_resumes_bit_for_bit(tmp_path):
     losses = take(tmp_path / "whole", tmp_path / "model", whole)
     assert len(losses) == 6
     first = take(tmp_path / "parts", tmp_path / "model", Remembering(), stop_after=2)
-    # Another process: the stream starts empty, and is told what was recorded.
+    # Another process: the stream starts empty, and loads its recorded state.
     later = Remembering()
     rest = take(tmp_path / "parts", tmp_path / "model", later)
     assert [*first, *rest] == losses

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from posttrain.composition import Dataset
-from posttrain.methods import Dpo, Grpo, Opd, Sft
 
+from posttrain import Dataset, Grpo, Opd, Sft, method
 from posttrain.core.provenance import Kind, Producer, Role, Span
 from posttrain.core.trajectory import Trajectory
 from posttrain.measure.attribution import Attribution, ChangeKind, MeasuredRole, PolicyChange
@@ -24,8 +23,8 @@ from posttrain.measure.spec import Measure
 from posttrain.measure.support import Label
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.report.view import PolicyReport, RunReport, Sample, StageReport
+from posttrain.run.folder import StageResult
 from posttrain.run.history import GateRecord, Metrics, StageHistory
-from posttrain.run.journal import Done
 from posttrain.run.ledger import Record, RecordKind, Verified
 from posttrain.run.plan import PlannedStage
 from posttrain.run.store import ProducerTokens, UseRole
@@ -319,7 +318,7 @@ def records(dice: random.Random) -> tuple[StageHistory, ...]:
                 {"loss": wave(2.9, 0.41, dice), "grad_norm": wave(3.1, 0.6, dice)},
                 {"pack": 1.2, "forward": 14.0, "backward": 29.5, "optimizer": 2.1, "idle": 0.4},
             ),
-            done=Done(steps=120, seconds=48.2, digest="00"),
+            done=StageResult(steps=120, seconds=48.2, digest="00"),
             tokens=(
                 *used("expand", Kind.ENVIRONMENT, "task sets", 0, 20_497),
                 *used("expand", Kind.EXTERNAL, "lab-demos", 58_112, 3_328),
@@ -360,7 +359,7 @@ def records(dice: random.Random) -> tuple[StageHistory, ...]:
                     "idle": 0.3,
                 },
             ),
-            done=Done(steps=120, seconds=211.9, digest="01"),
+            done=StageResult(steps=120, seconds=211.9, digest="01"),
             tokens=(
                 *used("reshape", Kind.ENVIRONMENT, "task sets", 0, 81_937),
                 *used("reshape", Kind.LEARNER, "run-7f3a", 137_626, 108_134),
@@ -380,7 +379,7 @@ def records(dice: random.Random) -> tuple[StageHistory, ...]:
                 Stage(
                     name="prefer",
                     intends="reshaping",
-                    method=Dpo(data=Dataset(path="pairs.jsonl", name="lab-pairs")),
+                    method=method("dpo", data=Dataset(path="pairs.jsonl", name="lab-pairs")),
                     budget=Budget(steps=80),
                 ),
                 "reshape",
@@ -393,7 +392,7 @@ def records(dice: random.Random) -> tuple[StageHistory, ...]:
                 },
                 {},
             ),
-            done=Done(steps=80, seconds=66.0, digest="02"),
+            done=StageResult(steps=80, seconds=66.0, digest="02"),
             tokens=used("prefer", Kind.EXTERNAL, "lab-pairs", 92_160),
         ),
         StageHistory(
@@ -414,7 +413,7 @@ def records(dice: random.Random) -> tuple[StageHistory, ...]:
                 },
                 {},
             ),
-            done=Done(steps=60, seconds=97.4, digest="03"),
+            done=StageResult(steps=60, seconds=97.4, digest="03"),
             tokens=(
                 *used("consolidate", Kind.LEARNER, "run-7f3a", 122_113, 767),
                 *used("consolidate", Kind.TEACHER, "expand@120", 9_216),

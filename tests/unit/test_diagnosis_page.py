@@ -208,8 +208,9 @@ def test_numbers_that_are_not_finite():
 
 
 def test_a_treatment_has_a_page_for_every_diagnosis(tmp_path):
+    (tmp_path / "diagnoses").mkdir()
     for seed in (0, 2, 10):
-        (tmp_path / f"{seed}.json").write_text(diagnosis(seed=seed).to_json())
+        (tmp_path / f"diagnoses/{seed}.json").write_text(diagnosis(seed=seed).to_json())
     written = write_cards(tmp_path)
     assert [p.name for p in written] == ["0.html", "2.html", "10.html"]
     assert written[2].read_text() == render_card(diagnosis(seed=10))

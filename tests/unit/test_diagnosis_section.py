@@ -25,6 +25,7 @@ from posttrain.diagnosis.rounds import Chart, Round
 from posttrain.diagnosis.section import looks, treatment_section
 from posttrain.measure.reading import Reading
 from posttrain.recipe import Stage
+from posttrain.run.folder import RunFolder, StageRecord
 
 EVIL = "<script>alert(1)</script>"
 
@@ -115,6 +116,8 @@ def out(tmp_path):
     flat = policy(measured(np.ones((5, 4)), "aim", lengths=np.full((5, 4), 2)))
     for name in ("base", "1-x"):
         (tmp_path / f"measurements/{name}.json").write_text(flat.to_json())
+    record = StageRecord(name="1-x", identity="abc", init="base", inputs={})
+    (tmp_path / "stages/1-x-abc/stage.json").write_bytes(msgspec.json.encode(record))
     lines = [json.dumps({"step": i, "tokens": 7}) for i in range(3)]
     (tmp_path / "stages/1-x-abc/metrics.jsonl").write_text("\n".join(lines))
     return tmp_path
@@ -130,7 +133,7 @@ def rounds_of(folder) -> tuple[Round, ...]:
 
 
 def test_every_look_has_its_round_its_reason_and_its_cost(out):
-    first, last = looks(out)
+    first, last = looks(RunFolder(out))
     assert (first.title, first.why, first.round.stage.init) == (
         "imitate the best",
         "success is in reach",
@@ -143,7 +146,7 @@ def test_every_look_has_its_round_its_reason_and_its_cost(out):
 
 
 def test_a_treatment_is_told_round_by_round(out):
-    section = treatment_section(out)
+    section = treatment_section(RunFolder(out))
     assert (section.ident, section.title) == ("treatment", "Treatment")
     assert section.html.startswith('<section id="treatment">')
     text = Reader(section.html).text
@@ -163,7 +166,7 @@ def test_a_round_that_is_not_judged_yet_claims_nothing(out):
     (done,) = rounds_of(out)
     open_ = msgspec.structs.replace(done, kept=None, helped=None, words="")
     write_chart(out, rounds=(open_,))
-    text = Reader(treatment_section(out).html).text
+    text = Reader(treatment_section(RunFolder(out)).html).text
     assert "not judged yet" in text
     assert "helped" not in text
     assert "It has not ended" in text
@@ -174,14 +177,14 @@ def test_no_text_of_a_treatment_becomes_markup(out):
     evil = msgspec.structs.replace(done, treatment=EVIL, words=EVIL, tasks=(EVIL,))
     write_chart(out, rounds=(evil,), ended=EVIL)
     (out / "diagnoses/1.json").write_text(card(30, headline=EVIL))
-    html = treatment_section(out).html
+    html = treatment_section(RunFolder(out)).html
     assert EVIL not in html
     assert html.count("&lt;script&gt;") == 5  # title, tasks, decision, headline, end
 
 
 def test_a_run_without_a_treatment_has_no_such_section(tmp_path):
-    assert treatment_section(tmp_path) is None
-    assert looks(tmp_path) == ()
+    assert treatment_section(RunFolder(tmp_path)) is None
+    assert looks(RunFolder(tmp_path)) == ()
     (tmp_path / "treat.json").write_text("{")
     with pytest.raises(DataError, match="is damaged"):
-        treatment_section(tmp_path)
+        treatment_section(RunFolder(tmp_path))

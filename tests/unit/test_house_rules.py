@@ -15,7 +15,7 @@ ROOT = Path(posttrain.__file__).parent
 LAYERS = [
     {"core"},
     {"numerics", "pages"},
-    {"chat"},
+    {"protocols", "chat"},
     {"parts", "engines"},
     {"tasks"},
     {"measure"},
@@ -33,6 +33,7 @@ BLIND = [{"parts", "engines"}, {"diagnosis", "report", "catalogue"}]
 TORCH_FREE = {
     "posttrain.core",
     "posttrain.pages",
+    "posttrain.protocols",
     "posttrain.chat",
     "posttrain.parts",
     "posttrain.tasks",

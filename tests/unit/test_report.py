@@ -22,11 +22,10 @@ from pathlib import Path
 import msgspec
 import pytest
 from markupsafe import Markup
-from posttrain.composition import Dataset
-from posttrain.methods import Opd
 from report_fixture import attribution, curve_of, interval, profile_of, run_report
 
 import posttrain.report
+from posttrain import Opd
 from posttrain.core.provenance import Kind, Producer
 from posttrain.core.trajectory import Trajectory
 from posttrain.measure.attribution import Attribution, ChangeKind, PolicyChange
@@ -38,6 +37,7 @@ from posttrain.measure.retained import Retained
 from posttrain.measure.support import Label
 from posttrain.pages.svg import tag
 from posttrain.pages.template import Section
+from posttrain.parts.sources.dataset import Dataset
 from posttrain.recipe import Recipe, Stage
 from posttrain.report.change import change_chart
 from posttrain.report.charts import (

@@ -132,7 +132,7 @@ def test_a_stage_that_was_rolled_back_is_not_what_the_run_came_to(out):
 
 def test_without_the_gate_the_loss_is_kept_account_of(out):
     run = read_history(out)
-    bare = RunHistory(run.out, run.recipe, run.measurements, run.stages, records=())
+    bare = RunHistory(run.folder, run.recipe, run.measurements, run.stages, records=())
     assert bare.final == "spoil"
     (kept,) = bare.retained()
     assert kept.learned == "learn"

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live line in a terminal, plain lines in a log."""
+"""Progress display of a run: a live line in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from posttrain.run.pipeline import Outcome
 
 PLAIN_EVERY = 10.0
-"""Seconds between lines where nothing can be redrawn."""
+"""Seconds between lines where output is not a terminal."""
 
 SMOOTHING = 0.8
-"""Weight of the past in the running rate of tokens and steps."""
+"""Weight of the old value in the moving averages of tokens and seconds per step."""
 
 
 @final
@@ -53,7 +53,7 @@ class Console:
         self._bar: TaskID | None = None
         self._seconds_per_step = 0.0
         self._tokens_per_second = 0.0
-        self._seconds: dict[str, float] = {}  # of the stage so far, by what they went into
+        self._seconds: dict[str, float] = {}  # of the stage so far, by activity
         self._last_line = 0.0
         self._stage_began = time.monotonic()
 
@@ -73,7 +73,7 @@ class Console:
     # --- lines -------------------------------------------------------------------------------
 
     def headline(self, name: str, out: Path) -> None:
-        """The first line: what runs, and where it goes."""
+        """The first line: the name of the run, and its folder."""
         self._terminal.print(
             f"[bold]posttrain[/bold] {escape(name)} → {escape(str(out))}  (loading …)"
         )
@@ -83,7 +83,7 @@ class Console:
         self._terminal.print(f"  {text}", style="dim", markup=False)
 
     def summary(self, outcome: Outcome, report: Path) -> None:
-        """The last lines: the change from base to final policy, and where to read on."""
+        """The last lines: the change from base to final policy, and the report's path."""
         from posttrain.cli.tables import outcome_table
 
         self._terminal.print()
@@ -183,7 +183,7 @@ class Console:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds as people read them.
+    """Seconds in human-readable form.
 
     Example:
         >>> _duration(7.4), _duration(130)
@@ -195,7 +195,7 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def interrupts(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question the loop asks; the second one stops at once."""
+    """Yield a function that is True after the first Ctrl-C; the second one raises at once."""
     asked = False
 
     def handle(number: int, frame: FrameType | None) -> None:

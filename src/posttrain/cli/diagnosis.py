@@ -1,4 +1,4 @@
-"""The commands that name what holds a model back, and treat it."""
+"""The commands ``diagnose`` and ``treat``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that both commands have: what to look at, and what there is to work with."""
+    """The options of both commands: the model, its task sets, and what is available to train on."""
     for option in reversed(
         [
             click.argument("model"),

@@ -30,7 +30,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 class Commands(click.Group):
-    """Names the nearest command when one is misspelt, and keeps the order of definition."""
+    """Suggests the nearest command for an unknown one; lists commands in order of definition."""
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         found = super().get_command(ctx, name)
@@ -181,7 +181,7 @@ def compare(before: str, after: str | None, tasks: str | None, samples: int | No
 
 
 def _comparison(first: Measurement, second: Measurement, spec: Measure) -> str:
-    """All that samples of two policies show."""
+    """The tables that need only the samples of two policies."""
     from posttrain.cli.tables import change_table, comparison_table, support_table
     from posttrain.measure.attribution import attribute_changes
 
@@ -261,9 +261,9 @@ def _policies(out: Path) -> list[str]:
 
 
 def _measurement(text: str) -> tuple[Measurement, Measure]:
-    """A measurement from a file or RUN:POLICY, and how to read it.
+    """A measurement from a file or RUN:POLICY, and the options to analyse it with.
 
-    A file alone is read as :class:`Measure` reads its number of samples by default.
+    For a file these are the defaults of :class:`Measure` for its number of samples.
     """
     from posttrain.measure.spec import Measure
     from posttrain.run.folder import RunFolder, read_measurement
@@ -286,7 +286,7 @@ def _measurement(text: str) -> tuple[Measurement, Measure]:
 
 
 def _how_to_name(path: Path) -> str:
-    """What to write in place of a path that is no measurement."""
+    """The fix for a path that is no measurement."""
     if (path / "config.json").is_file():
         return "models are measured first: add --tasks recipe.yaml, which holds the task sets"
     return f"name a policy: {path}:base" if path.is_dir() else "check the path"
@@ -320,7 +320,7 @@ def ledger() -> None:
 
 @ledger.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
-@click.option("--head", help="The head that somebody else knows.")
+@click.option("--head", help="A head that is known from elsewhere.")
 def verify(path: Path, head: str | None) -> None:
     """Check a run's hash chain. PATH is a run folder or a ledger file."""
     from posttrain.run.folder import RunFolder
@@ -348,7 +348,7 @@ def main() -> None:
     except PosttrainError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(MISTAKE)
-    except BrokenPipeError:  # the reader of `posttrain … | head` has seen enough
+    except BrokenPipeError:  # `posttrain … | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
@@ -360,7 +360,7 @@ def main() -> None:
 
 
 def _system_words(error: OSError) -> str:
-    """What the operating system refused, and where."""
+    """The message of an operating system error, with its file."""
     from posttrain.core.files import as_disk_full
 
     if full := as_disk_full(error):

@@ -1,4 +1,4 @@
-"""The pages that commands write: where a run's report meets what a treatment has to say."""
+"""The pages that commands write: a run's report, with a treatment's rounds, and diagnoses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from posttrain.run.folder import RunFolder
 
 
 def write_run_report(out: Path) -> Path:
-    """Write ``out/report.html``, with a treatment's rounds where there was one; its path."""
+    """Write ``out/report.html``, with the rounds of a treatment if there was one; its path."""
     return write_report(out, sections=[treatment_section])
 
 
 def write_cards(out: Path) -> list[Path]:
-    """Write the page of every diagnosis of a treatment, beside its numbers; their paths."""
+    """Write the page of every diagnosis of a treatment, beside its JSON file; their paths."""
     folder = RunFolder(out)
     pages = []
     for number in folder.diagnoses():

@@ -40,12 +40,12 @@ from posttrain.run.folder import RunFolder
 
 WIDTH = 100
 CUT_OFF, LOOPED = 0.05, 0.05
-"""Shares of cut-off samples and of repeated 4-grams from which a table warns (the latter: the
+"""Shares of cut-off samples and of repeated 4-grams from which on a table warns (the latter: the
 guard of arXiv 2604.08527)."""
 
 
 def measurement_table(measurement: Measurement, spec: Measure) -> str:
-    """How often a policy succeeds, whether it can learn from itself, and what its answers are."""
+    """Success rates, learning signal and variety of a policy, per task set."""
     n = measurement.tasks[0].num_samples if measurement.tasks else 0
     overview = [m.overview for m in metrics() if m.overview is not None]
     success = _table(
@@ -86,7 +86,7 @@ def measurement_table(measurement: Measurement, spec: Measure) -> str:
 
 
 def readings_table(measurement: Measurement, spec: Measure) -> str:
-    """Every reading of a policy, one line each, with the sentence that says what it means."""
+    """Every reading of a policy, one line each, with a sentence that explains it."""
     blocks = []
     for task in measurement.tasks:
         found = take(task, _estimation(spec))
@@ -112,7 +112,7 @@ def _cell(found: Reading | None, *, lines: int = 1) -> str:
 
 
 def _warnings(task: TaskMeasurement) -> list[str]:
-    """What keeps the numbers of a task set from being trusted."""
+    """Reasons not to trust the numbers of a task set."""
     found = []
     if len(task.prompts) < FEWEST:
         found.append(
@@ -130,7 +130,7 @@ def _warnings(task: TaskMeasurement) -> list[str]:
 
 
 def comparison_table(comparison: PolicyChange) -> str:
-    """The five-way change per task set, with the role that the intervals support."""
+    """The five-way change per task set, with the dominant role."""
     table = _table(
         f"{_named(comparison.before)} → {_named(comparison.after)}: where the change came from",
         (
@@ -164,7 +164,7 @@ def comparison_table(comparison: PolicyChange) -> str:
 
 
 def support_table(before: Measurement, after: Measurement, spec: Measure) -> str:
-    """Prompts in and out of reach before and after, and the rates that are made of them."""
+    """Prompts in and out of support before and after, and the rates computed from them."""
     table = _table(
         f"support at a success rate of {spec.threshold:.3g}: prompts",
         ("task", "preserved", "expanded", "shrunk", "out", "?", "SRR", "NDR", "NSCR",
@@ -193,7 +193,7 @@ def support_table(before: Measurement, after: Measurement, spec: Measure) -> str
 
 
 def change_table(before: Measurement, after: Measurement, *, confidence: float = 0.95) -> str:
-    """What else changed, per task set: variety, cost, and where more tries stop helping.
+    """Other changes per task set: variety, cost, and the k of the pass@k crossover.
 
     Differences are paired by prompt.
     """
@@ -222,7 +222,7 @@ def change_table(before: Measurement, after: Measurement, *, confidence: float =
 
 
 def retention_table(retained: Sequence[Retained]) -> str:
-    """What later stages left of what each task set had; a dash where there was no later stage."""
+    """Retention of each task set over later stages; a dash where there was no later stage."""
     columns = ("task set", "first gained in", "before that", "since then", "forgotten", "handed on")
     table = _table("retention over the stages", columns)
     for row in retained:
@@ -239,7 +239,7 @@ def retention_table(retained: Sequence[Retained]) -> str:
 
 
 def reach_words(reached: Sequence[TaskReach], *, most: int = 4) -> str:
-    """How probable the newly solved prompts were before."""
+    """How probable success on the newly solved prompts was before."""
     lines = ["how probable success was before, on prompts that only AFTER was seen to solve:"]
     for reach in reached:
         many = len(reach.prompts)
@@ -252,7 +252,7 @@ def reach_words(reached: Sequence[TaskReach], *, most: int = 4) -> str:
 
 
 def _changed(name: str, old: TaskMeasurement, new: TaskMeasurement, how: Estimation) -> str:
-    """Before and after, and the paired change; a dash where it was not measured."""
+    """Values before and after, and the paired change; a dash where it was not measured."""
     change = paired_change(name, old, new, how)
     ends = [read(name, side, how) for side in (old, new)] if change else []
     if change is None or ends[0] is None or ends[1] is None:
@@ -282,7 +282,7 @@ def _bare(x: float) -> str:
 
 
 def _named(policy: str) -> str:
-    """A policy's name; of a path the last two parts, which distinguish runs of one name."""
+    """A policy's name; for a path its last two parts, which distinguish runs of the same name."""
     return "/".join(Path(policy).parts[-2:]) if Path(policy).is_absolute() else policy
 
 
@@ -334,7 +334,7 @@ def methods_table() -> str:
 
 
 def _short(provenance: str) -> str:
-    """``off-policy: ...`` without what follows."""
+    """The regime only: ``off-policy`` of ``off-policy: ...``."""
     return provenance.partition(":")[0]
 
 
@@ -342,7 +342,7 @@ def method_page(name: str) -> str:
     """One method: what it composes, its options and defaults, and a recipe; or one part.
 
     Raises:
-        ConfigError: no such method or part; says who speaks of it, if anybody does.
+        ConfigError: no such method or part; the message has the methods that mention the name.
     """
     if name not in known_methods():
         return _part_page(name)

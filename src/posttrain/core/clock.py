@@ -59,8 +59,8 @@ class Clock:
     Example:
         >>> ticks = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
         >>> clock = Clock(lambda: next(ticks))
-        >>> with clock.timed("score"):  # from 1 to 10
-        ...     with clock.timed("teacher"):  # from 3 to 6
+        >>> with clock.measure("score"):  # from 1 to 10
+        ...     with clock.measure("teacher"):  # from 3 to 6
         ...         pass
         >>> clock.drain()
         {'score': 6.0, 'teacher': 3.0, 'idle': 6.0}

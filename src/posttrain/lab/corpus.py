@@ -1,9 +1,9 @@
 """The lab's text: pre-training documents, demonstrations and preference pairs.
 
 Questions come from reasoning-gym unchanged, through the same task sets that probes use, so
-demonstrations and pairs never touch a held-out prompt. Pre-training does see held-out prompts,
-with the setting's usual mixture of right answers and habits: a small table such as one-digit
-products cannot be known otherwise, and base models have usually read their benchmarks.
+demonstrations and pairs never contain a held-out prompt. Pre-training does contain held-out
+prompts, with the setting's mixture of right answers and habits: a small table such as one-digit
+products cannot be learnt otherwise, and real base models have often seen their benchmarks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Document:
 
 
 def taskset(setting: Setting) -> ReasoningGymTaskSet:
-    """The setting's prompts and scorer, as a run would build them."""
+    """The setting's prompts and scorer, as in a run."""
     return ReasoningGymTaskSet(setting.name, setting.tasks, chat=True)
 
 

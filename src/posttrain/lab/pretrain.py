@@ -1,8 +1,8 @@
-"""Make the lab's base model from nothing: ``python -m posttrain.lab.pretrain OUT``.
+"""Train the lab's base model from scratch: ``python -m posttrain.lab.pretrain OUT``.
 
-A random model, a corpus generated with a fixed seed, and one SFT stage of the ordinary loop: the
-base is itself a product of posttrain. About ten minutes on one CPU thread. The same library
-versions on the same kind of processor give the same weights.
+A random model, a corpus generated with a fixed seed, and one SFT stage of the training loop. About
+ten minutes on one CPU thread. The same library versions on the same kind of processor give the
+same weights.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The task settings of the embedded lab, as data.
 
-The lab's base model is pre-trained on text in which we decide how often each task is answered
-rightly. That makes its *support* known by construction, which real checkpoints never offer: a
-diagnosis of the lab can be compared with the truth written in this file.
+The lab's base model is pre-trained on text in which the share of right answers is set per task.
+Its *support* is therefore known by construction, unlike that of real checkpoints: a diagnosis of
+the lab can be compared with the ground truth in this file.
 
-Wrong answers in the text are not noise. Each setting that has them shows one *habit*, a procedure
-that a careless reader could follow, so that the model learns a competing behaviour and
-post-training has something to choose between.
+Wrong answers in the text are not noise. Each setting that has them shows one *habit*, a plausible
+wrong procedure, so that the model learns a competing behaviour and post-training has two
+behaviours to choose between.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Entry = Mapping[str, Any]
 Habit = Callable[[Entry], str]
 
 HELD_OUT = 32
-"""Prompts per setting that only measuring may use."""
+"""Prompts per setting that are for measuring only."""
 
 
 class Support(StrEnum):
-    """How far a right answer lies inside what the base model may say."""
+    """How probable a right answer is under the base model."""
 
     RELIABLE = "reliable"
     SELDOM = "seldom"
@@ -36,10 +36,10 @@ class Support(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One reasoning-gym dataset in one configuration, and how the pre-training text shows it.
+    """One reasoning-gym dataset in one configuration, and its share of the pre-training text.
 
     ``share_right`` is the share of this setting's documents with the right answer; the others
-    carry the habit's. ``weight`` is the setting's share of all documents.
+    have the habit's. ``weight`` is the setting's share of all documents.
     """
 
     name: str
@@ -80,7 +80,7 @@ def drop_the_last_term(entry: Entry) -> str:
 
 
 def copy_the_word(entry: Entry) -> str:
-    """Answer with the word as it stands, without turning it round."""
+    """Answer with the word itself, not reversed."""
     return str(entry["metadata"]["word"])
 
 
@@ -97,7 +97,7 @@ SUMS = Setting(
     support=Support.RELIABLE,
 )
 
-# Three terms, always right: the skill that `chains` seldom shows, learnt under another question.
+# Three terms, always right: the skill that `chains` seldom shows, with another question text.
 CALCULATE = Setting(
     name="calculate",
     tasks=ReasoningGym(

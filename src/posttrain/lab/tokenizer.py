@@ -1,10 +1,9 @@
 """The lab's tokenizer: one token per boilerplate clause, one token per character of the payload.
 
-The settings' questions are long templates around a few characters that matter. Giving each fixed
-clause one token keeps every document under twenty tokens, so that a laptop CPU can pre-train and
-post-train in minutes; giving the payload single characters keeps arithmetic and spelling honest.
-Whatever else is typed falls back to characters and then to bytes, so every text survives a round
-trip.
+The settings' questions are long templates around a few characters that matter. One token per fixed
+clause keeps every document under twenty tokens, so that a laptop CPU can pre-train and post-train
+in minutes; one token per character of the payload keeps arithmetic and spelling real tasks. Other
+text falls back to characters and then to bytes, so every text survives a round trip.
 """
 
 from __future__ import annotations

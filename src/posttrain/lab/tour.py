@@ -1,10 +1,10 @@
-"""The tour: the lab's files and recipe, written as a user could have brought them.
+"""The tour: the lab's data files and recipe, in the form of a user's own.
 
     base ─▶ expand (SFT) ─▶ reshape (GRPO) ─▶ prefer (DPO) ─▶ consolidate (OPD)
              reverse          products          chains          every task, each from the
              demonstrations   own rollouts      pairs           policy that was best at it
 
-Nothing in a run knows about the lab: the tour ends in a recipe file like any other.
+A run does not depend on the lab: the tour is a recipe file like any other.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""A recipe as a run: planned, executed, resumed and recorded."""
+"""Runs of a recipe: plan, execute, resume, record."""

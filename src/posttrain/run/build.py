@@ -1,8 +1,8 @@
-"""From a planned stage to live objects: parts get their tools, the objective its terms.
+"""Builds the live objects of a planned stage: source, signals, objective.
 
     PlannedStage ──▶ Tools: policies, task sets, memory ──▶ source.open, bound(signal) ──▶ Parts
 
-Nothing here knows a part by name: what a part asks for, it says itself.
+Nothing here knows a part by name: every part declares what it needs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from posttrain.training.objective import StageObjective
 from posttrain.training.stage import Parts
 
 PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2  # naïve 数学 🙂"
-"""Text on which tokenizers differ if they differ at all."""
+"""A text on which different tokenizers give different tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Workshop:
-    """What building a stage needs from its run."""
+    """What building a stage needs from the run."""
 
     root: Path
     seed: int
@@ -43,7 +43,7 @@ class Workshop:
     def parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         """Build a stage around its learner."""
         composition, source = planned.composition, planned.composition.source
-        memory = Memory() if _comes_again(planned) else None
+        memory = Memory() if _rereads_data(planned) else None
         policy = self._finder(planned, learner)
         heads = _teacher_heads(planned, policy)
         alike = functools.cache(lambda ref: _same_tokens(policy(ref), learner.policy))
@@ -61,7 +61,7 @@ class Workshop:
             memory=memory,
             heads={ref: number for number, ref in enumerate(heads)},
         )
-        # What a judge says of an answer that a signal drew for itself, it says as for the group's.
+        # Completions that a signal samples itself get the same rewards as those of the group.
         judges = [bound(s, tools) for s in composition.signals if s.judges]
         tools = replace(tools, judge=lambda groups: _in_turn(judges, groups))
         stream = source.open(tools, seed=tools.seed_of())
@@ -92,7 +92,7 @@ def _longest(source: Source, context: int) -> int:
 
 
 def _in_turn(judges: Sequence[Score], groups: Sequence[Group]) -> Sequence[Group]:
-    """Several judges, each of whom sees what those before it wrote."""
+    """Apply several judges; each sees the columns that the earlier ones wrote."""
     for judge in judges:
         groups = judge(groups)
     return groups
@@ -107,7 +107,7 @@ def _signals(planned: PlannedStage, tools: Tools) -> list[Score]:
 
 
 def scoped(score: Score, kinds: frozenset[Kind]) -> Score:
-    """A signal that judges the groups in which one of ``kinds`` wrote; the others pass unjudged."""
+    """A signal applied to the groups with an author in ``kinds``; the others pass unchanged."""
 
     def some(groups: Sequence[Group]) -> Sequence[Group]:
         chosen = [i for i, group in enumerate(groups) if _writers(group) & kinds]
@@ -125,7 +125,7 @@ def _writers(group: Group) -> frozenset[Kind]:
 
 
 def _teacher_heads(planned: PlannedStage, policy: Callable[[str], Policy]) -> Mapping[str, Head]:
-    """Heads of the teachers of whom hidden states are enough, by reference and in order."""
+    """Heads of the teachers that give hidden states, by reference and in order."""
     heads = dict[str, Head]()
     for ref in compared_in_the_loss(planned.composition):
         hidden = policy(ref).hidden
@@ -134,8 +134,8 @@ def _teacher_heads(planned: PlannedStage, policy: Callable[[str], Policy]) -> Ma
     return heads
 
 
-def _comes_again(planned: PlannedStage) -> bool:
-    """Whether frozen policies read trajectories of a data set, which has epochs."""
+def _rereads_data(planned: PlannedStage) -> bool:
+    """Whether frozen policies score trajectories of a data set, which repeat in every epoch."""
     composition = planned.composition
     asked = any(s.remembered for s in composition.signals)
     return asked and any(s.has_end for s in composition.source.leaves)
@@ -148,11 +148,11 @@ def _same_tokens(judge: Policy, live: Policy) -> Policy:
 
 
 def check_same_tokens(judge: Author, live: Author) -> None:
-    """Refuse a judge to whom the learner's token ids mean something else.
+    """Check that a policy has the learner's vocabulary and tokenizer.
 
     Raises:
-        ModelError: another vocabulary, another number of output rows, or a tokenizer that cuts a
-            probe text in other places.
+        ModelError: another vocabulary, another number of output rows, or a tokenizer that splits
+            a probe text differently.
     """
     probe = Task(taskset="probe", prompt=PROBE)
     ours, theirs = (p.renderer.prompt(probe).tokens.tolist() for p in (live, judge))

@@ -1,30 +1,29 @@
-"""The folder of a run: where everything lies, who may write it, and how each file is read.
+"""The run folder: the path of every file, who may write it, and how it is read.
 
     OUT/
       lock                          names the process that writes the folder now (files.py)
       recipe.json                   the resolved recipe
-      ledger.jsonl                  what happened, hash-chained (ledger.py)
-      ledger.jsonl.torn-<k>         a last line that a kill cut off
+      ledger.jsonl                  the hash-chained record of events (ledger.py)
+      ledger.jsonl.torn-<k>         an unfinished last line of a killed process
       measurements/<policy>.json    one file per measured policy
       stages/<name>-<id>/
-        stage.json                  what the stage is: its identity, and everything behind it
+        stage.json                  the stage's identity, and what it is the hash of
         metrics.jsonl               one line per step, cut back to the checkpoint on resume
         shards/000025.*.parquet     trajectories and their uses since the previous checkpoint
-        checkpoint/                 learner.pt, progress.json and the like: the commit point
+        checkpoint/                 learner.pt, progress.json, state of parts: the commit point
         model/                      the export, written once, after the last step
         done.json                   the stage is finished
-      treat.json                    what a treatment decided so far (diagnosis/treat.py)
-      diagnoses/<k>.json            what it found after k rounds, and its page <k>.html
+      treat.json                    the decisions of a treatment so far (diagnosis/treat.py)
+      diagnoses/<k>.json            its diagnosis after k rounds, and its page <k>.html
       report.html                   the report
 
     .<name>.<random>.partial        a file that is being written; .<name>.partial and .<name>.old
                                     are folders that are (files.py)
 
-Anyone may read, also while the run goes on: a :class:`RunFolder` changes nothing but the pages,
-which are drawn from the rest and can be drawn again. All else is written through a
-:class:`RunWriter`, which exists only while its process holds the lock. What is written replaces
-the old version as a whole, or not at all; ledger and metrics are only appended to. No other
-module spells these names.
+Any process may read, also during the run: a :class:`RunFolder` writes only the pages, which are
+rendered from the other files and can be rendered again. All else is written through a
+:class:`RunWriter`, which exists only while its process holds the lock. A write replaces the old
+version atomically; ledger and metrics are only appended to. No other module has these names.
 """
 
 from __future__ import annotations
@@ -55,25 +54,25 @@ SHARDS, CHECKPOINT, MODEL = "shards", "checkpoint", "model"
 
 
 class StageRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Written first into a stage's folder: what the stage is."""
+    """The first file in a stage's folder: the stage's identity and inputs."""
 
     name: str
     identity: str
     init: str  # "base", an earlier stage's name, or "path:..."
-    inputs: Mapping[str, object]  # everything the identity is the hash of, as plain data
+    inputs: Mapping[str, object]  # what the identity is the hash of, as plain data
 
 
 class StageProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a checkpoint stands, and the ledger rows that belong to it."""
+    """The step of a checkpoint, and the ledger rows that belong to it."""
 
     step: int
-    seconds: float  # of work so far, over all processes
+    seconds: float  # run time so far, over all processes
     rows: list[tuple[str, dict[str, object]]]  # (ledger kind, body)
     after: int  # records in the ledger before these rows
 
 
 class StageResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Written last into a stage's folder: the stage is finished."""
+    """The last file in a stage's folder: the stage is finished."""
 
     steps: int
     seconds: float
@@ -91,10 +90,10 @@ def stage_folder_name(name: str, identity: str) -> str:
 
 
 def read_measurement(path: Path) -> Measurement:
-    """The measurement in a file, of a run folder or alone.
+    """Read a measurement file, in a run folder or elsewhere.
 
     Raises:
-        DataError: the file holds none, or is damaged.
+        DataError: the file is no measurement, or is damaged.
     """
     try:
         return Measurement.from_json(path.read_text(encoding="utf-8"))
@@ -107,18 +106,18 @@ def read_measurement(path: Path) -> Measurement:
 
 @dataclass(frozen=True, slots=True)
 class StageFolder:
-    """What one stage of a run left on the disk. Reads only."""
+    """The folder of one stage, read-only."""
 
     path: Path
 
     @property
     def model(self) -> Path:
-        """The exported model folder; it is whole, or absent."""
+        """The exported model folder; complete or absent."""
         return self.path / MODEL
 
     @property
     def checkpoint(self) -> Path:
-        """The last checkpoint; it is whole, or absent."""
+        """The last checkpoint; complete or absent."""
         return self.path / CHECKPOINT
 
     @property
@@ -128,16 +127,16 @@ class StageFolder:
 
     @property
     def record_file(self) -> Path:
-        """What the stage is."""
+        """The stage's identity and inputs."""
         return self.path / STAGE
 
     @property
     def result_file(self) -> Path:
-        """There only when the stage is finished."""
+        """Exists only when the stage is finished."""
         return self.path / RESULT
 
     def shard_files(self, step: int) -> tuple[Path, Path]:
-        """The files of (trajectories, uses) that the checkpoint at ``step`` comes with."""
+        """The files of (trajectories, uses) that belong to the checkpoint at ``step``."""
         folder = self.path / SHARDS
         return folder / f"{step:06d}.trajectories.parquet", folder / f"{step:06d}.uses.parquet"
 
@@ -150,12 +149,12 @@ class StageFolder:
         return sorted((self.path / SHARDS).glob("*.uses.parquet"))
 
     def shards_after(self, step: int) -> list[Path]:
-        """Shards of later checkpoints than that at ``step``."""
+        """Shards of checkpoints after ``step``."""
         found = (self.path / SHARDS).glob("*.parquet")
         return [p for p in found if int(p.name.partition(".")[0]) > step]
 
     def record(self) -> StageRecord | None:
-        """What the stage is; None when there is no stage.
+        """The stage's identity and inputs; None when there is no stage.
 
         Raises:
             RunError: the file is damaged.
@@ -172,7 +171,7 @@ class StageFolder:
             ) from None
 
     def progress(self) -> StageProgress | None:
-        """Where the last checkpoint stands; None when there is none yet.
+        """The progress of the last checkpoint; None when there is none yet.
 
         Raises:
             RunError: the checkpoint is damaged.
@@ -190,10 +189,10 @@ class StageFolder:
             ) from None
 
     def result(self) -> StageResult | None:
-        """How the stage ended; None while it has not.
+        """The result of a finished stage; None before.
 
         Raises:
-            RunError: the file is damaged, or the stage finished and its model was removed.
+            RunError: the file is damaged, or the stage is finished and its model was removed.
         """
         if not self.result_file.is_file():
             return None
@@ -210,11 +209,11 @@ class StageFolder:
             raise RunError(f"{self.result_file} is damaged: {error}", fix=again) from None
 
     def metrics(self) -> list[Mapping[str, float]]:
-        """What was recorded of every step, in order, without a last line that a kill cut off."""
+        """The metrics of every step, in order, without an unfinished last line."""
         return [json.loads(line) for line in self.metric_lines()]
 
     def metric_lines(self) -> list[str]:
-        """The whole lines of the metrics, as they stand in the file."""
+        """The complete lines of the metrics file."""
         if not self.metrics_file.is_file():
             return []
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
@@ -223,53 +222,53 @@ class StageFolder:
 
 @dataclass(frozen=True, slots=True)
 class StageWriter(StageFolder):
-    """A stage's folder, for the process that holds the run. Made by :meth:`RunWriter.stage`."""
+    """A stage's folder, writable: for the process with the lock only. See :class:`RunWriter`."""
 
     def has_started(self) -> bool:
-        """True when the stage has something to lose: a checkpoint or a model."""
+        """True when the stage has a checkpoint or a model."""
         self.recover_checkpoint()
         recover_folder(self.model)
         return any(p.exists() for p in (self.checkpoint, self.model, self.result_file))
 
     def recover_checkpoint(self) -> None:
-        """Settle what a kill in the middle of a commit left."""
+        """Finish or undo a commit that a kill interrupted."""
         recover_folder(self.checkpoint)
 
     def write_record(self, record: StageRecord) -> None:
-        """Say what the stage is."""
+        """Write the stage's identity and inputs."""
         write_atomic(self.record_file, msgspec.json.format(msgspec.json.encode(record)))
 
     @contextmanager
     def next_checkpoint(self, progress: StageProgress) -> Iterator[Path]:
-        """A folder to save into. It takes the last checkpoint's place when the block ends well."""
+        """A folder to save into. It replaces the last checkpoint when the block succeeds."""
         with atomic_folder(self.checkpoint) as partial:
             yield partial
             write_atomic(partial / PROGRESS, msgspec.json.encode(progress))
 
     def write_metric_lines(self, lines: list[str]) -> None:
-        """Put these lines in place of all metrics."""
+        """Replace all metrics by these lines."""
         write_atomic(self.metrics_file, "".join(line + "\n" for line in lines))
 
     def export(self, write: Callable[[Path], None]) -> None:
-        """Let ``write`` fill the model folder, unless an earlier process got that far: the folder
-        is whole or absent, and its name says of which stage it is."""
+        """Let ``write`` fill the model folder, unless an earlier process exported it: the folder
+        is complete or absent, and its name has the stage's identity."""
         recover_folder(self.model)
         if not self.model.is_dir():
             with atomic_folder(self.model) as partial:
                 write(partial)
 
     def write_result(self, result: StageResult) -> None:
-        """Say that the stage is finished."""
+        """Mark the stage as finished."""
         write_atomic(self.result_file, msgspec.json.encode(result))
 
     def remove(self) -> None:
-        """Delete the folder and all that is in it."""
+        """Delete the folder and its content."""
         shutil.rmtree(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A run on the disk, finished or not. Reads, and draws pages; :meth:`lock` gives the rest.
+    """A run folder, finished or not, read-only but for the pages. :meth:`lock` opens it to write.
 
     Example:
         >>> import tempfile
@@ -286,7 +285,7 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        """True when a run was begun here."""
+        """True when the folder holds a run: its recipe is there."""
         return self.recipe_file.is_file()
 
     @property
@@ -306,14 +305,14 @@ class RunFolder:
 
     @property
     def treatment_file(self) -> Path:
-        """What a treatment decided so far; missing for a run of another kind."""
+        """The decisions of a treatment so far; missing in other runs."""
         return self.path / TREATMENT
 
     def recipe(self) -> Recipe:
         """The resolved recipe of the run.
 
         Raises:
-            ConfigError: this is not a run folder, or the recipe is not one.
+            ConfigError: this is not a run folder, or its recipe is invalid.
         """
         if not self.is_run:
             raise ConfigError(
@@ -327,12 +326,12 @@ class RunFolder:
         """Every record of the ledger, its chain checked.
 
         Raises:
-            LedgerBroken: the chain does not hold; names the line.
+            LedgerBroken: the chain is broken; the message has the line.
         """
         return read(self.ledger_file)
 
     def measurement_file(self, policy: str) -> Path:
-        """Where the measurement of a policy is, or will be."""
+        """Path of a policy's measurement, which may not exist yet."""
         return self.path / MEASUREMENTS / f"{policy}.json"
 
     def measured(self) -> list[str]:
@@ -359,10 +358,10 @@ class RunFolder:
         return StageFolder(self.path / STAGES / stage_folder_name(name, identity))
 
     def stages(self, name: str | None = None) -> list[StageFolder]:
-        """The stages that were begun: those of one name, which differ in identity, or all.
+        """The started stages: those of one name, which differ in identity, or all.
 
         Raises:
-            RunError: what a stage is cannot be read: its file is damaged.
+            RunError: a stage's record file is damaged.
         """
         found = sorted((self.path / STAGES).glob("*" if name is None else f"{name}-*"))
         # The pattern also finds `sft-long` for `sft`.
@@ -377,7 +376,7 @@ class RunFolder:
         return [stage.model for stage in self.stages(name) if stage.model.is_dir()]
 
     def treatment(self, kind: type[Treatment]) -> Treatment | None:
-        """What a treatment decided so far; None when this is a run of another kind.
+        """The decisions of a treatment so far; None in other runs.
 
         Raises:
             DataError: the file is damaged.
@@ -393,26 +392,26 @@ class RunFolder:
             ) from None
 
     def diagnoses(self) -> list[int]:
-        """Numbers of the diagnoses of a treatment, in order: rounds before each."""
+        """Numbers of the diagnoses of a treatment, in order: the rounds before each."""
         return sorted(int(p.stem) for p in (self.path / DIAGNOSES).glob("*.json"))
 
     def diagnosis_file(self, number: int) -> Path:
-        """What was found after so many rounds."""
+        """The diagnosis after ``number`` rounds, as JSON."""
         return self.path / DIAGNOSES / f"{number}.json"
 
     def diagnosis_page(self, number: int) -> Path:
-        """The same, to look at."""
+        """The diagnosis after ``number`` rounds, as a page."""
         return self.path / DIAGNOSES / f"{number}.html"
 
-    # --- pages: drawn from the rest, by anyone at any time --------------------------------------
+    # --- pages: rendered from the other files, by any process at any time -----------------------
 
     def write_report(self, page: str) -> Path:
-        """Put this page in place of the report; returns its path."""
+        """Replace the report by this page; returns its path."""
         write_atomic(self.report_file, page)
         return self.report_file
 
     def write_diagnosis_page(self, number: int, page: str) -> Path:
-        """Put this page beside a diagnosis; returns its path."""
+        """Write the page of a diagnosis; returns its path."""
         path = self.diagnosis_page(number)
         write_atomic(path, page)
         return path
@@ -421,7 +420,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[RunWriter]:
-        """Hold the folder for this process alone, making it if missing, to write to it.
+        """Lock the folder for this process, to write to it. It is created if missing.
 
         Raises:
             RunLocked: another process holds it.
@@ -433,44 +432,44 @@ class RunFolder:
 
 @dataclass(frozen=True, slots=True)
 class RunWriter(RunFolder):
-    """A run's folder, for the process that holds it. Made by :meth:`RunFolder.lock`."""
+    """A run folder, writable: for the process with the lock only. See :meth:`RunFolder.lock`."""
 
     def open_ledger(self) -> Ledger:
         """The ledger, to append to.
 
         Raises:
-            LedgerBroken: the chain does not hold; names the line.
+            LedgerBroken: the chain is broken; the message has the line.
         """
         return Ledger.open(self.ledger_file)
 
     def stage_writer(self, name: str, identity: str) -> StageWriter:
-        """The folder of a stage, to write to. It is made by the first write."""
+        """The folder of a stage, writable. The first write creates it."""
         return StageWriter(self.stage(name, identity).path)
 
     def stage_writers(self, name: str) -> list[StageWriter]:
-        """The stages of one name that were begun, to write to."""
+        """The started stages of one name, writable."""
         return [StageWriter(stage.path) for stage in self.stages(name)]
 
     def write_recipe(self, recipe: Recipe) -> None:
-        """Put this recipe in place of the run's."""
+        """Replace the run's recipe."""
         write_atomic(self.recipe_file, msgspec.json.format(msgspec.json.encode(recipe)))
 
     def write_measurement(self, policy: str, measurement: Measurement) -> None:
-        """Put this measurement in place of the policy's."""
+        """Replace the policy's measurement."""
         write_atomic(self.measurement_file(policy), measurement.to_json())
 
     def write_treatment(self, record: Config) -> None:
-        """Put this record in place of the treatment's."""
+        """Replace the treatment's record."""
         write_atomic(self.treatment_file, msgspec.json.format(msgspec.json.encode(record)))
 
     def write_diagnosis(self, number: int, content: str) -> None:
-        """What was found after so many rounds, as JSON."""
+        """Write the diagnosis after ``number`` rounds, as JSON."""
         write_atomic(self.diagnosis_file(number), content)
 
     def remove_partials(self) -> None:
-        """Remove files that a kill left half written; their names end in random digits."""
+        """Remove the partial files of killed writes; their names end in random digits."""
         flat = (self.path, self.path / MEASUREMENTS, self.path / DIAGNOSES)
         for folder in (*flat, *(self.path / STAGES).glob("**")):
             for file in folder.glob(".*.partial"):
-                if file.is_file():  # folders are settled by recover_folder, which may need them
+                if file.is_file():  # folders are left for recover_folder, which may need them
                     file.unlink()

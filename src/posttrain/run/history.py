@@ -1,4 +1,4 @@
-"""A run as its folder says it: what was planned, measured and decided, finished or not.
+"""The history of a run, read from its folder: stages, measurements and gates, finished or not.
 
 run folder ──read_history──▶ RunHistory ──record──▶ StageHistory: metrics, tokens, gates
                                  │
@@ -28,12 +28,12 @@ from posttrain.run.plan import PlannedStage
 from posttrain.run.store import ProducerTokens, tokens_by_producer
 
 Metrics = Mapping[str, float]
-"""One line of ``metrics.jsonl``: the numbers of one optimiser step by name, ``step`` among them."""
+"""One line of ``metrics.jsonl``: the metrics of one optimiser step by name, ``step`` included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateRecord:
-    """A gate of the recipe, and its last decision as the ledger holds it."""
+    """A gate of the recipe, and its last decision in the ledger."""
 
     gate: Gate
     passed: bool
@@ -42,13 +42,13 @@ class GateRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageHistory:
-    """What one stage was, what it wrote while it ran, and how its gates decided."""
+    """One stage: its plan, metrics, result and the decisions of its gates."""
 
     planned: PlannedStage
     metrics: tuple[Metrics, ...] = ()  # one per step
-    done: StageResult | None = None  # None: it has not finished
+    done: StageResult | None = None  # None: not finished
     tokens: tuple[ProducerTokens, ...] = ()
-    gates: tuple[GateRecord, ...] = ()  # those that were decided, in the recipe's order
+    gates: tuple[GateRecord, ...] = ()  # decided ones, in the recipe's order
 
     @property
     def name(self) -> str:
@@ -62,17 +62,17 @@ class StageHistory:
 
     @property
     def regime(self) -> Regime:
-        """Whether the learner sampled what it learned from."""
+        """On-policy, off-policy or mixed."""
         return Regime(self.planned.provenance.partition(":")[0])
 
     @property
     def source(self) -> str:
-        """Where its trajectories came from, in words, the regime left out."""
+        """Where its trajectories came from, in words, without the regime."""
         return self.planned.provenance.partition(": ")[2]
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """Policies whose distributions it learned from: stages, ``base``, or outside ones."""
+        """Teacher models whose distributions it trained on: stages, ``base``, or outside ones."""
         return tuple(
             ref
             for signal in self.planned.composition.signals
@@ -82,27 +82,27 @@ class StageHistory:
 
     @property
     def seconds(self) -> float:
-        """Time in it: what it says when it has finished, else what its steps took so far."""
+        """Run time: that of its result when finished, else the sum over its steps so far."""
         if self.done is not None:
             return self.done.seconds
         return sum(sum(seconds_in(line).values()) for line in self.metrics)
 
     @property
     def seconds_by_work(self) -> Mapping[str, float]:
-        """What its steps' time went into, in the order of the clock's names; no zeros."""
+        """Time of its steps by activity, in the order of the clock's names; no zeros."""
         steps = [seconds_in(line) for line in self.metrics]
         sums = {name: sum(step.get(name, 0.0) for step in steps) for name in NAMES}
         return {name: seconds for name, seconds in sums.items() if seconds}
 
 
-@dataclass(frozen=True, eq=False)  # no slots: they leave no room for what is cached
+@dataclass(frozen=True, eq=False)  # no slots: cached_property needs a __dict__
 class RunHistory:
-    """A run folder, read. Everything that it computes follows from the files alone."""
+    """The content of a run folder. Everything else is computed from its files."""
 
     folder: RunFolder
     recipe: Recipe
     measurements: tuple[Measurement, ...]  # base first, then in the recipe's order
-    stages: tuple[PlannedStage, ...]  # those that have started
+    stages: tuple[PlannedStage, ...]  # started ones
     records: tuple[Record, ...]  # the ledger
 
     def stage_folder(self, planned: PlannedStage) -> StageFolder:
@@ -110,7 +110,7 @@ class RunHistory:
         return self.folder.stage(planned.spec.name, planned.identity)
 
     def record(self, planned: PlannedStage) -> StageHistory:
-        """Everything that a stage wrote, trajectories aside."""
+        """Everything that a stage wrote, without trajectories."""
         folder = self.stage_folder(planned)
         return StageHistory(
             planned=planned,
@@ -133,11 +133,11 @@ class RunHistory:
                 yield GateRecord(gate=gate, passed=bool(body["passed"]), words=words)
 
     def _rolled_back(self, planned: PlannedStage) -> bool:
-        """Its result was left aside: the run went on from what it had started from."""
+        """True when a gate discarded its result: the run continued from the stage's input."""
         gates = self._gates(planned)
         return any(not g.passed and g.gate.otherwise == "roll_back" for g in gates)
 
-    # --- what the stages did -----------------------------------------------------------------
+    # --- what the stages changed -------------------------------------------------------------
 
     @property
     def measured(self) -> Mapping[str, Measurement]:
@@ -146,13 +146,13 @@ class RunHistory:
 
     @property
     def began(self) -> Record | None:
-        """The ledger's row of the latest time that the run did something: when, and with what."""
+        """The ledger's row of the latest process of the run: time, software and machine."""
         return next((r for r in reversed(self.records) if r.kind is RecordKind.RUN), None)
 
     @property
     def final(self) -> str:
-        """The policy that the run has come to: its last measured stage, or what that one started
-        from when a gate rolled it back."""
+        """The run's current policy: its last measured stage, or that stage's input when a gate
+        rolled it back."""
         done = [s for s in self.stages if s.spec.name in self.measured]
         if not done:
             return "base"
@@ -160,7 +160,7 @@ class RunHistory:
 
     @cached_property
     def changes(self) -> tuple[PolicyChange, ...]:
-        """What each measured stage changed, from the policy it started from."""
+        """The change by each measured stage, relative to the policy it started from."""
         measured = self.measured
         return tuple(
             self._compare(measured[s.init], measured[s.spec.name])
@@ -169,13 +169,13 @@ class RunHistory:
         )
 
     def whole(self) -> PolicyChange | None:
-        """What the run changed from the base to its final policy; None when it cannot be said."""
+        """The change from the base to the final policy; None when no stage was measured."""
         measured = self.measured
         ends = ("base", self.final)
         return self._compare(*(measured[p] for p in ends)) if self.changes else None
 
     def roles(self, planned: PlannedStage) -> tuple[tuple[str, MeasuredRole], ...]:
-        """(task set, what the stage did to it), in the light of every policy measured before."""
+        """(task set, the stage's measured role on it), given all earlier measured policies."""
         names = [m.policy for m in self.measurements]
         if planned.spec.name not in names or planned.init not in names:
             return ()
@@ -190,16 +190,16 @@ class RunHistory:
         )
 
     def retained(self) -> tuple[Retained, ...]:
-        """What later stages left of what each task set had; nothing for a single stage.
+        """Retention of each task set over later stages; empty for a single stage.
 
-        Over the policies up to the final one: a stage that was rolled back left nothing behind.
+        Stages that were rolled back are left out: the final policy does not descend from them.
         """
         if len(self.measurements) < 3:
             return ()
         undone = {s.spec.name for s in self.stages if self._rolled_back(s)}
         chain = [m for m in self.measurements if m.policy not in undone]
-        kept = [c for c in self.changes if c.after not in undone]
-        return retained(chain, kept, spec=self.recipe.measure)
+        changes = [c for c in self.changes if c.after not in undone]
+        return retained(chain, changes, spec=self.recipe.measure)
 
     def _compare(self, before: Measurement, after: Measurement) -> PolicyChange:
         spec = self.recipe.measure
@@ -211,7 +211,7 @@ def read_history(out: Path) -> RunHistory:
 
     Raises:
         ConfigError: ``out`` is not a run folder.
-        LedgerBroken: the ledger's chain does not hold.
+        LedgerBroken: the ledger's chain is broken.
     """
     folder = RunFolder(out)
     recipe = folder.recipe()
@@ -223,7 +223,7 @@ def read_history(out: Path) -> RunHistory:
 
 
 def _started(folder: RunFolder, recipe: Recipe) -> Iterator[PlannedStage]:
-    """Stages with a folder. What they were is read from the folder: data may have moved since."""
+    """Started stages. Their plans are read from their folders: data may have changed since."""
     for spec in recipe.stages:
         for stage in folder.stages(spec.name):
             record = stage.record()

@@ -1,10 +1,9 @@
-"""A stage's memory: checkpoints, metrics, trajectories and ledger rows that agree with each other.
+"""The journal of a stage: consistent checkpoints, metrics, trajectories and ledger rows.
 
 A commit writes the shards, then swaps the checkpoint folder, then appends to the ledger. A crash
-in between loses nothing and doubles nothing: shards without a checkpoint are removed on resume,
-and ledger rows that the crash cut off stand in the checkpoint's progress and are appended on
-resume. Until the first commit a stage has not started: its folder holds nothing that could be
-lost. What lies where is drawn in ``folder.py``.
+in between loses and duplicates nothing: on resume, shards without a checkpoint are removed, and
+missing ledger rows, which the checkpoint's progress also holds, are appended. Until the first
+commit a stage has not started: its folder holds nothing to lose. ``folder.py`` shows the layout.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from posttrain.run.store import Use, UseRole, write_trajectories, write_uses
 
 @final
 class Journal:
-    """Writes what a stage did. One writer per folder."""
+    """Writes the record of a stage. One writer per folder."""
 
     def __init__(
         self,
@@ -39,11 +38,11 @@ class Journal:
     ) -> None:
         """
         Args:
-            folder: of the stage; made if missing.
+            folder: of the stage; created if missing.
             ledger: of the run.
             stage: its name.
             identity: its content hash.
-            facts: what every ``update`` row repeats (objective, input policy and the like).
+            facts: fields of every ``update`` row (objective, input policy and others).
         """
         self._folder, self._ledger = folder, ledger
         self._stage, self._identity, self._facts = stage, identity, dict(facts)
@@ -53,7 +52,7 @@ class Journal:
         folder.path.mkdir(parents=True, exist_ok=True)
 
     def resume(self, learner: Learner, *also: Stateful) -> int:
-        """Load the last checkpoint, if there is one; returns the step to go on from."""
+        """Load the last checkpoint, if there is one; returns the step to resume from."""
         self._folder.recover_checkpoint()
         progress = self._folder.progress()
         self._since = time.monotonic()
@@ -69,11 +68,11 @@ class Journal:
         return progress.step
 
     def metrics(self) -> list[Mapping[str, float]]:
-        """What was recorded of every step so far, in order."""
+        """The metrics of every step so far, in order."""
         return self._folder.metrics()
 
     def record(self, step: int, admission: Admission, metrics: Mapping[str, float]) -> None:
-        """Remember one step. Metrics are on disk at once, the rest at the next commit."""
+        """Record one step. Metrics are written at once, the rest at the next commit."""
         for group in admission.kept:
             self._remember(group, step=step, role=UseRole.TRAIN, reason=None)
         for group in admission.stale:
@@ -131,24 +130,24 @@ class Journal:
         self._trajectories, self._uses = {}, []
 
     def _append_missing(self, progress: StageProgress) -> None:
-        """Append what a crash between the checkpoint and its last ledger row cut off."""
+        """Append the ledger rows of the checkpoint that a crash left out."""
         recorded = read(self._ledger.path)[progress.after :]
         for kind, body in progress.rows:
             if not any(r.kind == kind and r.body == body for r in recorded):
                 self._ledger.append(RecordKind(kind), body)
 
     def _remove_shards(self, *, after: int) -> None:
-        """Drop shards that were written for a checkpoint that never came to be."""
+        """Delete shards of a checkpoint that was not written."""
         for shard in self._folder.shards_after(after):
             shard.unlink()
 
     def _sync_metrics(self) -> None:
-        """Lines of committed steps must survive a power cut as the checkpoint does."""
+        """Flush the metrics: lines of committed steps must survive a power cut."""
         with self._folder.metrics_file.open("rb") as file:
             os.fsync(file.fileno())
 
     def _cut_metrics(self, step: int) -> None:
-        """Drop lines of steps that came after the checkpoint: they will be taken again."""
+        """Delete lines of steps after the checkpoint: these steps run again."""
         if self._folder.metrics_file.is_file():
             lines = self._folder.metric_lines()
             self._folder.write_metric_lines([x for x in lines if json.loads(x)["step"] < step])

@@ -1,16 +1,16 @@
-"""The ledger: what a run did, in the order it did it, in a file that shows edits.
+"""The ledger: the events of a run in order, in a tamper-evident file.
 
-One JSON object a line, appended by one writer and never changed::
+One JSON object per line, appended by one writer and never changed::
 
     {"n":1,"t":"2026-11-22T09:00:00.000Z","kind":"run","body":{...},"prev":"000...0"}
     {"n":2,"t":"...","kind":"model","body":{...},"prev":"<sha256 of line 1>"}
 
 ``n`` counts from 1, so record ``n`` is line ``n``. ``prev`` is the sha256 of the raw bytes of the
-line before, without its newline; 64 zeros (:data:`GENESIS`) on the first. Raw bytes, so that no
-two JSON libraries can disagree about the digest. The digest of the last line is the *head*.
+previous line, without its newline; 64 zeros (:data:`GENESIS`) on the first. The hash is over raw
+bytes, so that it does not depend on a JSON library. The digest of the last line is the *head*.
 
-A chain shows a partial edit. It does not show a complete rewrite, or an edit of the last line,
-unless somebody else knows the head: a child run, a signature, a published document.
+The chain shows a partial edit. It does not show a complete rewrite, or an edit of the last line,
+unless the head is known from elsewhere: a child run, a signature, a published document.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _RESTORE = (
 
 
 class RecordKind(StrEnum):
-    """What a record is about."""
+    """The kinds of records."""
 
     RUN = "run"  # identity, parent ledger head, versions, seed, hardware
     MODEL = "model"  # a model that was used: base, teacher, reference, reward, judge
-    SOURCE = "source"  # a source of trajectories: where from, whose, under which licence
+    SOURCE = "source"  # a source of trajectories: origin, author, licence
     FILTER = "filter"  # a curation rule with counts in and out
     SHARD = "shard"  # a file of trajectories or of their uses, with its digest
     UPDATE = "update"  # optimiser steps: objective, policy in and out, shards, cost
@@ -55,13 +55,13 @@ class RecordKind(StrEnum):
     EVAL = "eval"  # one measured value with its uncertainty
     SAY = "say"  # a statement by a person
     SIGN = "sign"  # a signature over a head
-    GATE = "gate"  # what was asked of a stage's result, and the answer
-    STAGE = "stage"  # a stage began, ended or was skipped
+    GATE = "gate"  # a gate on a stage's result, and its decision
+    STAGE = "stage"  # a stage started, ended or was skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One line of a ledger. ``digest`` is that of its raw bytes, and the next one's ``prev``."""
+    """One line of a ledger. ``digest`` is the sha256 of its raw bytes: the next line's ``prev``."""
 
     n: int  # from 1: also its line number
     time: str  # ISO 8601, UTC
@@ -73,12 +73,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """A chain that holds: its length, its head and how often each kind occurs."""
+    """A valid chain: its length, its head and the number of records of each kind."""
 
     num_records: int
     head: str
     kinds: Mapping[RecordKind, int]
-    torn_bytes: int = 0  # of a last line that was never finished, and so was never recorded
+    torn_bytes: int = 0  # of an unfinished last line, which does not count as a record
 
 
 def utc_now() -> datetime:
@@ -88,7 +88,7 @@ def utc_now() -> datetime:
 
 @final
 class Ledger:
-    """The one writer of a ledger file. Holds no open file, so there is nothing to close.
+    """The only writer of a ledger file. It keeps no open file, so it needs no close.
 
     Example:
         >>> import tempfile
@@ -109,17 +109,17 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path, *, clock: Callable[[], datetime] = utc_now) -> Ledger:
-        """Open a ledger to append to it, making it if there is none. Checks the whole chain.
+        """Open a ledger to append to it; it is created if missing. Checks the whole chain.
 
-        A last line that a kill left unfinished was never recorded: it is moved to
-        ``<path>.torn-<k>`` and the chain goes on before it.
+        An unfinished last line does not count as a record: it is moved to ``<path>.torn-<k>``,
+        and the chain continues from the line before it.
 
         Args:
             path: the ledger file.
             clock: gives the time of each record, in UTC.
 
         Raises:
-            LedgerBroken: the chain does not hold; names the line.
+            LedgerBroken: the chain is broken; the message has the line.
         """
         if not path.exists():
             write_atomic(path, b"")
@@ -145,21 +145,21 @@ class Ledger:
 
     @property
     def num_records(self) -> int:
-        """Records so far."""
+        """Number of records."""
         return self._num_records
 
     def append(self, kind: RecordKind, body: Mapping[str, object]) -> Record:
-        """Add a record. When this returns, it is on the disk.
+        """Append a record. When this returns, it is on disk.
 
         Args:
-            kind: what it is about.
+            kind: of the record.
             body: plain data: mappings with text keys, lists, text, finite numbers, booleans and
                 None. Keys are written in sorted order.
 
         Raises:
-            DataError: the body holds something that is not plain data; names the place.
-            DiskFull: no room; the ledger is as it was before.
-            LedgerBroken: somebody else wrote to the file since it was opened.
+            DataError: the body holds something that is not plain data; the message has its path.
+            DiskFull: the disk is full; the ledger is unchanged.
+            LedgerBroken: another process wrote to the file since it was opened.
         """
         content = {key: _plain(value, f"body.{key}") for key, value in _items(body, "body")}
         time = self._clock().astimezone(UTC).isoformat(timespec="milliseconds")
@@ -179,14 +179,14 @@ class Ledger:
         return record
 
     def _write(self, content: bytes) -> None:
-        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)  # not O_CREAT: a lost file is news
+        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)  # no O_CREAT: a lost file is an error
         try:
             self._check_sole_writer(os.fstat(fd).st_size)
             try:
                 write_all(fd, content)
                 os.fsync(fd)
             except BaseException as error:
-                os.ftruncate(fd, self._size)  # else the next record would join a half line
+                os.ftruncate(fd, self._size)  # else the next record would continue a partial line
                 full = as_disk_full(error, writing=self._path)
                 if full is None:
                     raise
@@ -209,7 +209,7 @@ def read(path: Path) -> list[Record]:
     Safe while another process appends.
 
     Raises:
-        LedgerBroken: the chain does not hold; names the line.
+        LedgerBroken: the chain is broken; the message has the line.
     """
     return _parse(path, path.read_bytes())[0]
 
@@ -219,12 +219,12 @@ def verify(path: Path, *, head: str | None = None) -> Verified:
 
     Args:
         path: the ledger file.
-        head: a digest known from elsewhere (a signature, a child run). It must be that of some
-            record: everything up to it is then what it was when the head was taken. Compare with
-            ``Verified.head`` to know that nothing came after.
+        head: a digest known from elsewhere (a signature, a child run). It must be the digest of
+            some record: the records up to it are then unchanged since the head was taken. Compare
+            with ``Verified.head`` to check that no record came after.
 
     Raises:
-        LedgerBroken: the chain does not hold, or ``head`` is not in it.
+        LedgerBroken: the chain is broken, or ``head`` is not in it.
     """
     records, torn = _parse(path, path.read_bytes())
     last = records[-1].digest if records else GENESIS
@@ -243,7 +243,7 @@ def verify(path: Path, *, head: str | None = None) -> Verified:
 
 
 def _line(n: int, time: str, kind: RecordKind, body: Mapping[str, object], prev: str) -> bytes:
-    # _items has put the keys of the body in order, at every depth.
+    # _items has sorted the keys of the body, at every depth.
     content = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
     text = f'{{"n":{n},"t":"{time}","kind":"{kind}","body":{content},"prev":"{prev}"}}'
     return text.encode()
@@ -316,7 +316,7 @@ def _items(mapping: Mapping[str, object], at: str) -> list[tuple[str, object]]:
 
 
 def _plain(value: object, at: str) -> object:
-    """A copy made of the types that JSON gives back, so that what is read is what was written."""
+    """A copy that consists of JSON's types, so that it equals what is read back."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):

@@ -1,6 +1,6 @@
 """Measuring a model on a recipe's task sets, without a run folder.
 
-recipe, model ──▶ policy ──▶ task sets as its template renders them ──▶ Measurement
+recipe, model ──▶ policy ──▶ task sets, as chat or plain text ──▶ Measurement
 """
 
 from __future__ import annotations
@@ -48,6 +48,6 @@ def measure_for_recipe(
 
 
 def measured_tasksets(recipe: Recipe, policy: Policy, *, root: Path) -> list[TaskSet]:
-    """The task sets that a recipe measures, with prompts for this policy's kind."""
+    """The task sets that a recipe measures, as chat prompts if the policy has a chat template."""
     chat = policy.renderer.has_template
     return [recipe.tasks[n].build(n, root=root, chat=chat) for n in recipe.measured_tasks]

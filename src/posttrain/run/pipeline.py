@@ -1,9 +1,9 @@
-"""Running a recipe: measure, intervene, measure again, decide.
+"""Running a recipe: measure, train a stage, measure again, decide its gates.
 
 base ──measure──▶ stage ──export──▶ measure ──gates──▶ stage ──▶ … ──▶ result
                     └─ a finished stage with the same identity is not run again
 
-All of it is written into one folder, which ``folder.py`` draws.
+Everything is written into one run folder; ``folder.py`` shows its layout.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Outcome:
     """How a run ended."""
 
     out: Path
-    finished: tuple[str, ...]  # stages that ran, in order
-    final: str  # the policy that the run ended with: a stage, or "base"
+    finished: tuple[str, ...]  # finished stages, in order
+    final: str  # the run's final policy: a stage, or "base"
     stopped_by: str | None = None  # the gate that stopped it, in words
 
 
@@ -69,20 +69,20 @@ def run(
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Run a recipe, or go on with it. Running a finished recipe again does nothing.
+    """Run a recipe, or resume it. Running a finished recipe again does nothing.
 
     Args:
-        recipe: what to do.
-        out: the run folder; made if missing.
+        recipe: the configuration.
+        out: the run folder; created if missing.
         root: folder that the recipe's paths are relative to.
         engine: makes policies and learners.
         observe: called with every event.
-        stop: asked between draws; True commits and raises.
+        stop: called between draws; True commits and raises.
 
     Raises:
-        ResumeRefused: a started stage would now mean something else.
-        RunLocked: another process works in ``out``.
-        Interrupted: ``stop`` said so. Run again to go on.
+        ResumeRefused: the recipe or data of a started stage changed.
+        RunLocked: another process uses ``out``.
+        Interrupted: ``stop`` returned True. Run again to resume.
         PosttrainError: any other error of the tree; what was committed stays.
     """
     with RunFolder(out).lock() as folder:
@@ -98,14 +98,14 @@ def run_in(
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """As :func:`run`, in a folder that this process holds already."""
+    """As :func:`run`, in a folder that this process has locked already."""
     return _Run.open(recipe, folder, root, engine, observe, stop).go()
 
 
 @final
 @dataclass(slots=True, eq=False)
 class _Run:
-    """The work of one process on a run."""
+    """A run in this process."""
 
     plan: Plan
     folder: RunWriter
@@ -131,7 +131,7 @@ class _Run:
         observe: Observer,
         stop: Callable[[], bool],
     ) -> _Run:
-        """Check everything that can be checked before a weight moves; then touch the folder."""
+        """Check everything that can be checked before training; then write to the folder."""
         recipe = config.checked(recipe)
         observe(Note(text=f"loading {recipe.model}"))
         base = engine.policy(model_path(recipe.model, root))
@@ -168,10 +168,10 @@ class _Run:
         records.model(recipe.model, digest=base.producer.digest, role="base")
         return run
 
-    # --- the order of things -----------------------------------------------------------------
+    # --- the sequence of stages --------------------------------------------------------------
 
     def go(self) -> Outcome:
-        """Measure the base, then every stage in turn, with its measurement and gates."""
+        """Measure the base, then train, measure and gate every stage in order."""
         base = self.policies["base"].producer
         self._measure("base", base.digest or base.name)
         position = 0
@@ -201,7 +201,7 @@ class _Run:
         )
 
     def _replay(self) -> None:
-        """Follow the path of earlier processes as far as it was measured and decided."""
+        """Repeat the gate decisions of earlier processes, as far as stages were measured."""
         known: dict[str, Measurement] = {}
         base = self.policies["base"].producer
         if (measured := self._known("base", base.digest or base.name)) is None:
@@ -219,7 +219,7 @@ class _Run:
             position += 1
 
     def _replan(self, planned: PlannedStage, detour: Detour) -> None:
-        """Plan again from here when the gates lead elsewhere than the present plan goes."""
+        """Plan again when the gates lead to other stages than the current plan."""
         if detour == self.detours.get(planned.spec.name, Detour()):
             return
         self.detours[planned.spec.name] = detour
@@ -240,7 +240,7 @@ class _Run:
         return self.policies[ref]
 
     def _unload(self, *, later: Sequence[PlannedStage]) -> None:
-        """Let go of models that no later stage refers to. The base stays: KL is measured to it."""
+        """Unload models that no later stage refers to. The base stays: KL is measured to it."""
         needed = {"base"}
         for planned in later:
             needed |= {planned.init if r == "input" else r for r in planned.references}
@@ -270,9 +270,9 @@ class _Run:
         )
 
     def _check_data(self, plan: Plan) -> None:
-        """Find a broken row now rather than after the stages before it were trained.
+        """Read all data files before training, to find invalid rows early.
 
-        Stages that descend from a model outside the recipe are checked when they begin: their
+        Stages that descend from a model outside the recipe are checked when they start: their
         tokenizer is not loaded yet.
         """
         base, known = self.policies["base"], {"base"}
@@ -285,7 +285,7 @@ class _Run:
                     leaf.rows(root=plan.root, renderer=base.renderer, context=base.context)
 
     def _stage(self, planned: PlannedStage) -> StageResult:
-        """Take a stage to its end, from wherever it stands."""
+        """Run or resume a stage to its end."""
         folder = self._stage_folder(planned)
         result = folder.result()
         if result is not None:
@@ -310,7 +310,7 @@ class _Run:
         return result
 
     def _train(self, planned: PlannedStage) -> int:
-        """Every step that is left, then the export; returns the number of steps in all."""
+        """Take the remaining steps, then export; returns the total number of steps."""
         spec, folder = planned.spec, self._stage_folder(planned)
         learner = self.engine.learner(
             self._model_folder(planned.init),
@@ -369,7 +369,7 @@ class _Run:
     # --- measuring and deciding --------------------------------------------------------------
 
     def _measure(self, name: str, digest: str) -> None:
-        """Measure a policy, unless these very weights were measured in this very way before."""
+        """Measure a policy, unless the same weights were measured with the same protocol before."""
         spec = self.plan.recipe.measure
         known = self._known(name, digest)
         result = known or self._measure_now(name)
@@ -405,7 +405,7 @@ class _Run:
         return earlier_measurement(self.folder, name, digest=digest, protocol=self.protocol)
 
     def _gates(self, planned: PlannedStage) -> str | None:
-        """Decide the stage's gates, and take the way they lead; words when one stops the run."""
+        """Decide the stage's gates and replan; the reason in words when one stops the run."""
         decisions = self._decisions(planned, self.measured)
         for decision in decisions:
             self.records.gate(planned.spec.name, decision)

@@ -1,9 +1,9 @@
-"""Resolving a recipe: what will run, whether it may, and what identifies it. Touches nothing.
+"""Resolving a recipe: its stages, their legality and their identities. Writes nothing.
 
 A stage's identity is the hash of what it depends on: its resolved configuration, the content of
-its data, the task sets it draws from, and the identities of the policies it starts from, refers
-to or is taught by. Its name counts too, since it seeds the stage's own randomness. Paths, gates
-and checkpoint intervals are no part of it: they do not change the weights.
+its data, the task sets it draws from, and the identities of its initial, reference and teacher
+models. Its name counts too, since it seeds the stage's randomness. Paths, gates and checkpoint
+intervals do not count: they do not change the weights.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from posttrain.recipe import Recipe, Stage
 from posttrain.run.scorers import check_scorers
 
 MAX_PATHS = 64
-"""Most ways that the gates of one recipe may lead."""
+"""Most paths through the gates of one recipe."""
 
 SEMANTICS = 2
-"""Raised when the same configuration comes to mean another computation."""
+"""Incremented when the same configuration comes to mean another computation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStage:
-    """A stage with its composition spelt out and its references resolved."""
+    """A stage with its composition expanded and its references resolved."""
 
     spec: Stage
     composition: Composition
     init: str  # "base", an earlier stage's name, or "path:..."
-    inputs: Mapping[str, object]  # everything the identity is the hash of
+    inputs: Mapping[str, object]  # what the identity is the hash of
     identity: str
 
     @property
     def references(self) -> frozenset[str]:
-        """Policies that its parts refer to, the one it starts from aside."""
+        """Policies that its parts refer to, without the one it starts from."""
         return frozenset(self.composition.references())
 
     @property
     def provenance(self) -> str:
-        """In words, where its trajectories come from."""
+        """Where its trajectories come from, in words."""
         return str(self.composition.source.origin)
 
     def steps(self, num_rows: int | None) -> int:
         """The budget in optimiser steps; ``num_rows`` is the length of its data set.
 
-        A draw of ``groups_per_step`` rows is worth ``updates_per_draw`` steps.
+        A draw of ``groups_per_step`` rows gives ``updates_per_draw`` steps.
         """
         budget, spec = self.spec.budget, self.spec
         if budget.steps is not None:
@@ -75,11 +75,11 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A recipe, resolved and found legal, on one path through its gates."""
+    """A resolved and legal recipe, on one path through its gates."""
 
     recipe: Recipe
     root: Path  # paths in the recipe are relative to it
-    stages: tuple[PlannedStage, ...]  # those of the path, in order
+    stages: tuple[PlannedStage, ...]  # stages of the path, in order
     final: str  # the policy that the path ends with: a stage, or "base"
 
     def stage(self, name: str) -> PlannedStage:
@@ -96,7 +96,7 @@ def make_plan(
         recipe: the configuration.
         root: folder that its paths are relative to.
         base: digest of the base model (or its name, while it is not on disk).
-        detours: what gates decided, by stage; the others are taken to pass.
+        detours: decisions of gates, by stage; all other gates are assumed to pass.
 
     Raises:
         ConfigError: an unknown task set, stage, policy or option value.
@@ -136,7 +136,7 @@ def make_plan(
 
 
 def stages_of(recipe: Recipe, detours: Mapping[str, Detour]) -> Iterator[Stage]:
-    """The stages of one path: from each to the next of the recipe, or where it or a gate says."""
+    """The stages of one path: each is followed by a gate's target, its ``then``, or the next."""
     names = [s.name for s in recipe.stages]
     position = 0
     while position < len(names):
@@ -153,9 +153,9 @@ def stages_of(recipe: Recipe, detours: Mapping[str, Detour]) -> Iterator[Stage]:
 
 
 def all_plans(recipe: Recipe, *, root: Path, base: str) -> list[Plan]:
-    """A plan per path that the gates may decide on, the one where all pass first.
+    """A plan per possible path through the gates, the one where all pass first.
 
-    So a path that cannot work is found before training, and not by the gate that leads to it.
+    An invalid path is thus found before training, and not at the gate that leads to it.
 
     Raises:
         ConfigError: more than MAX_PATHS paths; or as :func:`make_plan`, for any of them.
@@ -183,7 +183,7 @@ def all_plans(recipe: Recipe, *, root: Path, base: str) -> list[Plan]:
 def _check_references(
     init: str, composition: Composition, known: Mapping[str, str], *, stage: str
 ) -> None:
-    """Every policy exists, and only who may asks the live learner."""
+    """Check that every policy exists, and that only allowed parts refer to the live learner."""
     named = set(composition.references())
     if (MOVING in named) != (composition.moving is not None):
         raise ConfigError(
@@ -224,7 +224,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _outside(ref: str, root: Path) -> str:
-    """What identifies a ``path:`` policy: its content when it is on this disk, else its hub id.
+    """The identity of a ``path:`` policy: its content hash if it is on disk, else its hub id.
 
     Raises:
         ConfigError: neither a folder nor the form of a hub id.
@@ -243,7 +243,7 @@ def _outside(ref: str, root: Path) -> str:
 
 
 def _check_gates(recipe: Recipe) -> None:
-    """A gate that could not be decided would be found out after its stage was trained."""
+    """Check before training that every gate can be decided."""
     for stage in recipe.stages:
         for gate in stage.gates:
             try:
@@ -257,7 +257,7 @@ def _check_gates(recipe: Recipe) -> None:
 
 
 def _check_since(spec: Stage, known: Mapping[str, str]) -> None:
-    """What a gate compares with was measured: the base or a stage of this path."""
+    """Check that gates compare with the base or a stage of this path, which are measured."""
     for gate in spec.gates:
         if gate.looks_back and (gate.since not in known or known[gate.since].startswith("path:")):
             raise ConfigError(
@@ -290,7 +290,7 @@ def _inputs(
     resolved = {**plain(composition), "source": source.identity(root)}
     tasks = {name: recipe.tasks[name].identity(root) for name in source.draws_from}
     references = {r: known[r] for r in composition.references()}
-    # The code of parts that are not ours counts by itself; ours counts in `semantics`.
+    # The code of extensions counts by its digest; built-in parts count in `semantics`.
     packages = code_of((*composition.parts, *(recipe.tasks[n] for n in source.draws_from)))
     return {
         **({"extensions": packages} if packages else {}),
@@ -317,22 +317,22 @@ def protocol_of(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> s
     """Digest of everything that must be equal for two measurements to be comparable.
 
     Args:
-        recipe: sampling and seeds, and where the task sets come from, scorers included.
-        tasksets: those that are measured, built.
+        recipe: sampling and seeds, and the origin of the task sets, scorers included.
+        tasksets: the measured task sets.
         root: folder that the recipe's paths are relative to.
     """
     keys = {t.name: [task.key for task in t.held_out] for t in tasksets}
     judged = {t.name: recipe.tasks[t.name].identity(root) for t in tasksets}
     spec = plain(recipe.measure)
-    # How counts are read, not how they are taken; and names, which `keys` repeats.
+    # These affect the analysis of counts and not the counts; task names are also in `keys`.
     del spec["epsilon"], spec["confidence"], spec["tasks"]
     return digest([spec, keys, judged])
 
 
 def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -> dict[str, str]:
-    """What :func:`protocol_of` digests, part by part, so that people see what differs.
+    """What :func:`protocol_of` digests, part by part, to show what differs.
 
-    See :class:`posttrain.measure.measurement.Measurement`; the template is added by who measures.
+    See :class:`posttrain.measure.measurement.Measurement`; ``measure_policy`` adds the template.
     """
     spec = recipe.measure
     usual = plain(SamplingSpec())
@@ -346,7 +346,7 @@ def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -
     for taskset in tasksets:
         judged = recipe.tasks[taskset.name].identity(root)
         parts[f"prompts of {taskset.name}"] = digest([t.key for t in taskset.held_out])
-        # Where its prompts come from shows in the prompts.
+        # The origin of the prompts is left out: the digest above covers the prompts themselves.
         parts[f"verifier of {taskset.name}"] = digest(
             {k: v for k, v in judged.items() if k not in ("path", "train", "held_out", "seed")}
         )

@@ -1,7 +1,7 @@
-"""What ``posttrain plan`` prints: everything resolved, and nothing touched.
+"""The text of ``posttrain plan``: the resolved recipe. Writes nothing.
 
-Data files are read and checked and the tokenizer is loaded, since a plan that finds a broken row
-saves a night; weights are not loaded, their shapes are read from the files' headers.
+Data files are read and checked with the tokenizer, so that invalid rows are found before the run.
+Weights are not loaded: their shapes are read from the files' headers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the headers of a model folder say."""
+    """Sizes of a model, from the headers of its folder."""
 
     num_weights: int
     context: int
@@ -44,7 +44,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """Steps of a stage, and the most tokens that it can process."""
+    """Steps of a stage, and the maximum number of tokens that it processes."""
 
     steps: int
     prompts: int  # tokens
@@ -54,10 +54,10 @@ class Volume:
 
 
 def preview(recipe: Recipe, *, root: Path) -> str:
-    """The plan of a recipe, as text for a person.
+    """The plan of a recipe, as text.
 
     Raises:
-        PosttrainError: whatever would stop the run: options, legality, data, model folder.
+        PosttrainError: an error that would stop the run: options, legality, data, model folder.
     """
     # Imported here: torch takes seconds.
     from posttrain.engines.local.model import check_folder
@@ -132,7 +132,7 @@ def _stage_lines(
 
 
 def _detours(plan: Plan, others: Sequence[Plan]) -> list[str]:
-    """The other ways that gates may lead, each found legal."""
+    """The other paths through the gates, all of them legal."""
     if not others:
         return []
     ways = [" → ".join(f"{s.spec.name} (from {s.init})" for s in o.stages) for o in others]
@@ -149,7 +149,7 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: ModelShape) -> str:
             f"{planned.spec.lora.rank} with gradients and AdamW state"
         )
     parts = f"{_size(weights)} weights + {_size(weights)} gradients + {_size(2 * weights)} AdamW"
-    # A critic is a copy of the model that it starts from, which is not kept beside it.
+    # A critic is a copy of the model that it starts from; that model is not kept in memory.
     composition = structs.replace(planned.composition, scalar_head=None)
     graders = replace(planned, composition=composition).references - {"learner"}
     extra = f" + {_size(len(graders) * weights)} frozen policies" if graders else ""
@@ -158,29 +158,29 @@ def _memory(planned: PlannedStage, recipe: Recipe, shape: ModelShape) -> str:
     tokens = planned.spec.micro_batch_tokens or 2**25
     logits = min(tokens * shape.vocab_size, 2**25) * 4
     held = "".join(
-        f"; teacher {_heard(signal, planned, shape)} per step"
+        f"; teacher {_teacher_memory(signal, planned, shape)} per step"
         for signal in planned.composition.signals
         if Column.TEACHER_LOGPROBS in signal.provides
     )
     return f"{parts}{extra}; logits up to {_size(logits)}{held}"
 
 
-def _heard(signal: Signal, planned: PlannedStage, shape: ModelShape) -> str:
-    """What teachers say of a draw: distributions, or the hidden states behind them."""
-    # A row of a data set has no limit of its own but the context.
+def _teacher_memory(signal: Signal, planned: PlannedStage, shape: ModelShape) -> str:
+    """Size of a draw's teacher columns: distributions, or hidden states in their place."""
+    # A row of a data set is limited by the context only.
     longest = max(
         shape.context if s.longest is None else s.group_size * s.longest
         for s in planned.composition.source.leaves
     )
     rows = planned.spec.groups_per_step * longest
     if set(signal.references()) <= set(compared_in_the_loss(planned.composition)):
-        # Teachers are taken to be as wide as the learner.
+        # Teachers are assumed to have the learner's hidden size.
         return f"hidden states up to {_size(rows * shape.hidden_size * 4)}"
     return f"distributions up to {_size(rows * (signal.num_entries or shape.vocab_size) * 4)}"
 
 
 def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
-    """Count what a stage will draw; reads data files and the tokenizer."""
+    """Count the steps and tokens of a stage; reads data files and the tokenizer."""
     source, spec = planned.composition.source, planned.spec
     ground = ground_of(plan, folder)
     rows = source.rows(root=ground.root, renderer=ground.renderer, context=ground.context)
@@ -198,9 +198,9 @@ def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
 def leaf_tokens(
     planned: PlannedStage, ground: Ground, *, groups: float
 ) -> list[tuple[Source, tuple[float, float]]]:
-    """What each leaf of a source gives to so many groups: (prompt, completion) tokens.
+    """(Prompt, completion) tokens of each leaf of a source in ``groups`` groups.
 
-    Exact on average for data; of rollouts the most that they can have.
+    Exact on average for data; an upper bound for rollouts.
     """
     source = planned.composition.source
     leaves = zip(source.leaves, source.leaf_shares, strict=True)
@@ -208,7 +208,7 @@ def leaf_tokens(
 
 
 def ground_of(plan: Plan, folder: Path) -> Ground:
-    """What is known of a model folder and of the task sets without loading weights."""
+    """Facts about a model folder and the task sets, without loading weights."""
     renderer = _renderer(folder)
 
     def prompt_lengths(name: str) -> list[int]:
@@ -244,7 +244,7 @@ def read_shape(folder: Path) -> ModelShape:
     """Count weights from safetensors headers, without reading any weight.
 
     Raises:
-        ModelError: a file is not what its name says.
+        ModelError: a file is damaged or of another format.
     """
     from transformers import AutoConfig
 
@@ -275,7 +275,7 @@ def _unreadable(folder: Path, error: Exception) -> ModelError:
 
 
 def _size(num_bytes: float) -> str:
-    """Bytes as people read them.
+    """Bytes in human-readable form.
 
     Example:
         >>> _size(2_600_000), _size(900)

@@ -1,6 +1,6 @@
-"""The ledger rows of a run. Each is appended exactly once, whatever was cut off before.
+"""The ledger rows of a run. Each is appended exactly once, also after a crash.
 
-A process that adds nothing leaves no row: the ``run`` row is written before the first other one.
+A process that records nothing writes no row: the ``run`` row comes before its first other one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Records:
         self._has_run_row = False
 
     def run(self) -> None:
-        """The software and the seed that this process works with; written before its first work."""
+        """The software and the seed of this process; written before its other rows."""
         if self._has_run_row:
             return
         self._has_run_row = True
@@ -55,11 +55,11 @@ class Records:
         )
 
     def model(self, name: str, *, digest: str | None, role: str) -> None:
-        """A model that this run did not make: the base, or a policy from outside."""
+        """A model from outside the run: the base, or a ``path:`` policy."""
         self._once(RecordKind.MODEL, {"digest": digest, "name": name, "role": role})
 
     def dataset(self, file: DataFile) -> None:
-        """A data set, by content."""
+        """A data file, identified by its content."""
         self._once(
             RecordKind.SOURCE,
             {
@@ -73,7 +73,7 @@ class Records:
         )
 
     def checkpoint(self, planned: PlannedStage, *, digest: str, path: str) -> None:
-        """The model that a stage ended with."""
+        """The exported model of a stage."""
         self._once(
             RecordKind.CHECKPOINT,
             {
@@ -107,7 +107,7 @@ class Records:
             )
 
     def gate(self, stage: str, decision: GateDecision) -> None:
-        """What was asked of a stage, what was seen, and the answer."""
+        """A gate of a stage, the measured value, and the decision."""
         seen = decision.interval
         self._once(
             RecordKind.GATE,
@@ -131,5 +131,5 @@ class Records:
 
 
 def _finite(value: float) -> float | None:
-    """The number; None for one without an end, such as the group size that nothing reaches."""
+    """The number; None for infinity or NaN, such as a group size that does not exist."""
     return value if math.isfinite(value) else None

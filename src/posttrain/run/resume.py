@@ -1,4 +1,4 @@
-"""Whether a run may go on from what earlier processes wrote into its folder."""
+"""Whether a run may resume from its folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from posttrain.run.plan import Plan, PlannedStage
 def earlier_measurement(
     folder: RunFolder, policy: str, *, digest: str, protocol: str
 ) -> Measurement | None:
-    """An earlier measurement of these very weights, taken in this very way.
+    """An earlier measurement of the same weights with the same protocol, or None.
 
-    A damaged file counts as none: measuring again gives the same.
+    A damaged file gives None: measuring again gives the same result.
     """
     if policy not in folder.measured():
         return None
@@ -30,15 +30,15 @@ def earlier_measurement(
 
 
 def check_resumable(plan: Plan, folder: RunWriter) -> list[StageWriter]:
-    """Refuse to go on when a stage that has started would now mean something else.
+    """Check that the recipe and data of every started stage are unchanged.
 
-    A stage without a checkpoint has not started: nothing of it could be lost.
+    A stage without a checkpoint has not started: it has nothing to lose.
 
     Returns:
-        Such stages, which the change makes useless.
+        Folders of stages that changed and had not started; they can be removed.
 
     Raises:
-        ResumeRefused: lists what changed.
+        ResumeRefused: a started stage changed; the message lists what.
     """
     useless: list[StageWriter] = []
     started: list[tuple[PlannedStage, StageWriter, StageRecord]] = []
@@ -66,7 +66,7 @@ def check_resumable(plan: Plan, folder: RunWriter) -> list[StageWriter]:
 
 
 def _changes(planned: PlannedStage, record: StageRecord) -> list[str]:
-    """What differs from the stage that started, digests cut to what a person can compare."""
+    """What differs from the started stage, with digests shortened."""
     now = msgspec.json.decode(msgspec.json.encode(planned.inputs))
     lines = []
     for line in config.differences(record.inputs, now):

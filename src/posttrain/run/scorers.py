@@ -1,4 +1,4 @@
-"""Does a reward model have anything to judge with? Found out before anything is loaded."""
+"""Checks that reward models have a scalar head, before any model is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from posttrain.parts.composition import Composition
 from posttrain.parts.registry import tag_of
 
 HEAD_FILE = "scalar_head.safetensors"
-"""What a stage with a scalar head exports beside the trunk that it shares."""
+"""File of the scalar head that a stage with a shared trunk exports."""
 
 
 def check_scorers(
@@ -24,30 +24,30 @@ def check_scorers(
     root: Path,
     stage: str,
 ) -> None:
-    """Refuse reward models that have no scalar head.
+    """Raise a LegalityError for reward models without a scalar head.
 
-    A model that is on no disk of ours is judged when it is loaded.
+    A model that is not on disk is checked when it is loaded.
 
     Args:
         composition: the stage's.
-        heads: scalar heads of the stages before it, by name.
+        heads: scalar heads of the earlier stages, by name.
         base: the base model's folder or hub id.
-        init: where the stage starts, which ``input`` stands for.
+        init: the policy that the stage starts from, to which ``input`` refers.
         root: folder that paths are relative to.
         stage: its name.
 
     Raises:
-        LegalityError: names the model, and what would have a head.
+        LegalityError: the message has the model, and what has a scalar head.
     """
     for part, model in ((p, ref) for p in composition.parts for ref in p.scorers()):
         ref = init if model == "input" else model
         if ref in heads:
             head = heads[ref]
-            judges = head is not None and head.trunk == "shared"
+            has_scalar = head is not None and head.trunk == "shared"
         else:
             folder = root / (base if ref == "base" else ref.removeprefix("path:"))
-            judges = not folder.is_dir() or has_head(folder)
-        if not judges:
+            has_scalar = not folder.is_dir() or has_head(folder)
+        if not has_scalar:
             raise LegalityError(
                 f"stage {stage}: {tag_of(part)} asks {model}, which has no scalar head of its own",
                 expected="a stage that trains a reward model (bradley_terry, orm, prm, "
@@ -62,7 +62,7 @@ def has_head(folder: Path) -> bool:
         return True
     config = folder / "config.json"
     if not config.is_file():
-        return True  # no model at all, which is said when it is loaded
+        return True  # not a model at all; loading it raises the error
     try:
         kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ()
     except ValueError:

@@ -1,9 +1,9 @@
-"""Parquet files of trajectories, and of what was done with them.
+"""Parquet files of trajectories and of their uses.
 
-A *trajectory file* has one row per distinct trajectory: the record itself, and its text where
-that is kept. A *usage file* has one row per use of a trajectory by a stage: trained on, discarded
-(and why) or evaluated. Usage rows hold ids and no content, so that content can be deleted without
-touching the account of what happened.
+A *trajectory file* has one row per distinct trajectory: the record itself, and optionally its
+text. A *usage file* has one row per use of a trajectory by a stage: trained on, discarded (and
+why) or evaluated. Usage rows hold ids and no content, so that content can be deleted without
+changing the record of its use.
 
 Equal content gives equal bytes (with one version of pyarrow): there are no times or host names in
 a file, so a resumed run rewrites its shards with the digests that the ledger already holds.
@@ -119,7 +119,7 @@ class UseRole(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """One use of one trajectory by one stage. ``None`` means not known or not asked.
+    """One use of one trajectory by one stage. ``None`` means unknown or not computed.
 
     Example:
         >>> Use(trajectory="00ff", task="sums/1", kind=Kind.LEARNER, producer="run-7f3a",
@@ -163,7 +163,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class ProducerTokens:
-    """How much of one author's work a stage used in one way.
+    """Tokens of one producer that a stage used in one role.
 
     Tokens are summed over uses: a trajectory that was trained on twice counts twice.
     """
@@ -183,19 +183,19 @@ def write_trajectories(
 ) -> str:
     """Write one row per distinct trajectory id, in order of first appearance.
 
-    An id does not cover log-probs: of trajectories with equal ids the first is kept.
+    An id does not cover log-probs: of trajectories with equal ids the first is written.
 
     Args:
         path: the file to write, atomically.
         trajectories: what to write.
-        texts: readable text by trajectory id, to be kept beside the tokens.
+        texts: readable text by trajectory id, stored beside the tokens.
 
     Returns:
         sha256 of the file, 64 hex digits.
 
     Raises:
         DataError: a trajectory that could not be read back exactly, or a text without one.
-        DiskFull: no room; what the path held before is intact.
+        DiskFull: the disk is full; the old file is intact.
     """
     ordered: dict[str, Trajectory] = {}
     for trajectory in trajectories:
@@ -226,7 +226,7 @@ def read_trajectories(path: Path) -> list[Trajectory]:
     """Read what :func:`write_trajectories` wrote: equal in every field, ids included.
 
     Raises:
-        DataError: not such a file, or a row whose content does not have the id beside it.
+        DataError: not such a file, or a row whose content does not match its id.
     """
     table = _read(path, _TRAJECTORIES, [n for n in _TRAJECTORIES.names if n != "text"])
     with _as_data_error(path):
@@ -242,7 +242,7 @@ def read_trajectories(path: Path) -> list[Trajectory]:
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """Texts by trajectory id, of those rows of a trajectory file that have one."""
+    """Texts by trajectory id, for the rows of a trajectory file that have one."""
     table = _read(path, _TRAJECTORIES, ["id", "text"])
     rows = zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True)
     return {name: text for name, text in rows if text is not None}
@@ -255,7 +255,7 @@ def write_uses(path: Path, uses: Sequence[Use]) -> str:
         sha256 of the file, 64 hex digits.
 
     Raises:
-        DiskFull: no room; what the path held before is intact.
+        DiskFull: the disk is full; the old file is intact.
     """
     rows = [_values(use) for use in uses]
     columns = zip(*rows, strict=True) if rows else [[] for _ in _USES]
@@ -280,7 +280,7 @@ def read_uses(path: Path) -> list[Use]:
 
 
 def tokens_by_producer(paths: Iterable[Path]) -> list[ProducerTokens]:
-    """Token account of usage files: one entry per (stage, kind, producer, role), sorted.
+    """Token counts of usage files: one entry per (stage, kind, producer, role), sorted.
 
     Raises:
         DataError: a path that is not a usage file.
@@ -318,7 +318,7 @@ def tokens_by_producer(paths: Iterable[Path]) -> list[ProducerTokens]:
 
 
 def _check_types(trajectory: Trajectory) -> None:
-    """Arrays of another type would come back rounded, or as another type."""
+    """Check dtypes: arrays of another type would be read back rounded, or as another type."""
     arrays: list[tuple[Array, type[np.generic]]] = [(trajectory.tokens, np.int32)]
     arrays += [(s.logprobs, np.float32) for s in trajectory.spans if s.logprobs is not None]
     for array, wanted in arrays:
@@ -472,7 +472,7 @@ def _read(path: Path, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
 
 @contextmanager
 def _as_data_error(path: Path) -> Iterator[None]:
-    """Reading a damaged file raises this and that; a missing one stays FileNotFoundError."""
+    """Turn the errors of a damaged file into DataError; a missing one stays FileNotFoundError."""
     try:
         yield
     except (pa.ArrowException, ValueError, OSError) as error:

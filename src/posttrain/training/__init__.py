@@ -1,1 +1,1 @@
-"""The one loop: draw, score, admit, pack, step."""
+"""The training loop: draw, score, admit, pack, step."""

@@ -1,10 +1,10 @@
-"""What a step looked like per kind of author: how likely its tokens are, and how its ratios stand.
+"""Metrics of a step per kind of author: negative log-likelihood, entropy, importance ratios.
 
 statistics [N] ──author_sums──▶ sums per micro-batch, which add up ──author_metrics──▶ means
 
-Text of the learner and text of others are read by one objective, and an average over both hides
-what matters: that a demonstration is unlikely is its purpose, that a rollout is unlikely means
-that the sampler and the trainer disagree. Shape legend: ``N`` trained tokens, ``K`` kinds.
+One objective may read text of the learner and of others, and an average over both is misleading:
+an unlikely demonstration is expected, but an unlikely rollout means that sampler and trainer
+disagree. Shape legend: ``N`` trained tokens, ``K`` kinds.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from posttrain.core.trajectory import Column
 from posttrain.numerics.batch import KINDS, PackedBatch
 
 PREFIX = "authors/"
-"""Of the metrics that stand per kind of author: ``authors/learner/nll``."""
+"""Prefix of the metrics per kind of author, as in ``authors/learner/nll``."""
 
 _SUMS = ("tokens", "nll", "entropies", "entropy", "ratios", "ratio", "ratio_squared")
-MAX_LOG_RATIO = 30.0  # beyond it a weight says "enormous" just as well, and squares stay finite
+MAX_LOG_RATIO = 30.0  # log-ratios are clamped to it, so that squares of ratios stay finite
 
 
 def author_sums(batch: PackedBatch, stats: Mapping[Wanted, torch.Tensor]) -> dict[str, float]:
-    """Sums over the trained tokens of each kind; those of micro-batches add up.
+    """Sums over the trained tokens of each kind; sums of micro-batches add up.
 
-    The ratio is π / π_behaviour at the temperature of sampling, where the behaviour is known.
+    The ratio is π / π_behaviour at the sampling temperature, where the behaviour log-prob is known.
     """
     logprob_N = stats.get(Stat.LOGPROB, stats.get(Stat.SAMPLED_LOGPROB))
     if logprob_N is None or not len(batch.target_N):
@@ -66,11 +66,11 @@ def author_sums(batch: PackedBatch, stats: Mapping[Wanted, torch.Tensor]) -> dic
 
 
 def author_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """From the sums of a step to what is shown per kind of author.
+    """The metrics per kind of author, from the sums of a step.
 
     ``share`` of the trained tokens; ``nll``, minus the mean log-prob in nats; ``entropy``, where it
     was computed; and where behaviour log-probs are known the mean ratio w and the effective share
-    (Σw)² / (n Σw²), 1 when all weights are equal. Other entries are passed on as they are.
+    (Σw)² / (n Σw²), 1 when all weights are equal. Other entries are not changed.
 
     Example:
         >>> author_metrics({"loss": 2.0, "authors/human/tokens": 4.0, "authors/human/nll": 2.0})

@@ -1,4 +1,4 @@
-"""What a draw looks like beside its loss: how its sampler and its critic did.
+"""Metrics of a draw: mismatch of sampler and trainer, and quality of the critic.
 
 Shape legend: ``T`` tokens of a trajectory.
 """
@@ -14,7 +14,7 @@ from posttrain.parts.credit.gae import predicted
 
 
 def mismatch_metrics(groups: Sequence[Group]) -> Mapping[str, float]:
-    """How far the sampler's probabilities are from the trainer's; empty without the column.
+    """Mismatch of the sampler's and the trainer's probabilities; empty without the column.
 
     With w = π_trainer / π_sampler per trained token: its mean, the effective sample size
     (mean w)² / mean w² between 0 and 1, the shares of w above 2 and below ½, and mean log w.
@@ -28,7 +28,7 @@ def mismatch_metrics(groups: Sequence[Group]) -> Mapping[str, float]:
         if Column.TRAINER_LOGPROB in m.columns and Column.BEHAVIOUR_LOGPROB in m.columns
     ]
     logs = np.concatenate(log_w) if log_w else np.zeros(0)
-    logs = logs[np.isfinite(logs)]  # others' tokens were sampled by nobody we know
+    logs = logs[np.isfinite(logs)]  # NaN at tokens of other authors: their sampling is unknown
     if not len(logs):
         return {}
     weights = np.exp(logs)
@@ -42,11 +42,11 @@ def mismatch_metrics(groups: Sequence[Group]) -> Mapping[str, float]:
 
 
 def value_metrics(groups: Sequence[Group]) -> Mapping[str, float]:
-    """How well the critic foresaw the returns; empty without its columns.
+    """How well the critic predicted the returns; empty without its columns.
 
-    ``explained_variance`` is 1 − Var(R − V) / Var(R) over trained tokens: 1 when it knew, 0 when
-    it knew no more than the mean, below 0 when it misled. It is left out while all returns are
-    equal.
+    ``explained_variance`` is 1 − Var(R − V) / Var(R) over trained tokens: 1 for a perfect critic,
+    0 for one no better than the mean return, below 0 for a worse one. It is left out while all
+    returns are equal.
     """
     pairs = [
         (m.columns[Column.RETURN][at], m.columns[Column.OLD_VALUE][at])

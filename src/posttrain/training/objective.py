@@ -29,16 +29,16 @@ NO_SCALARS: Mapping[Wanted, Tensor] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageObjective:
-    """The terms of a stage, ready to be evaluated on packed batches."""
+    """The terms of a stage, evaluated on packed batches."""
 
     terms: tuple[Term, ...]
-    progress: float = 0.0  # share of the stage's updates done, for weights that move
-    state: Mapping[str, float] = field(default_factory=dict)  # what terms remember, by name
-    teachers: tuple[Head, ...] = ()  # of the teachers that signals know by these numbers
+    progress: float = 0.0  # share of the stage's updates done, for scheduled weights
+    state: Mapping[str, float] = field(default_factory=dict)  # the terms' state, by name
+    teachers: tuple[Head, ...] = ()  # heads of teachers; signals refer to them by index
 
     @property
     def needs(self) -> frozenset[Column]:
-        """Columns that ``pack`` must bring along."""
+        """Columns that ``pack`` must include."""
         return frozenset().union(*(t.needs | t.limit.needs for t in self.terms))
 
     def at(
@@ -46,7 +46,7 @@ class StageObjective:
     ) -> StageObjective:
         """The objective of one update: the first has the initial weights, the last the final.
 
-        ``state`` is what the learner keeps of earlier updates; see :meth:`after`.
+        ``state`` is the state after earlier updates, kept by the learner; see :meth:`after`.
 
         Example:
             >>> from posttrain.parts.base import WeightSchedule
@@ -58,16 +58,16 @@ class StageObjective:
         return replace(self, progress=step / max(steps - 1, 1), state=state or {})
 
     def after(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
-        """What terms remember once an update gave these metrics: names and numbers."""
+        """The terms' state after an update with these metrics, by name."""
         state: dict[str, float] = {}
         for name, term in zip(self.names, self.terms, strict=True):
-            kept = term.remember(_own(self.state, name), _own(metrics, name))
-            state |= {f"{name}/{key}": value for key, value in kept.items()}
+            own = term.remember(_own(self.state, name), _own(metrics, name))
+            state |= {f"{name}/{key}": value for key, value in own.items()}
         return state
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Every term's weight now."""
+        """The current weight of every term."""
         return tuple(
             self._scheduled(term) * term.factor(_own(self.state, name))
             for name, term in zip(self.names, self.terms, strict=True)
@@ -80,13 +80,13 @@ class StageObjective:
 
     @property
     def moving(self) -> Mapping[str, float]:
-        """The weights that follow a schedule or a measurement, by metric name."""
+        """The current weights that follow a schedule or a measurement, by metric name."""
         now = zip(self.names, self.terms, self.weights, strict=True)
         return {f"{n}/weight": w for n, t, w in now if t.moves}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """A metric name per term: its tag, numbered where two terms have the same one."""
+        """A metric name per term: its tag, numbered where two terms have the same tag."""
         tags = [tag_of(t) for t in self.terms]
         return tuple(
             tag if tags.count(tag) == 1 else f"{tag}-{tags[: i + 1].count(tag)}"
@@ -107,7 +107,7 @@ class StageObjective:
 
     @property
     def reads_logits(self) -> bool:
-        """False when every statistic that is read is a scalar head's."""
+        """False when the terms read statistics of a scalar head only."""
         return not self.reads <= SCALARS
 
     def counts(self, batches: Sequence[PackedBatch]) -> tuple[int, ...]:
@@ -124,10 +124,10 @@ class StageObjective:
         vocab_size: int,
         scalars: Mapping[Wanted, Tensor] = NO_SCALARS,
     ) -> tuple[Tensor, Mapping[str, float]]:
-        """This micro-batch's share of the loss, and of every shown metric.
+        """This micro-batch's share of the loss and of every metric.
 
         Shares add up: the step's loss and metrics are the sums over its micro-batches.
-        ``scalars`` holds what :attr:`scalars` asks for.
+        ``scalars`` holds the statistics that :attr:`scalars` names.
         """
         wanted = self.reads - SCALARS
         by_logits = token_stats(
@@ -177,7 +177,7 @@ def _count(term: Term, batches: Sequence[PackedBatch]) -> int:
 
 
 def _own(values: Mapping[str, float], name: str) -> Mapping[str, float]:
-    """Those of one term, without its name."""
+    """The entries of one term, without its name as prefix."""
     return {
         key.removeprefix(f"{name}/"): value
         for key, value in values.items()

@@ -1,7 +1,7 @@
-"""From values per token or pair to one number. The only place where losses are normalised.
+"""Reduction of values per token or pair to one number. The only place that normalises losses.
 
-Every term is divided by its own *global* count: that of all micro-batches of an optimiser step
-together. Splitting a step into more micro-batches therefore changes nothing.
+Every term is divided by its own *global* count, over all micro-batches of an optimiser step.
+Splitting a step into more micro-batches therefore changes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from posttrain.training.units import mask_units
 
 
 def per_unit(term: Term) -> bool:
-    """True when the count is of units; False when it is of sequences."""
+    """True when the term is divided by the number of units; False for that of sequences."""
     return term.aggregate not in ("sequence_mean", "sequence_sum")
 
 
@@ -26,7 +26,7 @@ def count_units(
 ) -> int:
     """How many tokens, sequences or pairs the term averages over in this step.
 
-    ``keep`` holds a further mask over units per batch, from ``units.selected_units``.
+    ``keep`` holds an additional mask over units per batch, from ``units.selected_units``.
     """
     total = 0
     for batch, kept in zip(batches, keep or [None] * len(batches), strict=True):
@@ -56,15 +56,15 @@ def reduce_units(
         values: [N] or [P], one per unit.
         batch: where the values come from.
         count: from :func:`count_units` over *all* micro-batches of the step.
-        keep: a further mask over units, from ``units.selected_units``.
-        shown: for a number to show, which is averaged where the loss is summed.
+        keep: an additional mask over units, from ``units.selected_units``.
+        shown: True for a metric, which is averaged where the loss is summed.
     """
     mask = mask_units(term, batch)
     if keep is not None:
         mask = mask & keep
     if count == 0:
         return values.sum() * 0.0
-    # where, not a product: a masked value may be infinite, and inf * 0 is NaN.
+    # torch.where, not a product: a masked value may be infinite, and inf * 0 is NaN.
     kept = torch.where(mask, values, torch.zeros_like(values))
     if per_unit(term) or (term.aggregate == "sequence_sum" and not shown):
         return kept.sum() / count

@@ -1,4 +1,4 @@
-"""The one loop. Every method runs through it: only the parts differ.
+"""The training loop. Every method uses it: only the parts differ.
 
     step ──▶ source.draw ──▶ groups ──▶ signals ──▶ columns ──▶ admit ──▶ pack ──▶ learner.step
               │ waits for:               │ waits for:            │                    │
@@ -7,8 +7,8 @@
               │ (data sets)              │                       │                    ▼
               └──────────── on one device the sampler *is* the learner ◀──────── new weights
 
-Everything random is a pure function of (seed, step), so the only state is the learner's, and a
-checkpoint between two draws resumes bit for bit.
+All randomness is a pure function of (seed, step), so a checkpoint between two draws needs only the
+state of the learner and of the ``stateful`` parts, and resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -36,44 +36,44 @@ from posttrain.training.authors import author_metrics
 from posttrain.training.draw_metrics import mismatch_metrics, value_metrics
 
 STRETCH = 2
-"""A group stays together up to so many times the learner's own micro-batch: memory has that much
-room, and a split prompt is computed twice. A number that the stage names is kept to."""
+"""A group is not split up to this multiple of the learner's default micro-batch: memory allows it,
+and a split prompt is computed twice. A ``micro_batch_tokens`` in the recipe is never exceeded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Parts:
-    """A stage made concrete: live objects behind a composition's specifications."""
+    """The live objects of a stage, built from its composition."""
 
     source: Stream
     signals: Sequence[Score]
     terms: Sequence[Term]
     objective: Objective
     learner: Learner
-    stateful: Sequence[Stateful] = ()  # what else a checkpoint must hold
+    stateful: Sequence[Stateful] = ()  # saved in checkpoints beside the learner
 
 
 class StageLog(Protocol):
-    """What a stage writes into: checkpoints, metrics and trajectories that agree."""
+    """Where a stage records checkpoints, metrics and trajectories, consistently."""
 
     def resume(self, learner: Learner, *also: Stateful) -> int:
-        """Load the last checkpoint, if there is one; returns the step to go on from."""
+        """Load the last checkpoint, if there is one; returns the step to resume from."""
         ...
 
     def metrics(self) -> Sequence[Mapping[str, float]]:
-        """Every step that is committed, in order."""
+        """The metrics of every committed step, in order."""
         ...
 
     def record(self, step: int, admission: Admission, metrics: Mapping[str, float]) -> None:
-        """Note one step: what was trained on, what was not and why, and its metrics."""
+        """Record one step: trajectories trained on, those discarded and why, and its metrics."""
         ...
 
     def commit(self, step: int, learner: Learner, *also: Stateful) -> None:
-        """Make everything up to here durable, at once."""
+        """Make everything up to ``step`` durable, atomically."""
         ...
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user asked to stop. Everything up to the last draw is committed."""
+    """The user interrupted the run. Everything up to the last draw is committed."""
 
 
 def run_stage(
@@ -85,22 +85,22 @@ def run_stage(
     observe: Observer,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Take optimiser steps until the budget ends, from wherever the journal left off.
+    """Take optimiser steps until the budget ends, starting from the journal's last checkpoint.
 
     Args:
         stage: the configuration.
-        parts: what it was built into.
+        parts: the objects built from it.
         steps: the budget in optimiser steps.
         journal: checkpoints, trajectories and ledger rows of this stage.
         observe: called with every event.
-        stop: asked after every draw; True commits and raises :class:`Interrupted`.
+        stop: called after every draw; True commits and raises :class:`Interrupted`.
     """
     run = _Run(stage, parts, steps, journal, observe, Watch(stage.monitors))
     updates = stage.updates_per_draw
     step = committed = journal.resume(parts.learner, *parts.stateful)
     for line in journal.metrics():
-        run.watch.see(int(line["step"]), line)  # alarms of earlier processes have been shown
-    clock.drain()  # what happened before the first step is none of its time
+        run.watch.see(int(line["step"]), line)  # alarms of earlier processes were shown already
+    clock.drain()  # time before the first step does not count to it
     clock.drain_counts()
     while step < steps:
         with clock.timed("draw"):
@@ -108,7 +108,7 @@ def run_stage(
         with clock.timed("score"):
             for signal in parts.signals:
                 groups = signal(groups)
-        # A draw cannot be repeated with newer weights, so it is committed whole or not at all.
+        # A draw cannot be repeated after an update, so checkpoints are only between draws.
         for update in range(min(updates, steps - step)):
             run.update(groups[update::updates], step=step)
             step += 1
@@ -124,7 +124,7 @@ def run_stage(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Run:
-    """What every update of a stage needs."""
+    """The context of every update of a stage."""
 
     stage: Stage
     parts: Parts
@@ -134,11 +134,11 @@ class _Run:
     watch: Watch
 
     def update(self, groups: Sequence[Group], *, step: int) -> None:
-        """One optimiser step on one share of a draw."""
+        """One optimiser step on its share of a draw."""
         stage, learner = self.stage, self.parts.learner
         objective = self.parts.objective.at(step=step, steps=self.steps, state=learner.state)
         with clock.timed("pack"):
-            # Age is counted at consumption: a draw's second update is one version old by design.
+            # Age is measured at consumption: a draw is one version old at its second update.
             admission = admit(
                 groups,
                 self.parts.terms,
@@ -179,7 +179,7 @@ class _Run:
 
 
 def micro_batches(stage: Stage, parts: Parts, groups: Sequence[Group]) -> list[PackedBatch]:
-    """Groups laid out for the learner, with what the terms read."""
+    """Groups packed for the learner, with the columns that the terms read."""
     named, own = stage.micro_batch_tokens, parts.learner.micro_batch_tokens
     return pack(
         groups,
@@ -191,11 +191,11 @@ def micro_batches(stage: Stage, parts: Parts, groups: Sequence[Group]) -> list[P
 
 
 def group_metrics(admission: Admission) -> Mapping[str, float]:
-    """Rewards and signal share of a draw: what the groups could teach, whatever the loss is.
+    """Rewards, lengths and staleness of a draw, independent of the loss.
 
     ``zero_variance`` is the share of groups whose rewards are all equal, split into
-    ``all_wrong`` (no reward above the lowest possible seen, 0) and ``all_right``. ``age`` is how
-    many updates ago a group was drawn, on average.
+    ``all_wrong`` (no reward above 0) and ``all_right``. ``age`` is how many updates ago a group
+    was drawn, on average.
     """
     drawn = len(admission.fresh) + len(admission.stale)
     metrics = {"groups": float(drawn), "age": admission.age}
@@ -226,7 +226,7 @@ def group_metrics(admission: Admission) -> Mapping[str, float]:
 
 
 def lr_scale(optimizer: Optimizer, *, step: int, steps: int) -> float:
-    """Share of the learning rate at a step: linear warm-up, then the schedule down to 0.
+    """Factor of the learning rate at a step: linear warm-up, then the schedule down to 0.
 
     Example:
         >>> [lr_scale(Optimizer(warmup_steps=2), step=s, steps=4) for s in range(4)]

@@ -1,14 +1,14 @@
-"""Which units a term reads: those of its authors, of the right sign, at the right entropy.
+"""Which units a term reads: filtered by author, by sign of the reward, by entropy.
 
     batch ──as_read──▶ tokens of the term's authors ──selected_units──▶ mask over its units
 
 In a mixed batch a column may be missing (NaN) at tokens that no term needing it reads. Masking
-such values after the arithmetic would be too late: 0 · NaN is NaN in the backward pass. So tokens
-that a term does not read are taken out before its code runs.
+such values after the arithmetic is too late: 0 · NaN is NaN in the backward pass. So tokens that a
+term does not read are removed before its code runs.
 
-The masks never depend on how a step is split into micro-batches: a reward belongs to a sequence,
-and entropies compete within their sequence. So does the *number* of selected units not depend on
-the entropies, which lets a step be counted before anything is computed.
+The masks do not depend on how a step is split into micro-batches: a reward belongs to a sequence,
+and entropies are ranked within their sequence. The *number* of selected units does not depend on
+the entropies, so a step's units can be counted before anything is computed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def as_read(term: Term, batch: PackedBatch, stats: Stats) -> tuple[PackedBatch, 
     """The batch and the statistics, reduced to the tokens that the term reads.
 
     A term over tokens reads those of its authors, and one over steps those at which a labelled
-    step ends. A term over sequences or pairs reads whole sequences: one with a token by anybody
-    else is left out.
+    step ends. A term over sequences or pairs reads whole sequences: a sequence with a token by
+    another author is left out.
     """
     kept_N = read_tokens(term, batch)
     if bool(kept_N.all()):
@@ -48,10 +48,10 @@ def read_tokens(term: Term, batch: PackedBatch) -> Tensor:
 
 
 def mask_units(term: Term, batch: PackedBatch) -> Tensor:
-    """Bool mask over the units the term reads: [N] tokens, [S] sequences, or [P] pairs.
+    """Bool mask over the units that the term reads: [N] tokens, [S] sequences, or [P] pairs.
 
-    A sequence or pair counts only when everything trained in it was written by the kinds in
-    ``where``; a sequence without a trained token never does.
+    A sequence or pair counts only if all its trained tokens were written by the kinds in
+    ``where``; a sequence without a trained token never counts.
     """
     allowed_N = batch.where(term.readable)
     if term.unit not in ("pair", "sequence"):
@@ -71,17 +71,17 @@ def selected_units(
     """Bool mask over the term's units, or None when the term has no limit.
 
     Args:
-        term: with its limit.
+        term: the term, with its limit.
         batch: one micro-batch.
         entropy_N: [N] the policy's entropies. Without them the mask has the right number of
-            tokens in every sequence, and is good for counting only.
+            tokens in every sequence, and serves for counting only.
     """
     limit = term.limit
     if limit == Limit():
         return None
     keep = mask_units(term, batch)
     if not bool(keep.any()):
-        return keep  # a micro-batch of other authors may lack the columns altogether
+        return keep  # a micro-batch of other authors may not have the columns
     if limit.rewards != "any":
         positive_S = batch.columns[Column.REWARD] > 0
         wanted_S = positive_S if limit.rewards == "positive" else ~positive_S
@@ -104,7 +104,7 @@ def top_entropy(
 ) -> Tensor:
     """[N] bool: the ⌈share · n⌉ readable tokens of highest entropy in every sequence.
 
-    Equal entropies: the earlier token.
+    Of equal entropies the earlier token comes first.
 
     Example:
         >>> entropy, sequence = torch.tensor([0.1, 0.9, 0.5, 0.2]), torch.tensor([0, 0, 0, 1])
@@ -112,7 +112,7 @@ def top_entropy(
         [False, True, True, True]
     """
     num_readable_S = sequence_N[readable_N].bincount(minlength=1 + _largest(sequence_N))
-    # Less a hair: 0.1 * 30 must not become 4 by rounding.
+    # Minus 1e-9: ceil(0.1 * 30) must not become 4 by rounding.
     quota_S = (num_readable_S.double() * share - 1e-9).ceil()
     ranked_N = torch.where(readable_N, entropy_N.detach(), -torch.inf)
     by_entropy_N = ranked_N.argsort(descending=True, stable=True)

@@ -1,1 +1,1 @@
-"""Policies and learners on this machine, from stock transformers models."""
+"""Policies and learners in this process, from stock transformers models."""

@@ -1,4 +1,4 @@
-"""Which weights of a model are trained, through adapters or not, and how they are written out."""
+"""The trained weights of a model, with or without LoRA adapters, and their export."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from posttrain.core.trajectory import Trajectory
 from posttrain.engines.local.model import Model
 from posttrain.protocols import Completion, Hidden, Policy, Renderer, Request
 
-# peft asks transformers for an attribute by its old name; nothing a user could act on.
+# peft reads a transformers attribute by its old name; the user cannot change that.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
 def trained_weights(
     model: Model, lora: Lora | None, *, reads: bool = False
 ) -> list[tuple[str, nn.Parameter]]:
-    """The weights that are trained, by name. A critic, which only ``reads``, has no output head."""
+    """The trained weights, by name. A critic only ``reads``: its output head is not trained."""
     if lora is None:
         model.causal.requires_grad_(True)
         out, into = (
@@ -38,7 +38,7 @@ def trained_weights(
 
 
 def export(model: Model, adapters, folder: Path) -> None:  # type: ignore[no-untyped-def]  # optional
-    """Weights and tokenizer as a plain folder, adapters merged and beside it."""
+    """Write weights and tokenizer as a model folder: adapters merged, and saved in ``adapter/``."""
     causal = model.causal
     if adapters is not None:
         save_adapters(adapters, folder / "adapter")
@@ -48,7 +48,7 @@ def export(model: Model, adapters, folder: Path) -> None:  # type: ignore[no-unt
 
 
 def attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-def]  # optional
-    """Put adapters into the model, in place. Their random start follows from the seed."""
+    """Add adapters to the model, in place, initialised from the seed."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -77,9 +77,9 @@ def attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-d
 
 @final
 class WithoutAdapters:
-    """The policy that a learner with adapters started from: its own weights, adapters off.
+    """The frozen policy that a learner with adapters started from: the same weights, adapters off.
 
-    It is frozen, and costs no second model. Not to be asked while the learner computes.
+    It needs no second model. Do not call it while the learner computes.
 
     Args:
         policy: a frozen policy on the model that carries the adapters.
@@ -106,7 +106,7 @@ class WithoutAdapters:
 
     @property
     def context(self) -> int:
-        """Longest sequence it was made for."""
+        """Longest sequence of the model, in tokens."""
         return self._policy.context
 
     @property
@@ -163,8 +163,8 @@ class WithoutAdapters:
 def save_adapters(adapters, folder: Path) -> None:  # type: ignore[no-untyped-def]  # optional
     """Save adapters so that equal ones give equal files: without local paths, lists in order."""
     config = adapters.peft_config["default"]
-    config.base_model_name_or_path = ""  # else the folder that the base happened to lie in
+    config.base_model_name_or_path = ""  # else the local folder of the base model
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)  # a set, in any order
     adapters.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # a card with nothing but that path
+    (folder / "README.md").unlink(missing_ok=True)  # a card that holds only that path

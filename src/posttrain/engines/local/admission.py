@@ -1,6 +1,6 @@
 """Which requests enter the decoding batch, and when. No tensors here.
 
-    requests ──by prompt, short ones first──▶ Queue ──admit()──▶ prompts to read, rows to start
+    requests ──by prompt, short ones first──▶ Queue ──admit()──▶ prompts to prefill, rows to start
 
 A prompt whose rows do not all fit at once stays *open*: it was prefilled, and its further rows
 enter, without another prefill, as others leave.
@@ -17,32 +17,32 @@ from posttrain.core.provenance import IntArray
 from posttrain.protocols import Request
 
 FRESH_SHARE = 8
-"""A new prompt enters when all its rows fit, or an eighth of the batch is free: small prefills
+"""A new prompt enters when all its rows fit, or one eighth of the batch is free: small prefills
 cost more per token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the batch may hold.
+    """Limits of the decoding batch.
 
-    ``tokens`` counts keys and values in all, a prompt once for all its rows. A row counts with all
-    the tokens it may draw, so what was admitted never has to leave early.
+    ``tokens`` bounds all stored keys and values; a prompt counts once for all its rows. A row
+    counts with its maximum number of tokens, so an admitted row is never evicted.
     """
 
     rows: int
     tokens: int
     prefill_tokens: int
-    row_tokens: int  # most tokens that one row can draw
+    row_tokens: int  # most tokens that one row can sample
 
     def room(self, *, prompts: int, width: int) -> int:
-        """TokenRows that fit beside so many prompts stored at that width; always at least one."""
+        """Rows that fit beside ``prompts`` prompts padded to ``width`` tokens; at least one."""
         by_memory = (self.tokens - prompts * width) // self.row_tokens
         return max(1, min(self.rows, by_memory))
 
 
 @dataclass(slots=True, eq=False)
 class QueuedPrompt:
-    """A distinct prompt, its requests that still wait, and its place while it is held."""
+    """A distinct prompt, its waiting requests, and its slot while it is stored."""
 
     tokens: IntArray
     waiting: deque[int]
@@ -58,7 +58,7 @@ class QueuedPrompt:
 @final
 @dataclass(slots=True, eq=False)
 class Queue:
-    """Prompts that wait, and those that are held."""
+    """Waiting prompts, and those whose keys and values are stored (``held``)."""
 
     limits: Limits
     waiting: deque[QueuedPrompt]
@@ -66,7 +66,7 @@ class Queue:
 
     @classmethod
     def of(cls, requests: Sequence[Request], limits: Limits) -> Queue:
-        """Distinct prompts, short ones first: stored side by side, they are padded less."""
+        """Distinct prompts, sorted by length, so that prompts stored together need less padding."""
         by_tokens: dict[bytes, QueuedPrompt] = {}
         for index, request in enumerate(requests):
             key = request.prompt.tobytes()
@@ -75,7 +75,7 @@ class Queue:
 
     @property
     def live(self) -> int:
-        """TokenRows being decoded."""
+        """Rows being decoded."""
         return sum(p.live for p in self.held)
 
     @property
@@ -104,7 +104,7 @@ class Queue:
         return fresh, rows
 
     def _free(self, *more: QueuedPrompt) -> int:
-        """TokenRows that may still enter, on the prompts held and ``more``."""
+        """Rows that may still enter, given the held prompts and ``more``."""
         prompts = [*self.held, *more]
         width = max((len(p.tokens) for p in prompts), default=0)
         return self.limits.room(prompts=len(prompts), width=width) - self.live
@@ -119,7 +119,7 @@ class Queue:
         prompt.live -= 1
 
     def drop_closed(self) -> list[QueuedPrompt]:
-        """Let go of prompts that nobody needs any more; returns them."""
+        """Drop prompts without live or waiting rows; returns them."""
         closed = [p for p in self.held if not p.is_open]
         if closed:
             self.held = [p for p in self.held if p.is_open]

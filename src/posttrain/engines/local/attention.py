@@ -1,8 +1,8 @@
-"""Attention over packed, prefix-shared tokens, through the model library's own hook.
+"""Attention over packed, prefix-shared tokens, through the model library's attention interface.
 
 Models stay stock: they are loaded with ``attn_implementation="posttrain"`` and called with a
-*plan* as a keyword argument, which the library hands down to every attention layer. The plan says
-which tokens read which.
+*plan* as a keyword argument, which the library passes to every attention layer. The plan defines
+which tokens attend to which.
 
     model(tokens, position_ids, posttrain_plan=plan)
       └─ layer i: q, k, v ──▶ attend() ──▶ plan.attend(layer i, q, k, v) ──▶ output
@@ -34,7 +34,7 @@ PLAN = "posttrain_plan"
 
 
 class AttentionPlan(Protocol):
-    """Which tokens read which, for one forward pass."""
+    """Which tokens attend to which, for one forward pass."""
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
@@ -56,7 +56,7 @@ def attend(
     """The function registered with the model library. [1, H, T, D] in, [1, T, H, D] out."""
     plan = kwargs.get(PLAN)
     unsupported = [n for n in ("softcap", "s_aux", "alibi") if kwargs.get(n) is not None]
-    # A recorded size is no number that can be looked at; the model ran before it was recorded.
+    # A traced size cannot be compared with a number; the model ran untraced before.
     batched = not is_tracing() and query.shape[0] != 1
     if plan is None or unsupported or batched or dropout:
         why = (
@@ -88,9 +88,9 @@ AttentionInterface.register(IMPLEMENTATION, attend)
 class PackedPlan:
     """Causal attention within each segment, and full attention to its shared prompt.
 
-    Masks and indices are made once for all layers. On a CPU that is tiles (see ``tiles.py``), and
-    dense masks only if a layer has a window that some token's past does not fit into. On a GPU it
-    is the blocks of ``flex.py``.
+    Masks and indices are computed once for all layers. On a CPU these are tiles (``tiles.py``),
+    and dense masks only if a layer has a sliding window shorter than some token's context. On a
+    GPU they are the blocks of ``flex.py``.
     """
 
     def __init__(self, segments: Sequence[Segment], *, device: torch.device) -> None:
@@ -102,7 +102,7 @@ class PackedPlan:
 
     @classmethod
     def of(cls, segments: Sequence[Segment], *, device: torch.device) -> PackedPlan:
-        """Lay segments out for attention."""
+        """The plan of a batch's segments."""
         return cls(segments, device=device)
 
     def attend(
@@ -123,6 +123,6 @@ class PackedPlan:
         return self._masked.attend(q, k, v, scaling=scaling, window=limit)
 
     def _past(self, segment: Segment) -> int:
-        """Tokens that the segment's last one reads, itself included."""
+        """Tokens that the segment's last token attends to, itself included."""
         before = 0 if segment.parent is None else self._segments[segment.parent].length
         return before + segment.length

@@ -2,15 +2,15 @@
 
     prefix [P, J, L, D]   one copy per prompt, read once for all its rows ──┐
                                                                             ├─ one softmax ─▶ out
-    own    [S, J, C, D]   what each row drew itself, written in place ──────┘
+    own    [S, J, C, D]   each row's sampled tokens, written in place ──────┘
 
-A row reads its prompt's prefix together with all rows of that prompt: their queries are folded
-into one matrix, so the prefix passes through the caches once, however many rows there are. The
-prefix part returns an output and a log-sum-exp; the own part takes them in as if they were one
-more key, so the softmax is over both, exactly.
+All rows of a prompt read its prefix together: their queries are folded into one matrix, so the
+prefix passes through the caches once, whatever the number of rows. The prefix part returns an
+output and a log-sum-exp; the own part adds them as one more key, so the softmax over both is
+exact.
 
-Not run on a GPU yet: nothing here asks the device for a value, and with ``static=True`` no shape
-changes between two arrangements and no number comes from the host, as a CUDA graph needs
+Not run on a GPU yet: nothing here reads a value from the device, and with ``static=True`` no shape
+changes between two calls of ``arrange`` and no number comes from the host, as a CUDA graph needs
 (:func:`capture`). The static form is tested on a CPU; :func:`capture` itself has never run.
 
 Shape legend: ``S`` row slots, ``P`` prompt slots, ``G`` rows of the prompt with most, ``H`` query
@@ -30,16 +30,16 @@ from torch import Tensor
 from posttrain.engines.local.attention import PackedPlan
 
 HIDDEN = -1e30
-"""Added to a score that must not count. Finite: a row that sees no prefix at all (beyond a
-sliding window) then gets weight exp(−1e30) = 0 for it, where −inf would give NaN."""
+"""Added to masked scores. Finite: a row whose whole prefix is masked (beyond a sliding window) gets
+weight exp(−1e30) = 0 for it, where −inf would give NaN."""
 
 COLUMNS = 64
-"""Own columns at the start; they double as completions grow, instead of the most there may be."""
+"""Initial number of own columns; it doubles as completions grow."""
 
 
 @dataclass(slots=True, eq=False)
 class PrefillPlan:
-    """Packed attention over prompts that remembers every layer's keys and values."""
+    """Packed attention over prompts that stores every layer's keys and values."""
 
     packed: PackedPlan
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -63,10 +63,10 @@ class _Layer:
 
 @dataclass(slots=True, eq=False)
 class DecodePlan:
-    """One new token per row slot. :meth:`arrange` says which slot reads which prompt.
+    """One new token per row slot. :meth:`arrange` assigns a prompt slot to each row slot.
 
-    ``age`` of a row is the number of its tokens whose keys and values are stored already; the
-    token of this step goes to that column.
+    ``age`` of a row is the number of its tokens whose keys and values are stored; the token of
+    this step goes to that column.
     """
 
     most_columns: int
@@ -88,7 +88,7 @@ class DecodePlan:
     # --- storage ---
 
     def store(self, slots: Sequence[int], lengths: Sequence[int], prefill: PrefillPlan) -> None:
-        """Keep the keys and values of freshly read prompts, packed one after the other."""
+        """Store the keys and values of newly prefilled prompts, packed one after the other."""
         device = next(iter(prefill.kept.values()))[0].device
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         width = max(lengths)
@@ -107,7 +107,7 @@ class DecodePlan:
             layer.prefix_v[:, :, :width].index_copy_(0, slots_P, v[gather_PL].transpose(1, 2))
 
     def keep(self, prompts: Sequence[int], rows: Sequence[int]) -> None:
-        """Drop every prompt and row slot but these; they are numbered anew in this order."""
+        """Drop every prompt and row slot but these; they are renumbered in this order."""
         self.lengths = [self.lengths[p] for p in prompts]
         for layer in self.layers.values():
             if len(prompts) < layer.prefix_k.shape[0]:
@@ -116,15 +116,15 @@ class DecodePlan:
                 layer.prefix_k = layer.prefix_k[:, :, :width].index_select(0, at)
                 layer.prefix_v = layer.prefix_v[:, :, :width].index_select(0, at)
             at = torch.tensor(rows, device=layer.own_k.device)
-            # TokenRows that have just entered may have no place yet: they have stored nothing.
+            # Rows that have just entered may have no storage yet: they have stored nothing.
             layer.own_k = _grown(layer.own_k, max(rows) + 1, 0).index_select(0, at)
             layer.own_v = _grown(layer.own_v, max(rows) + 1, 0).index_select(0, at)
 
     def arrange(self, prompt_of_row: np.ndarray, ages: np.ndarray) -> None:
-        """Say which prompt slot each row slot reads, and how many own tokens each has stored.
+        """Set the prompt slot of each row slot, and how many own tokens each has stored.
 
-        Call it when rows enter, leave or are renumbered; between two calls every row grows older
-        by one token per :meth:`advance`.
+        Call it when rows enter, leave or are renumbered; between two calls every row's age grows
+        by one per :meth:`advance`.
         """
         device = next(iter(self.layers.values())).prefix_k.device
         self.num_rows = len(prompt_of_row)
@@ -132,7 +132,7 @@ class DecodePlan:
         grid = np.zeros((len(members), max(len(m) for m in members)), np.int64)
         place = np.zeros(self.num_rows, np.int64)
         for prompt, rows in enumerate(members):
-            grid[prompt, : len(rows)] = rows  # the rest are fillers: row 0, computed, never read
+            grid[prompt, : len(rows)] = rows  # the rest is padding: row 0, computed, never read
             place[rows] = prompt * grid.shape[1] + np.arange(len(rows))
         lengths = np.array(self.lengths)
         self._row_PG = torch.from_numpy(grid).to(device)
@@ -153,7 +153,7 @@ class DecodePlan:
         self._reserve()
 
     def begin(self) -> None:
-        """Start a step: what depends on ages is worked out anew."""
+        """Start a step: clear the masks, which depend on ages."""
         self._masks.clear()
 
     def advance(self) -> None:
@@ -168,7 +168,7 @@ class DecodePlan:
         return self._length_S + self.age_S
 
     def _reserve(self) -> None:
-        """Room for this step's column, in every layer."""
+        """Allocate this step's column, in every layer."""
         held = next(iter(self.layers.values())).own_k.shape[2]
         if self._oldest >= held:
             columns = min(max(2 * held, self._oldest + 1, COLUMNS), self.most_columns)
@@ -223,7 +223,7 @@ class DecodePlan:
             store.own_v[self._row_S, :, self.age_S] = v
 
     def _fold(self, heads_kv: int) -> tuple[Tensor, Tensor]:
-        """Where the queries [S·J] stand among those ordered by prompt [P·J·G], and back."""
+        """Indices from queries [S·J] to those ordered by prompt [P·J·G], and back."""
         if heads_kv not in self._folds:
             head_J = self._columns(heads_kv)
             fold = self._row_PG[:, None] * heads_kv + head_J[:, None]
@@ -234,8 +234,8 @@ class DecodePlan:
         return self._folds[heads_kv]
 
     def _masks_of(self, window: int | None, per_kv: int) -> tuple[Tensor | None, Tensor | None]:
-        """Additive masks, or None where every column counts: prefix [P, 1, G·I, L], own
-        [S, 1, 1, C]. The same for all layers with this window; made once per step."""
+        """Additive masks, or None where nothing is masked: prefix [P, 1, G·I, L], own
+        [S, 1, 1, C]. The same for all layers with this window; computed once per step."""
         if window in self._masks:
             return self._masks[window]
         columns = self._read_columns()
@@ -275,7 +275,7 @@ def _read(
     """Attention of q [P, J, Q, D] over k, v [P, J, L, D]: outputs, and the log of the softmax's
     denominator [P, J, Q]."""
     if q.device.type == "cpu":
-        # The kernel behind F.scaled_dot_product_attention, which keeps the log-sum-exp to itself.
+        # The kernel behind F.scaled_dot_product_attention, which does not return the log-sum-exp.
         out, mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=mask, scale=scaling
         )
@@ -286,7 +286,7 @@ def _read(
 def _read_plainly(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain tensor code, for every device."""
+    """:func:`_read` in plain tensor code, for every device."""
     scores = ((q * scaling) @ k.transpose(-1, -2)).float()
     if mask is not None:
         scores = scores + mask
@@ -302,8 +302,8 @@ def _empty(k_TJD: Tensor) -> _Layer:
 
 
 def _grown(stored: Tensor, num: int, columns: int) -> Tensor:
-    """[num or more, J, columns or more, D] with what was stored; new places are zero, because
-    what a mask hides is still multiplied by 0, and NaN would not vanish."""
+    """The tensor enlarged to [num or more, J, columns or more, D]. New entries are zero: masked
+    values are still multiplied by 0, and 0 · NaN is NaN."""
     have, heads, held, size = stored.shape
     num, columns = max(num, have), max(columns, held)
     if (num, columns) == (have, held):
@@ -316,7 +316,7 @@ def _grown(stored: Tensor, num: int, columns: int) -> Tensor:
 def capture(step: Callable[[Tensor], Tensor], tokens_S: Tensor) -> Callable[[Tensor], Tensor]:
     """Record one decoding step as a CUDA graph; the result replays it on new tokens.
 
-    ``step`` must belong to a plan with ``static=True``, and serves until the next
+    ``step`` must belong to a plan with ``static=True``. The graph is valid until the next
     :meth:`DecodePlan.arrange`, or until storage grows. **Never run**: there was no GPU.
 
     Raises:

@@ -1,8 +1,8 @@
 """The local engine: one process, one device, stock models.
 
-:class:`LocalPolicy` samples and scores; :class:`LocalLearner` trains. On one device they share
-the very same weights, so nothing is copied or synchronised, and a fresh rollout's log-probs are
-the learner's own: ratio 1 is a test, not a hope.
+:class:`LocalPolicy` samples and scores; :class:`LocalLearner` trains. They share the same weights,
+so nothing is copied or synchronised, and the log-probs of a fresh rollout are the learner's own:
+a test checks that the ratio is 1.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from posttrain.protocols import Objective, ScalarStart, StepReport
 
 @final
 class LocalLearner:
-    """A model being trained with AdamW, all of it or through low-rank adapters.
+    """A model being trained with AdamW: all weights, or low-rank adapters.
 
-    A scalar head is trained with it, on the model's own hidden states or, as a critic, on a decoder
-    of its own, which has its own learning rate, gradient norm and adapters.
+    A scalar head is trained with it, on the model's own hidden states or, as a critic, on a
+    separate decoder with its own learning rate, gradient norm and adapters.
 
-    Saving keeps the trained weights, the optimiser state, the version and the moving reference if
-    there is one: a learner that loads them goes on bit for bit on the same machine.
+    A checkpoint holds the trained weights, the optimiser state, the version and the moving
+    reference if there is one: a learner that loads it resumes bit for bit on the same machine.
     """
 
     def __init__(
@@ -100,17 +100,17 @@ class LocalLearner:
 
     @property
     def state(self) -> Mapping[str, float]:
-        """What the objective remembers of earlier updates."""
+        """The objective's state after earlier updates."""
         return self._state
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens of a micro-batch where the stage names no number."""
+        """Default number of tokens of a micro-batch."""
         return comfortable_tokens(self._model.causal.base_model, self._model.device)
 
     @property
     def start(self) -> WithoutAdapters | None:
-        """The policy it started from, where adapters leave its weights alone."""
+        """The policy it started from, if adapters leave its weights unchanged; else None."""
         return self._start
 
     @property
@@ -129,7 +129,7 @@ class LocalLearner:
         """One optimiser step over the micro-batches.
 
         Raises:
-            ModelError: the gradient is not finite. Nothing was changed.
+            ModelError: the gradient is not finite. The weights are unchanged.
         """
         self._optimizer.zero_grad(set_to_none=True)
         counts = objective.counts(batches)
@@ -164,7 +164,7 @@ class LocalLearner:
         )
 
     def _update(self, lr_scale: float, *, loss: float) -> list[float]:
-        """Clip and apply the gradients that were collected; returns the norm of each group."""
+        """Clip and apply the accumulated gradients; returns the norm of each group."""
         self._masters.take_gradients()
         limit = self._config.max_grad_norm
         norms = [float(nn.utils.clip_grad_norm_(params, limit)) for _, params in self._rates]
@@ -186,7 +186,7 @@ class LocalLearner:
     def _forward(
         self, batch: PackedBatch, objective: Objective
     ) -> tuple[Tensor, Mapping[Wanted, Tensor]]:
-        """Hidden states [N, X] of trained tokens, and the readings of the scalar head [N]."""
+        """Hidden states [N, X] that predict the trained tokens, and scalar head statistics [N]."""
         if not objective.scalars:
             return self._model.predicting(batch), {}
         scalar = self._scalar
@@ -214,7 +214,7 @@ class LocalLearner:
         torch.save(state, folder / "learner.pt")
 
     def load(self, folder: Path) -> None:
-        """Go on from :meth:`save`.
+        """Load what :meth:`save` wrote.
 
         Raises:
             ModelError: the file belongs to another model or adapter configuration.
@@ -236,11 +236,11 @@ class LocalLearner:
     def export(self, folder: Path) -> None:
         """A plain model folder. Adapters are merged, and saved beside it in ``adapter/``.
 
-        Merged weights are float32: rounded to bfloat16, a good part of a small adapter would be
-        lost, and the export would be another policy than the one that was trained.
+        Merged weights are float32: rounding to bfloat16 would lose much of a small adapter, and
+        the export would differ from the trained policy.
 
-        A scalar head is saved beside its trunk; a critic's trunk is a model folder of its own,
-        ``critic/`` inside of the policy's.
+        A scalar head is saved beside its trunk; a critic's trunk is a separate model folder,
+        ``critic/`` inside the policy's.
         """
         export(self._model, self._adapters, folder)
         if self._scalar is not None:
@@ -256,9 +256,9 @@ class LocalEngine:
     """Policies and learners in this process.
 
     Args:
-        device: where weights live.
+        device: where the weights are.
         dtype: of the weights.
-        remote_code: the one model whose own code may run; None for none.
+        remote_code: the model whose repository code may run; None for none.
     """
 
     device: torch.device
@@ -296,7 +296,7 @@ class LocalEngine:
         )
 
     def _scalar(self, start: ScalarStart, policy: Model) -> Scalar:
-        """The scalar head that a learner starts with; a critic is another copy of its model."""
+        """The initial scalar head of a learner; a critic loads a second copy of its model."""
         folder = resolve_folder(start.model)
         if start.trunk == "shared":
             trunk = policy

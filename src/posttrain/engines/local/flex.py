@@ -1,7 +1,7 @@
 """Packed attention on a GPU: the whole batch in one call of FlexAttention (arXiv 2412.05496).
 
-The mask is a function of two token numbers, and blocks of 128 × 128 pairs that nobody reads are
-never computed: what segments mean is told in three lines, and the kernel is compiled from them.
+The mask is a function of two token indices, from which the kernel is compiled; blocks of 128 × 128
+pairs that are fully masked are not computed.
 
     reads(q, k) = own(q) == own(k) and k ≤ q    or    parent(own(q)) == own(k)
 
@@ -27,7 +27,7 @@ from posttrain.numerics.batch import Segment
 
 @final
 class FlexBlocks:
-    """Which blocks of pairs of a batch are read, made once for all layers with one window."""
+    """The unmasked blocks of a batch, computed once for all layers with the same window."""
 
     def __init__(self, segments: Sequence[Segment], *, device: torch.device) -> None:
         lengths = np.array([s.length for s in segments])
@@ -71,6 +71,6 @@ class FlexBlocks:
 
 @cache
 def _kernel(*, compiled: bool) -> Callable[..., Tensor]:
-    """The kernel; where it is compiled, on first use and for any number of tokens."""
+    """The kernel; compiled at first use, for any number of tokens."""
     plain: Any = flex_attention
     return torch.compile(plain, dynamic=True) if compiled else plain

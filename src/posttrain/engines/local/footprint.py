@@ -1,4 +1,4 @@
-"""How many tokens go through a model at once, so that their activations fit.
+"""The default number of tokens of a micro-batch, so that activations fit into memory.
 
 activations of a token ≈ OVERHEAD · Σ over linear layers (inputs + outputs)
 tokens of a micro-batch = budget / activations of a token, within bounds
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 CPU_BUDGET = 192 * 2**20
-"""Bytes of activations on a CPU. More tokens at once were no faster there (lab log)."""
+"""Bytes of activations on a CPU. Larger micro-batches were not faster there (lab log)."""
 
 CUDA_SHARE = 0.25
 """Share of a GPU's memory for activations: the rest holds weights, optimiser state and rollouts."""
@@ -21,7 +21,7 @@ computed again."""
 
 OVERHEAD = 1.4
 """Activations kept for the backward pass, over inputs and outputs of the linear layers: norms,
-rotary embedding and attention come on top. Read off Qwen3's layers."""
+rotary embedding and attention come on top. Taken from Qwen3's layers."""
 
 
 def activation_bytes(decoder: nn.Module) -> float:
@@ -38,7 +38,7 @@ def activation_bytes(decoder: nn.Module) -> float:
 
 
 def comfortable_tokens(decoder: nn.Module, device: torch.device) -> int:
-    """Tokens of a micro-batch where the stage names no number."""
+    """Default number of tokens of a micro-batch."""
     budget: float = CPU_BUDGET
     if device.type == "cuda":
         budget = CUDA_SHARE * torch.cuda.get_device_properties(device).total_memory

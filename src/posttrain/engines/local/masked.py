@@ -1,4 +1,4 @@
-"""Packed attention with dense masks: slower, and good for everything, sliding windows included.
+"""Packed attention with dense masks: slower, and general, sliding windows included.
 
 Shape legend: ``T`` packed tokens, ``H`` query heads, ``J`` key/value heads, ``D`` head size,
 ``B`` blocks, ``Q`` and ``K`` queries and keys of a padded block.
@@ -18,12 +18,12 @@ from posttrain.numerics.batch import Segment
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
-    """Segments of similar size, padded for one attention call. Padding exists only in here."""
+    """Segments of similar size, padded for one attention call. No other code pads."""
 
     query_BQ: Tensor  # indices in T
     key_BK: Tensor  # indices in T
-    mask_BQK: Tensor  # True where a query reads a key
-    distance_BQK: Tensor  # how far back the key stands, for sliding windows
+    mask_BQK: Tensor  # True where a query attends to a key
+    distance_BQK: Tensor  # tokens from key to query, for sliding windows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,11 +31,11 @@ class MaskedBlocks:
     """Causal attention within each segment, and attention to its shared prompt, in a window."""
 
     blocks: tuple[_Block, ...]
-    place_T: Tensor  # where each token's output stands among the blocks' padded queries
+    place_T: Tensor  # index of each token's output among the blocks' padded queries
 
     @classmethod
     def of(cls, segments: Sequence[Segment], *, device: torch.device) -> MaskedBlocks:
-        """Group segments of similar length, so that little is padded."""
+        """Group segments of similar length, to keep padding small."""
         buckets: dict[tuple[int, int], list[Segment]] = {}
         for segment in segments:
             parent = 0 if segment.parent is None else segments[segment.parent].length
@@ -107,7 +107,7 @@ def _block(members: Sequence[Segment], segments: Sequence[Segment]) -> _Block:
             key[row, :p] = parent.start + torch.arange(p)
             mask[row, :n, :p] = True
             distance[row, :, :p] = p + own[:, None] - torch.arange(p)[None, :]
-        # A padded query must read something, or softmax gives NaN; its output is never placed.
+        # A padded query must attend to some key, or softmax gives NaN; its output is not used.
         mask[row, n:, 0 if parent else width_p] = True
         distance[row, n:, 0 if parent else width_p] = 0
     return _Block(query, key, mask, distance)

@@ -1,8 +1,8 @@
-"""Float32 master weights, so that small steps are not lost in a small number type.
+"""Float32 master weights, so that small updates are not lost to rounding.
 
-A bfloat16 weight has 8 bits of precision: a step of less than about 1/256 of it changes nothing. At
-the learning rates of post-training nearly every step is that small. The optimiser therefore works
-on float32 copies, and the model's own weights are their rounding.
+A bfloat16 weight has 8 bits of precision: an update of less than about 1/256 of it changes nothing.
+At the learning rates of post-training nearly every update is that small. The optimiser therefore
+works on float32 copies, and the model's own weights are their rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @final
 class MasterWeights:
-    """What the optimiser works on: the model's own weights where they are float32, else copies."""
+    """The optimiser's parameters: the model's weights where they are float32, else copies."""
 
     def __init__(self, trained: Sequence[tuple[str, nn.Parameter]]) -> None:
         self._pairs = [(n, p, p if p.dtype == torch.float32 else _copy(p)) for n, p in trained]
@@ -27,7 +27,7 @@ class MasterWeights:
         return [master for _, _, master in self._pairs]
 
     def take_gradients(self) -> None:
-        """Move the gradients that the model's weights collected to the masters."""
+        """Move the gradients of the model's weights to the masters."""
         for _, live, master in self._pairs:
             if live is not master:
                 master.grad = None if live.grad is None else live.grad.float()
@@ -35,7 +35,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Round the masters into the model."""
+        """Copy the masters, rounded, into the model's weights."""
         for _, live, master in self._pairs:
             if live is not master:
                 live.copy_(master)
@@ -46,7 +46,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over :meth:`state`, and write it into the model."""
+        """Load :meth:`state`, and write it into the model."""
         for name, _, master in self._pairs:
             master.copy_(state[name])
         self.write_back()

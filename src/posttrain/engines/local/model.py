@@ -1,9 +1,9 @@
-"""Loading stock models, and proving that they compute the same thing packed.
+"""Loading stock models, and checking that packing is exact for them.
 
-A model is used through two of its own parts: the decoder (token ids -> hidden states) and the
-output head (hidden states -> logits). What a family does to logits beyond its head, and whether
-packed, prefix-shared tokens really see what they should, is not believed but *checked* when the
-model is loaded: both ways of computing a short probe must agree.
+A model is used through two of its modules: the decoder (token ids -> hidden states) and the output
+head (hidden states -> logits). What a family does to logits after its head, and whether packed,
+prefix-shared tokens attend correctly, is *checked* when the model is loaded: packed and stock
+log-probs of a short probe must agree.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from posttrain.engines.local.recording import Recording, stock_hidden
 from posttrain.numerics.batch import PackedBatch, Segment
 from posttrain.numerics.logits import Head, LinearHead
 
-# A bar per loaded shard would tear the run's own progress display.
+# A progress bar per loaded shard would break the run's own progress display.
 library_logging.disable_progress_bar()
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""Largest |Δ log-prob| that the two ways of computing may differ by."""
+"""Largest |Δ log-prob| allowed between packed and stock computation."""
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -68,7 +68,7 @@ class Model:
         folder: Path,
         speaks: bool = True,
     ) -> Model:
-        """Read off the configuration what the family does to logits beyond its head."""
+        """Take what the family does to logits after its head from the configuration."""
         config = causal.config.get_text_config().to_dict()
         scale = config.get("logit_scale") or 1.0  # Cohere
         scale /= config.get("logits_scaling") or 1.0  # Granite
@@ -82,17 +82,17 @@ class Model:
 
     @property
     def vocab_size(self) -> int:
-        """TokenRows of the output head, padding rows included."""
+        """Rows of the output head, padding rows included."""
         return int(self.causal.get_output_embeddings().weight.shape[0])
 
     @property
     def context(self) -> int:
-        """Longest sequence the model was made for."""
+        """Longest sequence of the model, in tokens."""
         return int(self.causal.config.get_text_config().max_position_embeddings)
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """Tokens that end a turn, as the model's generation config names them."""
+        """Tokens that end a turn, from the model's generation config."""
         ends = self.causal.generation_config.eos_token_id
         return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
@@ -105,13 +105,13 @@ class Model:
         return self.packed(batch)[batch.predict_N]
 
     def packed(self, batch: PackedBatch) -> Tensor:
-        """Hidden states [T, X] of everything in the batch."""
+        """Hidden states [T, X] of all tokens of the batch."""
         plan = PackedPlan.of(batch.segments, device=self.device)
         return self.hidden(batch.tokens_T, batch.positions_T, plan)
 
     @property
     def head(self) -> Head:
-        """Hidden states [N, X] to logits [N, V], with what some families do after the head."""
+        """Hidden states [N, X] to logits [N, V], with a family's scaling and soft-capping."""
         module = self.causal.get_output_embeddings()
         scale, cap = self.logit_scale, self.logit_cap
         if type(module) is nn.Linear and cap is None:
@@ -124,7 +124,7 @@ class Model:
         return head
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, special ones left out and all else untouched."""
+        """Tokens as text, special tokens left out."""
         ids = [int(t) for t in tokens]
         return str(
             self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -161,7 +161,7 @@ def resolve_folder(name: str) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not a model, with what it holds instead."""
+    """Raise a ModelError for a folder that is not a model; the message lists its content."""
     config = folder / "config.json"
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     held = sorted(p.name for p in folder.iterdir())
@@ -188,7 +188,7 @@ def check_folder(folder: Path) -> None:
 
 
 def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device asked for; ``auto`` is CUDA where there is one."""
+    """The requested device; ``auto`` is CUDA where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
@@ -201,13 +201,13 @@ def load_model(
     device: torch.device | None = None,
     remote_code: bool = False,
 ) -> Model:
-    """Load a causal LM and its tokenizer, and prove that packing is exact for it.
+    """Load a causal LM and its tokenizer, and check that packing is exact for it.
 
     Args:
         name: a folder, or a hub id.
         dtype: of the weights. On a CPU float32 is faster than bfloat16.
         device: default CPU.
-        remote_code: run code from the model's repository. Off unless the user names the model.
+        remote_code: run code from the model's repository. Off unless the recipe allows it.
 
     Raises:
         ModelError: not a model, unreadable, no tokenizer, or not exact when packed.
@@ -233,7 +233,7 @@ def load_model(
             fix="try AutoModelForCausalLM.from_pretrained on it; for code from the model's own "
             "repository set remote_code to the model's name",
         ) from error
-    # Dropout would make the trained policy another one than the sampled policy: always eval.
+    # With dropout the trained policy would differ from the sampled policy: always eval mode.
     nn.Module.to(causal, device or torch.device("cpu")).eval()
     speaks = _speaks(causal, folder, missing=loaded[1]["missing_keys"])
     model = Model.of(causal, tokenizer, name=name, folder=folder, speaks=speaks)
@@ -242,7 +242,7 @@ def load_model(
 
 
 def _speaks(causal: PreTrainedModel, folder: Path, *, missing: Collection[str]) -> bool:
-    """False for a classifier's folder: its output head is random, or was never trained as one."""
+    """False for a classifier's folder: its output head is random or untrained."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kinds = config.get("architectures") or ()
     out = causal.get_output_embeddings().weight
@@ -292,7 +292,7 @@ def prove_packing(model: Model) -> None:
 
 @dataclass(slots=True, eq=False)
 class _WindowsSeen:
-    """A plan that notes which sliding windows the layers hand down."""
+    """A plan that records which sliding windows the layers pass on."""
 
     packed: PackedPlan
     windows: set[int | None] = field(default_factory=set)
@@ -305,9 +305,9 @@ class _WindowsSeen:
 
 
 def _check_windows(model: Model, seen: set[int | None]) -> None:
-    """Refuse families that keep their window in the mask alone, where packing cannot see it.
+    """Raise a ModelError for families whose window is only in the mask, which packing does not use.
 
-    The probe is too short to notice by its numbers: it fits into any real window.
+    The probe cannot show it: it is shorter than any real window.
     """
     config = model.causal.config.get_text_config().to_dict()
     kinds = config.get("layer_types")
@@ -326,7 +326,7 @@ def _check_windows(model: Model, seen: set[int | None]) -> None:
 
 
 def _stock_logprobs(model: Model, tokens: Sequence[int]) -> Tensor:
-    """[T, V] log-probs by the model library alone: its own attention, no packing."""
+    """[T, V] log-probs by the stock model: the library's attention, no packing."""
     ids = torch.tensor([tokens], device=model.device)
     model.causal.set_attn_implementation("eager")
     try:

@@ -1,6 +1,6 @@
-"""The second set of weights that a learner keeps: a reference that follows it.
+"""A moving reference: an exponential moving average of the learner's weights.
 
-Only what is trained exists twice. A model under adapters shares its frozen weights with its
+Only trained weights are duplicated. A model with adapters shares its frozen weights with its
 average.
 """
 
@@ -22,12 +22,12 @@ from posttrain.engines.local.model import Model
 
 @final
 class MovingAverage:
-    """A copy of a model whose trained weights follow the original's.
+    """A copy of a model whose trained weights are a moving average of the original's.
 
     Args:
         model: the learner's.
-        trained: names of the weights that are trained.
-        spec: how and when they follow.
+        trained: names of the trained weights.
+        spec: rate and interval of the average.
     """
 
     def __init__(self, model: Model, trained: Sequence[str], spec: MovingReference) -> None:
@@ -43,7 +43,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def follow(self, learner: Mapping[str, Tensor], *, step: int) -> None:
-        """Move towards the learner's float32 weights, if it is time.
+        """Update the average towards the learner's float32 weights, if an update is due.
 
         Args:
             learner: weights by name.
@@ -60,10 +60,10 @@ class MovingAverage:
         return self._weights.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over :meth:`state`.
+        """Load :meth:`state`.
 
         Raises:
-            ModelError: it is that of another model, or of a learner without a moving reference.
+            ModelError: the state of another model, or of a learner without a moving reference.
         """
         if (expected := self._weights.state().keys()) != state.keys():
             raise ModelError(

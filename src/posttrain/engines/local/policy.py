@@ -1,4 +1,4 @@
-"""A model in this process as a policy: sampled, and asked for log-probs, frozen or live."""
+"""A model in this process as a policy, frozen or live: sampling and log-probs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from posttrain.numerics.logits import CHUNK_ELEMENTS, LinearHead
 from posttrain.protocols import Completion, Hidden, Request
 
 SCORE_TOKENS = 16384
-"""Tokens scored together when no gradient is needed."""
+"""Tokens of a scoring batch, which needs no gradient."""
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Version:
 
 @final
 class LocalPolicy:
-    """A model in this process that can be sampled and asked for log-probs."""
+    """A model in this process that samples completions and computes log-probs."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class LocalPolicy:
 
     @property
     def context(self) -> int:
-        """Longest sequence it was made for."""
+        """Longest sequence of the model, in tokens."""
         return self._model.context
 
     @property
@@ -133,10 +133,10 @@ class LocalPolicy:
 
     @property
     def hidden(self) -> Hidden | None:
-        """Its hidden states and head, if it is frozen and says what it is by a digest.
+        """Its hidden states and head, if it is frozen and has a digest; else None.
 
-        The live learner and a reference that follows it are None: states of one version must not
-        meet the head of another, and an update may come between.
+        None for the live learner and a moving reference: an update may come between, and states
+        of one version must not be used with the head of another.
         """
         reads = self._model.causal.get_output_embeddings()
         changes = any(weight.requires_grad for weight in reads.parameters())
@@ -188,7 +188,7 @@ class LocalPolicy:
         return out
 
     def _check_speaks(self) -> None:
-        """Refuse to write with, or to read, an output head that nobody trained."""
+        """Raise a ModelError when the output head is untrained."""
         if not self._model.speaks:
             raise ModelError(
                 f"{self._model.name} is a classifier: its output head was never trained",
@@ -232,7 +232,7 @@ def _spread(
 
 
 def frozen(model: Model) -> LocalPolicy:
-    """A policy whose weights never change: a reference, a teacher, a policy to measure."""
+    """A policy whose weights never change: a reference model, a teacher, a policy to measure."""
     model.causal.requires_grad_(False)
     scalar = Scalar.load(model, model.folder)
     if scalar is not None:

@@ -1,8 +1,8 @@
 """Activation checkpointing: each layer's activations are computed again in the backward pass.
 
-Memory falls from everything that every layer keeps to one hidden state per layer, and a step
-computes the layers' forward pass twice: about a third more work. The model library's own hook does
-it, one decoder layer at a time.
+Memory falls from all activations of every layer to one hidden state per layer, and a step computes
+the layers' forward pass twice: about a third more work. The model library's own hook does it, one
+decoder layer at a time.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable`", cat
 
 @final
 class Recomputation:
-    """Switches recomputation on for the decoder layers of models that are trained together.
+    """Activation checkpointing for the decoder layers of models that are trained together.
 
     Raises:
-        ConfigError: the family has no such layers.
-        ModelError: a layer drops activations of its own, which would come out otherwise twice.
+        ConfigError: the family's layers do not support it.
+        ModelError: a layer has dropout, which would differ in the recomputation.
     """
 
     def __init__(self, models: Sequence[Model]) -> None:
@@ -37,8 +37,8 @@ class Recomputation:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """For a forward pass with a gradient. Elsewhere, layers run as they always do."""
-        # The hook asks the layer itself, not what is inside of it, whether it is in training.
+        """Recompute in this context, for a forward pass with a gradient."""
+        # The hook reads the layer's own training flag, not those of its submodules.
         for layer in self._layers:
             layer.training = True
         try:
@@ -49,7 +49,7 @@ class Recomputation:
 
 
 def _enabled(model: Model) -> list[GradientCheckpointingLayer]:
-    """A model's layers, with the library's hook in place."""
+    """A model's decoder layers, with the library's hook installed."""
     layers = [m for m in model.causal.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
@@ -58,7 +58,7 @@ def _enabled(model: Model) -> list[GradientCheckpointingLayer]:
             fix="leave it off, and lower micro_batch_tokens",
         )
     for layer in layers:
-        # A number, not a module: a module follows its own flag, which stays off.
+        # A number, not a module: a dropout module has its own flag, which stays off.
         rate = vars(layer).get("dropout", 0.0)
         if rate:
             raise ModelError(
@@ -69,7 +69,7 @@ def _enabled(model: Model) -> list[GradientCheckpointingLayer]:
     model.causal.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={
             "use_reentrant": False,
-            "context_fn": lambda: (nullcontext(), linear_layers()),  # going forward, it is in place
+            "context_fn": lambda: (nullcontext(), linear_layers()),  # the forward pass has its own
         }
     )
     return layers

@@ -1,18 +1,18 @@
 """A stock decoder without the Python between its kernels.
 
-    model.forward ──traced once──▶ graph of kernels, with a hole where attention was
+    model.forward ──traced once──▶ graph of kernels, with a custom operator for attention
                                         └─▶ posttrain::attend ──▶ the current plan's attend()
 
 At 64 rows, a step of a model with a few million weights spends as long in Python (modules,
 decorators, keyword arguments) as in kernels. ``torch.jit.trace`` records the kernels that a
-forward pass calls, with sizes as variables, so that one recording serves every number of tokens.
-Attention stays ours: a custom operator, which asks the plan of the moment.
+forward pass calls, with sizes as variables, so that one recording works for every number of
+tokens. Attention is a custom operator, which calls the current plan.
 
-A recording is refused, and the stock forward is used, where it could be another function than the
-model: where a Python branch depends on a tensor's values, where modules are not the model
-library's own (adapters can be switched), or where a probe differs from the stock forward. It
-holds the very weights, not a copy, and follows them as they are trained. Not used on CUDA, where
-the tracer's fuser would change the numbers and graphs of whole steps do more (``decoding.py``).
+A recording is rejected, and the stock forward is used, where the two could differ: where a Python
+branch depends on a tensor's values, where modules are not the model library's own (adapters can be
+switched), or where a probe differs from the stock forward. A recording refers to the weights
+themselves, not to a copy, and so follows training. Not used on CUDA, where the tracer's fuser
+would change the numbers and CUDA graphs of whole steps save more (``decoding.py``).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Hole:
-    """The plan of a recorded graph: asks whatever plan is current when the graph runs."""
+class _CurrentPlan:
+    """The plan of a recorded graph: calls the plan that is current when the graph runs."""
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
@@ -70,7 +70,7 @@ class _Body(nn.Module):
         self.decoder = decoder
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
-        return stock_hidden(self.decoder, tokens_T, positions_T, _Hole())
+        return stock_hidden(self.decoder, tokens_T, positions_T, _CurrentPlan())
 
 
 def stock_hidden(
@@ -90,7 +90,7 @@ def stock_hidden(
 
 @final
 class Recording:
-    """One model's recorded forward, made at the first use. For sampling: no gradients."""
+    """One model's recorded forward pass, recorded at the first use. For sampling: no gradients."""
 
     def __init__(self, causal: PreTrainedModel) -> None:
         self._causal = causal
@@ -99,11 +99,11 @@ class Recording:
 
     @property
     def refusal(self) -> str | None:
-        """Why the stock forward is used instead; None before the first use or when it is not."""
+        """Why the stock forward is used; None before the first use, or when it is not used."""
         return self._refusal
 
     def prepare(self) -> None:
-        """Record, or find out why not. Call it once per generation: adapters may have come."""
+        """Record, or set :attr:`refusal`. Call it once per generation: adapters may be new."""
         if self._causal.device.type != "cpu":
             self._refusal = "only recorded on a CPU"
         elif foreign := _foreign(self._causal):
@@ -127,7 +127,7 @@ class Recording:
         probes = [_probe(self._causal, length) for length in (5, 12)]
         before = _CURRENT.set(probes[0][2])
         try:
-            with _a_loss_named(decoder), warnings.catch_warnings(record=True) as seen:
+            with _loss_type_set(decoder), warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
                 body = torch.jit.trace(_Body(decoder), probes[0][:2], check_trace=False)
         except RuntimeError as error:
@@ -146,9 +146,9 @@ class Recording:
 
 
 @contextmanager
-def _a_loss_named(decoder: Any) -> Iterator[None]:
-    """The tracer reads every property of a module, its loss among them; of a decoder without a
-    head the model library does not know the loss, and warns about the config."""
+def _loss_type_set(decoder: Any) -> Iterator[None]:
+    """Set ``loss_type``: the tracer reads every property of a module, and for a decoder without a
+    head the model library would warn that the config names no loss."""
     before = getattr(decoder, "loss_type", None)
     decoder.loss_type = "ForCausalLM"
     try:
@@ -174,5 +174,5 @@ def _foreign(causal: nn.Module) -> str | None:
 
 
 def _branches(seen: list[warnings.WarningMessage]) -> list[str]:
-    """Where Python looked at a tensor's values while the tracer watched."""
+    """Source lines that used a tensor's values in Python during tracing."""
     return [f"{w.filename}:{w.lineno}" for w in seen if issubclass(w.category, TracerWarning)]

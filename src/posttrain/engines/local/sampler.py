@@ -1,4 +1,4 @@
-"""The local sampler: completions from the learner's own weights, no copy and no second engine.
+"""The local sampler: completions from the learner's own weights, without a copy of them.
 
     requests ──▶ Queue ──admit──▶ prefill new prompts ──▶ first token of every row that enters
                    ▲                                          │
@@ -6,12 +6,13 @@
                    └────────── harvest ◀── record ◀── decode: one token per row
 
 Each distinct prompt is computed once for all its completions, and its keys and values are stored
-and read once (``decoding.py``). Rows that finish leave at once and waiting ones take their places.
-Randomness is per request: each row draws its uniforms from its own seed, so a completion does not
-depend on what else is in the batch, up to float rounding of about 1e-6 in its log-probs.
+and read once (``decoding.py``). Finished rows leave at once, and waiting requests take their slots
+(continuous batching). Randomness is per request: each row draws its uniform numbers from its own
+seed, so a completion does not depend on the rest of the batch, up to float rounding of about 1e-6
+in its log-probs.
 
-Written for CUDA too (rows are looked at every few tokens there, so the device runs ahead), and
-not run on a GPU yet.
+Written for CUDA too (ended rows are checked only every few tokens there, so that the device runs
+ahead), and not run on a GPU yet.
 
 Shape legend: ``S`` row slots, ``C`` most tokens of a completion, ``N`` some rows, ``X`` hidden
 size, ``V`` vocabulary.
@@ -41,22 +42,22 @@ from posttrain.numerics.batch import Segment
 from posttrain.protocols import Completion, Request
 
 MAX_ROWS = 1024
-"""TokenRows decoded together. More rows use a wide machine better, and need more memory."""
+"""Most rows decoded together. More rows use the device better, and need more memory."""
 
 KEY_VALUE_BYTES = 2**31
 """Most memory for keys and values; large models decode fewer rows together."""
 
 PREFILL_TOKENS = 8192
-"""QueuedPrompt tokens computed together. A longer prompt is computed alone."""
+"""Prompt tokens computed together. A longer prompt is computed alone."""
 
 COMPACT_BELOW = 0.75
 """Empty row slots are dropped once fewer than this share of the slots is in use."""
 
 LOGIT_ELEMENTS = 2**20
-"""Logits held at a time: 4 MB stay in the caches of a CPU while they are sampled from."""
+"""Logits computed at a time: 4 MB stay in a CPU's caches while they are sampled from."""
 
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
-"""Tokens between two looks at which rows have ended. A look makes a GPU wait for the host."""
+"""Tokens between two checks for ended rows. A check makes a GPU wait for the host."""
 
 STOP_EVERY = 8
 """Tokens between two searches of the text for stop strings."""
@@ -67,8 +68,8 @@ def generate(
 ) -> list[Completion]:
     """One completion per request, in order.
 
-    Log-probs are those of the distribution that was sampled: after temperature and truncation.
-    Greedy requests (temperature 0) have log-prob 0, since that distribution is one point. A
+    Log-probs are those of the sampled distribution: after temperature and truncation. Greedy
+    requests (temperature 0) have log-prob 0, since that distribution is one point. A
     completion ends after an end token, after the token that completes a stop string, after
     ``max_new_tokens``, or where the model's context is full.
 
@@ -92,7 +93,7 @@ def generate(
 
 
 def key_value_bytes(model: Model) -> int:
-    """Bytes that one token's keys and values take in all layers."""
+    """Bytes of one token's keys and values in all layers."""
     config = model.causal.config.get_text_config()
     heads = config.num_attention_heads
     size = config.to_dict().get("head_dim") or config.hidden_size // heads
@@ -101,7 +102,7 @@ def key_value_bytes(model: Model) -> int:
 
 
 def limits(model: Model, requests: Sequence[Request]) -> Limits:
-    """What fits into the memory meant for keys and values."""
+    """Limits of the batch from the memory for keys and values."""
     return Limits(
         rows=min(MAX_ROWS, len(requests)),
         tokens=KEY_VALUE_BYTES // key_value_bytes(model),
@@ -111,7 +112,7 @@ def limits(model: Model, requests: Sequence[Request]) -> Limits:
 
 
 def _most(model: Model, request: Request) -> int:
-    """Most tokens that may be drawn for a request."""
+    """Most tokens that may be sampled for a request."""
     return min(request.max_new_tokens, model.context - len(request.prompt))
 
 
@@ -120,8 +121,8 @@ def _most(model: Model, request: Request) -> int:
 class _Batch:
     """The rows being decoded. A slot holds one row; an empty slot is computed and not read.
 
-    Arrays [S] live on the host; they change when rows come and go, and grow older by one per
-    step. Tensors live on the model's device.
+    Arrays [S] are on the host; they change when rows enter and leave, and ages grow by one per
+    step. Tensors are on the model's device.
     """
 
     model: Model
@@ -129,7 +130,7 @@ class _Batch:
     ends: Tensor
     queue: Queue
     plan: DecodePlan
-    kinds: list[Sampling]  # distinct ways of sampling
+    kinds: list[Sampling]  # distinct sampling parameters
     kind_of: list[int]  # of each request
     any_stops: bool
     tokens_SC: Tensor
@@ -137,19 +138,19 @@ class _Batch:
     uniform_SC: np.ndarray
     ended_S: Tensor
     request_S: np.ndarray  # index of the request, −1 for an empty slot
-    age_S: np.ndarray  # tokens drawn
-    most_S: np.ndarray  # tokens that may be drawn
+    age_S: np.ndarray  # tokens sampled
+    most_S: np.ndarray  # tokens that may be sampled
     searched_S: np.ndarray  # tokens that were searched for stop strings
     place_S: np.ndarray  # prompt slot; an empty row slot keeps its last
-    prompts: list[QueuedPrompt] = field(default_factory=list)  # of each prompt slot, let go or not
+    prompts: list[QueuedPrompt] = field(default_factory=list)  # of each prompt slot, used or not
     states: list[Tensor] = field(default_factory=list)  # [X] of each prompt slot's last token
     num_slots: int = 0  # in use or emptied since the last compaction
     since_look: int = 0
-    stale: bool = False  # rows have come or gone since the plan was arranged
+    stale: bool = False  # rows have entered or left since the plan was arranged
 
     @classmethod
     def of(cls, model: Model, requests: Sequence[Request], end_tokens: frozenset[int]) -> _Batch:
-        """An empty batch, and everybody waiting."""
+        """An empty batch, with all requests waiting."""
         kinds: dict[Sampling, int] = {}
         kind_of = [
             kinds.setdefault(replace(r.sampling, seed=None, stop=()), len(kinds)) for r in requests
@@ -178,7 +179,7 @@ class _Batch:
         )
 
     def run(self) -> Iterator[tuple[int, Completion]]:
-        """Decode until nobody waits or is left; (index of the request, completion) as they end."""
+        """Decode all requests; yields (index of the request, completion) as rows end."""
         yield from self._enter()
         while self.queue.live:
             self._compact()
@@ -188,10 +189,10 @@ class _Batch:
             if self.queue.live < left:
                 yield from self._enter()
 
-    # --- rows come ---
+    # --- rows enter ---
 
     def _enter(self) -> Iterator[tuple[int, Completion]]:
-        """Let in whoever fits; some may end at their first token, and make room for more."""
+        """Start all rows that fit; some may end at their first token, and make room for more."""
         while True:
             fresh, rows = self.queue.admit()
             if not rows:
@@ -199,13 +200,13 @@ class _Batch:
             if fresh:
                 with clock.timed("prefill"):
                     self._prefill(fresh)
-            slots = self._seat(rows)
+            slots = self._assign_slots(rows)
             states = torch.stack([self.states[p] for p in self.place_S[slots]])
             self._draw(states, slots)
             yield from self._harvest()
 
     def _prefill(self, fresh: Sequence[QueuedPrompt]) -> None:
-        """Compute prompts, packed one after the other, and keep what their rows will read."""
+        """Compute prompts, packed one after the other, and store their keys and values."""
         device = self.model.device
         lengths = [len(p.tokens) for p in fresh]
         ends = np.cumsum(lengths)
@@ -226,8 +227,8 @@ class _Batch:
             self.prompts[slot], self.states[slot], prompt.slot = prompt, state, slot
         self.plan.store(slots, lengths, plan)
 
-    def _seat(self, rows: Sequence[tuple[QueuedPrompt, int]]) -> np.ndarray:
-        """Give every row an empty slot; returns the slots."""
+    def _assign_slots(self, rows: Sequence[tuple[QueuedPrompt, int]]) -> np.ndarray:
+        """Assign an empty slot to every row; returns the slots."""
         slots = np.flatnonzero(self.request_S < 0)[: len(rows)]
         for slot, (prompt, index) in zip(slots, rows, strict=True):
             request = self.requests[index]
@@ -245,7 +246,7 @@ class _Batch:
     # --- rows grow ---
 
     def _step(self) -> Tensor:
-        """Feed every row its last token; hidden states [S, X] that predict the next."""
+        """Compute every row's last token; hidden states [S, X] that predict the next."""
         plan, num = self.plan, self.num_slots
         if self.stale:
             plan.arrange(self.place_S[:num], self.age_S[:num] - 1)
@@ -257,7 +258,7 @@ class _Batch:
         return hidden_SX
 
     def _draw(self, hidden_NX: Tensor, slots: np.ndarray) -> None:
-        """Sample a token for each of these slots, and write it down."""
+        """Sample a token for each of these slots, and store it."""
         device, head = self.model.device, self.model.head
         ages = self.age_S[slots]
         slot_N, age_N = torch.from_numpy(slots).to(device), torch.from_numpy(ages).to(device)
@@ -275,7 +276,7 @@ class _Batch:
     def _sample(
         self, logits_NV: Tensor, slots: np.ndarray, uniform_N: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Draw for rows that may each have a distribution of their own kind."""
+        """Sample rows that may differ in their sampling parameters."""
         if len(self.kinds) == 1:
             return sample(logits_NV, self.kinds[0], uniform_N)
         kind_N = np.array([self.kind_of[i] for i in self.request_S[slots]])
@@ -286,7 +287,7 @@ class _Batch:
             tokens_N[at], logprobs_N[at] = sample(logits_NV[at], self.kinds[kind], uniform_N[at])
         return tokens_N, logprobs_N
 
-    # --- rows go ---
+    # --- rows leave ---
 
     def _harvest(self) -> Iterator[tuple[int, Completion]]:
         """Completions of the rows that have ended; their slots become empty."""
@@ -324,7 +325,7 @@ class _Batch:
         self._empty(rows)
 
     def _stopped(self, live_S: np.ndarray, last_S: np.ndarray) -> dict[int, int]:
-        """Tokens up to and with the one that completed a stop string, by row.
+        """By row, the number of tokens up to and with the one that completed a stop string.
 
         A row is searched every few tokens, and when it ends for another reason (``last_S``).
         """
@@ -342,7 +343,7 @@ class _Batch:
         return out
 
     def _empty(self, rows: np.ndarray) -> None:
-        """Let rows go. Their slots grow as old as the oldest row, so that ages stay equal."""
+        """Free the slots of rows. They take the age of the oldest row, so that ages stay equal."""
         for row in rows:
             self.queue.leave(self.prompts[self.place_S[row]])
         self.request_S[rows] = -1
@@ -353,7 +354,7 @@ class _Batch:
         self.stale = True
 
     def _compact(self) -> None:
-        """Move the rows together when too many slots are empty."""
+        """Move rows into the first slots when too many slots are empty."""
         live_S = self.request_S[: self.num_slots] >= 0
         if live_S.mean() >= COMPACT_BELOW:
             return

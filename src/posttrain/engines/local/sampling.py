@@ -1,4 +1,4 @@
-"""Drawing tokens: one uniform number per row, inverted through the row's distribution.
+"""Sampling tokens: one uniform number per row, through the inverse CDF of its distribution.
 
 Shape legend: ``R`` rows, ``V`` vocabulary, ``B`` blocks of it, ``W`` tokens of a block.
 """
@@ -16,11 +16,11 @@ BLOCK = 128
 
 
 def sample(logits_RV: Tensor, sampling: Sampling, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a token per row by inverting its CDF at ``uniform_R`` (double) in [0, 1).
+    """Sample a token per row by inverting its CDF at ``uniform_R`` (double) in [0, 1).
 
-    Log-probs are those of the distribution that was drawn from: after temperature and truncation.
-    A token of probability 0 is never drawn. Greedy rows (temperature 0) have log-prob 0, since
-    that distribution is one point.
+    Log-probs are those of the sampled distribution: after temperature and truncation. A token of
+    probability 0 is never sampled. Greedy rows (temperature 0) have log-prob 0, since that
+    distribution is one point.
 
     Returns:
         token ids [R] int64, and their log-probs [R] float32.
@@ -42,12 +42,12 @@ def sample(logits_RV: Tensor, sampling: Sampling, uniform_R: Tensor) -> tuple[Te
 
 
 def _invert(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The token at which each row's CDF passes its uniform number.
+    """The token at which each row's CDF exceeds its uniform number.
 
-    Two levels. A CDF over all tokens in single precision would lose the unlikely ones, and in
+    Two levels. A CDF over all tokens in single precision would lose unlikely tokens, and in
     double precision it costs more than the softmax. So blocks are summed in single precision,
-    which is exact to 1e-7 of a block's own mass, and the CDF over blocks, then the CDF within the
-    one block, are double.
+    which is exact to 1e-7 of a block's own mass; the CDF over blocks, and the CDF within one
+    block, are in double precision.
     """
     num_rows, size = prob_RV.shape
     even = size - size % BLOCK
@@ -74,10 +74,10 @@ def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
 
 
 def _truncate(logp_RV: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probs with −inf where top-k, top-p or min-p, in that order, bar a token."""
+    """Log-probs with −inf where top-k, top-p or min-p, in that order, excludes a token."""
     barred = torch.zeros_like(logp_RV, dtype=torch.bool)
     if 0 < sampling.top_k < logp_RV.shape[1]:
-        # By index, not by value: of equal logits only as many stay as were asked for.
+        # By index, not by value: with equal logits exactly k tokens stay.
         kept = logp_RV.topk(sampling.top_k, -1).indices
         barred |= torch.ones_like(barred).scatter(-1, kept, False)
     if sampling.top_p < 1:

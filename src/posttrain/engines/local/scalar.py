@@ -38,7 +38,7 @@ CRITIC = "critic"
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Scalar:
-    """A scalar head on a trunk. The head is float32 whatever the trunk is."""
+    """A scalar head on a trunk. The head is float32 for every dtype of the trunk."""
 
     trunk: Model
     weight: nn.Parameter  # [1, X]
@@ -68,7 +68,7 @@ class Scalar:
 
     @classmethod
     def zero(cls, trunk: Model) -> Scalar:
-        """A head that says 0 of everything: what is known before anything was learnt."""
+        """A head that gives 0 for every hidden state."""
         return cls(trunk, _parameter(torch.zeros(1, _width(trunk)), trunk), None)
 
     @property
@@ -85,7 +85,7 @@ class Scalar:
     def stats(
         self, hidden_TX: Tensor, batch: PackedBatch, wanted: frozenset[Stat]
     ) -> Mapping[Wanted, Tensor]:
-        """The wanted readings [N] of a packed batch.
+        """The wanted statistics [N] of a packed batch.
 
         Raises:
             LegalityError: scores of a batch whose last tokens were not computed.
@@ -129,7 +129,7 @@ def _optional(file: safe_open, name: str) -> Tensor | None:
 
 
 def _one_row(rows: Tensor, folder: Path) -> Tensor:
-    """One output as it is; of two the difference, which is the log-odds of the second."""
+    """One row as it is; for two rows their difference, which is the log-odds of label 1."""
     if rows.shape[0] > 2:
         raise ModelError(
             f"{folder}: a classifier of {rows.shape[0]} labels",

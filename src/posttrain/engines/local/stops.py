@@ -1,7 +1,7 @@
-"""Stop strings: where in a completion one of them is complete.
+"""Stop strings: the token of a completion at which one of them is complete.
 
 Tokens are not characters: a stop string may begin inside one token and end inside another, and a
-token may be only a part of a character. So the *text* is searched, of a tail that is long enough.
+token may be only a part of a character. So the *text* of a long enough tail is searched.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 SLACK = 8
-"""Tokens without text of their own (special ones) that may stand within a stop string."""
+"""Tokens without text (special ones) that may occur within a stop string."""
 
 Decode = Callable[[list[int]], str]
 
@@ -22,9 +22,9 @@ def window(stops: Sequence[str]) -> int:
 def find_stop(
     tokens: Sequence[int], stops: Sequence[str], decode: Decode, *, searched: int = 0
 ) -> int | None:
-    """How many tokens stand up to and with the first that completes a stop string, or None.
+    """The number of tokens up to and with the first that completes a stop string, or None.
 
-    ``searched`` tokens at the start are known to complete none.
+    The first ``searched`` tokens are known to complete none.
 
     Example:
         >>> letters = lambda ids: "".join(chr(i) for i in ids)

@@ -6,16 +6,16 @@
           a a                                own: a reads a, causal        prefix: a and b together
           b b b                              own: b reads b, causal                read p, no mask
 
-The keys of a shared prompt are read once per group: all its completions' queries stand in one
+The keys of a shared prompt are read once per group: the queries of all its completions are in one
 tile. A prompt with one completion is one run with it.
 
 Where a query reads two tiles, their outputs are merged by the logs of their sums,
 
     out = Σ_i out_i exp(lse_i − lse),   lse = log Σ_i exp lse_i,
 
-and in the backward pass every tile is given the merged output and log-sum: then its own
-probabilities exp(s − lse) are those of the whole, and the gradients of the tiles add up. That is
-how blocks are combined in FlashAttention (arXiv 2205.14135).
+and in the backward pass every tile gets the merged output and log-sum: then its probabilities
+exp(s − lse) are those of the full softmax, and the gradients of the tiles add up. FlashAttention
+(arXiv 2205.14135) combines its blocks the same way.
 
 Shape legend: ``T`` packed tokens, ``H`` query heads, ``J`` key/value heads, ``D`` head size,
 ``B`` rows of a tile, ``Q`` and ``K`` its queries and keys, ``N`` = B·Q.
@@ -39,16 +39,16 @@ ALONE = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenRows:
-    """Runs of packed tokens side by side, [B, Q]: a view where they follow each other.
+    """Runs of packed tokens as rows [B, Q]: a view where they follow each other.
 
-    What is written to has one row more than there are tokens, [T + 1, ...]: padding goes there.
+    Outputs have one row more than there are tokens, [T + 1, ...]: padding is written there.
     """
 
     shape: tuple[int, int]
     start: int | None  # of the first, where they follow each other without padding
-    read_N: Tensor | None = None  # else where each one is; padding repeats a token
-    write_N: Tensor | None = None  # and where it goes; padding goes to T
-    padding: Tensor | None = None  # indices in N of what is padding; None where nothing is
+    read_N: Tensor | None = None  # else the index of each token; padding repeats a token
+    write_N: Tensor | None = None  # index to write to; padding goes to T
+    padding: Tensor | None = None  # indices in N of the padding; None without padding
 
     @classmethod
     def of(
@@ -83,7 +83,7 @@ class TokenRows:
         )
 
     def take(self, x_T: Tensor, *, padding: float | None = None) -> Tensor:
-        """[T, ...] -> [B, Q, ...], with a number in place of padding if one is given."""
+        """[T, ...] -> [B, Q, ...], with padding set to ``padding`` if it is given."""
         if self.read_N is None:
             return self._view(x_T)
         taken_N = x_T.index_select(0, self.read_N)
@@ -92,14 +92,14 @@ class TokenRows:
         return taken_N.view(*self.shape, *x_T.shape[1:])
 
     def put(self, out_T: Tensor, x_BQ: Tensor) -> None:
-        """Write [B, Q, ...] to where it belongs in [T + 1, ...]."""
+        """Write [B, Q, ...] to its tokens in [T + 1, ...]."""
         if self.write_N is None:
             self._view(out_T).copy_(x_BQ)
         else:
             out_T.index_copy_(0, self.write_N, x_BQ.flatten(0, 1).to(out_T.dtype))
 
     def add(self, out_T: Tensor, x_BQ: Tensor) -> None:
-        """Add [B, Q, ...] to where it was read in [T, ...]. Of padding it must be 0."""
+        """Add [B, Q, ...] to its tokens in [T, ...]. Padding must be 0."""
         if self.read_N is None:
             self._view(out_T).add_(x_BQ)
         else:
@@ -113,7 +113,7 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Family:
-    """Shared prompts of one length, and the queries of everybody who reads them."""
+    """Shared prompts of one length, and the queries that attend to them."""
 
     queries: TokenRows
     prefix: TokenRows
@@ -128,7 +128,7 @@ class Tiles:
 
     @classmethod
     def of(cls, segments: Sequence[Segment], *, device: torch.device) -> Tiles:
-        """Put runs of about one length together, so that little is padded."""
+        """Group runs of similar length, to keep padding small."""
         num = sum(s.length for s in segments)
         children: dict[int, list[Segment]] = {}
         for segment in segments:
@@ -202,7 +202,7 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, *, scaling: floa
 
 
 class _Attention(torch.autograd.Function):
-    """Every tile in turn. Nothing but inputs, output and log-sums is kept between the passes."""
+    """All tiles, one by one. Only inputs, output and log-sums are saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scaling: float) -> Tensor:
@@ -238,7 +238,7 @@ class _Attention(torch.autograd.Function):
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for rows in ctx.tiles.own:
             keys, values = (_repeated(rows.take(x), per_kv) for x in (k, v))
-            # Padding must give nothing to the keys that it stands beside: exp(s − ∞) = 0.
+            # Padding must add nothing to the gradients of its row's keys: exp(s − ∞) = 0.
             tile_dq, tile_dk, tile_dv = _backward(
                 rows.take(grad),
                 (rows.take(q), keys, values),
@@ -267,7 +267,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:
-    """[B, K, J, D] -> [B, K, H, D]: every key head beside each of its query heads."""
+    """[B, K, J, D] -> [B, K, H, D]: every key head repeated for each of its query heads."""
     return x if times == 1 else x.repeat_interleave(times, 2)
 
 
@@ -336,7 +336,7 @@ def _backward(
 
 
 def _has_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether torch has a kernel for these that also gives the log-sums."""
+    """Whether torch has a kernel for these that also returns the log-sums."""
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
 
