@@ -321,7 +321,7 @@ class LnDpo(PairTerm):
 
 @part(method=OnPairs)
 class LdDpo(PairTerm):
-    """LD-DPO (arXiv 2409.06411): what one answer is longer than the other counts less.
+    """LD-DPO (arXiv 2409.06411): what is longer than the other side counts less.
 
     DPO in which tokens up to the shorter side's length count 1 and the rest ``tail``, in π and
     π_ref alike. ``tail: 1`` is DPO. (TRL shortens π only, which leaves −(1−α) log π_ref of the
