@@ -69,9 +69,9 @@ class Worker:
         peak = int(self._hear()["peak"])  # type: ignore[call-overload]
         self.process.wait(timeout=60)
         kept = self.steps[WARM_UP:]
-        told: list[dict[str, float]] = [s["parts"] for s in kept]  # type: ignore[misc]
-        names = dict.fromkeys(name for step in told for name in step)
-        parts = {name: [step.get(name, 0.0) for step in told] for name in names}
+        timed: list[dict[str, float]] = [s["parts"] for s in kept]  # type: ignore[misc]
+        names = dict.fromkeys(name for step in timed for name in step)
+        parts = {name: [step.get(name, 0.0) for step in timed] for name in names}
         return Measured(
             seconds=[float(s["seconds"]) for s in kept],  # type: ignore[arg-type]
             cpu=[float(s["cpu"]) for s in kept],  # type: ignore[arg-type]

@@ -156,7 +156,7 @@ class Ours(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker process is told."""
+    """The job of a worker process."""
 
     side: Side
     work: Work

@@ -1,4 +1,4 @@
-"""TRL's side: its own trainers, told to do nothing but train, with the settings that suit them."""
+"""TRL's side: its own trainers, set to do nothing but train, with the settings that suit them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(job: Job, gate: Steps) -> None:
 
 
 def arguments(job: Job, rows: int) -> dict[str, object]:
-    """What all trainers are told. ``rows`` is how many rows of theirs an optimiser step holds."""
+    """Settings of all trainers. ``rows`` is how many rows of theirs an optimiser step holds."""
     if rows % job.theirs.rows:
         raise ValueError(f"{rows} rows per step in micro-batches of {job.theirs.rows}")
     return {

@@ -1,4 +1,4 @@
-"""One side of a comparison in a process of its own, stepping when it is told to.
+"""One side of a comparison in a process of its own, stepping when its parent asks.
 
     parent ── "step" ──▶ child: one optimiser step ──▶ {"seconds": …, "cpu": …, "parts": …}
            ── "stop" ──▶ child: {"peak": …} and exit
@@ -92,7 +92,7 @@ def resident() -> tuple[int, int]:
 
 
 def finished(device: Device) -> None:
-    """Wait until the device has done all that it was told."""
+    """Wait until the device has done all that was asked of it."""
     if device == "cuda":
         import torch
 

@@ -319,7 +319,7 @@ class ChatRenderer:
         return [*self._opening, *body], authors
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        from jinja2 import TemplateError  # here: recipes are planned without a template
+        from jinja2 import TemplateError  # planning and listing methods do without it
 
         if not self.has_template:
             raise ModelError(

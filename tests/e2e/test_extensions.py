@@ -225,11 +225,13 @@ def test_the_version_of_a_package_counts_in_the_identity(tmp_path):
     identities = {}
     for version in ("0.1.0", "0.2.0"):
         install(tmp_path / version, version=version)
-        told, identities[version] = python(PLAN, tmp_path / version, cwd=tmp_path).splitlines()
+        extensions, identities[version] = python(
+            PLAN, tmp_path / version, cwd=tmp_path
+        ).splitlines()
         focal, median = (
             f"'{n}': 'posttrain-focal {version}'" for n in ("focal_loss", "median_advantage")
         )
-        assert told == f"{{{focal}}} {{{median}, {focal}}}"
+        assert extensions == f"{{{focal}}} {{{median}, {focal}}}"
     assert len(set(identities.values())) == 2
 
 

@@ -47,7 +47,7 @@ def trained(learner):
 
 
 def following(learner):
-    return {n: w.double().numpy().copy() for n, w in learner._shadow.state().items()}
+    return {n: w.double().numpy().copy() for n, w in learner._average.state().items()}
 
 
 def step(learner, seed):
@@ -113,7 +113,7 @@ def test_small_rates_are_not_lost_in_bfloat16(tiny_folder):
     gone = np.mean([np.abs(w - before[n]).mean() for n, w in trained(learner).items()])
     assert 0.01 * gone < moved < 0.05 * gone
     live = dict(learner.moving.model.causal.named_parameters())
-    state = learner._shadow.state()
+    state = learner._average.state()
     assert all(torch.equal(live[n], w.bfloat16()) for n, w in state.items())
 
 
@@ -129,7 +129,7 @@ def test_save_and_load_go_on_bit_for_bit(engine, tiny_folder, tmp_path, lora):
     for seed in range(3, 6):
         step(straight, seed)
         step(resumed, seed)
-    ours, theirs = straight._shadow.state(), resumed._shadow.state()
+    ours, theirs = straight._average.state(), resumed._average.state()
     assert all(torch.equal(ours[n], w) for n, w in theirs.items())
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from material import random_groups
 
 from posttrain.core.learner import Optimizer
+from posttrain.core.provenance import Kind
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.recipe import Budget, Stage
@@ -38,7 +39,7 @@ class Remembering:
     def draw(self, num_groups, *, step):
         seed = sum(self.drawn) * 7 + sum(self.published) * 3 + step
         self.drawn.append(seed % 101)
-        return random_groups(num_groups=num_groups, seed=seed)
+        return random_groups(num_groups=num_groups, seed=seed, kind=Kind.EXTERNAL)
 
     def save(self, folder):
         (folder / "stream.json").write_text(json.dumps([self.drawn, self.published]))
@@ -100,6 +101,7 @@ def test_a_stream_that_records_state_resumes_bit_for_bit(tmp_path):
     whole = Remembering()
     losses = take(tmp_path / "whole", tmp_path / "model", whole)
     assert len(losses) == 6
+    assert min(losses) > 0, "every step has something to learn"
     first = take(tmp_path / "parts", tmp_path / "model", Remembering(), stop_after=2)
     # Another process: the stream starts empty, and loads its recorded state.
     later = Remembering()

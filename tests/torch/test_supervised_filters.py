@@ -230,17 +230,17 @@ def test_a_rejection_stage_trains_on_right_answers_and_records_the_others(world)
     go, root = world
     rft = Rft(tasks=("rows",), group_size=4, max_new_tokens=5)
     _, metrics = go(rft, "rft", steps=3)
-    told = uses(root / "rft")
-    assert len(told) == 3 * 3 * 4
-    trained = [u for u in told if u.role is UseRole.TRAIN]
-    left_out = [u for u in told if u.role is UseRole.DISCARDED]
+    recorded = uses(root / "rft")
+    assert len(recorded) == 3 * 3 * 4
+    trained = [u for u in recorded if u.role is UseRole.TRAIN]
+    left_out = [u for u in recorded if u.role is UseRole.DISCARDED]
     assert trained
     assert {u.reward for u in trained} == {1.0}
     assert {u.reason for u in left_out if u.reward == 0.0} == {"reward too low"}
     assert all(u.reason == "duplicate" for u in left_out if u.reward == 1.0)
     shown = sum(m.get("discarded/reward too low", 0) for m in metrics)
     assert shown == sum(u.reason == "reward too low" for u in left_out)
-    assert {u.producer for u in told} != {"s"}  # a frozen copy wrote them, not the learner
+    assert {u.producer for u in recorded} != {"s"}  # a frozen copy wrote them, not the learner
 
 
 def test_a_step_without_a_kept_answer_changes_nothing(world):

@@ -1,7 +1,8 @@
-"""The map of methods is read off the code, complete, current, and its recipes are legal."""
+"""Pages of methods are read off the code, complete, current, and their recipes are legal."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import posixpath
 import re
@@ -15,7 +16,9 @@ import yaml
 
 from posttrain import catalogue
 from posttrain.catalogue import example, words
+from posttrain.catalogue.entries import COMMON
 from posttrain.catalogue.example import legal_example
+from posttrain.catalogue.pages import INDEX, stale
 from posttrain.cli.tables import method_page, methods_table
 from posttrain.core.config import convert
 from posttrain.core.errors import ConfigError
@@ -31,64 +34,98 @@ from posttrain.recipe import Recipe
 from posttrain.run.plan import make_plan
 from posttrain.testing import check_method
 
-DOCS = Path(__file__).parents[2] / "docs"
-FENCE = re.compile(r"^```yaml recipe\n(.*?)^```", re.MULTILINE | re.DOTALL)
-HEADING = re.compile(r"^### (.+)$", re.MULTILINE)
-VALUES = {"label": True, "reward": 0.5, "weight": 1.0}
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 METHODS = known("method")
+ROLES = ("method", "source", "signal", "term")
+FENCE = re.compile(r"^```yaml recipe\n(.*?)^```", re.MULTILINE | re.DOTALL)
+VALUES = {"label": True, "reward": 0.5, "weight": 1.0}
 
 
-def every_page() -> str:
-    return "\n".join(catalogue.pages().values())
+@pytest.fixture(scope="module")
+def pages():
+    return catalogue.pages()
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers a class for as long as a test runs."""
+
+    def register(kind):
+        role, tag = kind.role, kind.__struct_config__.tag
+        found = registry._parts  # the registry refuses what comes after the first recipe
+        monkeypatch.setattr(registry, "_parts", found | {role: found[role] | {tag: kind}})
+
+    return register
+
+
+def as_ours(monkeypatch):
+    """Pages show what we ship: let a class of this file be taken for that."""
+    entries = importlib.import_module("posttrain.catalogue.entries")  # a function hides its name
+    monkeypatch.setattr(entries, "package_of", lambda kind: None)
 
 
 # --- the pages -------------------------------------------------------------------------------
 
 
-def test_the_pages_are_current():
-    pages = catalogue.pages()
-    written = {str(path.relative_to(DOCS)) for path in (DOCS / "methods").glob("*.md")}
-    assert {"methods.md", *written} == set(pages), "make docs"
-    stale = [name for name, text in pages.items() if (DOCS / name).read_text("utf-8") != text]
-    assert not stale, "make docs"
+def test_the_pages_are_current(pages):
+    written = {INDEX: DOCS / INDEX} | {n: DOCS / n for n in pages}
+    current = {n: p.read_text("utf-8") for n, p in written.items() if p.exists()}
+    assert current == pages, "pages of methods are stale: python -m posttrain.catalogue docs"
+    assert stale(DOCS) == []
 
 
-def test_every_family_has_a_page_that_the_map_leads_to():
-    pages = catalogue.pages()
-    families = {
-        catalogue.family_of(k) for r in ("term", "signal", "source") for k in known(r).values()
-    }
-    assert set(pages) == {"methods.md", *(f"methods/{f}.md" for f in families)}
-    for family in families:
-        assert f"({f'methods/{family}.md'})" in pages["methods.md"]
-        assert pages[f"methods/{family}.md"].startswith(f"# {catalogue.family_title(family)}\n")
+def test_stale_pages_are_those_of_no_family(tmp_path):
+    (tmp_path / "methods").mkdir()
+    for name in ("gone.md", "policy.md"):
+        (tmp_path / "methods" / name).touch()
+    assert [p.name for p in stale(tmp_path)] == ["gone.md"]
 
 
-def test_the_pages_have_everything():
-    pages = catalogue.pages()
-    text = every_page()
-    headings = HEADING.findall(text)
-    assert len(headings) == len(set(headings))
+def headings_of(page):
+    return re.findall(r"^### (.+)$", page, re.MULTILINE)
+
+
+def test_every_method_is_in_the_map_and_on_the_page_of_its_family(pages):
     for name, kind in METHODS.items():
-        own = pages[f"methods/{catalogue.family_of(kind)}.md"]
-        assert name in HEADING.findall(own), "on the page of its family"
+        family = catalogue.family_of(kind)
+        page = pages[f"methods/{family}.md"]
+        assert name in headings_of(page)
         formula = kind.formula.replace("`", "")
-        assert f"* **minimises** `{formula}`" in own
-        assert f"`{formula}`".replace("|", "\\|") in pages["methods.md"], "in the table"
+        assert f"* **minimises** `{formula}`" in page
+        row = f"| [{name}](methods/{family}.md#{name}) | "
+        (line,) = [ln for ln in pages[INDEX].splitlines() if ln.startswith(row)]
+        assert f"`{formula}`".replace("|", "\\|") in line
+
+
+def test_every_part_is_on_the_page_of_its_family(pages):
     for role in ("source", "signal", "term"):
-        for tag in known(role):
-            assert f"{role} {tag}" in headings
+        for tag, kind in known(role).items():
+            page = pages[f"methods/{catalogue.family_of(kind)}.md"]
+            assert f"{role} {tag}" in headings_of(page)
 
 
-def test_every_link_leads_to_a_heading():
-    pages = catalogue.pages()
-    anchors = {
-        name: {h.replace(" ", "-") for h in HEADING.findall(text)} for name, text in pages.items()
-    }
-    for name, text in pages.items():
-        for path, anchor in re.findall(r"\]\(([\w./]*)#([\w-]+)\)", text):
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), path))
-            assert anchor in anchors[target if path else name], (name, path, anchor)
+def test_every_link_leads_to_a_heading(pages):
+    anchors = {}
+    for name, page in pages.items():
+        headings = headings_of(page)
+        assert len(headings) == len(set(headings))
+        anchors[name] = {h.replace(" ", "-") for h in headings}
+    followed = 0
+    for name, page in pages.items():
+        for target, anchor in re.findall(r"\]\(([\w./]*)#([\w-]+)\)", page):
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+            assert anchor in anchors[path if target else name], (name, target, anchor)
+            followed += 1
+    assert followed > len(METHODS)
+
+
+def test_every_family_has_a_title_of_its_own():
+    families = {catalogue.family_of(kind) for role in ROLES for kind in known(role).values()}
+    assert COMMON in families
+    titles = {catalogue.family_title(f) for f in families}
+    assert "" not in titles
+    assert len(titles) == len(families)
 
 
 def planned(text: str, folder: Path):
@@ -102,19 +139,18 @@ def planned(text: str, folder: Path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_recipe_of_a_method_plans(name, tmp_path):
-    on_page = {
-        yaml.safe_load(t)["stages"][0]["method"]["name"]: t for t in FENCE.findall(every_page())
-    }
-    plan = planned(on_page[name], tmp_path)
+def test_the_recipe_of_a_method_plans(name, pages, tmp_path):
+    recipes = FENCE.findall(pages[f"methods/{catalogue.family_of(METHODS[name])}.md"])
+    written = {yaml.safe_load(r)["stages"][0]["method"]["name"]: r for r in recipes}[name]
+    plan = planned(written, tmp_path)
     assert plan.stages[0].spec.method == convert(
-        yaml.safe_load(on_page[name])["stages"][0]["method"], METHODS[name], origin="page"
+        yaml.safe_load(written)["stages"][0]["method"], METHODS[name], origin="page"
     )
     composition = plan.stages[0].composition
     parts = (composition.source, *composition.signals, *composition.terms)
     heads = ["scalar_head"] if composition.scalar_head else []
     tags = [p.tag for p in catalogue.entry(name).parts]
-    assert tags == [*map(tag_of, parts), *heads]
+    assert tags == [*(tag_of(p) for p in parts), *heads]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -179,20 +215,9 @@ class MadeUp(Method):
         return Composition(source=self.data, signals=signals, terms=terms)
 
 
-@pytest.fixture
-def register(monkeypatch):
-    """Makes a method one of ours, for one test."""
-
-    def one_of_ours(kind: type[Method]) -> None:
-        known("method")  # what is registered by itself comes first
-        monkeypatch.setattr(registry, "OURS", ("posttrain.", __name__))
-        monkeypatch.setitem(registry._parts["method"], tag_of(kind), kind)
-
-    return one_of_ours
-
-
-def test_a_new_method_appears_by_itself(register):
-    register(MadeUp)
+def test_a_new_method_appears_by_itself(registered, monkeypatch):
+    registered(MadeUp)
+    as_ours(monkeypatch)
     e = catalogue.entry("made_up")
     assert e.summary == "A method that nobody has heard of."
     assert "data: {path: answers.jsonl, weight: weight}" in e.recipe, "what makes it legal"
@@ -204,33 +229,37 @@ def test_a_new_method_appears_by_itself(register):
         "a file with rows of prompt, completion, weight (JSONL or Parquet)",
         "judge: a model with the learner's vocabulary",
     )
-    assert e.family == "common"
     start = "| [made_up](methods/common.md#made_up)"
-    row = next(line for line in every_page().splitlines() if line.startswith(start))
+    lines = catalogue.pages()[INDEX].splitlines()
+    row = next(line for line in lines if line.startswith(start))
     assert "`-log pi \\| given`" in row, "a pipe must not end a cell"
     assert "[2401.00001](https://arxiv.org/abs/2401.00001), [2401.00002](" in row
     assert "made_up" in methods_table()
 
 
-class Odd(MadeUp):
-    """Odd."""
+def test_a_method_without_an_obvious_example_says_so(registered):
+    class Odd(MadeUp):
+        """Odd."""
 
-    table: dict[str, int]
+        table: dict[str, int]
 
-
-class Shown(Odd):
-    """Odd, with an example."""
-
-    example: ClassVar[dict[str, object]] = {"table": {"a": 3}}
-
-
-def test_a_method_without_an_obvious_example_says_so(register):
-    register(Odd)
+    Odd.__module__ = __name__
+    registered(Odd)
     with pytest.raises(ConfigError, match="option table is required") as caught:
         catalogue.entry("odd")
     assert caught.value.expected
-    assert "`example`" in caught.value.fix
-    register(Shown)
+    assert "`example` of the class" in caught.value.fix
+
+
+def test_a_method_may_have_an_example_of_its_own(registered):
+    class Shown(MadeUp):
+        """With a value that its type does not tell."""
+
+        table: dict[str, int]
+        example: ClassVar[dict[str, object]] = {"table": {"a": 3}}
+
+    Shown.__module__ = __name__
+    registered(Shown)
     assert "table: {a: 3}" in catalogue.entry("shown").recipe
 
 
@@ -248,11 +277,10 @@ def test_types_in_words():
 def test_the_table_groups_by_family_and_says_tendency():
     text = methods_table()
     families = catalogue.families()
-    titles = {family: catalogue.family_title(family) for family in families}
-    places = [text.index(f"{title}\n") for title in titles.values()]
+    places = [text.index(f"{catalogue.family_title(f)}\n") for f in families]
     assert places == sorted(places)
     for family, members in families.items():
-        start = text.index(f"{titles[family]}\n")
+        start = text.index(f"{catalogue.family_title(family)}\n")
         for name, kind in members.items():
             line = text.index(f"  {name} ", start)
             assert f"tends to {kind.tendency}" in text[line:]
@@ -308,26 +336,26 @@ def test_what_goes_by_another_name_is_found(word, speaker):
     assert speaker in str(caught.value)
 
 
-def test_every_group_of_options_is_explained():
+def test_every_group_of_options_is_explained(pages):
     """What an option's type names in capitals has a section of its own."""
-    text = every_page()
-    headings = HEADING.findall(text)
+    text = "\n".join(pages.values())
     groups = set(re.findall(r"\| (?:list of )?([A-Z]\w+) \{", text)) - {"ScalarHead"}
     assert {"Mismatch", "Limit", "SamplingSpec"} <= groups
-    assert {f"options {g}" for g in groups | {"WeightSchedule"}} <= set(headings)
+    assert {f"options {g}" for g in groups | {"WeightSchedule"}} <= set(headings_of(text))
 
 
-class Guessed(MadeUp):
-    """A guess.
+def test_what_was_not_confirmed_is_listed(registered, monkeypatch):
+    class Guessed(MadeUp):
+        """A guess.
 
-    Unconfirmed: the sign,
-    and the scale.
-    """
+        Unconfirmed: the sign,
+        and the scale.
+        """
 
-
-def test_what_was_not_confirmed_is_listed(register):
-    register(Guessed)
-    listed = catalogue.pages()["methods.md"].partition("## What was not confirmed")[2]
+    Guessed.__module__ = __name__
+    registered(Guessed)
+    as_ours(monkeypatch)
+    listed = catalogue.pages()[INDEX].partition("## What was not confirmed")[2]
     assert "* [guessed](methods/common.md#guessed): the sign, and the scale." in listed
     assert "* [vapo](methods/policy.md#vapo): " in listed
     assert "#sft)" not in listed
@@ -345,13 +373,11 @@ def test_the_command_stays_light(arguments):
     assert "grpo" in ran.stdout
 
 
-def test_the_catalogue_knows_no_part_by_name():
-    """Nothing in it names a part of any role, by its tag or by its class."""
+def test_nothing_in_the_catalogue_names_a_part():
+    """Neither by its tag nor by its class."""
     folder = Path(catalogue.__file__).parent
     text = "".join(p.read_text("utf-8") for p in folder.glob("*.py"))
-    kinds = [
-        kind for role in ("method", "term", "signal", "source") for kind in known(role).values()
-    ]
-    code = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)  # examples in docstrings name some
-    assert [k for k in kinds if re.search(rf"[\"']{tag_of(k)}[\"']", code)] == []
-    assert [k for k in kinds if re.search(rf"\b{k.__name__}\b", code)] == []
+    text = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)  # examples do
+    kinds = [kind for role in ROLES for kind in known(role).values()]
+    assert [k for k in kinds if re.search(rf"[\"']{tag_of(k)}[\"']", text)] == []
+    assert [k for k in kinds if re.search(rf"\b{k.__name__}\b", text)] == []

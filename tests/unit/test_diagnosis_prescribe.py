@@ -68,10 +68,10 @@ def test_the_recipe_says_why_and_only_what_is_not_the_default(world):
     )
     notes, _, body = prescription.recipe.partition("\n\n")
     assert all(row.startswith("#") for row in notes.splitlines())
-    comments = " ".join(notes.replace("#", " ").split())
+    words = " ".join(notes.replace("#", " ").split())
     for choice in prescription.choices:
-        assert " ".join(f"{choice.what}: {choice.why}".split()) in comments
-    assert f"it worked if: {prescription.gate}" in comments
+        assert " ".join(f"{choice.what}: {choice.why}".split()) in words
+    assert f"it worked if: {prescription.gate}" in words
     assert "null" not in body
     assert "betas" not in body
     recipe = made(prescription)

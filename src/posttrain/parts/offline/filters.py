@@ -1,4 +1,6 @@
-"""Which answers are worth imitating.
+"""Signals that decide which answers are worth imitating.
+
+    rewards ──threshold──▶ ──duplicates──▶ ──best of the group──▶ a verdict on every answer
 
 A filter removes nothing. It writes its verdict beside an answer, the stage leaves the answer out
 of the update, and the ledger keeps it with the reason. A verdict of an earlier filter stands.
@@ -11,10 +13,7 @@ from typing import ClassVar
 
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.trajectory import Column, Discard, Group, Scored
-from posttrain.parts.base import (
-    Columns,
-    Signal,
-)
+from posttrain.parts.base import Columns, Signal
 from posttrain.parts.columns import discarded, with_verdicts
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
@@ -32,6 +31,7 @@ class KeepRewards(Signal):
     at_least: float | None = None
     best: int | None = None
     distinct: bool = False
+
     sieves: ClassVar[bool] = True
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
     provides: ClassVar[Columns] = frozenset({Column.DISCARD})
@@ -56,11 +56,10 @@ class KeepRewards(Signal):
     def _judge(self, group: Group) -> Group:
         rewards = [_number(m, Column.REWARD, task=group.task) for m in group.members]
         verdicts = [tuple(Discard)[int(discarded(m))] for m in group.members]
-        spec = self
         for i, reward in enumerate(rewards):
-            if verdicts[i] is Discard.KEPT and spec.at_least is not None and reward < spec.at_least:
+            if verdicts[i] is Discard.KEPT and self.at_least is not None and reward < self.at_least:
                 verdicts[i] = Discard.LOW_REWARD
-        if spec.distinct:
+        if self.distinct:
             seen: set[bytes] = set()
             for i, member in enumerate(group.members):
                 tokens = member.trajectory.tokens.tobytes()
@@ -68,10 +67,10 @@ class KeepRewards(Signal):
                     verdicts[i] = Discard.DUPLICATE
                 elif verdicts[i] is Discard.KEPT:
                     seen.add(tokens)
-        if spec.best is not None:
+        if self.best is not None:
             left = [i for i, v in enumerate(verdicts) if v is Discard.KEPT]
             # sorted is stable: of equal rewards the earlier answer ranks first.
-            for i in sorted(left, key=lambda i: -rewards[i])[spec.best :]:
+            for i in sorted(left, key=lambda i: -rewards[i])[self.best :]:
                 verdicts[i] = Discard.NOT_BEST
         decided = {id(m): v for m, v in zip(group.members, verdicts, strict=True)}
         return with_verdicts(group, lambda member: decided[id(member)])

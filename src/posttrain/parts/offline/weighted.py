@@ -1,4 +1,9 @@
-"""Losses on logged answers with rewards: offline RL."""
+"""Losses on logged answers with rewards: offline RL.
+
+    reward or advantage, π(y_t), π_ref(y_t) ──▶ a constant weight w ──▶ −w log π(y_t)
+
+Shape legend: ``N`` trained tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,7 @@ from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import (
-    Aggregate,
-    Columns,
-    Stats,
-    Term,
-    TokenTerm,
-    Values,
-)
+from posttrain.parts.base import Aggregate, Columns, Stats, TokenTerm, Values
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import sequence_sums
 
@@ -25,13 +23,16 @@ if TYPE_CHECKING:
 
 @part
 class AdvantageWeighted(TokenTerm):
-    """−min(e^{A/β}, w_max) log π(y_t): advantage-weighted regression (arXiv 1910.00177).
+    """AWR, advantage-weighted regression (arXiv 1910.00177): −min(e^{A/β}, w_max) log π(y_t).
 
     The weight is a constant. β → ∞ is cross-entropy. Weights are not normalised over the batch.
     """
 
     beta: float = 1.0
     max_weight: float = 20.0
+
+    formula: ClassVar[str] = "-min(exp(A / beta), max_weight) log pi(y_t)"
+    paper: ClassVar[str] = "1910.00177"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
 
     def __post_init__(self) -> None:
@@ -49,8 +50,8 @@ class AdvantageWeighted(TokenTerm):
 
 
 @part
-class LeftoverLunch(Term):
-    """−sg(clip(ρ, 1−ε, 1+ε)) max(A, 0) log π(y_t): A-LoL (arXiv 2305.14718).
+class LeftoverLunch(TokenTerm):
+    """A-LoL (arXiv 2305.14718): −sg(clip(ρ, 1−ε, 1+ε)) max(A, 0) log π(y_t).
 
     ``ratio: sequence`` takes ρ = π(y) / π_ref(y) of the whole answer, which is one action;
     ``token`` takes ρ of each token; ``none`` takes 1, and may add β (log π − log π_ref), with
@@ -62,12 +63,8 @@ class LeftoverLunch(Term):
     kl_weight: float = 0.0
     aggregate: Aggregate = "sequence_sum"
 
-    @property
-    def needs(self) -> frozenset[Column]:
-        """Advantages, and the reference where the loss compares with it."""
-        compares = self.ratio != "none" or self.kl_weight > 0
-        reference = {Column.REFERENCE_LOGPROB} if compares else set[Column]()
-        return frozenset({Column.ADVANTAGE, *reference})
+    formula: ClassVar[str] = "-sg(clip(pi(y) / pi_ref(y))) max(A, 0) log pi(y_t)"
+    paper: ClassVar[str] = "2305.14718"
 
     def __post_init__(self) -> None:
         if not 0 < self.clip < 1 or self.kl_weight < 0:
@@ -80,6 +77,13 @@ class LeftoverLunch(Term):
                 f"kl_weight={self.kl_weight} with ratio={self.ratio}",
                 expected="ratio: none: the penalty replaces the ratio",
             )
+
+    @property
+    def needs(self) -> Columns:
+        """Advantages, and the reference where the loss compares with it."""
+        compares = self.ratio != "none" or self.kl_weight > 0
+        reference = {Column.REFERENCE_LOGPROB} if compares else set[Column]()
+        return frozenset({Column.ADVANTAGE, *reference})
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −sg(clip(ρ)) max(A, 0) log π(y), or with ρ = 1 and + β (log π − log π_ref)."""
@@ -100,8 +104,8 @@ class LeftoverLunch(Term):
 
 
 @part
-class RewardGold(Term):
-    """−sg(max(π(y_t), ``floor``)) R log π(y_t): R-GOLD (GOLD, arXiv 2009.07839).
+class RewardGold(TokenTerm):
+    """R-GOLD (GOLD, arXiv 2009.07839): −sg(max(π(y_t), ``floor``)) R log π(y_t).
 
     The policy's own probability stands in for an importance weight; the floor keeps unlikely
     tokens learnable. An answer's tokens are summed, as in the code of arXiv 2305.14718.
@@ -109,6 +113,9 @@ class RewardGold(Term):
 
     floor: float = 0.1
     aggregate: Aggregate = "sequence_sum"
+
+    formula: ClassVar[str] = "-sg(max(pi(y_t), floor)) R log pi(y_t)"
+    paper: ClassVar[str] = "2009.07839"
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
 
     def __post_init__(self) -> None:

@@ -1,4 +1,11 @@
-"""Terms on single answers: likelihoods of what somebody wrote."""
+"""Losses on single answers: likelihoods of what somebody wrote.
+
+    p = π(y_t) ──▶ −w log p, with w: 1, of the row, sg(p), sg(p (1 − p))
+              ──▶ (1 − p^α) / α;   −min(p / p_old, 1 + ε)
+
+Each is a term. ``dft``, ``probability_sft`` and ``psft`` are methods by themselves too, on a file
+of demonstrations. Shape legend: ``N`` trained tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +15,7 @@ from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import (
-    Columns,
-    PolicyRef,
-    Signal,
-    Stats,
-    TokenTerm,
-    Values,
-)
+from posttrain.parts.base import Columns, PolicyRef, Signal, Stats, TokenTerm, Values
 from posttrain.parts.logprobs import OwnLogprobs
 from posttrain.parts.registry import part
 from posttrain.parts.supervised.shapes import OnDemonstrations
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 @part
 class CrossEntropy(TokenTerm):
     """Negative log-likelihood of the written tokens: −log π(y_t)."""
+
+    formula: ClassVar[str] = "-log pi(y_t)"
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −log π(y)."""
@@ -45,13 +47,15 @@ class WeightedCrossEntropy(TokenTerm):
 
     by: Literal["weight", "reward"]
 
+    formula: ClassVar[str] = "-w log pi(y_t)"
+
     @property
     def column(self) -> Column:
         """Where w comes from."""
         return Column.WEIGHT if self.by == "weight" else Column.REWARD
 
     @property
-    def needs(self) -> frozenset[Column]:
+    def needs(self) -> Columns:
         """The column of weights."""
         return frozenset({self.column})
 
@@ -63,12 +67,10 @@ class WeightedCrossEntropy(TokenTerm):
 
 @part(method=OnDemonstrations)
 class Dft(TokenTerm):
-    """−sg(π(y_t)) log π(y_t): DFT (arXiv 2508.05629), sg the stop-gradient.
+    """DFT, dynamic fine-tuning (arXiv 2508.05629): −sg(π(y_t)) log π(y_t), sg the stop-gradient.
 
     Its gradient is −∇π(y_t): that of cross-entropy without the factor 1 / π(y_t), which makes
     unlikely tokens dominate.
-
-    Dynamic fine-tuning: cross-entropy without its preference for unlikely tokens.
     """
 
     formula: ClassVar[str] = "-sg(pi(y_t)) log pi(y_t)"
@@ -83,11 +85,14 @@ class Dft(TokenTerm):
 
 @part
 class BalancedCrossEntropy(TokenTerm):
-    """−sg(p (1 − p)) log p, p = π(y_t): CHORD-φ (arXiv 2508.11408).
+    """CHORD-φ (arXiv 2508.11408): −sg(p (1 − p)) log p, p = π(y_t).
 
     The weight is largest at p = ½ and 0 at both ends: neither what the policy already writes nor
     what is far from it is pushed.
     """
+
+    formula: ClassVar[str] = "-sg(p (1 - p)) log p, p = pi(y_t)"
+    paper: ClassVar[str] = "2508.11408"
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −sg(p (1 − p)) log p."""
@@ -99,14 +104,12 @@ class BalancedCrossEntropy(TokenTerm):
 
 @part(method=OnDemonstrations)
 class ProbabilitySft(TokenTerm):
-    """(1 − π(y_t)^α) / α where π(y_t) ≥ ``at_least``, else 0 (arXiv 2510.00526).
+    """A function of the probability in place of its logarithm (arXiv 2510.00526).
 
-    α → 0 is cross-entropy, for weak models; α = 1 is 1 − π, with the gradient of DFT, and larger
-    α trust the model still more. The threshold is a constant: no gradient flows through it, and
-    tokens below it still count in the mean.
-
-    A function of the probability in place of its logarithm: small ``alpha`` for a model that
-    knows little about the task, 1 and more for one that knows much.
+    (1 − π(y_t)^α) / α where π(y_t) ≥ ``at_least``, else 0. α → 0 is cross-entropy, for models that
+    know little about the task; α = 1 is 1 − π, with the gradient of DFT, and larger α trust the
+    model still more. The threshold is a constant: no gradient flows through it, and tokens below
+    it still count in the mean.
 
     Unconfirmed: the family was derived from a description at second hand.
     """
@@ -143,17 +146,13 @@ class ProbabilitySft(TokenTerm):
 
 @part(method=OnDemonstrations)
 class Psft(TokenTerm):
-    """−min(r, 1 + ε), r = π(y_t) / π_old(y_t): PSFT (arXiv 2508.17784).
+    """PSFT, proximal supervised fine-tuning (arXiv 2508.17784): −min(r, 1 + ε), r = π / π_old.
 
-    π_old is the learner as it was when the demonstrations were drawn, so r leaves 1 only with
-    ``updates_per_draw`` above 1; at r = 1 the gradient is that of cross-entropy. The paper clips
-    on both sides, as PPO does; with its constant advantage of 1 the lower side never binds, and is
-    no option here.
-
-    Proximal supervised fine-tuning: no token is pushed further once it has gained its share.
-
-    The snapshot is taken at every draw: set the stage's ``updates_per_draw`` to 8, the paper's
-    interval. With 1 the ratio never leaves 1, and this is supervised fine-tuning.
+    No token is pushed further once it has gained its share. π_old is the learner as it was when
+    the demonstrations were drawn: set the stage's ``updates_per_draw`` to 8, the paper's interval.
+    With 1 the ratio never leaves 1, where the gradient is that of cross-entropy. The paper clips on
+    both sides, as PPO does; with its constant advantage of 1 the lower side never binds, and is no
+    option here.
     """
 
     clip_high: float = 0.28
