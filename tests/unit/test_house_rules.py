@@ -249,3 +249,15 @@ def test_public_names_are_exact():
     assert posttrain.__all__ == sorted(posttrain.__all__)
     for name in posttrain.__all__:
         assert getattr(posttrain, name).__name__ == name
+
+
+def test_tests_are_in_the_folders_of_what_they_test():
+    tests = Path(__file__).parents[1]
+    ours = {p.relative_to(ROOT) for p in (ROOT, *ROOT.rglob("*")) if p.is_dir()}
+    folders = {
+        p.parent.relative_to(tests / kind)
+        for kind in ("unit", "torch")
+        for p in (tests / kind).rglob("test_*.py")
+    }
+    assert len(folders) > 10
+    assert folders - ours == {Path("benchmarks"), Path("recipes")}
