@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from against_trl import reward
-from against_trl.plan import Job
-from against_trl.worker import Steps
+from against_trl.plan import Job, Steps
 from posttrain.core import clock
 from posttrain.core.events import Event, StepDone
 from posttrain.core.learner import Optimizer

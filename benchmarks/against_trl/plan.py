@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -191,3 +192,15 @@ LIMIT_SIZES = ("7m", "40m")
 GROUP_BAR = Bar(least=1.6, hope=1.3, most=True)
 EXACT_BAR = Bar(least=1e-4, hope=1e-5, most=True)
 MIN_PAIRS = 5
+
+
+class Steps(Protocol):
+    """Whoever watches a training loop."""
+
+    def open(self) -> None:
+        """Everything is built; the first step follows."""
+        ...
+
+    def step_done(self, parts: Mapping[str, float]) -> None:
+        """A step ended; ``parts`` are seconds or counts by name. May raise ``Stopped``."""
+        ...

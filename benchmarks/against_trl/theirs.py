@@ -20,9 +20,8 @@ from trl import (
     SFTTrainer,
 )
 
-from against_trl.plan import Job
+from against_trl.plan import Job, Steps
 from against_trl.reward import even_words
-from against_trl.worker import Steps
 
 
 def train(job: Job, gate: Steps) -> None:

@@ -17,27 +17,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 import msgspec
 
-from against_trl.plan import Device, Job
+from against_trl.plan import Device, Job, Steps
 
 
 class Stopped(Exception):
     """The parent asked to stop."""
-
-
-class Steps(Protocol):
-    """Whoever watches a training loop."""
-
-    def open(self) -> None:
-        """Everything is built; the first step follows."""
-        ...
-
-    def step_done(self, parts: Mapping[str, float]) -> None:
-        """A step ended; ``parts`` are seconds or counts by name. May raise :class:`Stopped`."""
-        ...
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,7 @@ from posttrain.parts.base import Aggregate, PolicyRef
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.offline.filters import KeepRewards
 from posttrain.parts.policy.shapes import rollouts
-from posttrain.parts.registry import part
+from posttrain.parts.registry import part, tag_of
 from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.members import Hinted
 from posttrain.parts.sources.rollouts import Rollouts
@@ -23,6 +23,19 @@ def imitate(source: Rollouts, *, keep: KeepRewards | None, aggregate: Aggregate)
     """Cross-entropy on the rollouts that a filter keeps; on all of them without one."""
     signals = (Verify(), keep) if keep else ()
     return Composition(source=source, signals=signals, terms=(CrossEntropy(aggregate=aggregate),))
+
+
+def check_best(method: Method, best: int, group_size: int) -> None:
+    """Refuse a cut that would keep everything.
+
+    Raises:
+        ConfigError: ``best`` is not below the group's size.
+    """
+    if not 1 <= best < group_size:
+        raise ConfigError(
+            f"{tag_of(method)} with best={best} of group_size={group_size}",
+            expected="1 <= best < group_size: keeping everything is no choice",
+        )
 
 
 @part
@@ -78,11 +91,7 @@ class Raft(Method):
     paper: ClassVar[str] = "2304.06767"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.best < self.group_size:
-            raise ConfigError(
-                f"raft with best={self.best} of group_size={self.group_size}",
-                expected="1 <= best < group_size: keeping everything is no choice",
-            )
+        check_best(self, self.best, self.group_size)
 
     def compose(self) -> Composition:
         """Rollouts; verifier and rank; cross-entropy."""
@@ -157,11 +166,7 @@ class RestEm(Method):
     paper: ClassVar[str] = "2312.06585"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.best < self.group_size:
-            raise ConfigError(
-                f"rest_em with best={self.best} of group_size={self.group_size}",
-                expected="1 <= best < group_size: keeping everything is no choice",
-            )
+        check_best(self, self.best, self.group_size)
 
     def compose(self) -> Composition:
         """Frozen rollouts; verifier, threshold and cut; cross-entropy."""
