@@ -10,12 +10,13 @@ their bars.
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import itertools
 import re
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,44 @@ import posttrain
 
 ROOT = Path(posttrain.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
+
+
+# --- new parts -------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
+NEW_PARTS = {
+    "A loss on preferences": 1,
+    "An advantage": 1,
+    "A signal that asks a model": 1,
+    "A metric with raw data of its own": 2,
+}
+"""Source files that a new part of each kind may touch. A test adds one of each."""
+
+
+def new_parts() -> Mapping[str, list[tuple[str, str]]]:
+    """(path, code) of every file that the page on adding parts writes or changes, by kind."""
+    text = PAGE.read_text(encoding="utf-8")
+    shown = {}
+    for kind, section in re.findall(r"^### (.+?)\n(.*?)(?=^###? |\Z)", text, re.M | re.S):
+        named = r"^`src/(posttrain/[\w/.]+)`:\n+```python\n(.*?)^```"
+        if blocks := re.findall(named, section, re.M | re.S):
+            shown[kind] = blocks
+    return shown
+
+
+ROLES = ("method", "source", "signal", "term", "task_set")
+
+
+def unknown_accepted() -> list[str]:
+    """Roles in which a name that no part has is not an error."""
+    from posttrain.core.errors import ConfigError
+    from posttrain.parts.registry import find
+
+    wrong = []
+    for role in ROLES:
+        with contextlib.suppress(ConfigError):
+            wrong.append(f"{role}: {find(role, 'no_such_part').__name__}")
+    return wrong
 
 
 # --- circles ---------------------------------------------------------------------------------
@@ -352,11 +391,14 @@ def main() -> None:
     """Print the table."""
     walk = grpo_walk()
     rings = circles(import_graph())
+    touched = {kind: len({path for path, _ in files}) for kind, files in new_parts().items()}
     rows = [
+        *((f"files touched: {k.lower()}", touched[k], str(bar)) for k, bar in NEW_PARTS.items()),
         ("files of ours from load_recipe to backward, GRPO", len(walk.files), "20"),
         ("lines of their executed functions", walk.lines, ""),
         ("circles of files, lazy and type-only imports counted", len(rings), "0"),
         ("tests of a part's type outside its family", len(all_known_by_name()), "0"),
+        ("roles that take a name that no part has", len(unknown_accepted()), "0"),
         ("private names", len(private_names()), "0"),
         ("public classes of one name in two modules", len(doubled_classes()), "0"),
         ("modules", len(MODULES), ""),
@@ -368,6 +410,10 @@ def main() -> None:
         print(f"{words:<56} {number:>8,} {f'(bar {bar})' if bar else ''}".rstrip())
     if "--details" in sys.argv:
         print("\nGRPO:", *(f"  {n:>5} {f}" for f, n in walk.files.items()), sep="\n")
+        by_folder = Counter(f.partition("/")[0] for f in walk.files)
+        print(
+            "\nGRPO, files by folder:", *(f"  {n:>5} {f}" for f, n in by_folder.items()), sep="\n"
+        )
         print("\ncircles:", *map(str, rings), sep="\n  ")
         print("\nknown by name:", *all_known_by_name(), sep="\n  ")
         print("\nprivate:", *private_names(), sep="\n  ")

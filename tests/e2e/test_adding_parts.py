@@ -1,38 +1,16 @@
 """A new part touches one file: those that CONTRIBUTING shows, in a copy of the package, at work."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import house
 import pytest
 
 import posttrain
 from posttrain.testing import tiny_model
-
-PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
-MOST = {
-    "A loss on preferences": 1,
-    "An advantage": 1,
-    "A signal that asks a model": 1,
-    "A metric with raw data of its own": 2,
-}
-"""Source files that a new part of each kind may touch."""
-
-
-def shown():
-    """Files by heading: (path, code) as the page shows them."""
-    text = PAGE.read_text(encoding="utf-8")
-    out = {}
-    for heading, body in re.findall(r"^### (.+?)\n(.*?)(?=^###? |\Z)", text, re.M | re.S):
-        blocks = re.findall(
-            r"^`src/(posttrain/[\w/.]+)`:\n+```python\n(.*?)^```", body, re.M | re.S
-        )
-        if blocks:
-            out[heading] = blocks
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +22,7 @@ def copy(tmp_path_factory):
         folder / "posttrain",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    for blocks in shown().values():
+    for blocks in house.new_parts().values():
         for path, code in blocks:
             assert not (folder / path).exists(), f"{path} exists: the page would replace it"
             (folder / path).write_text(code, encoding="utf-8")
@@ -64,9 +42,9 @@ def python(folder, *arguments, **options):
 
 
 def test_every_kind_of_part_is_shown_and_touches_few_files():
-    touched = {heading: len({path for path, _ in blocks}) for heading, blocks in shown().items()}
-    assert touched.keys() == MOST.keys()
-    assert all(touched[h] <= most for h, most in MOST.items()), touched
+    touched = {kind: len({path for path, _ in files}) for kind, files in house.new_parts().items()}
+    assert touched.keys() == house.NEW_PARTS.keys()
+    assert all(touched[kind] <= most for kind, most in house.NEW_PARTS.items()), touched
 
 
 PROVE = """
