@@ -25,7 +25,7 @@ from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.presets import Sft
 from posttrain.protocols import Learner, Policy
 from posttrain.recipe import Budget, Recipe, Stage
-from posttrain.run.build import Workshop
+from posttrain.run.build import StageBuilder
 from posttrain.run.folder import RunFolder
 from posttrain.run.journal import Journal
 from posttrain.run.plan import PlannedStage, make_plan
@@ -80,7 +80,7 @@ def recipe(job: Job) -> Recipe:
     )
 
 
-def build(job: Job) -> tuple[PlannedStage, Workshop, Learner]:
+def build(job: Job) -> tuple[PlannedStage, StageBuilder, Learner]:
     """The planned stage, what builds its parts, and its learner."""
     wanted, root = recipe(job), Path(job.folder)
     engine = LocalEngine(device=torch.device(job.device), dtype=job.dtype)
@@ -97,14 +97,14 @@ def build(job: Job) -> tuple[PlannedStage, Workshop, Learner]:
     learner = engine.learner(
         student, name="bench", optimizer=planned.spec.optimizer, lora=None, seed=0
     )
-    workshop = Workshop(root=root, seed=wanted.seed, tasksets=tasksets, policy=policy)
-    return planned, workshop, learner
+    builder = StageBuilder(root=root, seed=wanted.seed, tasksets=tasksets, policy=policy)
+    return planned, builder, learner
 
 
 def one_step(job: Job, *, stale: bool) -> tuple[Sequence[Group], float, Mapping[str, Tensor]]:
     """A draw, the loss of one step on it, and the gradients; no weight moves."""
-    planned, workshop, learner = build(job)
-    parts = workshop.parts(planned, learner)
+    planned, builder, learner = build(job)
+    parts = builder.parts(planned, learner)
     groups = parts.source.draw(job.load.groups, step=0)
     for signal in parts.signals:
         groups = signal(groups)
@@ -146,8 +146,8 @@ def _aged(groups: Sequence[Group]) -> list[Group]:
 
 def train(job: Job, gate: Steps) -> None:
     """Run the stage until the gate stops it."""
-    planned, workshop, learner = build(job)
-    parts = workshop.parts(planned, learner)
+    planned, builder, learner = build(job)
+    parts = builder.parts(planned, learner)
 
     def observe(event: Event) -> None:
         if isinstance(event, StepDone):

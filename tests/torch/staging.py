@@ -7,7 +7,7 @@ from pathlib import Path
 from posttrain.core.events import StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.recipe import Budget, Recipe, Stage
-from posttrain.run.build import Workshop
+from posttrain.run.build import StageBuilder
 from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
@@ -55,7 +55,7 @@ class World:
             lora=planned.spec.lora,
             moving=planned.composition.moving,
         )
-        workshop = Workshop(
+        builder = StageBuilder(
             root=self.root,
             seed=0,
             tasksets={"rows": taskset},
@@ -73,7 +73,7 @@ class World:
         try:
             run_stage(
                 planned.spec,
-                workshop.parts(planned, learner),
+                builder.parts(planned, learner),
                 steps=steps,
                 journal=journal,
                 observe=lambda event: seen.append(event) if isinstance(event, StepDone) else None,

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from posttrain.core.clock import seconds_in
 from posttrain.core.events import (
-    AlarmRang,
+    AlarmRaised,
     Event,
     GateDecided,
     Measured,
@@ -101,7 +101,7 @@ class Console:
                 self._stage(event)
             case StepDone():
                 self._step(event)
-            case AlarmRang():
+            case AlarmRaised():
                 self._alarm(event)
             case Measuring():
                 self._measuring(event)
@@ -156,7 +156,7 @@ class Console:
             took = f" · {_duration(time.monotonic() - self._stage_began)}" if last else ""
             self._terminal.print(f"  step {event.step}/{event.steps}  {words}{took}", markup=False)
 
-    def _alarm(self, event: AlarmRang) -> None:
+    def _alarm(self, event: AlarmRaised) -> None:
         where = f"{event.stage}, step {event.step + 1}"
         self._terminal.print(f"  ! {where}: {event.words}", style="yellow", markup=False)
         self._terminal.print(f"    try: {event.advice}", style="dim", markup=False)

@@ -35,7 +35,7 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AlarmRang:
+class AlarmRaised:
     """A monitor of a running stage raised an alarm."""
 
     stage: str
@@ -78,7 +78,7 @@ class Note:
     text: str
 
 
-Event = StageStarted | StepDone | AlarmRang | Measuring | Measured | GateDecided | Note
+Event = StageStarted | StepDone | AlarmRaised | Measuring | Measured | GateDecided | Note
 Observer = Callable[[Event], None]
 
 

@@ -68,7 +68,7 @@ class AdaptiveDesign(Config):
 # --- evidence --------------------------------------------------------------------------------
 
 
-def log_fortunes(successes: int, samples: int, *, epsilon: float) -> tuple[float, float]:
+def log_wealths(successes: int, samples: int, *, epsilon: float) -> tuple[float, float]:
     """Logs of two test martingales: of a bet that p > ε, and of a bet that p < ε.
 
     The first is the likelihood of the counts averaged over a Beta(½, ½) prior cut to (ε, 1],
@@ -79,7 +79,7 @@ def log_fortunes(successes: int, samples: int, *, epsilon: float) -> tuple[float
     failures multiply it by (1 − ε)^−n.
 
     Example:
-        >>> inside, outside = log_fortunes(0, 64, epsilon=0.05)
+        >>> inside, outside = log_wealths(0, 64, epsilon=0.05)
         >>> inside < 0 < outside, round(outside, 2)
         (True, 3.15)
     """
@@ -104,7 +104,7 @@ def sequential_label(successes: int, samples: int, *, design: AdaptiveDesign) ->
     IN is wrong (p < ε) with probability 1 − confidence at most, and so is OUT (p > ε), over the
     whole course of sampling.
     """
-    inside, outside = log_fortunes(successes, samples, epsilon=design.epsilon)
+    inside, outside = log_wealths(successes, samples, epsilon=design.epsilon)
     if inside >= design.threshold:
         return Label.IN
     return Label.OUT if outside >= design.threshold else Label.UNDETERMINED
@@ -116,7 +116,7 @@ def expected_draws(successes: int, samples: int, *, design: AdaptiveDesign) -> i
     The martingale on the likelier side grows by KL(p̂ ‖ ε) per sample; with no success so far, by
     about −log(1 − ε). It only schedules sampling; the labels do not depend on it.
     """
-    inside, outside = log_fortunes(successes, samples, epsilon=design.epsilon)
+    inside, outside = log_wealths(successes, samples, epsilon=design.epsilon)
     eps, rate = design.epsilon, (successes + PRIOR) / (samples + 2 * PRIOR)
     if successes == 0:
         growth = -math.log1p(-eps)
@@ -326,11 +326,11 @@ def boundaries(longest: int, *, design: AdaptiveDesign) -> tuple[Sequence[int], 
     outs, ins = [], []
     most, fewest = -1, 1
     for n in range(1, longest + 1):
-        while most < n and log_fortunes(most + 1, n, epsilon=design.epsilon)[1] >= design.threshold:
+        while most < n and log_wealths(most + 1, n, epsilon=design.epsilon)[1] >= design.threshold:
             most += 1
         fewest = min(fewest, n + 1)
         while fewest <= n and (
-            log_fortunes(fewest, n, epsilon=design.epsilon)[0] < design.threshold
+            log_wealths(fewest, n, epsilon=design.epsilon)[0] < design.threshold
         ):
             fewest += 1
         outs.append(most)

@@ -131,7 +131,7 @@ def continuation(
     firsts = list({d.task.key: d for d in demonstrations}.values())
     chosen = [firsts if share == 0 else list(demonstrations) for share in shares]
     heads = [
-        [beginning(d.tokens, share) for d in some]
+        [prefix_of(d.tokens, share) for d in some]
         for some, share in zip(chosen, shares, strict=True)
     ]
     tasks = [d.task for some in chosen for d in some]
@@ -182,13 +182,13 @@ def _checked(
     return shares
 
 
-def beginning(tokens: IntArray, share: float) -> IntArray:
+def prefix_of(tokens: IntArray, share: float) -> IntArray:
     """The first ``share`` of an answer, its end of turn not counted, rounded down.
 
     Example:
-        >>> beginning(np.array([5, 6, 7, 8, 0]), 0.75).tolist()
+        >>> prefix_of(np.array([5, 6, 7, 8, 0]), 0.75).tolist()
         [5, 6, 7]
-        >>> beginning(np.array([5, 6, 0]), 0.25).tolist()
+        >>> prefix_of(np.array([5, 6, 0]), 0.25).tolist()
         []
     """
     return tokens[: int(share * (len(tokens) - 1) + 1e-9)]

@@ -197,7 +197,7 @@ def check_prompts(
     return prompts
 
 
-def require_same_language(one: Policy, other: Policy, tasks: Sequence[Task]) -> None:
+def require_same_vocabulary(one: Policy, other: Policy, tasks: Sequence[Task]) -> None:
     """Refuse to score one policy's tokens with another of a different tokenizer or template.
 
     Raises:

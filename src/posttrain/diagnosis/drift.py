@@ -26,7 +26,7 @@ from posttrain.diagnosis.drawing import (
     check_prompts,
     draw_answers,
     require_plain,
-    require_same_language,
+    require_same_vocabulary,
     token_logprobs,
 )
 from posttrain.diagnosis.median import MedianInterval, median_interval
@@ -184,7 +184,7 @@ def drift(
     """
     require_plain(sampling, why=WHY_PLAIN)
     for one in (taskset, *prior):
-        require_same_language(policy, base, one.held_out)
+        require_same_vocabulary(policy, base, one.held_out)
         for who in (policy, base):
             check_prompts(who, one.held_out)
 

@@ -30,7 +30,7 @@ from posttrain.diagnosis.drawing import (
     Demonstration,
     demonstration_from,
     draw_answers,
-    require_same_language,
+    require_same_vocabulary,
 )
 from posttrain.diagnosis.drift import policy_distance
 from posttrain.diagnosis.exposure import exposure_to_teacher
@@ -48,7 +48,7 @@ SAMPLES = 64
 """Samples per prompt of the measurement: the rules need pass@64."""
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
-FROM_A_BEGINNING = 16
+FROM_A_PREFIX = 16
 """Samples per prompt and share of the answer given as a prefix."""
 
 WITH_HELP = 16
@@ -170,7 +170,7 @@ class Examination:
         was = None
         if self.before is not None or self.earlier is not None:
             was = self._sampled(self.before, self.earlier)
-        self._say("what a beginning, a scaffold or more samples change")
+        self._say("what a prefix, a scaffold or more samples change")
         found = [
             self._task(t, now.task(t.name), None if was is None else was.task(t.name))
             for t in self.tasksets
@@ -264,7 +264,7 @@ class Examination:
             return ()
         tasks = list(taskset.held_out)
         try:
-            require_same_language(self.before, self.policy, tasks)
+            require_same_vocabulary(self.before, self.policy, tasks)
         except ModelError as error:
             missing.append(f"movement on earlier tasks: {error.found}")
             return ()
@@ -309,7 +309,7 @@ class Examination:
         if len(unsolved) < UNSOLVED:
             return ()
         demos = [d for d in known if d.task.key in unsolved]
-        cost = len(demos) * len(SHARES) * FROM_A_BEGINNING
+        cost = len(demos) * len(SHARES) * FROM_A_PREFIX
         if not demos or self.rollouts + cost > self.budget:
             why = "the task set knows no right answers" if not demos else "the budget is spent"
             missing.append(f"success from part of a right answer: {why}")
@@ -318,7 +318,7 @@ class Examination:
             self.policy,
             taskset,
             demos,
-            samples=FROM_A_BEGINNING,
+            samples=FROM_A_PREFIX,
             max_new_tokens=self.spec.max_new_tokens,
             seed=self.spec.seed,
             shares=SHARES,
@@ -335,7 +335,7 @@ class Examination:
         if teacher is None:
             missing.append("errors on own against right paths: no teacher was given (--teacher)")
             return ()
-        cost = 2 * len(taskset.held_out) * FROM_A_BEGINNING  # half of them from the teacher
+        cost = 2 * len(taskset.held_out) * FROM_A_PREFIX  # half of them from the teacher
         if now.successes.mean() >= MASTERED or self.rollouts + cost > self.budget:
             missing.append("errors on own against right paths: solved anyway, or no budget left")
             return ()
@@ -344,7 +344,7 @@ class Examination:
                 self.policy,
                 teacher,
                 taskset,
-                samples=FROM_A_BEGINNING,
+                samples=FROM_A_PREFIX,
                 max_new_tokens=self.spec.max_new_tokens,
                 seed=self.spec.seed,
                 confidence=self.spec.confidence,

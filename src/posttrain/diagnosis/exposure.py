@@ -33,7 +33,7 @@ from posttrain.diagnosis.drawing import (
     check_prompts,
     draw_answers,
     require_plain,
-    require_same_language,
+    require_same_vocabulary,
     token_logprobs,
 )
 from posttrain.measure.bootstrap import Interval, mean_interval, ratio_interval, student_quantile
@@ -188,7 +188,7 @@ def exposure_to_teacher(
     """
     require_plain(sampling, why=WHY_PLAIN)
     tasks = list(taskset.held_out)
-    require_same_language(policy, teacher, tasks)
+    require_same_vocabulary(policy, teacher, tasks)
     for who in (policy, teacher):
         check_prompts(who, tasks)
     drawn = [

@@ -24,7 +24,7 @@ from posttrain.diagnosis.drawing import (
     Answer,
     draw_answers,
     require_plain,
-    require_same_language,
+    require_same_vocabulary,
     token_logprobs,
 )
 from posttrain.diagnosis.importance import ImportanceSample, odds_words
@@ -186,7 +186,7 @@ def reachability(
             expected=f"at least {2 * CHOOSING} samples and 0.5 < confidence < 1",
         )
     asked = list(taskset.held_out) if tasks is None else list(tasks)
-    require_same_language(base, later, asked)
+    require_same_vocabulary(base, later, asked)
     answers = draw_answers(
         later, taskset, asked, samples=samples, max_new_tokens=max_new_tokens, seed=seed
     )

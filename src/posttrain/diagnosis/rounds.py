@@ -20,7 +20,7 @@ class Round(Config):
     words: str = ""
 
 
-class Chart(Config):
+class TreatmentLog(Config):
     """The rounds so far: OUT/treat.json."""
 
     ground: str  # digest of model, task sets and supplies

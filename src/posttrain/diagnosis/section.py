@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from posttrain.diagnosis.card import Diagnosis, Prescription
 from posttrain.diagnosis.page import FILTERS, strip
-from posttrain.diagnosis.rounds import Chart, Round
+from posttrain.diagnosis.rounds import Round, TreatmentLog
 from posttrain.diagnosis.spending import Spent, spent
 from posttrain.pages.template import Section, fill
 from posttrain.run.folder import RunFolder
@@ -68,14 +68,14 @@ def treatment_section(folder: RunFolder) -> Section | None:
     Raises:
         DataError: ``treat.json`` or a diagnosis is damaged.
     """
-    chart = folder.treatment(Chart)
-    if chart is None:
+    log = folder.treatment(TreatmentLog)
+    if log is None:
         return None
     html = fill(
         "posttrain.diagnosis",
         "rounds.html.j2",
         filters=FILTERS,
-        chart=chart,
+        log=log,
         spent=spent(folder, looks=folder.measured(), diagnoses=folder.diagnoses()).total,
         looks=looks(folder),
     )
@@ -85,8 +85,8 @@ def treatment_section(folder: RunFolder) -> Section | None:
 
 def looks(folder: RunFolder) -> tuple[Look, ...]:
     """Every diagnosis of a treatment in order, with its round."""
-    chart = folder.treatment(Chart)
-    followed = {r.number - 1: r for r in chart.rounds} if chart else {}
+    log = folder.treatment(TreatmentLog)
+    followed = {r.number - 1: r for r in log.rounds} if log else {}
     return tuple(_look(folder, number, followed.get(number)) for number in folder.diagnoses())
 
 

@@ -25,7 +25,7 @@ from posttrain.core.events import Event, Measured, Note, Observer, StageStarted,
 from posttrain.diagnosis.card import Diagnosis, Evidence, Prescription
 from posttrain.diagnosis.diagnose import Known, Practice, find_bottleneck, grounded
 from posttrain.diagnosis.prescribe import Supplies
-from posttrain.diagnosis.rounds import Chart, Round
+from posttrain.diagnosis.rounds import Round, TreatmentLog
 from posttrain.diagnosis.rules import RuleBook
 from posttrain.diagnosis.spending import Spent, expected, spent
 from posttrain.diagnosis.stage_decision import decide_stage
@@ -116,15 +116,15 @@ def run_treatment(
         }
     )
     with RunFolder(out).lock() as folder:
-        chart = _opened(folder, digest=digest, budget=budget)
-        return _Course(ground, folder, root, engine, supplies, book, observe, stop, chart).go()
+        log = _opened(folder, digest=digest, budget=budget)
+        return _Course(ground, folder, root, engine, supplies, book, observe, stop, log).go()
 
 
-def _opened(folder: RunFolder, *, digest: str, budget: int) -> Chart:
-    """The chart of an earlier process, or a new one. A larger budget reopens an ended one."""
-    known = folder.treatment(Chart)
+def _opened(folder: RunFolder, *, digest: str, budget: int) -> TreatmentLog:
+    """The log of an earlier process, or a new one. A larger budget reopens an ended one."""
+    known = folder.treatment(TreatmentLog)
     if known is None:
-        return Chart(ground=digest, budget=budget)
+        return TreatmentLog(ground=digest, budget=budget)
     if known.ground != digest:
         raise ResumeRefused(
             f"{folder.path} holds the treatment of another model, task set, supply or rule",
@@ -151,39 +151,39 @@ class _Course:
     book: RuleBook
     observe: Observer
     stop: Callable[[], bool]
-    chart: Chart
+    log: TreatmentLog
     measured: dict[str, Measurement] = field(default_factory=dict)
 
     def go(self) -> Treated:
         """Run rounds until the treatment ends."""
         self._run()
         self._look_back()
-        if self.chart.rounds and self.chart.rounds[-1].kept is None:
+        if self.log.rounds and self.log.rounds[-1].kept is None:
             self._decide()
-        while self.chart.ended is None:
+        while self.log.ended is None:
             self._turn()
         current = self._current
         return Treated(
             out=self.folder.path,
             policy=current,
             model=self._model(current),
-            rounds=self.chart.rounds,
+            rounds=self.log.rounds,
             spent=self._spent,
-            budget=self.chart.budget,
-            ended=self.chart.ended,
+            budget=self.log.budget,
+            ended=self.log.ended,
             before=self.measured["base"],
             after=self.measured[current],
         )
 
     def _turn(self) -> None:
-        if self._spent.total > (1 - WORTH_A_LOOK) * self.chart.budget:
+        if self._spent.total > (1 - WORTH_A_LOOK) * self.log.budget:
             self._end("the budget is spent")
             return
         found = self._diagnosis()
         prescription = found.next
         if prescription is None:
             self._end(_nothing_left(found))
-        elif len(self.chart.rounds) >= ROUNDS:
+        elif len(self.log.rounds) >= ROUNDS:
             self._end(f"{ROUNDS} rounds were taken")
         else:
             stage = self._fitted(prescription, found)
@@ -199,12 +199,12 @@ class _Course:
     @property
     def _current(self) -> str:
         """The policy that the next round starts from."""
-        kept = [r.stage.name for r in self.chart.rounds if r.kept]
+        kept = [r.stage.name for r in self.log.rounds if r.kept]
         return kept[-1] if kept else "base"
 
     def _diagnosis(self) -> Diagnosis:
         """The card of the current policy, read from the run folder when it exists."""
-        number = len(self.chart.rounds)
+        number = len(self.log.rounds)
         path = self.folder.diagnosis_file(number)
         if path.is_file():
             return Diagnosis.from_json(path.read_text(encoding="utf-8"))
@@ -268,7 +268,7 @@ class _Course:
     def _tried(self) -> frozenset[tuple[str, str]]:
         """Treatments of the current policy that did not help, to be skipped."""
         failed: set[tuple[str, str]] = set()
-        for r in self.chart.rounds:
+        for r in self.log.rounds:
             if r.helped and r.kept:
                 failed.clear()  # another policy: what failed before may work now
             elif r.kept is not None:
@@ -286,17 +286,17 @@ class _Course:
         (stage,) = recipe.stages
         # The loop decides: a gate of an earlier stage must not end a later process.
         gates = tuple(_only_warns(gate) for gate in stage.gates)
-        name = f"{len(self.chart.rounds) + 1}-{stage.name}"
+        name = f"{len(self.log.rounds) + 1}-{stage.name}"
         stage = msgspec.structs.replace(stage, name=name, init=self._current, gates=gates)
         whole = expected(
             msgspec.structs.replace(
-                self.ground, stages=(*(r.stage for r in self.chart.rounds), stage)
+                self.ground, stages=(*(r.stage for r in self.log.rounds), stage)
             ),
             root=self.root,
             lengths={t.task: _length(t.evidence) for t in found.tasks},
         )
         # The stage is measured afterwards, like the base was.
-        left = self.chart.budget - self._spent.total - spent(self.folder, looks=("base",)).looking
+        left = self.log.budget - self._spent.total - spent(self.folder, looks=("base",)).looking
         share = dose(left, whole)
         if share is None or stage.budget.steps is None:
             return None
@@ -304,7 +304,7 @@ class _Course:
         return msgspec.structs.replace(stage, budget=Budget(steps=steps))
 
     def _begin(self, prescription: Prescription, stage: Stage) -> None:
-        number = len(self.chart.rounds) + 1
+        number = len(self.log.rounds) + 1
         self._say(
             f"round {number}: {prescription.title} ({', '.join(prescription.tasks)}), "
             f"{stage.budget.steps} steps from {stage.init}"
@@ -316,10 +316,10 @@ class _Course:
             bottleneck=prescription.bottleneck,
             stage=stage,
         )
-        self._write(rounds=(*self.chart.rounds, started))
+        self._write(rounds=(*self.log.rounds, started))
 
     def _decide(self) -> None:
-        last = self.chart.rounds[-1]
+        last = self.log.rounds[-1]
         decision = decide_stage(
             self.measured[last.stage.init],
             self.measured[last.stage.name],
@@ -340,14 +340,14 @@ class _Course:
                 "words": decision.words,
             }
         )
-        self._write(rounds=(*self.chart.rounds[:-1], settled))
+        self._write(rounds=(*self.log.rounds[:-1], settled))
 
     # --- running and writing -----------------------------------------------------------------
 
     def _run(self) -> None:
-        """Run all stages of the chart; finished ones are no-ops."""
+        """Run all stages of the log; finished ones are no-ops."""
         recipe = msgspec.structs.replace(
-            self.ground, stages=tuple(r.stage for r in self.chart.rounds)
+            self.ground, stages=tuple(r.stage for r in self.log.rounds)
         )
         run_in(
             self.folder,
@@ -386,12 +386,12 @@ class _Course:
             self.folder.open_ledger().append(RecordKind.STAGE, body)
 
     def _write(self, *, rounds: tuple[Round, ...] | None = None, ended: str | None = None) -> None:
-        self.chart = msgspec.structs.replace(
-            self.chart,
-            rounds=self.chart.rounds if rounds is None else rounds,
+        self.log = msgspec.structs.replace(
+            self.log,
+            rounds=self.log.rounds if rounds is None else rounds,
             ended=ended,
         )
-        self.folder.write_treatment(self.chart)
+        self.folder.write_treatment(self.log)
 
     def _say(self, text: str) -> None:
         self.observe(Note(text=text))

@@ -79,7 +79,7 @@ class Part(Config, tag=snake_case, tag_field="type"):
         """Those of its references that must have a scalar head."""
         return ()
 
-    def check(self, scene: Scene) -> None:
+    def check(self, at: StageContext) -> None:
         """Refuse a stage in which the part cannot work.
 
         Needs, authors and group sizes are checked for every part; this adds the part's own checks.
@@ -90,7 +90,7 @@ class Part(Config, tag=snake_case, tag_field="type"):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
+class PlanFacts:
     """Planning facts, known before a model is loaded: tokenizer, context and task sets."""
 
     root: Path  # the recipe's folder
@@ -199,7 +199,7 @@ class Source(Part):
         """
         return None
 
-    def tokens(self, groups: float, ground: Ground) -> tuple[float, float]:
+    def tokens(self, groups: float, ground: PlanFacts) -> tuple[float, float]:
         """(prompt, completion) tokens of that many groups of a leaf; upper bounds where unknown."""
         raise NotImplementedError
 
@@ -434,7 +434,7 @@ class TokenTerm(Term):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
+class StageContext:
     """The stage that a part is checked in."""
 
     stage: str
@@ -460,9 +460,9 @@ class Scene:
 
         Example:
             >>> from posttrain.parts.sources.dataset import Dataset
-            >>> scene = Scene(stage="warm", source=Dataset(path="a.jsonl"), signals=(), terms=(),
-            ...               kinds=ANYONE)
-            >>> scene.refuse("no term").found
+            >>> rows = Dataset(path="a.jsonl")
+            >>> at = StageContext(stage="warm", source=rows, signals=(), terms=(), kinds=ANYONE)
+            >>> at.refuse("no term").found
             'stage warm: no term'
         """
         return LegalityError(f"stage {self.stage}: {found}", expected=expected, fix=fix)

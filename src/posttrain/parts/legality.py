@@ -17,7 +17,7 @@ from posttrain.core.errors import LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import SCALARS, Stat
 from posttrain.core.trajectory import Column, Discard, Group
-from posttrain.parts.base import Columns, PolicyRef, Scene, Signal, Source, Term
+from posttrain.parts.base import Columns, PolicyRef, Signal, Source, StageContext, Term
 from posttrain.parts.composition import Composition
 from posttrain.parts.registry import tag_of
 
@@ -303,7 +303,7 @@ def _check_parts(composition: Composition, *, stage: str) -> None:
     asked += list(zip(composition.signals, scopes(composition), strict=True))
     for part, kinds in asked:
         part.check(
-            Scene(
+            StageContext(
                 stage=stage,
                 source=source,
                 signals=composition.signals,

@@ -32,7 +32,7 @@ PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Workshop:
+class StageBuilder:
     """What building a stage needs from the run."""
 
     root: Path

@@ -32,7 +32,7 @@ from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.protocols import Engine, Policy, ScalarStart
 from posttrain.recipe import Recipe
-from posttrain.run.build import Workshop
+from posttrain.run.build import StageBuilder
 from posttrain.run.folder import RunFolder, RunWriter, StageRecord, StageResult, StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
@@ -261,8 +261,8 @@ class _Run:
     def _stage_folder(self, planned: PlannedStage) -> StageWriter:
         return self.folder.stage_writer(planned.spec.name, planned.identity)
 
-    def _workshop(self) -> Workshop:
-        return Workshop(
+    def _workshop(self) -> StageBuilder:
+        return StageBuilder(
             root=self.plan.root,
             seed=self.plan.recipe.seed,
             tasksets=self.tasksets,

@@ -22,7 +22,7 @@ from posttrain.core import config
 from posttrain.core.errors import ModelError
 from posttrain.core.files import hash_folder
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import Ground, Signal, Source
+from posttrain.parts.base import PlanFacts, Signal, Source
 from posttrain.parts.legality import compared_in_the_loss
 from posttrain.parts.registry import tag_of
 from posttrain.recipe import Recipe
@@ -196,7 +196,7 @@ def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
 
 
 def leaf_tokens(
-    planned: PlannedStage, ground: Ground, *, groups: float
+    planned: PlannedStage, ground: PlanFacts, *, groups: float
 ) -> list[tuple[Source, tuple[float, float]]]:
     """(Prompt, completion) tokens of each leaf of a source in ``groups`` groups.
 
@@ -207,7 +207,7 @@ def leaf_tokens(
     return [(leaf, leaf.tokens(share * groups, ground)) for leaf, share in leaves]
 
 
-def ground_of(plan: Plan, folder: Path) -> Ground:
+def ground_of(plan: Plan, folder: Path) -> PlanFacts:
     """Facts about a model folder and the task sets, without loading weights."""
     renderer = _renderer(folder)
 
@@ -216,7 +216,7 @@ def ground_of(plan: Plan, folder: Path) -> Ground:
         tasks = spec.build(name, root=plan.root, chat=renderer.has_template).train
         return [len(renderer.prompt(t).tokens) for t in tasks[:64]]
 
-    return Ground(
+    return PlanFacts(
         root=plan.root,
         renderer=renderer,
         context=read_shape(folder).context,

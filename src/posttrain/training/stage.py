@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from posttrain.core import clock
-from posttrain.core.events import AlarmRang, Observer, StepDone
+from posttrain.core.events import AlarmRaised, Observer, StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.core.monitors import Watch
 from posttrain.core.statistics import Stat
@@ -164,7 +164,7 @@ class _Run:
             self.journal.record(step, admission, metrics)
         for alarm in self.watch.see(step, metrics):
             self.observe(
-                AlarmRang(stage=stage.name, step=step, words=alarm.words, advice=alarm.advice)
+                AlarmRaised(stage=stage.name, step=step, words=alarm.words, advice=alarm.advice)
             )
         self.observe(
             StepDone(

@@ -21,7 +21,7 @@ from posttrain.parts.legality import admit
 from posttrain.parts.registry import find, known, tag_of
 from posttrain.parts.rewards.verify import Verify
 from posttrain.protocols import ScalarStart
-from posttrain.run.build import Workshop
+from posttrain.run.build import StageBuilder
 from posttrain.run.plan import make_plan
 from posttrain.testing import (
     FakePolicy,
@@ -167,13 +167,13 @@ def stage_of(tmp_path, engine, tiny_folder):
             moving=composition.moving,
             scalar=head and ScalarStart(trunk=head.trunk, model=str(tiny_folder), lr=head.lr),
         )
-        workshop = Workshop(
+        builder = StageBuilder(
             root=tmp_path,
             seed=0,
             tasksets={"sums": spec.build("sums", root=tmp_path, chat=True)},
             policy=lambda ref: engine.policy(str(tiny_folder)),
         )
-        return planned, workshop.parts(planned, learner)
+        return planned, builder.parts(planned, learner)
 
     return build
 

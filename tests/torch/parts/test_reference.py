@@ -18,7 +18,7 @@ from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.protocols import Request
 from posttrain.recipe import Budget, Recipe, Stage
-from posttrain.run.build import Workshop
+from posttrain.run.build import StageBuilder
 from posttrain.run.plan import make_plan
 from posttrain.testing import fake_tools
 from posttrain.training.objective import StageObjective
@@ -174,7 +174,7 @@ def test_a_stage_with_adapters_takes_its_reference_from_the_learner(engine, worl
     """Building the stage loads nothing: the reference is the learner without its adapters."""
     asked, planned = [], stage_with_reference(world)
     learner = learner_with_adapters(engine, world / "model")
-    shop = Workshop(root=world, seed=0, tasksets={}, policy=asked.append)
+    shop = StageBuilder(root=world, seed=0, tasksets={}, policy=asked.append)
     parts = shop.parts(planned, learner)
     groups, objective = parts.source.draw(1, step=0), StageObjective((CrossEntropy(),))
     learner.step(pack(groups, needs=frozenset(), max_tokens=999), objective, lr_scale=1.0)
@@ -190,7 +190,7 @@ def test_a_stage_with_adapters_takes_its_reference_from_the_learner(engine, worl
 def test_a_data_set_with_a_reference_has_a_memory_in_its_checkpoints(engine, world):
     planned = stage_with_reference(world)
     learner = learner_with_adapters(engine, world / "model")
-    shop = Workshop(root=world, seed=0, tasksets={}, policy=None)
+    shop = StageBuilder(root=world, seed=0, tasksets={}, policy=None)
     parts = shop.parts(planned, learner)
     (memory,) = parts.stateful
     assert isinstance(memory, Memory)

@@ -16,7 +16,7 @@ from posttrain.lab.settings import PRODUCTS
 from posttrain.parts.policy.presets import Grpo
 from posttrain.protocols import PureStream
 from posttrain.recipe import Budget, Recipe, Stage
-from posttrain.run.build import Workshop
+from posttrain.run.build import StageBuilder
 from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
@@ -88,13 +88,13 @@ def composed(folder, spec, taskset, settings, *, root, out) -> Trace:
     (planned,) = make_plan(recipe, root=root, base="-").stages
     engine = LocalEngine(device=torch.device("cpu"))
     learner = engine.learner(str(folder), name="same", optimizer=stage.optimizer, lora=None)
-    workshop = Workshop(
+    builder = StageBuilder(
         root=root,
         seed=settings.seed,
         tasksets={taskset.name: taskset},
         policy=lambda ref: pytest.fail(f"GRPO without a leash asked for {ref}"),
     )
-    parts = workshop.parts(planned, learner)
+    parts = builder.parts(planned, learner)
     recorder = Recorder(parts.source, settings.updates_per_draw)
     trace = Trace(seed=parts.source.seed)
 

@@ -15,7 +15,7 @@ from posttrain.diagnosis.adaptive import (
     adaptive_support,
     boundaries,
     expected_draws,
-    log_fortunes,
+    log_wealths,
     next_draws,
     sequential_label,
 )
@@ -35,7 +35,7 @@ def test_fortunes_are_averaged_likelihood_ratios(c: int, n: int) -> None:
     prior = stats.beta(0.5, 0.5)
     above = integrate.quad(lambda u: ratio(prior.ppf(u)), prior.cdf(eps), 1, limit=400)[0]
     below = integrate.quad(lambda u: ratio(prior.ppf(u)), 0, prior.cdf(eps), limit=400)[0]
-    inside, outside = log_fortunes(c, n, epsilon=eps)
+    inside, outside = log_wealths(c, n, epsilon=eps)
     assert math.exp(inside) == pytest.approx(above / prior.sf(eps), rel=1e-5)
     never = (1 - eps) ** -n if c == 0 else 0.0
     expected = 0.25 * below / prior.cdf(eps) + 0.75 * never
@@ -46,9 +46,9 @@ def test_fortunes_are_averaged_likelihood_ratios(c: int, n: int) -> None:
 def test_no_bet_on_more_gains_on_average_when_there_is_less(p: float) -> None:
     # One more sample multiplies the fortune by at most 1 on average, from any counts.
     for c, n in [(0, 3), (2, 10), (5, 80)]:
-        now = math.exp(log_fortunes(c, n, epsilon=0.05)[0])
-        won = math.exp(log_fortunes(c + 1, n + 1, epsilon=0.05)[0])
-        lost = math.exp(log_fortunes(c, n + 1, epsilon=0.05)[0])
+        now = math.exp(log_wealths(c, n, epsilon=0.05)[0])
+        won = math.exp(log_wealths(c + 1, n + 1, epsilon=0.05)[0])
+        lost = math.exp(log_wealths(c, n + 1, epsilon=0.05)[0])
         assert p * won + (1 - p) * lost <= now * (1 + 1e-9)
         if p == 0.05:
             assert p * won + (1 - p) * lost == pytest.approx(now, rel=1e-9)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from posttrain.core.errors import ConfigError, TaskError
-from posttrain.diagnosis.continuation import beginning, continuation
+from posttrain.diagnosis.continuation import continuation, prefix_of
 from posttrain.diagnosis.drawing import Demonstration
 from posttrain.testing import RuleTaskSet, TablePolicy
 
@@ -102,7 +102,7 @@ def test_a_beginning_never_gives_more_than_was_asked_for() -> None:
     for length in range(2, 12):
         tokens = np.arange(length)
         for share in (0.0, 0.25, 0.5, 0.75, 0.99):
-            assert len(beginning(tokens, share)) <= share * (length - 1)
+            assert len(prefix_of(tokens, share)) <= share * (length - 1)
     short = [Demonstration(task=DEMOS[0].task, tokens=np.array([97, 97, 0], np.int32))]
     got = continuation(walker([1.0] * 8), TASKS, short, samples=1, max_new_tokens=9, seed=0)
     assert got.given == (0.0, 0.0, 0.5, 0.5)

@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.core.errors import ConfigError
 from posttrain.diagnosis.conditions import diagnose_task
-from posttrain.diagnosis.examine import FROM_A_BEGINNING, SHARES, WITH_HELP, Examination
+from posttrain.diagnosis.examine import FROM_A_PREFIX, SHARES, WITH_HELP, Examination
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.diagnosis.rules import load_rules
 from posttrain.measure.spec import Measure
@@ -71,7 +71,7 @@ def test_beginnings_are_given_only_to_prompts_that_were_never_solved(bench):
     """Half the prompts are solved; the others go on rightly from half an answer, never before."""
     by_share = (0.0, 0.0, 1.0, 1.0)
     steps = [*bench.at_once([1.0] * (P // 2)), *[by_share] * (P // 2)]
-    more = (P // 2) * len(SHARES) * FROM_A_BEGINNING
+    more = (P // 2) * len(SHARES) * FROM_A_PREFIX
     seen = look(bench, steps, budget=SAMPLES * P + more)
     (evidence,) = seen.evidence()
     assert seen.cost.rollouts == SAMPLES * P + more
@@ -123,7 +123,7 @@ def test_a_scaffold_is_compared_prompt_by_prompt(bench):
     )
     (evidence,) = seen.evidence()
     assert evidence.get("amortisation_gap").value == 0.5
-    beginnings = (P // 2) * len(SHARES) * FROM_A_BEGINNING
+    beginnings = (P // 2) * len(SHARES) * FROM_A_PREFIX
     assert seen.cost.rollouts == SAMPLES * P + beginnings + P * WITH_HELP
 
 

@@ -21,7 +21,7 @@ from posttrain.diagnosis.card import (
     Prescription,
     TaskDiagnosis,
 )
-from posttrain.diagnosis.rounds import Chart, Round
+from posttrain.diagnosis.rounds import Round, TreatmentLog
 from posttrain.diagnosis.section import looks, treatment_section
 from posttrain.measure.reading import Reading
 from posttrain.recipe import Stage
@@ -124,12 +124,12 @@ def out(tmp_path):
 
 
 def write_chart(folder, **parts) -> None:
-    chart = Chart(ground="g", budget=900, **parts)
+    chart = TreatmentLog(ground="g", budget=900, **parts)
     (folder / "treat.json").write_bytes(msgspec.json.encode(chart))
 
 
 def rounds_of(folder) -> tuple[Round, ...]:
-    return msgspec.json.decode((folder / "treat.json").read_bytes(), type=Chart).rounds
+    return msgspec.json.decode((folder / "treat.json").read_bytes(), type=TreatmentLog).rounds
 
 
 def test_every_look_has_its_round_its_reason_and_its_cost(out):

@@ -6,7 +6,7 @@ import pytest
 from measurements import measured, policy
 
 from posttrain.core.errors import DataError, ResumeRefused
-from posttrain.diagnosis.rounds import Chart
+from posttrain.diagnosis.rounds import TreatmentLog
 from posttrain.diagnosis.stage_decision import decide_stage
 from posttrain.diagnosis.treat import _opened
 from posttrain.run.folder import RunFolder
@@ -64,9 +64,11 @@ def test_task_sets_count_alike_whatever_their_size():
 
 def test_only_the_same_treatment_goes_on_and_a_larger_budget_reopens_it(tmp_path):
     path = tmp_path / "treat.json"
-    path.write_bytes(msgspec.json.encode(Chart(ground="g", budget=10, ended="budget spent")))
+    path.write_bytes(msgspec.json.encode(TreatmentLog(ground="g", budget=10, ended="budget spent")))
     assert _opened(RunFolder(tmp_path), digest="g", budget=10).ended == "budget spent"
-    assert _opened(RunFolder(tmp_path), digest="g", budget=20) == Chart(ground="g", budget=20)
+    assert _opened(RunFolder(tmp_path), digest="g", budget=20) == TreatmentLog(
+        ground="g", budget=20
+    )
     with pytest.raises(ResumeRefused, match="another model"):
         _opened(RunFolder(tmp_path), digest="h", budget=10)
     path.write_text("{")

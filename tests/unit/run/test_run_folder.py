@@ -10,7 +10,7 @@ from measurements import measured, policy
 import posttrain
 from posttrain.core.errors import ConfigError, DataError, RunError, RunLocked
 from posttrain.core.files import write_atomic
-from posttrain.diagnosis.treat import Chart
+from posttrain.diagnosis.treat import TreatmentLog
 from posttrain.run.folder import RunFolder, StageProgress, StageRecord, StageResult
 from posttrain.run.ledger import RecordKind
 
@@ -90,7 +90,7 @@ def filled(out: Path) -> RunFolder:
     with RunFolder(out).lock() as run:
         run.open_ledger().append(RecordKind.RUN, {"seed": 1})
         run.write_measurement("base", some_measurement())
-        run.write_treatment(Chart(ground="g", budget=3))
+        run.write_treatment(TreatmentLog(ground="g", budget=3))
         for number in (10, 9):
             run.write_diagnosis(number, "{}")
         stage = run.stage_writer(RECORD.name, RECORD.identity)
@@ -111,7 +111,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert [r.body for r in run.records()] == [{"seed": 1}]
     assert run.measured() == ["base"]
     assert run.measurement("base").to_json() == some_measurement().to_json()
-    assert run.treatment(Chart) == Chart(ground="g", budget=3)
+    assert run.treatment(TreatmentLog) == TreatmentLog(ground="g", budget=3)
     assert run.diagnoses() == [9, 10]
     (stage,) = run.stages()
     assert stage == run.stage(RECORD.name, RECORD.identity)
@@ -134,7 +134,7 @@ def test_readers_change_nothing_and_need_no_lock(tmp_path):
     before = everything(tmp_path)
     with run.lock():
         signed = everything(tmp_path)
-        run.records(), run.measured(), run.measurement("base"), run.treatment(Chart)
+        run.records(), run.measured(), run.measurement("base"), run.treatment(TreatmentLog)
         run.diagnoses(), run.models("sft"), run.is_run
         for stage in run.stages():
             stage.record(), stage.progress(), stage.result(), stage.metrics()
@@ -176,7 +176,7 @@ def test_stages_whose_names_begin_alike(tmp_path):
 def test_what_is_not_there_or_damaged_is_named(tmp_path):
     run = RunFolder(tmp_path / "out")
     assert (run.is_run, run.measured(), run.stages(), run.diagnoses()) == (False, [], [], [])
-    assert run.treatment(Chart) is None
+    assert run.treatment(TreatmentLog) is None
     with pytest.raises(ConfigError, match="is not a run folder"):
         run.recipe()
     run = filled(tmp_path / "out")
@@ -188,7 +188,7 @@ def test_what_is_not_there_or_damaged_is_named(tmp_path):
             run.measurement("base")
     run.treatment_file.write_text("{")
     with pytest.raises(DataError, match=r"treat\.json is damaged"):
-        run.treatment(Chart)
+        run.treatment(TreatmentLog)
     (stage,) = run.stages()
     stage.record_file.write_text("{")
     with pytest.raises(RunError, match=r"stage\.json is damaged"):

@@ -17,7 +17,7 @@ import numpy as np
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Array, Column, Group, Scored
-from posttrain.parts.base import Columns, Scene, Signal
+from posttrain.parts.base import Columns, Signal, StageContext
 from posttrain.parts.columns import attach
 from posttrain.parts.credit.advantages import token_rewards, whitened, with_advantages
 from posttrain.parts.registry import part
@@ -75,10 +75,10 @@ class Gae(Signal):
             return self.lam
         return max(0.0, 1 - 1 / (self.length_alpha * max(length, 1)))
 
-    def check(self, scene: Scene) -> None:
+    def check(self, at: StageContext) -> None:
         """Some term must train the value head: an untrained critic is no baseline."""
-        if not any(Stat.VALUE in term.reads for term in scene.terms):
-            raise scene.refuse(
+        if not any(Stat.VALUE in term.reads for term in at.terms):
+            raise at.refuse(
                 "gae, and no term trains the value that it reads",
                 expected="a value_loss term: an untrained critic is no baseline",
                 fix="add value_loss, or use group_advantage",

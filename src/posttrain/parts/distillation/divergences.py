@@ -21,7 +21,7 @@ from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Divergence, DivergenceKind, Wanted
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import Columns, Scene, Stats, TokenTerm, Values
+from posttrain.parts.base import Columns, StageContext, Stats, TokenTerm, Values
 from posttrain.parts.registry import part, tag_of
 
 if TYPE_CHECKING:
@@ -66,11 +66,11 @@ class TeacherDivergence(TokenTerm):
         """The divergence."""
         return frozenset({self.divergence})
 
-    def check(self, scene: Scene) -> None:
+    def check(self, at: StageContext) -> None:
         """A temperature needs the full vocabulary: the tokens outside a top-k are unknown."""
-        tops = [s.num_entries for s in scene.signals if s.num_entries]
+        tops = [s.num_entries for s in at.signals if s.num_entries]
         if tops and self.temperature != 1:
-            raise scene.refuse(
+            raise at.refuse(
                 f"{tag_of(self)} at temperature {self.temperature} with a teacher's top "
                 f"{min(tops)}",
                 expected="temperature 1, or the full vocabulary: what a temperature does to the "

@@ -16,7 +16,7 @@ from posttrain.core.errors import ConfigError, TaskError
 from posttrain.core.provenance import IntArray, Role, Span
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Array, Column, End, Group, Scored, Trajectory
-from posttrain.parts.base import Columns, PolicyRef, Scene, Signal
+from posttrain.parts.base import Columns, PolicyRef, Signal, StageContext
 from posttrain.parts.columns import attach, trajectories_of
 from posttrain.parts.distillation.teachers import need_tasks
 from posttrain.parts.registry import part
@@ -33,9 +33,9 @@ class AcrossTokenizers(Signal):
         """The teacher."""
         return (self.teacher,)
 
-    def check(self, scene: Scene) -> None:
+    def check(self, at: StageContext) -> None:
         """The teacher tokenizes the task itself, so trajectories need tasks."""
-        need_tasks(self, scene)
+        need_tasks(self, at)
 
 
 @part

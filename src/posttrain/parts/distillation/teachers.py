@@ -28,7 +28,7 @@ from posttrain.core.learner import MOVING
 from posttrain.core.provenance import Span
 from posttrain.core.task import with_context
 from posttrain.core.trajectory import Array, Column, Discard, Group, Scored, Trajectory
-from posttrain.parts.base import LEARNER, Columns, PolicyRef, Scene, Signal
+from posttrain.parts.base import LEARNER, Columns, PolicyRef, Signal, StageContext
 from posttrain.parts.columns import attach, discarded, trajectories_of
 from posttrain.parts.logprobs import remembered_logprobs
 from posttrain.parts.registry import part, tag_of
@@ -54,17 +54,17 @@ class RoutedTeacher(Signal):
         """The teachers."""
         return tuple(self.routes.values())
 
-    def check(self, scene: Scene) -> None:
+    def check(self, at: StageContext) -> None:
         """Every task set has a teacher, and every teacher a task set; contexts need tasks."""
         routed = set(self.routes)
-        asked = {name for s in scene.drawn for name in s.row_names}
+        asked = {name for s in at.drawn for name in s.row_names}
         if ("*" not in routed and asked - routed) or routed - asked - {"*"}:
             raise ConfigError(
-                f"stage {scene.stage}: teachers for {sorted(routed)}, groups of {sorted(asked)}",
+                f"stage {at.stage}: teachers for {sorted(routed)}, groups of {sorted(asked)}",
                 expected='one route per task set or data set, or a default "*", and no other',
             )
         if self.context is not None:
-            need_tasks(self, scene)
+            need_tasks(self, at)
 
     def prepare(self, tools: Tools) -> None:
         """Load the teachers; refuse a task without the answer that the context needs."""
@@ -291,14 +291,14 @@ def check_context(
         raise ConfigError(f"context {context!r}", expected="more than the question alone")
 
 
-def need_tasks(signal: Signal, scene: Scene) -> None:
+def need_tasks(signal: Signal, at: StageContext) -> None:
     """Refuse rows of files for a signal that reads the task of a trajectory.
 
     Raises:
         LegalityError: the signal reads rows of files.
     """
-    for source in scene.rows:
-        raise scene.refuse(
+    for source in at.rows:
+        raise at.refuse(
             f"{tag_of(signal)} on rows of {source.files[0]}",
             expected="rollouts: what the teacher reads is written from a task's question and "
             "answer, and rows of a data set have no task",

@@ -16,7 +16,7 @@ from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column
-from posttrain.parts.base import Columns, Scene, Stats, TokenTerm, Values
+from posttrain.parts.base import Columns, StageContext, Stats, TokenTerm, Values
 from posttrain.parts.policy.ratio import log_ratio
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import capped_exp
@@ -50,11 +50,11 @@ class ReferenceKL(TokenTerm):
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.LOGPROB, Stat.SAMPLED_LOGPROB})
 
-    def check(self, scene: Scene) -> None:
+    def check(self, at: StageContext) -> None:
         """Samples must be from the policy's own distribution, at temperature 1."""
-        for source in scene.drawn:
+        for source in at.drawn:
             if source.sampled is not None and source.sampled.temperature != 1:
-                raise scene.refuse(
+                raise at.refuse(
                     f"reference_kl on samples at temperature {source.sampled.temperature}",
                     expected="temperature 1: the estimate is over samples of the policy itself, "
                     "and at another temperature its gradient is not that of the KL",

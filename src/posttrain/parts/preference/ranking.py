@@ -23,7 +23,7 @@ import numpy as np
 from posttrain.core.errors import LegalityError
 from posttrain.core.provenance import FloatArray, Kind, Span
 from posttrain.core.trajectory import Array, Column, Discard, Group, Trajectory
-from posttrain.parts.base import Columns, PolicyRef, Scene, Signal
+from posttrain.parts.base import Columns, PolicyRef, Signal, StageContext
 from posttrain.parts.columns import attach, discarded
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
@@ -165,12 +165,12 @@ class MismatchedKL(Signal):
         """The policy."""
         return (self.policy,)
 
-    def check(self, scene: Scene) -> None:
+    def check(self, at: StageContext) -> None:
         """Baseline and log-ratios must use the same reference."""
-        compared = (s for s in scene.signals if Column.REFERENCE_LOGPROB in s.provides)
+        compared = (s for s in at.signals if Column.REFERENCE_LOGPROB in s.provides)
         known = {ref for s in compared for ref in s.references()}
         if self.policy not in known:
-            raise scene.refuse(
+            raise at.refuse(
                 f"mismatched_kl against {[self.policy]}, reference_logprobs of {sorted(known)}",
                 expected="one reference: the zero point is that of the log-ratios",
                 fix="name the same policy in both signals",

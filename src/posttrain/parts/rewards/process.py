@@ -19,7 +19,7 @@ import numpy as np
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import IntArray, Role, Sampling, Span
 from posttrain.core.trajectory import Array, Column, Group, Scored, Trajectory
-from posttrain.parts.base import Columns, PolicyRef, Scene, Signal
+from posttrain.parts.base import Columns, PolicyRef, Signal, StageContext
 from posttrain.parts.columns import trajectories_of
 from posttrain.parts.credit.shaping import add_token_rewards
 from posttrain.parts.registry import part
@@ -139,10 +139,10 @@ class StepLabels(Signal):
         """The policy that samples the continuations."""
         return (self.policy,)
 
-    def check(self, scene: Scene) -> None:
+    def check(self, at: StageContext) -> None:
         """Continuations need tasks to be verified."""
-        for source in scene.rows:
-            raise scene.refuse(
+        for source in at.rows:
+            raise at.refuse(
                 f"step_labels on rows of {source.files[0]}",
                 expected="rollouts: continuations are verified, and rows of a file have no task",
                 fix="use rollouts, or a data set that has labels",

@@ -27,7 +27,7 @@ from posttrain.core.files import content_of, read_jsonl
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.task import Message
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
-from posttrain.parts.base import ANYONE, NONE, Columns, Ground, Source
+from posttrain.parts.base import ANYONE, NONE, Columns, PlanFacts, Source
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.steps import Steps
 from posttrain.parts.sources.formats import (
@@ -182,7 +182,7 @@ class Dataset(Source):
         """The file, rendered and checked, without loading the model."""
         return DatasetRows(self, root=root, renderer=renderer, context=context, seed=seed)
 
-    def tokens(self, groups: float, ground: Ground) -> tuple[float, float]:
+    def tokens(self, groups: float, ground: PlanFacts) -> tuple[float, float]:
         """Exact on average over epochs of the file."""
         rows = self.rows(root=ground.root, renderer=ground.renderer, context=ground.context)
         passes = groups / rows.num_groups

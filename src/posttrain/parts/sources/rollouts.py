@@ -18,7 +18,7 @@ from posttrain.core.provenance import Kind, Role, Sampling, Span
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import Column, End, Group, Scored, Trajectory
-from posttrain.parts.base import LEARNER, NONE, Columns, Ground, PolicyRef, Source
+from posttrain.parts.base import LEARNER, NONE, Columns, PlanFacts, PolicyRef, Source
 from posttrain.parts.registry import part, tag_of
 from posttrain.parts.sources.members import NO_TOKENS, AnyMember, Opening, openings, spans_of
 from posttrain.parts.tools import Tools
@@ -116,7 +116,7 @@ class Rollouts(Source):
         """Its options; task sets have their own identity."""
         return plain(self)
 
-    def tokens(self, groups: float, ground: Ground) -> tuple[float, float]:
+    def tokens(self, groups: float, ground: PlanFacts) -> tuple[float, float]:
         """Upper bounds: every answer of the maximum length."""
         lengths = [n for name in self.tasks for n in ground.prompt_lengths(name)]
         prompts = groups * sum(lengths) / len(lengths)

@@ -26,7 +26,7 @@ from posttrain.parts.rewards.steps import Steps
 from posttrain.parts.sources.dataset import Dataset, DatasetRows
 from posttrain.parts.sources.rollouts import Rollouts
 from posttrain.protocols import ScalarStart
-from posttrain.run.build import Workshop, check_same_tokens
+from posttrain.run.build import StageBuilder, check_same_tokens
 from posttrain.testing import FakeTaskSet, as_group, fake_tools, tiny_model
 from posttrain.testing.contracts import check_term
 from posttrain.training.objective import StageObjective
@@ -268,8 +268,8 @@ def build(signal, learner, judge):
     )
     planned = SimpleNamespace(composition=composition, init="base", spec=SimpleNamespace(name="s"))
     tasksets = {"letters": FakeTaskSet()}
-    workshop = Workshop(root=Path(), seed=0, tasksets=tasksets, policy=lambda _: judge)
-    return workshop.parts(planned, learner)
+    builder = StageBuilder(root=Path(), seed=0, tasksets=tasksets, policy=lambda _: judge)
+    return builder.parts(planned, learner)
 
 
 JUDGES = [RewardModel(model="m"), ProcessReward(model="m")]

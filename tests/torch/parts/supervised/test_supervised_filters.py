@@ -21,7 +21,7 @@ from posttrain.parts.sources.formats import row_numbers
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.parts.supervised.rejection import Raft, RestEm, Rft, Ssd, Star
 from posttrain.recipe import Budget, Recipe, Stage
-from posttrain.run.build import Workshop
+from posttrain.run.build import StageBuilder
 from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
@@ -188,7 +188,7 @@ def world(tmp_path, tiny_folder):
         recipe = Recipe(name="r", model=str(tiny_folder), tasks={"rows": spec}, stages=(stage,))
         (planned,) = make_plan(recipe, root=tmp_path, base="-").stages
         learner = engine.learner(str(tiny_folder), name="s", optimizer=stage.optimizer, lora=None)
-        workshop = Workshop(
+        builder = StageBuilder(
             root=tmp_path,
             seed=0,
             tasksets={"rows": taskset},
@@ -209,7 +209,7 @@ def world(tmp_path, tiny_folder):
         )
         run_stage(
             stage,
-            workshop.parts(planned, learner),
+            builder.parts(planned, learner),
             steps=steps,
             journal=journal,
             observe=seen.append,
