@@ -460,6 +460,39 @@ BROKEN = {
         "allows unknown options",
     ),
     "not frozen": (GOOD.replace("(Term)", "(Term, frozen=False)"), "", "frozen"),
+    "an unknown unit": (
+        GOOD.replace("    def", '    unit: ClassVar = "toekn"\n\n    def'),
+        "",
+        "unit has 'toekn'",
+    ),
+    "an unknown statistic": (
+        GOOD.replace("    def", '    reads: ClassVar = frozenset({"lgprob"})\n\n    def'),
+        "",
+        "reads has 'lgprob'",
+    ),
+    "an unknown column": (
+        GOOD.replace("    def", '    needs: ClassVar = {"rewrd"}\n\n    def'),
+        "",
+        "needs has 'rewrd'",
+    ),
+    "a text for columns": (
+        GOOD.replace("    def", '    needs: ClassVar = "reward"\n\n    def'),
+        "",
+        "needs has 'reward'",
+    ),
+    "a type that does not exist": (
+        GOOD.replace("    def", '    gamma: "Flot" = 1.0\n\n    def'),
+        "",
+        "the options of Mine: NameError",
+    ),
+    "a method without a formula": (
+        GOOD.replace("@part\n", "@part(method=OnPairs)\n").replace(
+            "from posttrain.parts.registry",
+            "from posttrain.parts.preference.shapes import OnPairs\nfrom posttrain.parts.registry",
+        ),
+        "",
+        "Mine cannot be a method by itself",
+    ),
     "no role": (GOOD.replace("(Term)", "(Config)"), "", "Mine has no role"),
     "our name": (GOOD.replace("Mine", "CrossEntropy"), "", "takes a name that posttrain.parts"),
 }

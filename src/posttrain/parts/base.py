@@ -17,11 +17,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, LegalityError
-from posttrain.core.provenance import Kind
+from posttrain.core.provenance import Kind, Regime
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column, Group
@@ -55,6 +56,7 @@ Unit = Literal["token", "step", "sequence", "pair"]
 """The unit of one value of a loss."""
 
 Columns = frozenset[Column]
+COLUMNS: Columns = frozenset(Column)
 NONE: Columns = frozenset()
 
 
@@ -66,6 +68,9 @@ class Part(Config, tag=snake_case, tag_field="type"):
 
     role: ClassVar[str]
     declares: ClassVar[tuple[str, ...]]  # members that every class of the role must define
+    vocabulary: ClassVar[Mapping[str, frozenset[Any]]] = MappingProxyType({})
+    """Values that class variables of these names may have."""
+
     formula: ClassVar[str] = ""
     paper: ClassVar[str] = "-"
     may_ask_learner: ClassVar[bool] = False  # else references must be frozen policies
@@ -110,7 +115,9 @@ class Source(Part):
     """
 
     role: ClassVar[str] = "source"
-    declares: ClassVar[tuple[str, ...]] = ("writes", "origin", "identity", "open")
+    declares: ClassVar[tuple[str, ...]] = (
+        *("writes", "provides_for", "origin", "identity", "open"),
+    )
     mixed: ClassVar[bool] = False  # parts may need different columns beside different authors
     has_end: ClassVar[bool] = False  # it has a number of rows, so a budget can be in epochs
 
@@ -179,8 +186,15 @@ class Source(Part):
         return None
 
     @property
+    def regime(self) -> Regime:
+        """Mixed for a mix of sources, on-policy where the learner writes, else off-policy."""
+        if self.mixed:
+            return Regime.MIXED
+        return Regime.ON if Kind.LEARNER in self.writes else Regime.OFF
+
+    @property
     def origin(self) -> str:
-        """The origin of its trajectories, in words."""
+        """Who wrote its trajectories, in words. ``regime`` says the rest."""
         raise NotImplementedError
 
     def identity(self, root: Path) -> dict[str, object]:
@@ -200,8 +214,11 @@ class Source(Part):
         return None
 
     def tokens(self, groups: float, ground: PlanFacts) -> tuple[float, float]:
-        """(prompt, completion) tokens of that many groups of a leaf; upper bounds where unknown."""
-        raise NotImplementedError
+        """(prompt, completion) tokens of that many groups of a leaf; upper bounds where unknown.
+
+        By default nothing is known, and every trajectory may fill the context.
+        """
+        return 0.0, groups * self.group_size * ground.context
 
     def open(self, tools: Tools, *, seed: int) -> Stream:
         """The stream of groups of this source.
@@ -227,6 +244,9 @@ class Signal(Part):
 
     role: ClassVar[str] = "signal"
     declares: ClassVar[tuple[str, ...]] = ("provides", "score")
+    vocabulary: ClassVar[Mapping[str, frozenset[Any]]] = MappingProxyType(
+        {"needs": COLUMNS, "provides": COLUMNS}
+    )
     judges: ClassVar[bool] = False
     sieves: ClassVar[bool] = False
     untempered: ClassVar[bool] = False
@@ -369,6 +389,14 @@ class Term(Part):
 
     role: ClassVar[str] = "term"
     declares: ClassVar[tuple[str, ...]] = ("values",)
+    vocabulary: ClassVar[Mapping[str, frozenset[Any]]] = MappingProxyType(
+        {
+            "unit": frozenset(get_args(Unit)),
+            "needs": COLUMNS,
+            "reads": frozenset(Stat),
+            "accepts": frozenset(Kind),
+        }
+    )
     unit: ClassVar[Unit] = "token"
     accepts: ClassVar[frozenset[Kind]] = ANYONE  # authors on whose tokens the loss is valid
     by_divergence: ClassVar[bool] = False  # reads divergences from a teacher, and no log-probs

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, overload
 
+import msgspec
+
 from posttrain.core.config import Config, digest
 from posttrain.core.errors import ConfigError, nearest
 
@@ -79,9 +81,17 @@ def part(
     """
 
     def register(made: type[P]) -> type[P]:
+        if method is None:
+            _register(made)
+            return made
+        if getattr(made, "role", "") != "term" or not getattr(made, "formula", ""):
+            raise ConfigError(
+                f"{made.__name__} cannot be a method by itself",
+                expected="a term with a formula",
+                fix="write a Method that composes it, or @part alone",
+            )
         _register(made)
-        if method is not None:
-            _register(method.of(made))
+        _register(method.of(made))
         return made
 
     return register if cls is None else register(cls)
@@ -127,6 +137,7 @@ def _check(cls: type[Config]) -> str:
             f"{role} {cls.__name__} has tag {config.tag!r} under {config.tag_field!r}",
             expected=f"a text under {base.__struct_config__.tag_field!r}, as its base has",
         )
+    _check_values(role, cls, base)
     own = {name for between in bases[:first] for name in vars(between)}
     if missing := [name for name in base.declares if name not in own]:
         raise ConfigError(
@@ -134,6 +145,28 @@ def _check(cls: type[Config]) -> str:
             expected=f"{', '.join(base.declares)}, as options or on the class",
         )
     return role
+
+
+def _check_values(role: str, cls: type[Any], base: Any) -> None:
+    """Refuse class variables with values that nothing knows: a column, a statistic, a unit.
+
+    Properties are not looked at: what they return depends on options, and the contracts check it.
+    """
+    for name, allowed in getattr(base, "vocabulary", {}).items():
+        value = inspect.getattr_static(cls, name, None)
+        if isinstance(value, str):
+            value = getattr(cls, name)
+            wrong = set() if name == "unit" and value in allowed else {value}
+        elif isinstance(value, frozenset | set | tuple | list):
+            wrong = {v for v in value if isinstance(v, str) and v not in allowed}
+        else:
+            continue
+        if wrong:
+            raise ConfigError(
+                f"{role} {cls.__name__}: {name} has {', '.join(sorted(map(repr, wrong)))}",
+                expected="a known unit" if name == "unit" else "a frozenset of known names",
+                fix=nearest(min(map(str, wrong)), map(str, allowed)),
+            )
 
 
 def known(role: str) -> Mapping[str, type[Any]]:
@@ -195,6 +228,12 @@ def _load(point: EntryPoint) -> None:
     mine = [c for by_tag in _parts.values() for c in by_tag.values() if _root(c) == root]
     if not mine:
         raise _broken(point, "registers no part", "classes under @part")
+    for cls in mine:
+        try:
+            msgspec.inspect.type_info(cls)
+        except Exception as error:  # an annotation may fail in any way too
+            found = f"the options of {cls.__name__}: {type(error).__name__}: {error}"
+            raise _broken(point, found, "types that a recipe can have") from error
 
 
 def _root(cls: type[Config]) -> str:

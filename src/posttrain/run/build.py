@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posttrain.core.errors import ModelError
+from posttrain.core.errors import LegalityError, ModelError
 from posttrain.core.learner import MOVING
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Task, TaskSet
@@ -47,14 +47,15 @@ class StageBuilder:
         policy = self._finder(planned, learner)
         heads = _teacher_heads(planned, policy)
         alike = functools.cache(lambda ref: _same_tokens(policy(ref), learner.policy))
+        name = planned.spec.name
         tools = Tools(
             live=learner.policy,
-            policy=alike,
-            any_policy=policy,
+            policy=lambda ref: _scoring(ref, alike(ref), stage=name),
+            any_policy=lambda ref: _scoring(ref, policy(ref), stage=name),
             sampler=alike,
             tasksets=self.tasksets,
             root=self.root,
-            stage=planned.spec.name,
+            stage=name,
             seed=self.seed,
             drawn=source.draws_from,
             longest=_longest(source, learner.policy.context),
@@ -84,6 +85,21 @@ class StageBuilder:
             return found[ref] if ref in found else self.policy(ref)
 
         return policy
+
+
+def _scoring(ref: str, policy: Policy, *, stage: str) -> Policy:
+    """The policy, if it also gives log-probs. An engine that only generates has none that do.
+
+    Raises:
+        LegalityError: it only generates.
+    """
+    if not hasattr(policy, "logprobs"):
+        raise LegalityError(
+            f"stage {stage}: {ref} is asked for log-probs, and its engine only generates",
+            expected="a policy of an engine that scores as well",
+            fix="load the model with the local engine, or choose a method that only samples it",
+        )
+    return policy
 
 
 def _longest(source: Source, context: int) -> int:
@@ -128,7 +144,7 @@ def _teacher_heads(planned: PlannedStage, policy: Callable[[str], Policy]) -> Ma
     """Heads of the teachers that give hidden states, by reference and in order."""
     heads = dict[str, Head]()
     for ref in compared_in_the_loss(planned.composition):
-        hidden = policy(ref).hidden
+        hidden = _scoring(ref, policy(ref), stage=planned.spec.name).hidden
         if hidden is not None:
             heads[ref] = hidden.head
     return heads

@@ -63,12 +63,12 @@ class StageHistory:
     @property
     def regime(self) -> Regime:
         """On-policy, off-policy or mixed."""
-        return Regime(self.planned.provenance.partition(":")[0])
+        return self.planned.composition.source.regime
 
     @property
     def source(self) -> str:
         """Where its trajectories came from, in words, without the regime."""
-        return self.planned.provenance.partition(": ")[2]
+        return str(self.planned.composition.source.origin)
 
     @property
     def teachers(self) -> tuple[str, ...]:

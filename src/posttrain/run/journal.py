@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import final
 
 from posttrain.core.files import as_disk_full
@@ -60,8 +61,9 @@ class Journal:
         if progress is None:
             self._folder.metrics_file.unlink(missing_ok=True)
             return 0
-        for stateful in (learner, *also):
-            stateful.load(self._folder.checkpoint)
+        learner.load(self._folder.checkpoint)
+        for number, stateful in enumerate(also):
+            stateful.load(state_folder(self._folder.checkpoint, number))
         self._step, self._seconds = progress.step, progress.seconds
         self._cut_metrics(progress.step)
         self._append_missing(progress)
@@ -122,8 +124,11 @@ class Journal:
         )
         self._sync_metrics()
         with self._folder.next_checkpoint(progress) as partial:
-            for stateful in (learner, *also):
-                stateful.save(partial)
+            learner.save(partial)
+            for number, stateful in enumerate(also):
+                own = state_folder(partial, number)
+                own.mkdir()
+                stateful.save(own)
         for kind, body in progress.rows:
             self._ledger.append(RecordKind(kind), body)
         self._step, self._seconds, self._since = step, seconds, now
@@ -157,6 +162,11 @@ class Journal:
             use = _use(member, stage=self._stage, step=step, role=role, reason=reason)
             self._trajectories.setdefault(use.trajectory, member.trajectory)
             self._uses.append(use)
+
+
+def state_folder(checkpoint: Path, number: int) -> Path:
+    """Where a stateful part of a stage saves: a folder of its own, whatever it calls its files."""
+    return checkpoint / f"part-{number}"
 
 
 def _use(member: Scored, *, stage: str, step: int, role: UseRole, reason: str | None) -> Use:

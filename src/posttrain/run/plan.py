@@ -53,8 +53,9 @@ class PlannedStage:
 
     @property
     def provenance(self) -> str:
-        """Where its trajectories come from, in words."""
-        return str(self.composition.source.origin)
+        """Where its trajectories come from, in words: the regime, then the origin."""
+        source = self.composition.source
+        return f"{source.regime}: {source.origin}"
 
     def steps(self, num_rows: int | None) -> int:
         """The budget in optimiser steps; ``num_rows`` is the length of its data set.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -30,6 +32,9 @@ def check_source(
 ) -> Stream:
     """A source draws what it says, and the same whenever it is asked for the same step.
 
+    A stream that records state draws the same after its state was saved, and loaded by another
+    stream of the source.
+
     Args:
         source: the part.
         tools: what it may use; by default those of :func:`fake_tools`.
@@ -42,11 +47,18 @@ def check_source(
     Raises:
         AssertionError: the broken promise in words.
     """
-    stream = source.open(tools or fake_tools(), seed=seed)
-    first, again = stream.draw(num_groups, step=0), stream.draw(num_groups, step=0)
+    stream, other, resumed = (source.open(tools or fake_tools(), seed=seed) for _ in range(3))
+    first, again = stream.draw(num_groups, step=0), other.draw(num_groups, step=0)
     assert len(first) == num_groups, f"draw({num_groups}) gave {len(first)} groups"
     assert _ids(first) == _ids(again), "drawing the same step twice gave other trajectories"
+    if stream.state is None:
+        assert _ids(stream.draw(num_groups, step=0)) == _ids(first), (
+            "drawing the same step twice gave other trajectories"
+        )
+    stream.publish(1)
+    _carry_over(stream, resumed)
     later = stream.draw(num_groups, step=1)
+    assert _ids(later) == _ids(resumed.draw(num_groups, step=1)), "its state was not resumed"
     assert _ids(first) != _ids(later), "two steps gave the same trajectories"
     authors = {a for g in first for m in g.members for a in m.trajectory.authors}
     assert authors <= source.writes, f"tokens by {sorted(authors - source.writes)}, unannounced"
@@ -55,6 +67,15 @@ def check_source(
         assert not missing, f"a group lacks {sorted(missing)}, which the source provides"
         assert all(m.trajectory.trainable.any() for m in group.members), "nothing to train on"
     return stream
+
+
+def _carry_over(stream: Stream, resumed: Stream) -> None:
+    """What a checkpoint does with the state of a stream."""
+    if stream.state is None or resumed.state is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stream.state.save(Path(folder))
+        resumed.state.load(Path(folder))
 
 
 def check_signal(

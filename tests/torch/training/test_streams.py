@@ -42,10 +42,11 @@ class Remembering:
         return random_groups(num_groups=num_groups, seed=seed, kind=Kind.EXTERNAL)
 
     def save(self, folder):
-        (folder / "stream.json").write_text(json.dumps([self.drawn, self.published]))
+        # A name that the checkpoint has too: every part saves in a folder of its own.
+        (folder / "progress.json").write_text(json.dumps([self.drawn, self.published]))
 
     def load(self, folder):
-        self.drawn, self.published = json.loads((folder / "stream.json").read_text())
+        self.drawn, self.published = json.loads((folder / "progress.json").read_text())
 
 
 def take(folder, model, stream, *, stop_after=None, steps=6):

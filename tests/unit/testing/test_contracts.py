@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from posttrain.core.errors import LegalityError, TaskError
-from posttrain.core.provenance import Kind
+from posttrain.core.provenance import Kind, Regime
 from posttrain.core.trajectory import Column
 from posttrain.measure.measure import measure_policy
 from posttrain.measure.spec import Measure
@@ -99,6 +99,59 @@ def test_a_broken_part_fails_its_contract():
         check_signal(Copier(), groups)
     with pytest.raises(AssertionError, match="same step twice"):
         check_source(Cursor())
+
+
+class CountingStream(PureStream):
+    """Records how often it drew, and draws by that."""
+
+    def __init__(self):
+        self.drawn = 0
+
+    @property
+    def state(self):
+        return self
+
+    def draw(self, num_groups, *, step):
+        self.drawn += 1
+        return rollouts(seed=self.drawn).draw(num_groups, step=step)
+
+    def save(self, folder):
+        (folder / "drawn").write_text(str(self.drawn))
+
+    def load(self, folder):
+        self.drawn = int((folder / "drawn").read_text())
+
+
+class Unsaved(CountingStream):
+    def load(self, folder):
+        pass
+
+
+@pytest.mark.parametrize(("stream", "holds"), [(CountingStream, True), (Unsaved, False)])
+def test_a_source_with_state_is_held_to_resuming_it(stream, holds):
+    class Counting(Source):
+        writes = SPEC.writes
+        provides = SPEC.provides
+
+        def open(self, tools, *, seed):
+            return stream()
+
+    if holds:
+        check_source(Counting())
+        return
+    with pytest.raises(AssertionError, match="its state was not resumed"):
+        check_source(Counting())
+
+
+def test_a_source_says_its_regime_by_who_writes():
+    class Own(Source):
+        writes = frozenset({Kind.HUMAN})
+        origin = "a curriculum"
+
+    class Live(Own):
+        writes = frozenset({Kind.HUMAN, Kind.LEARNER})
+
+    assert (Own().regime, Live().regime) == (Regime.OFF, Regime.ON)
 
 
 def test_rollouts_know_their_author_version_and_distribution():

@@ -155,7 +155,7 @@ class Dataset(Source):
     @property
     def origin(self) -> str:
         """The author of the file."""
-        return f"off-policy: {self.name or Path(self.path).name} ({self.author})"
+        return f"{self.name or Path(self.path).name} ({self.author})"
 
     def identity(self, root: Path) -> dict[str, object]:
         """Its options, with the file's content in place of its path."""

@@ -92,7 +92,7 @@ class Mix(Source):
     def origin(self) -> str:
         """The parts and their shares."""
         shares = zip(self.shares, self.parts, strict=True)
-        return "mixed: " + "; ".join(f"{share:.0%} {leaf.origin}" for share, leaf in shares)
+        return "; ".join(f"{share:.0%} {p.regime}: {p.origin}" for share, p in shares)
 
     def identity(self, root: Path) -> dict[str, object]:
         """Its options, with the identities of its parts."""

@@ -104,8 +104,8 @@ class Rollouts(Source):
         """The policy of the rollouts."""
         others = "" if self.members is None else f", {tag_of(self.members)}"
         if self.policy == LEARNER:
-            return f"on-policy: the learner's own rollouts{others}"
-        return f"off-policy: rollouts of {self.policy}{others}"
+            return f"the learner's own rollouts{others}"
+        return f"rollouts of {self.policy}{others}"
 
     def references(self) -> tuple[PolicyRef, ...]:
         """The sampled policy, and the rival if any."""
