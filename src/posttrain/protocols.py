@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from posttrain.core.learner import Lora, MovingReference, Optimizer
 from posttrain.core.provenance import FloatArray, IntArray, Producer, Sampling, Span
@@ -140,6 +140,7 @@ class Sampler(Author, Protocol):
     def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
 
 
+@runtime_checkable
 class Scorer(Author, Protocol):
     """A model that can score given tokens."""
 

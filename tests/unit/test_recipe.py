@@ -353,3 +353,24 @@ def test_exponents_without_a_dot_are_numbers(folder):
 def test_values_that_would_crash_later_are_refused_now(make):
     with pytest.raises(PosttrainError, match="expected"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("source", "fix"),
+    [
+        ({"type": "dataset", "path": "a", "preferenc": True}, "did you mean 'preference'?"),
+        ({"type": "rollouts", "tasks": ["t"], "member": {}}, "did you mean 'members'?"),
+        ({"type": "rollouts", "tasks": ["t"], "autor": "human"}, "known: group_size, "),
+    ],
+)
+def test_a_hint_names_options_of_the_part_that_was_written(source, fix):
+    """``author`` is an option of another source."""
+    method = {"name": "compose", "source": source, "terms": [{"type": "cross_entropy"}]}
+    written = {
+        "name": "r",
+        "model": "m",
+        "stages": [{"name": "s", "method": method, "budget": {"steps": 1}}],
+    }
+    with pytest.raises(ConfigError) as caught:
+        convert(written, Recipe, origin="r.yaml")
+    assert caught.value.fix.startswith(fix)

@@ -35,7 +35,6 @@ from posttrain.measure.rescoring import verifier_words
 from posttrain.measure.retained import Retained
 from posttrain.measure.spec import Measure
 from posttrain.measure.support import Label, labels, support_change
-from posttrain.parts.base import Term
 from posttrain.run.folder import RunFolder
 
 WIDTH = 100
@@ -382,11 +381,6 @@ def _part_page(name: str) -> str:
             fix=f"these speak of it: {', '.join(speakers)}; `posttrain methods {speakers[0]}`",
         )
     raise ConfigError(f"no method {name!r}", fix=nearest(name, known_methods()))
-
-
-def terms_words(terms: Sequence[Term]) -> str:
-    """An objective as a sum: ``1 cross_entropy + 0.1 reference_kl``."""
-    return " + ".join(f"{t.weight:g} {t.__struct_config__.tag}" for t in terms)
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -133,7 +133,7 @@ def convert(value: object, to: type[T], *, origin: str) -> T:
     try:
         return msgspec.convert(value, to)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{origin}: {error}", fix=_hint(str(error), to)) from None
+        raise ConfigError(f"{origin}: {error}", fix=_hint(str(error), to, value)) from None
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
@@ -176,11 +176,12 @@ def differences(old: object, new: object, at: str = "") -> list[str]:
     return [] if old == new else [f"{at}: {old} -> {new}"]
 
 
-def _hint(message: str, to: object) -> str | None:
+def _hint(message: str, to: object, value: object) -> str | None:
     """The nearest valid name, for msgspec's "unknown field" and "invalid tag" messages."""
     place = r"(?: - at `\$(.*)`)?"
     if unknown := re.search(rf"unknown field `(\w+)`{place}", message):
-        structs = _structs(_type_at(to, unknown.group(2) or ""))
+        path = unknown.group(2) or ""
+        structs = _chosen(_structs(_type_at(to, path)), value, path)
         names = {f.encode_name for s in structs for f in s.fields}
         # Another member of the union may have an option of the same name.
         return nearest(unknown.group(1), names - {unknown.group(1)})
@@ -189,6 +190,22 @@ def _hint(message: str, to: object) -> str | None:
         options = {str(s.tag) for s in _structs(_type_at(to, where)) if s.tag is not None}
         return nearest(tag.group(1), options) if options else None
     return None
+
+
+def _chosen(
+    structs: Sequence[inspect.StructType], written: object, path: str
+) -> Sequence[inspect.StructType]:
+    """Of the members of a union, the one whose tag is written at the path; else all."""
+    for field, item in re.findall(r"\.(\w+)|\[(\.\.\.|\d+)\]", path):
+        if isinstance(written, Mapping) and field in written:
+            written = written[field]
+        elif isinstance(written, Sequence) and item.isdigit():
+            written = written[int(item)]
+        else:
+            return structs
+    if not isinstance(written, Mapping):
+        return structs
+    return [s for s in structs if s.tag == written.get(s.tag_field or "")] or structs
 
 
 def _structs(node: inspect.Type) -> list[inspect.StructType]:

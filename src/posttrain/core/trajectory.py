@@ -206,13 +206,6 @@ class Trajectory:
         firsts = [s.versions[0] for s in self.spans if s.versions is not None]
         return version - min(firsts) if firsts else 0
 
-    def tokens_by_kind(self) -> dict[Kind, int]:
-        """Tokens per kind of producer."""
-        counts: dict[Kind, int] = {}
-        for s in self.spans:
-            counts[s.producer.kind] = counts.get(s.producer.kind, 0) + s.length
-        return counts
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scored:

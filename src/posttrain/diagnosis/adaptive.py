@@ -226,11 +226,6 @@ class AdaptiveSupport:
         return self.tally.labels
 
     @property
-    def fixed_samples(self) -> int:
-        """Samples per prompt that a fixed design needs to label a never-solved prompt OUT."""
-        return math.ceil(self.design.threshold / -math.log1p(-self.design.epsilon) - 1e-9)
-
-    @property
     def readings(self) -> tuple[Reading, ...]:
         """``in_share``, ``out_share`` and ``undetermined_share`` with intervals over prompts."""
         words = {

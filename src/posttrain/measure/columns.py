@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -94,8 +94,12 @@ def register_column(column: RawColumn) -> RawColumn:
     """Add a column to the table.
 
     Raises:
-        ConfigError: its name is taken.
+        ConfigError: its name is taken, or ``per`` is none of those above.
     """
+    if column.per not in get_args(Per):
+        raise ConfigError(
+            f"raw column {column.name!r} per {column.per!r}", fix=nearest(column.per, get_args(Per))
+        )
     if column.name in _COLUMNS:
         raise ConfigError(f"raw column {column.name!r} is registered twice", expected="a new name")
     _COLUMNS[column.name] = column

@@ -70,11 +70,6 @@ class Reading:
             confidence=self.confidence,
         )
 
-    @property
-    def is_certain(self) -> bool:
-        """True when the interval is a point: counted, not estimated."""
-        return self.low == self.high
-
 
 def reading(
     name: str, task: str, interval: Interval, *, samples: int, words: str, scale: float = 1.0

@@ -22,7 +22,7 @@ from posttrain.parts.base import LEARNER, Source, bound
 from posttrain.parts.legality import compared_in_the_loss, scopes
 from posttrain.parts.memory import Memory
 from posttrain.parts.tools import Score, Tools
-from posttrain.protocols import Author, Learner, Policy
+from posttrain.protocols import Author, Learner, Policy, Scorer
 from posttrain.run.plan import PlannedStage
 from posttrain.training.objective import StageObjective
 from posttrain.training.stage import Parts
@@ -93,7 +93,7 @@ def _scoring(ref: str, policy: Policy, *, stage: str) -> Policy:
     Raises:
         LegalityError: it only generates.
     """
-    if not hasattr(policy, "logprobs"):
+    if not isinstance(policy, Scorer):
         raise LegalityError(
             f"stage {stage}: {ref} is asked for log-probs, and its engine only generates",
             expected="a policy of an engine that scores as well",

@@ -23,7 +23,7 @@ def groups():
     ]
 
     def behaviour(trajectory):
-        if Kind.HUMAN in trajectory.tokens_by_kind():
+        if any(s.producer.kind is Kind.HUMAN for s in trajectory.spans):
             return np.full(len(trajectory), np.nan, np.float32)
         return rng.normal(-2, 0.5, len(trajectory)).astype(np.float32)
 
