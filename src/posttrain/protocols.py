@@ -1,4 +1,4 @@
-"""Protocols between folders. Each has a contract suite and a fake in :mod:`posttrain.testing`.
+"""Protocols between folders. :mod:`posttrain.testing` has contract suites and fakes for them.
 
 Shape legend: ``T`` tokens of a trajectory, ``K`` entries of a top-k distribution.
 """

@@ -128,13 +128,14 @@ class FakePolicy:
         return Producer(kind=Kind.LEARNER if live else Kind.TEACHER, name=self.name)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Draw each request's answer from its own seed."""
+        """Draw each request's answer from its own seed; the likeliest one at temperature 0."""
         letters = list(self.answers)
         weights = np.array([self.answers[c] for c in letters])
         out = []
         for request in requests:
             rng = np.random.default_rng(request.sampling.seed)
-            pick = int(rng.choice(len(letters), p=weights))
+            greedy = request.sampling.temperature == 0
+            pick = int(weights.argmax() if greedy else rng.choice(len(letters), p=weights))
             out.append(
                 Completion(
                     tokens=np.array([ord(letters[pick]), 0], np.int32),

@@ -104,8 +104,16 @@ def check_signal(
         for old, new in zip(before.members, after.members, strict=True):
             assert new.trajectory is old.trajectory, "a signal must not copy or change the record"
             assert old.columns.keys() <= new.columns.keys(), "a column disappeared"
+            for column in old.columns.keys() - signal.provides:
+                same = np.array_equal(old.columns[column], new.columns[column], equal_nan=True)
+                assert same, f"it changed {column}, which it does not provide"
         missing = signal.provides - provided(after)
         assert not missing, f"columns {sorted(missing)} were promised and not written"
+    for before, again in zip(scored, bound(signal, tools or fake_tools())(groups), strict=True):
+        for one, other in zip(before.members, again.members, strict=True):
+            for column in signal.provides & one.columns.keys():
+                same = np.array_equal(one.columns[column], other.columns[column], equal_nan=True)
+                assert same, f"the same groups got another {column} the second time"
     return scored
 
 
@@ -115,8 +123,10 @@ def check_taskset(tasks: TaskSet) -> None:
     assert len(set(keys)) == len(keys), "a held-out prompt stands twice"
     assert not set(keys) & {t.key for t in tasks.train}, "a held-out prompt is trained on"
     assert [t.key for t in tasks.held_out] == keys, "the tasks change between two looks"
-    some = list(tasks.held_out[:2])
-    scores = tasks.score(some, ["", "nonsense"][: len(some)])
+    some, texts = list(tasks.held_out[:2]), ["", "nonsense"]
+    assert some, "no held-out task"
+    scores = tasks.score(some, texts[: len(some)])
+    assert list(scores) == list(tasks.score(some, texts[: len(some)])), "a score is not repeatable"
     assert len(scores) == len(some), "one score per completion is promised"
     assert all(np.isfinite(scores)), "scores must be finite"
 

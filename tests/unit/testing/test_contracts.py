@@ -1,5 +1,6 @@
 """Every seam's contract suite passes on what we ship, and fails on a broken part."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from posttrain.core.trajectory import Column
 from posttrain.measure.measure import measure_policy
 from posttrain.measure.spec import Measure
 from posttrain.parts.base import Signal, Source, bound
+from posttrain.parts.columns import attach
 from posttrain.parts.credit.advantages import GroupAdvantage
 from posttrain.parts.logprobs import ReferenceLogprobs
 from posttrain.parts.rewards.verify import Verify
@@ -99,6 +101,42 @@ def test_a_broken_part_fails_its_contract():
         check_signal(Copier(), groups)
     with pytest.raises(AssertionError, match="same step twice"):
         check_source(Cursor())
+
+
+def test_a_signal_that_remembers_or_overwrites_fails():
+    calls = itertools.count()
+
+    class Counter(Signal):
+        provides = frozenset({Column.BASELINE})
+
+        def score(self, groups, tools):
+            value = np.asarray(float(next(calls)))
+            return attach(groups, [{Column.BASELINE: value} for g in groups for _ in g.members])
+
+    class Overwriter(Signal):
+        provides = frozenset()
+
+        def score(self, groups, tools):
+            value = np.asarray(0.5)
+            return attach(groups, [{Column.REWARD: value} for g in groups for _ in g.members])
+
+    groups = rollouts().draw(2, step=0)
+    with pytest.raises(AssertionError, match="got another baseline the second time"):
+        check_signal(Counter(), groups)
+    judged = check_signal(Verify(), groups, tools_of())
+    with pytest.raises(AssertionError, match="changed reward, which it does not provide"):
+        check_signal(Overwriter(), judged)
+
+
+def test_a_task_set_that_scores_at_random_fails():
+    draws = itertools.count()
+
+    class AtRandom(FakeTaskSet):
+        def score(self, tasks, completions):
+            return [float(next(draws)) for _ in tasks]
+
+    with pytest.raises(AssertionError, match="not repeatable"):
+        check_taskset(AtRandom())
 
 
 class CountingStream(PureStream):
