@@ -402,6 +402,7 @@ def main() -> None:
         ("private names", len(private_names()), "0"),
         ("public classes of one name in two modules", len(doubled_classes()), "0"),
         ("modules", len(MODULES), ""),
+        ("of them with code: not an __init__", sum(m.stem != "__init__" for m in MODULES), ""),
         ("lines in all", sum(len(m.read_text("utf-8").splitlines()) for m in MODULES), ""),
         ("lines of parts and methods", lines_of(["parts"]), ""),
         ("pairs of places that share six or more lines of code", len(repeated(MODULES)), ""),
