@@ -478,12 +478,12 @@ BROKEN = {
     "a text for columns": (
         GOOD.replace("    def", '    needs: ClassVar = "reward"\n\n    def'),
         "",
-        "needs has 'reward'",
+        "needs is the text 'reward'",
     ),
     "a type that does not exist": (
         GOOD.replace("    def", '    gamma: "Flot" = 1.0\n\n    def'),
         "",
-        "the options of Mine: NameError",
+        "NameError: name 'Flot' is not defined",
     ),
     "a method without a formula": (
         GOOD.replace("@part\n", "@part(method=OnPairs)\n").replace(
@@ -520,6 +520,16 @@ def test_a_broken_package_is_named(case, tmp_path, monkeypatch, packages):
         assert words in caught.value.found
         assert caught.value.expected
         assert caught.value.fix == "mend the package, or uninstall it"
+
+
+def test_a_broken_script_is_named(tmp_path):
+    """Nobody's package is at fault, and the class and its file are still named."""
+    broken = GOOD.replace("    def", '    gamma: "Flot" = 1.0\n\n    def')
+    script = tmp_path / "script.py"
+    script.write_text(f"{broken}\nfrom posttrain.parts.registry import known\nknown('term')\n")
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "ConfigError: the options of Mine in __main__: NameError: name 'Flot'" in ran.stderr
 
 
 def test_two_packages_with_one_name(tmp_path, monkeypatch, packages):

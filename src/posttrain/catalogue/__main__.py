@@ -6,7 +6,7 @@ from pathlib import Path
 from posttrain.catalogue.pages import pages, stale
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
     for path in stale(folder):
         path.unlink()
     for name, text in pages().items():

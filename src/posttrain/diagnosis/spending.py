@@ -19,7 +19,7 @@ from posttrain.parts.base import Signal, Source
 from posttrain.recipe import Recipe
 from posttrain.run.folder import RunFolder, StageFolder
 from posttrain.run.plan import make_plan
-from posttrain.run.preview import ground_of, leaf_tokens, volume
+from posttrain.run.preview import facts_of, leaf_tokens, volume
 from posttrain.run.store import tokens_by_producer
 
 
@@ -84,9 +84,7 @@ def expected(recipe: Recipe, *, root: Path, lengths: Mapping[str, float]) -> flo
         return float(amount.prompts + amount.completions)
     groups = math.ceil(planned.steps(None) / spec.updates_per_draw) * spec.groups_per_step
     total = 0.0
-    for leaf, (prompts, completions) in leaf_tokens(
-        planned, ground_of(plan, folder), groups=groups
-    ):
+    for leaf, (prompts, completions) in leaf_tokens(planned, facts_of(plan, folder), groups=groups):
         total += prompts
         if leaf.longest is not None:
             length = sum(lengths[t] for t in leaf.draws_from) / len(leaf.draws_from)

@@ -213,12 +213,12 @@ class Source(Part):
         """
         return None
 
-    def tokens(self, groups: float, ground: PlanFacts) -> tuple[float, float]:
+    def tokens(self, groups: float, facts: PlanFacts) -> tuple[float, float]:
         """(prompt, completion) tokens of that many groups of a leaf; upper bounds where unknown.
 
         By default nothing is known, and every trajectory may fill the context.
         """
-        return 0.0, groups * self.group_size * ground.context
+        return 0.0, groups * self.group_size * facts.context
 
     def open(self, tools: Tools, *, seed: int) -> Stream:
         """The stream of groups of this source.

@@ -150,22 +150,24 @@ def _check(cls: type[Config]) -> str:
 def _check_values(role: str, cls: type[Any], base: Any) -> None:
     """Refuse class variables with values that nothing knows: a column, a statistic, a unit.
 
-    Properties are not looked at: what they return depends on options, and the contracts check it.
+    What a property returns depends on options, and is not looked at here.
     """
     for name, allowed in getattr(base, "vocabulary", {}).items():
         value = inspect.getattr_static(cls, name, None)
-        if isinstance(value, str):
-            value = getattr(cls, name)
-            wrong = set() if name == "unit" and value in allowed else {value}
-        elif isinstance(value, frozenset | set | tuple | list):
-            wrong = {v for v in value if isinstance(v, str) and v not in allowed}
-        else:
+        if isinstance(value, str) and name != "unit":
+            raise ConfigError(
+                f"{role} {cls.__name__}: {name} is the text {value!r}",
+                expected="a frozenset",
+                fix=f"write frozenset({{{value!r}}})",
+            )
+        given = {value} if isinstance(value, str) else value
+        if not isinstance(given, frozenset | set):
             continue
-        if wrong:
+        if wrong := {str(v) for v in given if isinstance(v, str) and v not in allowed}:
             raise ConfigError(
                 f"{role} {cls.__name__}: {name} has {', '.join(sorted(map(repr, wrong)))}",
-                expected="a known unit" if name == "unit" else "a frozenset of known names",
-                fix=nearest(min(map(str, wrong)), map(str, allowed)),
+                expected="names that exist",
+                fix=nearest(min(wrong), map(str, allowed)),
             )
 
 
@@ -212,28 +214,39 @@ def load() -> None:
             import_module(module.name)
     for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, _package(p))):
         _load(point)
+    for cls in (c for by_tag in _parts.values() for c in by_tag.values()):
+        if not cls.__module__.startswith(OURS):
+            _check_options(cls)  # those of scripts too
     _loaded.append(GROUP)
 
 
 def _load(point: EntryPoint) -> None:
     """Import a package's module with parts; every error names the package."""
+    root = point.module.partition(".")[0]
     try:
         point.load()
+        mine = [c for by_tag in _parts.values() for c in by_tag.values() if _root(c) == root]
+        for cls in mine:
+            _check_options(cls)
     except ConfigError as error:
         raise _broken(point, error.found, error.expected) from error
     except Exception as error:  # an import may fail in any way, and the package must be named
         found = f"cannot be loaded: {type(error).__name__}: {error}"
         raise _broken(point, found, "a module that imports, and registers its parts") from error
-    root = point.module.partition(".")[0]
-    mine = [c for by_tag in _parts.values() for c in by_tag.values() if _root(c) == root]
     if not mine:
         raise _broken(point, "registers no part", "classes under @part")
-    for cls in mine:
-        try:
-            msgspec.inspect.type_info(cls)
-        except Exception as error:  # an annotation may fail in any way too
-            found = f"the options of {cls.__name__}: {type(error).__name__}: {error}"
-            raise _broken(point, found, "types that a recipe can have") from error
+
+
+def _check_options(cls: type[Config]) -> None:
+    """Refuse a part whose options have types that a recipe cannot have."""
+    try:
+        msgspec.inspect.type_info(cls)
+    except Exception as error:  # an annotation is code: it may fail in any way
+        raise ConfigError(
+            f"the options of {cls.__name__} in {cls.__module__}: {type(error).__name__}: {error}",
+            expected="types that a recipe can have",
+            fix="correct the annotation, and import its names where the class is",
+        ) from error
 
 
 def _root(cls: type[Config]) -> str:

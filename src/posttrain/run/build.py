@@ -46,13 +46,14 @@ class StageBuilder:
         memory = Memory() if _rereads_data(planned) else None
         policy = self._finder(planned, learner)
         heads = _teacher_heads(planned, policy)
-        alike = functools.cache(lambda ref: _same_tokens(policy(ref), learner.policy))
-        name = planned.spec.name
+        name, live = planned.spec.name, learner.policy
+        # Cached: signals ask for their policies at every draw.
+        scoring = functools.cache(lambda ref: _scoring(ref, policy(ref), stage=name))
         tools = Tools(
-            live=learner.policy,
-            policy=lambda ref: _scoring(ref, alike(ref), stage=name),
-            any_policy=lambda ref: _scoring(ref, policy(ref), stage=name),
-            sampler=alike,
+            live=live,
+            policy=functools.cache(lambda ref: _same_tokens(scoring(ref), live)),
+            any_policy=scoring,
+            sampler=functools.cache(lambda ref: _same_tokens(policy(ref), live)),
             tasksets=self.tasksets,
             root=self.root,
             stage=name,

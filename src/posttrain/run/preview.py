@@ -182,21 +182,21 @@ def _teacher_memory(signal: Signal, planned: PlannedStage, shape: ModelShape) ->
 def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
     """Count the steps and tokens of a stage; reads data files and the tokenizer."""
     source, spec = planned.composition.source, planned.spec
-    ground = ground_of(plan, folder)
-    rows = source.rows(root=ground.root, renderer=ground.renderer, context=ground.context)
+    facts = facts_of(plan, folder)
+    rows = source.rows(root=facts.root, renderer=facts.renderer, context=facts.context)
     num_rows = None if rows is None else rows.num_groups
     steps = planned.steps(num_rows)
     if num_rows is not None:
         groups = steps * spec.groups_per_step / spec.updates_per_draw
     else:
         groups = math.ceil(steps / spec.updates_per_draw) * spec.groups_per_step
-    tokens = [amounts for _, amounts in leaf_tokens(planned, ground, groups=groups)]
+    tokens = [amounts for _, amounts in leaf_tokens(planned, facts, groups=groups)]
     prompts, completions = (round(sum(side)) for side in zip(*tokens, strict=True))
     return Volume(steps, prompts, completions, rows=num_rows, exact=num_rows is not None)
 
 
 def leaf_tokens(
-    planned: PlannedStage, ground: PlanFacts, *, groups: float
+    planned: PlannedStage, facts: PlanFacts, *, groups: float
 ) -> list[tuple[Source, tuple[float, float]]]:
     """(Prompt, completion) tokens of each leaf of a source in ``groups`` groups.
 
@@ -204,10 +204,10 @@ def leaf_tokens(
     """
     source = planned.composition.source
     leaves = zip(source.leaves, source.leaf_shares, strict=True)
-    return [(leaf, leaf.tokens(share * groups, ground)) for leaf, share in leaves]
+    return [(leaf, leaf.tokens(share * groups, facts)) for leaf, share in leaves]
 
 
-def ground_of(plan: Plan, folder: Path) -> PlanFacts:
+def facts_of(plan: Plan, folder: Path) -> PlanFacts:
     """Facts about a model folder and the task sets, without loading weights."""
     renderer = _renderer(folder)
 

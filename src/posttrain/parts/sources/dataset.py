@@ -182,9 +182,9 @@ class Dataset(Source):
         """The file, rendered and checked, without loading the model."""
         return DatasetRows(self, root=root, renderer=renderer, context=context, seed=seed)
 
-    def tokens(self, groups: float, ground: PlanFacts) -> tuple[float, float]:
+    def tokens(self, groups: float, facts: PlanFacts) -> tuple[float, float]:
         """Exact on average over epochs of the file."""
-        rows = self.rows(root=ground.root, renderer=ground.renderer, context=ground.context)
+        rows = self.rows(root=facts.root, renderer=facts.renderer, context=facts.context)
         passes = groups / rows.num_groups
         return (rows.num_tokens - rows.num_trainable) * passes, rows.num_trainable * passes
 

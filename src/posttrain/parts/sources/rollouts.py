@@ -116,9 +116,9 @@ class Rollouts(Source):
         """Its options; task sets have their own identity."""
         return plain(self)
 
-    def tokens(self, groups: float, ground: PlanFacts) -> tuple[float, float]:
+    def tokens(self, groups: float, facts: PlanFacts) -> tuple[float, float]:
         """Upper bounds: every answer of the maximum length."""
-        lengths = [n for name in self.tasks for n in ground.prompt_lengths(name)]
+        lengths = [n for name in self.tasks for n in facts.prompt_lengths(name)]
         prompts = groups * sum(lengths) / len(lengths)
         return prompts, groups * self.group_size * self.max_new_tokens
 
