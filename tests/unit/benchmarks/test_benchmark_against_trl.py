@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 from itertools import pairwise
 
 import pytest
