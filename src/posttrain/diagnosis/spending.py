@@ -80,11 +80,11 @@ def expected(recipe: Recipe, *, root: Path, lengths: Mapping[str, float]) -> flo
     planned, folder = plan.stages[-1], Path(recipe.model)
     spec = planned.spec
     if planned.composition.source.has_end:
-        amount = volume(planned, plan, folder)
+        amount = volume(planned, facts)
         return float(amount.prompts + amount.completions)
     groups = math.ceil(planned.steps(None) / spec.updates_per_draw) * spec.groups_per_step
     total = 0.0
-    for leaf, (prompts, completions) in leaf_tokens(planned, facts_of(plan, folder), groups=groups):
+    for leaf, (prompts, completions) in leaf_tokens(planned, facts, groups=groups):
         total += prompts
         if leaf.longest is not None:
             length = sum(lengths[t] for t in leaf.draws_from) / len(leaf.draws_from)

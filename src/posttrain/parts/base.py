@@ -27,6 +27,7 @@ from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column, Group
 from posttrain.parts.registry import snake_case
+from posttrain.parts.shelf import Reader
 from posttrain.parts.tools import Score, Tools
 from posttrain.protocols import Renderer, Stream
 
@@ -98,10 +99,8 @@ class Part(Config, tag=snake_case, tag_field="type"):
 class PlanFacts:
     """Planning facts, known before a model is loaded: tokenizer, context and task sets."""
 
-    root: Path  # the recipe's folder
-    renderer: Renderer
-    context: int  # tokens
-    prompt_lengths: Callable[[str], Sequence[int]]  # tokens of some prompts of a task set
+    reader: Reader
+    prompt_lengths: Callable[[str], Sequence[int]]  # tokens of the training prompts of a task set
 
 
 # --- sources ---------------------------------------------------------------------------------
@@ -205,7 +204,7 @@ class Source(Part):
         """
         raise NotImplementedError
 
-    def rows(self, *, root: Path, renderer: Renderer, context: int, seed: int = 0) -> Stream | None:
+    def rows(self, reader: Reader, *, seed: int = 0) -> Stream | None:
         """Its file, rendered and checked; None for a source that reads none.
 
         Raises:
@@ -218,7 +217,7 @@ class Source(Part):
 
         By default nothing is known, and every trajectory may fill the context.
         """
-        return 0.0, groups * self.group_size * facts.context
+        return 0.0, groups * self.group_size * facts.reader.context
 
     def open(self, tools: Tools, *, seed: int) -> Stream:
         """The stream of groups of this source.
