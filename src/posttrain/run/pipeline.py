@@ -134,7 +134,7 @@ class _Run:
     ) -> _Run:
         """Check everything that can be checked before training; then write to the folder."""
 
-        def has_begun(planned: PlannedStage) -> bool:
+        def has_started(planned: PlannedStage) -> bool:
             return folder.stage_writer(planned.spec.name, planned.identity).has_started()
 
         checked = check(
@@ -142,7 +142,7 @@ class _Run:
             root=root,
             engine=engine,
             observe=observe,
-            has_begun=has_begun,
+            has_started=has_started,
             rehearse_from=WORTH,
         )
         recipe, base = checked.recipe, checked.base
