@@ -80,6 +80,17 @@ class ModelFolder:
             not self.architectures[0].endswith("LMHeadModel")
         )
 
+    def predicts_ahead(self, name: str) -> bool:
+        """True for a tensor of the extra layers that predict several tokens ahead.
+
+        They follow the decoder's own layers, and no causal model uses them.
+        """
+        more, match = self.config.get("num_nextn_predict_layers"), _LAYER.match(name)
+        first = next((self.config[k] for k in _NUM_LAYERS if k in self.config), None)
+        if match is None or not isinstance(more, int) or not isinstance(first, int):
+            return False
+        return first <= int(match[2]) < first + more
+
     @property
     def embedding(self) -> TensorHeader | None:
         """The tensor of the input embeddings, if one can be told by its name."""

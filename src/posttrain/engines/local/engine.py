@@ -20,16 +20,19 @@ from torch import Tensor, nn
 from posttrain.core import clock
 from posttrain.core.errors import LegalityError, ModelError
 from posttrain.core.learner import MOVING, Lora, MovingReference, Optimizer
+from posttrain.core.proofs import Proof
 from posttrain.core.provenance import Kind, Producer
 from posttrain.core.statistics import Wanted
 from posttrain.engines.local.adapters import WithoutAdapters, attach, export, trained_weights
 from posttrain.engines.local.footprint import comfortable_tokens
 from posttrain.engines.local.master_weights import MasterWeights
-from posttrain.engines.local.model import Dtype, Model, load_model, resolve_folder
+from posttrain.engines.local.loading import load_model
+from posttrain.engines.local.model import Dtype, Model
 from posttrain.engines.local.moving_average import MovingAverage
 from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.engines.local.scalar import CRITIC, Scalar
+from posttrain.models.hub import resolve_folder
 from posttrain.numerics.batch import PackedBatch
 from posttrain.protocols import Objective, ScalarStart, StepReport
 
@@ -233,7 +236,7 @@ class LocalLearner:
         self._optimizer.load_state_dict(state["optimizer"])
         self._version.steps, self._state = state["version"], state.get("state", {})
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path) -> tuple[Proof, ...]:
         """A plain model folder. Adapters are merged, and saved beside it in ``adapter/``.
 
         Merged weights are float32: rounding to bfloat16 would lose much of a small adapter, and
@@ -248,6 +251,7 @@ class LocalLearner:
             if self._critic is not None:
                 export(self._critic, self._critic_adapters, home)
             self._scalar.save(home)
+        return ()
 
 
 @final

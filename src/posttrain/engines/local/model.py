@@ -1,4 +1,4 @@
-"""Loading stock models, and checking that packing is exact for them.
+"""A stock model as posttrain uses it, and the check that packing is exact for it.
 
 A model is used through two of its modules: the decoder (token ids -> hidden states) and the output
 head (hidden states -> logits). What a family does to logits after its head, and whether packed,
@@ -8,32 +8,21 @@ log-probs of a short probe must agree.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as library_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.core.errors import ModelError
-from posttrain.core.files import hash_folder
+from posttrain.core.proofs import Proof, Subject
 from posttrain.engines.local.attention import IMPLEMENTATION, AttentionPlan, PackedPlan
 from posttrain.engines.local.recording import Recording, stock_hidden
 from posttrain.numerics.batch import PackedBatch, Segment
 from posttrain.numerics.logits import Head, LinearHead
-
-# A progress bar per loaded shard would break the run's own progress display.
-library_logging.disable_progress_bar()
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Largest |Δ log-prob| allowed between packed and stock computation."""
@@ -53,6 +42,7 @@ class Model:
     speaks: bool = True  # False where the folder has no output head: a classifier
     logit_scale: float = 1.0
     logit_cap: float | None = None
+    proofs: tuple[Proof, ...] = ()  # what was compared when it was loaded
     recording: Recording = field(init=False)  # the decoder's forward, for sampling
 
     def __post_init__(self) -> None:
@@ -66,6 +56,7 @@ class Model:
         *,
         name: str,
         folder: Path,
+        digest: str,
         speaks: bool = True,
     ) -> Model:
         """Take what the family does to logits after its head from the configuration."""
@@ -73,7 +64,7 @@ class Model:
         scale = config.get("logit_scale") or 1.0  # Cohere
         scale /= config.get("logits_scaling") or 1.0  # Granite
         cap = config.get("final_logit_softcapping") or None  # Gemma
-        return cls(causal, tokenizer, name, hash_folder(folder), folder, speaks, scale, cap)
+        return cls(causal, tokenizer, name, digest, folder, speaks, scale, cap)
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +122,7 @@ class Model:
         )
 
 
-def prove_packing(model: Model) -> None:
+def prove_packing(model: Model) -> Proof:
     """Check that packed, prefix-shared log-probs equal the model's own on a short probe.
 
     Raises:
@@ -169,6 +160,8 @@ def prove_packing(model: Model) -> None:
             expected=f"at most {limit} in {model.causal.dtype}",
             fix="this family mixes tokens in a way that packing cannot isolate; use another",
         )
+    words = f"packed rows give the model's own log-probs, to {gap:.1g}"
+    return Proof(subject=Subject.SAMPLER, of=model.name, words=words, figures={"gap": gap})
 
 
 @dataclass(slots=True, eq=False)
