@@ -101,9 +101,7 @@ def load_model(
     # With dropout the trained policy would differ from the sampled policy: always eval mode.
     nn.Module.to(causal, device or torch.device("cpu")).eval()
     digest = model_digest(folder.path, remote_code=remote_code)
-    model = Model.of(
-        causal, tokenizer, name=name, folder=folder.path, digest=digest, speaks=speaks
-    )
+    model = Model.of(causal, tokenizer, name=name, folder=folder.path, digest=digest, speaks=speaks)
     return replace(model, proofs=(proof, prove_packing(model)))
 
 
