@@ -83,7 +83,8 @@ def shortened(names: Iterable[str]) -> str:
 def reach(causal: PreTrainedModel) -> Reach:
     """Which matrices of a model with adapters have one."""
     adapted = {id(weight) for weight in _adapted_weights(causal)}
-    ends = {id(weight) for weight in _ends(causal)}
+    embeddings = [m.weight for m in causal.modules() if isinstance(m, nn.Embedding)]
+    ends = {id(weight) for weight in [*_ends(causal), *embeddings]}
     weights = [
         (name.replace(".base_layer", ""), id(weight) in adapted)
         for name, weight in causal.named_parameters()
@@ -177,12 +178,24 @@ def _with_adapters(  # type: ignore[no-untyped-def]  # optional
             lora_dropout=0.0,
             target_modules=modules,
             target_parameters=parameters or None,
+            exclude_modules=_own_linear(model.causal) if modules == ALL_LINEAR else None,
             task_type="CAUSAL_LM",
         )
         try:
             return get_peft_model(model.causal, config)
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise _refused(model, lora, str(error)) from error
+
+
+def _own_linear(causal: PreTrainedModel) -> list[str] | None:
+    """Linear layers with a forward pass of their own, such as routers that return a tuple: peft
+    would take them for plain ones. Their weights can be adapted as parameters."""
+    found = [
+        name
+        for name, module in causal.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ]
+    return found or None
 
 
 def _adapted_weights(causal: PreTrainedModel) -> list[nn.Parameter]:

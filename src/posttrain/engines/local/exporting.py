@@ -220,9 +220,10 @@ def _prove_adapter(  # type: ignore[no-untyped-def]  # optional
         model.folder, dtype=torch.float32, trust_remote_code=_is_remote(model.causal)
     )
     whole = PeftModel.from_pretrained(base, folder).to(model.device).eval()
-    live = {n: p.detach().float() for n, p in adapters.named_parameters()}
-    again = {n: p.detach().float() for n, p in whole.named_parameters()}
-    _same(_prefixed("its adapter: ", differing_tensor(again, live)))
+    live = dict(adapters.named_parameters())
+    again = {n: _rounded(p, live[n]) if n in live else p for n, p in whole.named_parameters()}
+    difference = differing_tensor(again, {n: p.float() for n, p in live.items()})
+    _same(_prefixed("its adapter: ", difference))
     through = log_probs(base, rows)
     noise = noise_floor(base, rows, through)
     _same(
@@ -247,6 +248,12 @@ def _prove_adapter(  # type: ignore[no-untyped-def]  # optional
             "missed": float(len(reached.missed)),
         },
     )
+
+
+@torch.no_grad()
+def _rounded(weight: Tensor, like: Tensor) -> Tensor:
+    """A float32 weight, rounded in place to the number type in which it was trained."""
+    return weight.copy_(weight.to(like.dtype))
 
 
 def _prefixed(prefix: str, difference: str | None) -> str | None:
