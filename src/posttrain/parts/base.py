@@ -25,11 +25,12 @@ from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind, Regime
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat, Wanted
+from posttrain.core.task import TaskSet
 from posttrain.core.trajectory import Column, Group
 from posttrain.parts.registry import snake_case
 from posttrain.parts.shelf import Reader
 from posttrain.parts.tools import Score, Tools
-from posttrain.protocols import Renderer, Stream
+from posttrain.protocols import Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +101,12 @@ class PlanFacts:
     """Planning facts, known before a model is loaded: tokenizer, context and task sets."""
 
     reader: Reader
-    prompt_lengths: Callable[[str], Sequence[int]]  # tokens of the training prompts of a task set
+    taskset: Callable[[str], TaskSet]  # by name
+
+    def prompt_lengths(self, name: str) -> list[int]:
+        """Tokens of the first training prompts of a task set."""
+        tasks = self.taskset(name).train[:64]
+        return [len(self.reader.renderer.prompt(task).tokens) for task in tasks]
 
 
 # --- sources ---------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What the prompts and rows of a recipe say about each other, before anything is trained.
 
-    task sets ──▶ rows left out, prompts that fit the context
-    data files ──▶ notes of their own
-    both ──▶ held-out prompts that stand in what is trained on
+task sets ──▶ rows left out, prompts that fit the context
+data files ──▶ notes of their own
+both ──▶ held-out prompts that stand in what is trained on
 """
 
 from __future__ import annotations
