@@ -4,8 +4,7 @@
 
 A part is one class: fields are the options of a recipe, class variables and properties declare
 what it needs and provides, methods compute. Code that plans, builds or runs a stage calls these,
-and knows no part by name. The decorator :func:`posttrain.parts.registry.part` registers a class
-for recipes, under its name in snake case.
+and knows no part by name. ``@part`` registers a class under its name in snake case.
 
 No module of parts imports PyTorch at import time: tensor code takes it from
 :mod:`posttrain.core.lazy`.
@@ -101,12 +100,12 @@ class PlanFacts:
     """Planning facts, known before a model is loaded: tokenizer, context and task sets."""
 
     reader: Reader
-    taskset: Callable[[str], TaskSet]  # by name
+    taskset: Callable[[str], TaskSet]
 
     def prompt_lengths(self, name: str) -> list[int]:
         """Tokens of the first training prompts of a task set."""
-        tasks = self.taskset(name).train[:64]
-        return [len(self.reader.renderer.prompt(task).tokens) for task in tasks]
+        prompts = map(self.reader.renderer.prompt, self.taskset(name).train[:64])
+        return [len(prompt.tokens) for prompt in prompts]
 
 
 # --- sources ---------------------------------------------------------------------------------

@@ -82,11 +82,11 @@ def check(
     ahead = {s.identity: (s, plan) for plan in plans for s in plan.stages if not has_started(s)}
     for planned, _ in ahead.values():
         trial.outside(planned)
-    trial.tell(notes_of(tasksets))
+    trial.note(notes_of(tasksets))
     for plan in plans:
         trial.read(plan, [s for s in plan.stages if s.identity in ahead])
     drawn = {name for s, _ in ahead.values() for name in s.composition.source.draws_from}
-    trial.tell(
+    trial.note(
         overlaps(
             tasksets,
             measured=recipe.measured_tasks if ahead else (),
@@ -122,7 +122,7 @@ class _Trial:
     shelf: Shelf = field(default_factory=Shelf)
     files: dict[tuple[object, ...], DataFile] = field(default_factory=dict)
 
-    def tell(self, notes: Iterable[str]) -> None:
+    def note(self, notes: Iterable[str]) -> None:
         """Show what a reader should know."""
         for note in notes:
             self.observe(Note(text=note))
@@ -164,7 +164,7 @@ class _Trial:
         key = (file.name, file.digest, *file.notes)
         if key not in self.files:
             self.files[key] = file
-            self.tell(f"data set {file.name}: {note}" for note in file.notes)
+            self.note(f"data set {file.name}: {note}" for note in file.notes)
             self.prove(file.proofs)
 
     def rehearse(self, planned: PlannedStage, plan: Plan) -> None:

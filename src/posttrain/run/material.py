@@ -19,7 +19,7 @@ from posttrain.run.plan import PlannedStage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class SampledPrompts:
     """Prompts that are sampled, and how many tokens an answer may have."""
 
     name: str  # of the task set
@@ -30,19 +30,19 @@ class Asked:
 
 def asked_by(
     planned: PlannedStage, recipe: Recipe, tasksets: Mapping[str, TaskSet]
-) -> Iterator[Asked]:
+) -> Iterator[SampledPrompts]:
     """What a stage samples, and what measuring its policy samples."""
     stage = f"stage {planned.spec.name}"
     for leaf in planned.composition.source.leaves:
         for name in leaf.draws_from if leaf.longest is not None else ():
-            yield Asked(
+            yield SampledPrompts(
                 name=name,
                 tasks=tasksets[name].train,
                 max_new_tokens=leaf.longest or 0,
                 what_for=stage,
             )
     for name in recipe.measured_tasks:
-        yield Asked(
+        yield SampledPrompts(
             name=name,
             tasks=tasksets[name].held_out,
             max_new_tokens=recipe.measure.max_new_tokens,
@@ -50,7 +50,7 @@ def asked_by(
         )
 
 
-def check_fits(asked: Iterable[Asked], *, renderer: Renderer, context: int) -> None:
+def check_fits(asked: Iterable[SampledPrompts], *, renderer: Renderer, context: int) -> None:
     """Check that every prompt leaves room for its answer.
 
     Raises:
@@ -68,7 +68,7 @@ def check_fits(asked: Iterable[Asked], *, renderer: Renderer, context: int) -> N
             raise _too_long(one, task, longest, context)
 
 
-def _too_long(one: Asked, task: Task, longest: int, context: int) -> TaskError:
+def _too_long(one: SampledPrompts, task: Task, longest: int, context: int) -> TaskError:
     room = context - longest
     return TaskError(
         f"{one.what_for}: the longest prompt of task set {one.name} ({task.key}: "

@@ -29,7 +29,7 @@ from posttrain.parts.rewards.steps import Steps
 from posttrain.parts.shelf import Reader, Shelf
 from posttrain.parts.sources.formats import Format, Wants
 from posttrain.parts.sources.reading import digest_of
-from posttrain.parts.sources.rendered import Reading, render_rows
+from posttrain.parts.sources.rendered import DataSpec, render_rows
 from posttrain.parts.tools import Tools
 from posttrain.protocols import DataFile, PureStream, Renderer
 
@@ -160,9 +160,9 @@ class Dataset(Source):
             return "steps"
         return "preferences" if self.preference else "labels" if self.unpaired else "answers"
 
-    def reading(self, root: Path) -> Reading:
+    def reading(self, root: Path) -> DataSpec:
         """How the file is read."""
-        return Reading(
+        return DataSpec(
             path=root / self.path,
             name=self.row_names[0],
             author=self.author,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from posttrain.core.errors import DataError
 from posttrain.core.proofs import Proof, Subject
-from posttrain.core.rendering import Change, ChangeKind, meaning, shortened
+from posttrain.core.rendering import Change, DifferenceKind, meaning, shortened
 
-_ADDED = frozenset({ChangeKind.ADDED, ChangeKind.UNOPENED})
+_ADDED = frozenset({DifferenceKind.ADDED, DifferenceKind.UNOPENED})
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Findings:
     unread: tuple[str, ...] = ()  # columns that the stage does not read
     turns: bool = False  # some row is a conversation
     number: int = 0  # of the row that is rendered now
-    _changes: dict[ChangeKind, _Count] = field(default_factory=dict)
+    _changes: dict[DifferenceKind, _Count] = field(default_factory=dict)
     _pending: list[Change] = field(default_factory=list)  # of the row that is rendered now
     _changed: int = 0  # rows whose text is not as it was written
     _tasks: dict[str, int] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Findings:
         """A prompt, or a user's turn."""
         self.questions.add(" ".join(text.split()))
 
-    def kept(self, task: str) -> None:
+    def used(self, task: str) -> None:
         """The row is used."""
         for change in {c.kind: c for c in reversed(self._pending)}.values():
             where = f" (message {change.message})" if self.turns else ""

@@ -55,7 +55,7 @@ _LABELS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class DataSpec:
     """How a data file is read. The options of a data set, its path resolved."""
 
     path: Path
@@ -82,7 +82,7 @@ class RenderedRows:
     groups: tuple[Group, ...]
 
 
-def render_rows(how: Reading, *, renderer: Renderer, context: int) -> RenderedRows:
+def render_rows(how: DataSpec, *, renderer: Renderer, context: int) -> RenderedRows:
     """Read, render and check a data file.
 
     Raises:
@@ -105,7 +105,7 @@ def render_rows(how: Reading, *, renderer: Renderer, context: int) -> RenderedRo
     return RenderedRows(rows.file(groups), form, groups)
 
 
-def _format_of(data: DataRows, how: Reading) -> Format:
+def _format_of(data: DataRows, how: DataSpec) -> Format:
     """The format of the first row that has one."""
     for number, row in data.rows:
         try:
@@ -121,7 +121,7 @@ class _RowRenderer:
     """Renders the rows of one file."""
 
     def __init__(
-        self, how: Reading, data: DataRows, form: Format, *, renderer: Renderer, context: int
+        self, how: DataSpec, data: DataRows, form: Format, *, renderer: Renderer, context: int
     ) -> None:
         self._how, self._data, self._format = how, data, form
         self._renderer, self._context = renderer, context
@@ -141,7 +141,7 @@ class _RowRenderer:
                 self.findings.bad.append(error)
                 continue
             if self._fits(members):
-                self.findings.kept(members[0].trajectory.task)
+                self.findings.used(members[0].trajectory.task)
                 yield Group(task=members[0].trajectory.task, members=members)
 
     def file(self, groups: Sequence[Group]) -> DataFile:
@@ -303,9 +303,13 @@ class _RowRenderer:
     def check_whole(self, groups: Sequence[Group]) -> None:
         """Checks of the whole file: it has rows, trainable tokens, and ended answers."""
         if not groups:
+            long = len(self.findings.too_long)
+            found = f"all {long} rows are longer than {self._context} tokens"
+            if self.findings.bad:
+                found = f"no row can be used; {'; '.join(self.findings.left_out())}"
             raise DataError(
-                f"{self._how.path}: no row can be used; {'; '.join(self.findings.left_out())}",
-                expected="rows that fit the context and the method",
+                f"{self._how.path}: {found}",
+                expected="rows that fit the context, in a format that the method reads",
                 fix="mend the rows; where they are too long, shorten them or use a model with a "
                 "longer context",
             )
