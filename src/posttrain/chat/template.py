@@ -286,7 +286,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def joined(self, *parts: object) -> str:
         """``a ~ b``."""
-        return self._paid("".join(map(str, parts)))
+        whole = "".join(map(str, parts))
+        self.spend(len(whole))
+        return whole
 
     def sliced(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
         """``value[start:stop:step]``."""
