@@ -12,7 +12,9 @@ from typing import Literal
 
 import msgspec
 
-from posttrain.core.config import Config, convert, read_yaml
+from posttrain.core.bounds import Count, Positive, Seed, Threads, Tokens, Whole
+from posttrain.core.config import Config, convert
+from posttrain.core.documents import read_yaml
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.monitors import Monitors
@@ -31,8 +33,8 @@ RESERVED = frozenset({"base", "learner", "input", "moving", "previous", "end"})
 class Budget(Config):
     """When a stage ends: after optimiser steps, or after passes over its data set."""
 
-    steps: int | None = None
-    epochs: float | None = None
+    steps: Count | None = None
+    epochs: Positive | None = None
 
     def __post_init__(self) -> None:
         amounts = [a for a in (self.steps, self.epochs) if a is not None]
@@ -60,13 +62,13 @@ class Stage(Config):
     budget: Budget
     init: PolicyRef = "previous"
     optimizer: Optimizer = Optimizer()
-    groups_per_step: int = 16
-    updates_per_draw: int = 1
-    micro_batch_tokens: int | None = None
+    groups_per_step: Count = 16
+    updates_per_draw: Count = 1
+    micro_batch_tokens: Tokens | None = None
     activation_checkpointing: bool = False
-    max_age: int = 0
+    max_age: Whole = 0
     lora: Lora | None = None
-    checkpoint_every: int = 25
+    checkpoint_every: Count = 25
     gates: tuple[Gate, ...] = ()
     then: str | None = None
     monitors: Monitors = Monitors()
@@ -112,10 +114,10 @@ class Recipe(Config):
     tasks: dict[str, task_sets.AnyTaskSet] = msgspec.field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     measure: Measure = Measure()
-    seed: int = 0
+    seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = None
+    threads: Threads | None = None
     remote_code: str | None = None
 
     def __post_init__(self) -> None:

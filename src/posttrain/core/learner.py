@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from posttrain.core.bounds import Count, Decay, NonNegative, Positive, Rate, Size, Whole
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError
 
@@ -27,8 +28,8 @@ class MovingReference(Config):
         (True, False)
     """
 
-    every: int = 1
-    rate: float = 1.0
+    every: Count = 1
+    rate: Rate = 1.0
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 < self.rate <= 1:
@@ -57,7 +58,7 @@ class ScalarHead(Config):
 
     trunk: Literal["shared", "separate"] = "separate"
     start: str = "input"
-    lr: float | None = None
+    lr: NonNegative | None = None
 
     def __post_init__(self) -> None:
         if self.start in ("learner", MOVING):
@@ -75,12 +76,12 @@ class ScalarHead(Config):
 class Optimizer(Config):
     """AdamW and its schedule."""
 
-    lr: float = 1e-5
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
-    warmup_steps: int = 0
+    lr: NonNegative = 1e-5
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    warmup_steps: Whole = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
 
     def __post_init__(self) -> None:
         betas = all(0 <= b < 1 for b in self.betas)
@@ -96,8 +97,8 @@ class Optimizer(Config):
 class Lora(Config):
     """Low-rank adapters through peft, merged into the weights when the stage ends."""
 
-    rank: int = 16
-    alpha: int = 32
+    rank: Size = 16
+    alpha: Count = 32
     target_modules: str | tuple[str, ...] = "all-linear"
 
     def __post_init__(self) -> None:

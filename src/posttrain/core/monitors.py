@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
+from posttrain.core.bounds import Decay, Positive, Rate, Share, Size
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
@@ -27,13 +28,13 @@ class Monitors(Config):
     Alarms change nothing. null switches an alarm off.
     """
 
-    window: int = 5  # steps
-    zero_variance: float | None = 0.8  # share of groups with equal rewards
-    entropy_left: float | None = 0.2  # share of the first window's entropy, on the learner's tokens
-    effective_share: float | None = 0.3  # of importance weights, per kind of author (verl's alarm)
-    stale_share: float | None = 0.2  # of groups too old to train on
-    truncated_share: float | None = 0.3  # of completions that the token budget cut off
-    kl: float | None = 1.0  # nats per token from the reference
+    window: Size = 5  # steps
+    zero_variance: Rate | None = 0.8  # share of groups with equal rewards
+    entropy_left: Share | None = 0.2  # share of the first window's entropy, on the learner's tokens
+    effective_share: Decay | None = 0.3  # of importance weights, per kind of author (verl's alarm)
+    stale_share: Rate | None = 0.2  # of groups too old to train on
+    truncated_share: Rate | None = 0.3  # of completions that the token budget cut off
+    kl: Positive | None = 1.0  # nats per token from the reference
 
     def __post_init__(self) -> None:
         shares = (

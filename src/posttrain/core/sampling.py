@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from posttrain.core.bounds import Decay, NonNegative, Rate, Whole
 from posttrain.core.config import Config
 from posttrain.core.provenance import Sampling
 
@@ -13,10 +14,10 @@ class SamplingSpec(Config):
     in its text.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: NonNegative = 1.0
+    top_k: Whole = 0
+    top_p: Rate = 1.0
+    min_p: Decay = 0.0
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from posttrain.core.bounds import Inner, NonNegative
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind, Regime
@@ -323,7 +324,7 @@ class Limit(Config):
     cross-entropy on chosen answers to a loss on pairs.
     """
 
-    entropy_share: float | None = None
+    entropy_share: Inner | None = None
     marked: bool = False
     rewards: Literal["any", "positive", "negative"] = "any"
     preference: Literal["any", "chosen", "rejected"] = "any"
@@ -346,7 +347,7 @@ class Limit(Config):
 class WeightSchedule(Config):
     """A term's weight moves from ``weight`` at the first update to ``end`` at the last one."""
 
-    end: float
+    end: NonNegative
     shape: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
@@ -401,7 +402,7 @@ class Term(Part):
     accepts: ClassVar[frozenset[Kind]] = ANYONE  # authors on whose tokens the loss is valid
     by_divergence: ClassVar[bool] = False  # reads divergences from a teacher, and no log-probs
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     where: tuple[Kind, ...] = ()
     limit: Limit = Limit()
     weight_schedule: WeightSchedule | None = None  # null: constant

@@ -15,6 +15,7 @@ from typing import final
 from msgspec.structs import replace
 
 from posttrain.chat import messages_from
+from posttrain.core.bounds import Whole
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import DataError, TaskError
 from posttrain.core.files import content_of, read_jsonl
@@ -38,7 +39,7 @@ class JsonlTasks(TaskSetSpec, tag="jsonl"):
 
     path: str
     reward: str = "exact"
-    held_out: int = 32
+    held_out: Whole = 32
 
     def identity(self, root: Path) -> dict[str, object]:
         """Its options, with the content of the file and of the reward's file."""

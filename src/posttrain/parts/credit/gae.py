@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from posttrain.core.bounds import Positive, Share
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Array, Column, Group, Scored
@@ -41,10 +42,10 @@ class Gae(Signal):
     deviation 1. Values come from the weights before the update.
     """
 
-    gamma: float = 1.0
-    lam: float = 0.95
-    value_lam: float | None = None
-    length_alpha: float | None = None
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    value_lam: Share | None = None
+    length_alpha: Positive | None = None
     whiten: bool = True
 
     formula: ClassVar[str] = "A_t = sum_k (gamma lam)^k (r + gamma V' - V)_(t+k)"

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from posttrain.core.bounds import Inner, Number, Whole
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Array, Column, Discard, End, Group, Scored
@@ -88,9 +89,9 @@ class ClipCovariance(Signal):
     ``share`` of all tokens (at least one) gets advantage 0, and still counts in every mean.
     """
 
-    share: float = 2e-4
-    low: float = 1.0
-    high: float = 5.0
+    share: Inner = 2e-4
+    low: Number = 1.0
+    high: Number = 5.0
 
     formula: ClassVar[str] = "A = 0 at a random share of tokens with low < covariance < high"
     paper: ClassVar[str] = "2505.22617"
@@ -124,7 +125,7 @@ class MarkCovariance(Signal):
     reads the marks.
     """
 
-    share: float = 2e-4
+    share: Inner = 2e-4
 
     paper: ClassVar[str] = "2505.22617"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE, Column.BEHAVIOUR_LOGPROB})
@@ -150,7 +151,7 @@ class MarkEntropy(Signal):
     count nor are marked. Of equal entropies the earlier token is marked.
     """
 
-    share: float = 0.2
+    share: Inner = 0.2
 
     paper: ClassVar[str] = "2506.01939"
     provides: ClassVar[Columns] = frozenset({Column.MARK})
@@ -183,8 +184,8 @@ class ImitateFailures(Signal):
     members by ``author`` and discards the rollouts; any other group does the opposite.
     """
 
-    gate: int = 0
-    success: float = 1.0
+    gate: Whole = 0
+    success: Number = 1.0
     author: Kind = Kind.EXTERNAL
 
     paper: ClassVar[str] = "2509.04419"

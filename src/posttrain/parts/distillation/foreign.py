@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from posttrain.core import clock
+from posttrain.core.bounds import Count
 from posttrain.core.errors import ConfigError, TaskError
 from posttrain.core.provenance import IntArray, Role, Span
 from posttrain.core.task import Task
@@ -47,7 +48,7 @@ class ForeignTeacher(AcrossTokenizers):
     next-token distributions can be compared by rank; other tokens are not aligned.
     """
 
-    top_k: int = 100
+    top_k: Count = 100
 
     formula: ClassVar[str] = "pi_T(.), sorted, at boundaries of both tokenizers"
     paper: ClassVar[str] = "2402.12030"

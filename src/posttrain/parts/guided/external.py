@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from posttrain.core.bounds import NonNegative, Positive
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.provenance import Kind
@@ -39,7 +40,7 @@ class AssumedCertainGradient(TokenTerm):
     not have under p ∇log π. No clip (LUFFY, arXiv 2504.14945).
     """
 
-    gamma: float = 0.1
+    gamma: Positive = 0.1
     where: tuple[Kind, ...] = (Kind.EXTERNAL,)
 
     formula: ClassVar[str] = "-pi / (pi + gamma) A"
@@ -71,8 +72,8 @@ class AssumedOwnGradient(TokenTerm):
     the fifth of the tokens of highest entropy.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
     where: tuple[Kind, ...] = (Kind.EXTERNAL,)
 
     formula: ClassVar[str] = "-min(r A, clip(r) A), r = pi / pi when the text was drawn"
@@ -104,7 +105,7 @@ class ExplorationBonus(Term):
     """
 
     aggregate: Aggregate = "sequence_sum"
-    weight: float = 1e-5
+    weight: NonNegative = 1e-5
     where: tuple[Kind, ...] = (Kind.TEACHER,)
 
     formula: ClassVar[str] = "log pi(y), y of the reference"

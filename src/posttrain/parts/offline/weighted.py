@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import Inner, NonNegative, Positive, Share
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat
@@ -28,8 +29,8 @@ class AdvantageWeighted(TokenTerm):
     The weight is a constant. β → ∞ is cross-entropy. Weights are not normalised over the batch.
     """
 
-    beta: float = 1.0
-    max_weight: float = 20.0
+    beta: Positive = 1.0
+    max_weight: Positive = 20.0
 
     formula: ClassVar[str] = "-min(exp(A / beta), max_weight) log pi(y_t)"
     paper: ClassVar[str] = "1910.00177"
@@ -59,8 +60,8 @@ class LeftoverLunch(TokenTerm):
     """
 
     ratio: Literal["sequence", "token", "none"] = "sequence"
-    clip: float = 0.9
-    kl_weight: float = 0.0
+    clip: Inner = 0.9
+    kl_weight: NonNegative = 0.0
     aggregate: Aggregate = "sequence_sum"
 
     formula: ClassVar[str] = "-sg(clip(pi(y) / pi_ref(y))) max(A, 0) log pi(y_t)"
@@ -111,7 +112,7 @@ class RewardGold(TokenTerm):
     tokens learnable. An answer's tokens are summed, as in the code of arXiv 2305.14718.
     """
 
-    floor: float = 0.1
+    floor: Share = 0.1
     aggregate: Aggregate = "sequence_sum"
 
     formula: ClassVar[str] = "-sg(max(pi(y_t), floor)) R log pi(y_t)"

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
+from posttrain.core.bounds import NonNegative, Positive
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat
@@ -75,10 +76,10 @@ class ClippedPolicyGradient(RatioTerm):
     """
 
     aggregate: Aggregate = "token_mean"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    sequence_mask: float | None = None
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
+    dual_clip: NonNegative | None = None
+    sequence_mask: NonNegative | None = None
 
     formula: ClassVar[str] = "-min(r A, clip(r) A)"
     paper: ClassVar[str] = "1707.06347"
@@ -153,8 +154,8 @@ class Gspo(RatioTerm):
     advantage must be the same at all tokens of a sequence.
     """
 
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
+    clip_low: NonNegative = 3e-4
+    clip_high: NonNegative = 4e-4
     aggregate: SequenceAggregate = "sequence_mean"
 
     formula: ClassVar[str] = "-min(s A, clip(s) A), s = exp(mean log r)"
@@ -187,8 +188,8 @@ class Gmpo(RatioTerm):
     The advantage is one per sequence.
     """
 
-    clip_low: float = 0.4
-    clip_high: float = 0.4
+    clip_low: NonNegative = 0.4
+    clip_high: NonNegative = 0.4
     aggregate: SequenceAggregate = "sequence_mean"
 
     formula: ClassVar[str] = "-A exp(mean of one-sided clipped log r)"
@@ -226,8 +227,8 @@ class Cispo(RatioTerm):
     """
 
     aggregate: Aggregate = "token_mean"
-    ratio_low: float = 0.0
-    ratio_high: float = 5.0
+    ratio_low: NonNegative = 0.0
+    ratio_high: NonNegative = 5.0
 
     formula: ClassVar[str] = "-sg(clamp(r, low, high)) A log pi"
     paper: ClassVar[str] = "2506.13585"
@@ -258,8 +259,8 @@ class Sapo(RatioTerm):
     larger one lets go sooner. The slope in r is 4 σ(1 − σ): 1 at r = 1, and towards 0 away from it.
     """
 
-    temperature_up: float = 1.0
-    temperature_down: float = 1.05
+    temperature_up: Positive = 1.0
+    temperature_down: Positive = 1.05
     aggregate: Aggregate = "sequence_mean"
 
     formula: ClassVar[str] = "-(4 / tau) sigmoid(tau (r - 1)) A"
@@ -291,8 +292,8 @@ class Vespo(RatioTerm):
     """
 
     aggregate: Aggregate = "token_mean"
-    up: tuple[float, float] = (2.0, 3.0)
-    down: tuple[float, float] = (3.0, 2.0)
+    up: tuple[Positive, Positive] = (2.0, 3.0)
+    down: tuple[Positive, Positive] = (3.0, 2.0)
 
     formula: ClassVar[str] = "-sg(W^k exp(lambda (1 - W))) A log pi, W the sequence ratio"
     paper: ClassVar[str] = "2602.10693"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import NonNegative, Positive
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat, Wanted
@@ -41,7 +42,7 @@ class ReferenceKL(TokenTerm):
     """
 
     estimator: Literal["k3", "k2", "k3_without_ratio"] = "k3"
-    weight: float = 0.001
+    weight: NonNegative = 0.001
     where: tuple[Kind, ...] = (Kind.LEARNER,)
 
     formula: ClassVar[str] = "r (exp(-u) + u - 1), u = log pi/pi_ref"
@@ -80,7 +81,7 @@ class ReferenceKL(TokenTerm):
 class EntropyBonus(TokenTerm):
     """−H(π) of the next token, at the learner's own tokens (arXiv 1602.01783)."""
 
-    weight: float = 0.01
+    weight: NonNegative = 0.01
     where: tuple[Kind, ...] = (Kind.LEARNER,)
 
     formula: ClassVar[str] = "-H(pi)"
@@ -106,10 +107,10 @@ class AdaptiveEntropyBonus(TokenTerm):
     c grows without bound when the target cannot be reached.
     """
 
-    target: float
-    initial: float = 0.01
-    step: float = 0.005
-    weight: float = 1.0  # of c H, for a schedule; c itself is adapted
+    target: Positive
+    initial: NonNegative = 0.01
+    step: Positive = 0.005
+    weight: NonNegative = 1.0  # of c H, for a schedule; c itself is adapted
     where: tuple[Kind, ...] = (Kind.LEARNER,)
 
     formula: ClassVar[str] = "-c H [H <= target]; c + step where H < target, else c - step"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from posttrain.core.bounds import NonNegative
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat, Wanted
@@ -33,7 +34,7 @@ class ValueLoss(TokenTerm):
     PPO's reference code; ``clip: null`` is the plain squared error.
     """
 
-    clip: float | None = 0.2
+    clip: NonNegative | None = 0.2
 
     formula: ClassVar[str] = "max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2"
     paper: ClassVar[str] = "1707.06347"

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import Decay, Inner, Positive
 from posttrain.core.lazy import F, torch
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column
@@ -53,8 +54,8 @@ class Dpo(PairTerm):
     Unconfirmed: cDPO's smoothing is from general knowledge of a note; DPO itself is confirmed.
     """
 
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    beta: Positive = 0.1
+    label_smoothing: Decay = 0.0
 
     formula: ClassVar[str] = "-log sigmoid(beta (rho_chosen - rho_rejected)), rho = log pi/pi_ref"
     paper: ClassVar[str] = "2305.18290"
@@ -81,8 +82,8 @@ class RobustDpo(PairTerm):
     of the second term never vanishes. It grows without limit as ε approaches 1/2.
     """
 
-    beta: float = 0.1
-    flip_rate: float = 0.1
+    beta: Positive = 0.1
+    flip_rate: Decay = 0.1
 
     formula: ClassVar[str] = "(-(1-e) log sigmoid(z) + e log sigmoid(-z)) / (1-2e), z = beta gap"
     paper: ClassVar[str] = "2403.00409"
@@ -113,7 +114,7 @@ class Ipo(PairTerm):
     Its tau applies to means over tokens and is not comparable with a beta on sums, such as DPO's.
     """
 
-    tau: float = 0.1
+    tau: Positive = 0.1
 
     formula: ClassVar[str] = "(rho_chosen/n - rho_rejected/m - 1/(2 tau))^2"
     paper: ClassVar[str] = "2310.12036"
@@ -134,7 +135,7 @@ class Hinge(PairTerm):
     Pairs beyond the margin have no gradient.
     """
 
-    beta: float = 0.05
+    beta: Positive = 0.05
 
     formula: ClassVar[str] = "max(0, 1 - beta (rho_chosen - rho_rejected))"
     paper: ClassVar[str] = "2309.06657"
@@ -157,8 +158,8 @@ class Exo(PairTerm):
     smoothing it would be infinite, so ε = 0 is refused.
     """
 
-    beta: float = 0.1
-    label_smoothing: float = 1e-3
+    beta: Positive = 0.1
+    label_smoothing: Decay = 1e-3
 
     formula: ClassVar[str] = "KL(q || (1-e, e)), q = sigmoid(beta (rho_chosen - rho_rejected))"
     paper: ClassVar[str] = "2402.00856"
@@ -189,7 +190,7 @@ class Nca(PairTerm):
     one's.
     """
 
-    beta: float = 0.01
+    beta: Positive = 0.01
 
     formula: ClassVar[str] = "-log s(r_w) - log s(-r_w)/2 - log s(-r_l)/2, r = beta rho"
     paper: ClassVar[str] = "2402.05369"
@@ -212,7 +213,7 @@ class Sppo(PairTerm):
     The paper's β of 0.001 has targets of ±500 for log-ratios and needs tiny learning rates.
     """
 
-    beta: float = 1e-3
+    beta: Positive = 1e-3
 
     formula: ClassVar[str] = "(rho_chosen - 1/(2 beta))^2 + (rho_rejected + 1/(2 beta))^2"
     paper: ClassVar[str] = "2405.00675"
@@ -238,7 +239,7 @@ class Apo(PairTerm):
     """
 
     direction: Literal["zero", "down"] = "zero"
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     formula: ClassVar[str] = "zero: 1 - s(r_w) + s(r_l); down: s(r_w) + 1 - s(r_w - r_l)"
     paper: ClassVar[str] = "2408.06266"
@@ -268,8 +269,8 @@ class FDpo(PairTerm):
     """
 
     divergence: Literal["forward_kl", "js", "alpha"] = "js"
-    alpha: float | None = None  # only for the alpha divergence
-    beta: float = 0.1
+    alpha: Inner | None = None  # only for the alpha divergence
+    beta: Positive = 0.1
 
     formula: ClassVar[str] = "-log s(beta f'(exp rho_chosen) - beta f'(exp rho_rejected))"
     paper: ClassVar[str] = "2309.16240"
@@ -304,7 +305,7 @@ class LnDpo(PairTerm):
     At equal lengths n it is DPO with β/n, so its beta is not comparable with DPO's.
     """
 
-    beta: float = 5.0
+    beta: Positive = 5.0
 
     formula: ClassVar[str] = "-log sigmoid(beta (rho_chosen/n - rho_rejected/m))"
     paper: ClassVar[str] = "2411.15124"
@@ -328,8 +329,8 @@ class LdDpo(PairTerm):
     in the margin; here the margin is 0 when both policies are equal.)
     """
 
-    beta: float = 0.1
-    tail: float = 0.5
+    beta: Positive = 0.1
+    tail: Decay = 0.5
 
     formula: ClassVar[str] = "DPO, tokens beyond the shorter answer's length weighted by tail"
     paper: ClassVar[str] = "2409.06411"
@@ -353,7 +354,7 @@ class Wpo(PairTerm):
     through the weight. The upper bound 1 is that of the authors' code.
     """
 
-    beta: float = 0.01
+    beta: Positive = 0.01
 
     formula: ClassVar[str] = "min(1, w_w w_l) DPO, w = exp(mean(log pi(y) - log sum_v pi(v)^2))"
     paper: ClassVar[str] = "2406.11827"
@@ -387,8 +388,8 @@ class Discopop(PairTerm):
     raise tau above 0.11, or start from a policy that already prefers the chosen answers.
     """
 
-    beta: float = 0.05
-    tau: float = 0.05
+    beta: Positive = 0.05
+    tau: Positive = 0.05
 
     formula: ClassVar[str] = "(1-m) (-log s(z)) + m exp(-z), m = s(z/tau), z = beta gap"
     paper: ClassVar[str] = "2406.08414"
@@ -417,7 +418,7 @@ class Aot(PairTerm):
     Ranks are taken over a whole draw: larger ``groups_per_step`` help.
     """
 
-    beta: float = 0.01
+    beta: Positive = 0.01
 
     formula: ClassVar[str] = "-log s(beta (m_(i) - m_ref_(i))), m_(i) the i-th smallest margin"
     paper: ClassVar[str] = "2406.05882"

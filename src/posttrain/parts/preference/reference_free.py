@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
+from posttrain.core.bounds import NonNegative, Number, Positive
 from posttrain.core.lazy import F, torch
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
@@ -35,7 +36,7 @@ class OddsRatio(PairTerm):
     chosen answers with weight 1; the paper's λ is this term's weight.
     """
 
-    weight: float = 0.1
+    weight: NonNegative = 0.1
 
     formula: ClassVar[str] = "-log s(log odds_w - log odds_l), odds = p/(1-p), p = exp(log pi/n)"
     paper: ClassVar[str] = "2403.07691"
@@ -57,7 +58,7 @@ class ContrastiveLogistic(PairTerm):
     DPO with a uniform reference. The method adds cross-entropy on the chosen answers.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     formula: ClassVar[str] = "-log s(beta (log pi(chosen) - log pi(rejected)))"
     paper: ClassVar[str] = "2401.08417"
@@ -83,9 +84,9 @@ class Simpo(PairTerm):
     Its beta multiplies means over tokens and is not comparable with one on sums, such as DPO's.
     """
 
-    beta: float = 2.5
-    gamma: float = 1.375
-    alpha: float = 0.0
+    beta: Positive = 2.5
+    gamma: NonNegative = 1.375
+    alpha: Number = 0.0
 
     formula: ClassVar[str] = "-log s(beta (log pi(chosen)/n - log pi(rejected)/m) - gamma)"
     paper: ClassVar[str] = "2405.14734"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from posttrain.core.bounds import NonNegative, Positive
 from posttrain.core.lazy import F
 from posttrain.core.trajectory import Column
 from posttrain.parts.base import Columns, PolicyRef, Signal, Stats, Term, Unit, Values
@@ -42,9 +43,9 @@ class Kto(UnpairedTerm):
     Draws need at least two prompts: the zero point is over answers to other prompts.
     """
 
-    beta: float = 0.1
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    beta: Positive = 0.1
+    desirable_weight: NonNegative = 1.0
+    undesirable_weight: NonNegative = 1.0
 
     formula: ClassVar[str] = "w (1 - s(beta label (rho - z0))), z0 = max(0, mismatched rho)"
     paper: ClassVar[str] = "2402.01306"
@@ -85,7 +86,7 @@ class Bco(UnpairedTerm):
     Unconfirmed: a library's document and its code disagree on the formula; this is the code's.
     """
 
-    beta: float = 0.01
+    beta: Positive = 0.01
 
     formula: ClassVar[str] = "-log s(label (beta rho - delta)), delta between good and bad"
     paper: ClassVar[str] = "2404.04656"
@@ -118,7 +119,7 @@ class AotUnpaired(UnpairedTerm):
     pairs of −log σ(β(ρ_w − ρ_l)): the gradient is doubled, since each side moves one of the two.
     """
 
-    beta: float = 0.01
+    beta: Positive = 0.01
 
     formula: ClassVar[str] = "-log s(beta (rho_w_(i) - rho_l_(i))), rho_(i) the i-th smallest"
     paper: ClassVar[str] = "2406.05882"

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from posttrain.core.bounds import Size, Tokens
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import IntArray, Role, Sampling, Span
 from posttrain.core.trajectory import Array, Column, Group, Scored, Trajectory
@@ -118,10 +119,10 @@ class StepLabels(Signal):
     """
 
     policy: PolicyRef = "input"
-    samples: int = 8
+    samples: Size = 8
     labels: Literal["soft", "hard"] = "soft"
     steps: Steps = Steps()
-    max_new_tokens: int = 64
+    max_new_tokens: Tokens = 64
 
     formula: ClassVar[str] = "share of continuations from step k that succeed; hard: if any does"
     paper: ClassVar[str] = "2312.08935"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import Decay, NonNegative
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat
@@ -114,8 +115,8 @@ class ProbabilitySft(TokenTerm):
     Unconfirmed: the family was derived from a description at second hand.
     """
 
-    alpha: float = 1.0
-    at_least: float = 0.0
+    alpha: NonNegative = 1.0
+    at_least: Decay = 0.0
 
     formula: ClassVar[str] = "(1 - pi(y_t)^alpha) / alpha where pi(y_t) >= at_least"
     paper: ClassVar[str] = "2510.00526"
@@ -155,7 +156,7 @@ class Psft(TokenTerm):
     option here.
     """
 
-    clip_high: float = 0.28
+    clip_high: NonNegative = 0.28
 
     formula: ClassVar[str] = "-min(r, 1 + clip_high), r = pi(y_t) / pi_old(y_t)"
     paper: ClassVar[str] = "2508.17784"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from posttrain.core.bounds import NonNegative
 from posttrain.core.errors import ConfigError
 from posttrain.parts.base import Aggregate, Limit, PolicyRef
 from posttrain.parts.composition import Composition, Method
@@ -68,7 +69,7 @@ class Asft(Method):
     """
 
     data: Dataset
-    kl_weight: float = 0.1
+    kl_weight: NonNegative = 0.1
     anchor: PolicyRef = "input"
     aggregate: Aggregate = "token_mean"
 
