@@ -38,10 +38,10 @@ class Budget(Config):
 
     def __post_init__(self) -> None:
         amounts = [a for a in (self.steps, self.epochs) if a is not None]
-        if len(amounts) != 1 or amounts[0] <= 0:
+        if len(amounts) != 1:
             raise ConfigError(
                 f"budget with steps={self.steps}, epochs={self.epochs}",
-                expected="exactly one of them, above zero",
+                expected="exactly one of them",
             )
 
 
@@ -80,16 +80,6 @@ class Stage(Config):
                 f"stage name {self.name!r}",
                 expected=f"letters, digits, - and _, and none of {sorted(RESERVED)}",
             )
-        counts = {
-            "groups_per_step": self.groups_per_step,
-            "updates_per_draw": self.updates_per_draw,
-            "micro_batch_tokens": self.micro_batch_tokens,
-            "checkpoint_every": self.checkpoint_every,
-        }
-        if self.max_age < 0:
-            raise ConfigError(f"stage {self.name}: max_age={self.max_age}", expected="0 or more")
-        if low := [f"{k}={v}" for k, v in counts.items() if v is not None and v < 1]:
-            raise ConfigError(f"stage {self.name}: {', '.join(low)}", expected="at least 1")
         if self.updates_per_draw > self.groups_per_step:
             raise ConfigError(
                 f"stage {self.name}: {self.updates_per_draw} updates on draws of "

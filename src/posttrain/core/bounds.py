@@ -48,21 +48,30 @@ Threads: TypeAlias = Annotated[int, Meta(ge=1, le=1024)]
 Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
-def range_words(bounds: Meta) -> str:
+def range_words(bounds: Meta, *, found: float | None = None) -> str:
     """The range of a number in words.
+
+    Limits that only keep numbers finite and sizes sane are left out, unless ``found`` breaks them.
 
     Example:
         >>> range_words(Meta(gt=0, le=1)), range_words(Meta(ge=1, le=10**9))
-        ('above 0, at most 1', 'from 1 to 1,000,000,000')
+        ('above 0, at most 1', '1 or more')
+        >>> range_words(Meta(ge=1, le=10**9), found=10**30)
+        'from 1 to 1,000,000,000'
     """
-    ge, gt, le, lt = bounds.ge, bounds.gt, bounds.le, bounds.lt
+    ge, gt, lt = _telling(bounds.ge), bounds.gt, bounds.lt
+    le = bounds.le if found is not None and found > (bounds.le or 0) else _telling(bounds.le)
     if ge is not None and le is not None:
         return f"from {_number(ge)} to {_number(le)}"
-    low = [f"above {_number(gt)}"] if gt is not None else []
-    low += [f"at least {_number(ge)}"] if ge is not None else []
-    high = [f"below {_number(lt)}"] if lt is not None else []
-    high += [f"at most {_number(le)}"] if le is not None else []
-    return ", ".join(low + high)
+    words = [f"{_number(ge)} or more"] if ge is not None else []
+    words += [f"above {_number(gt)}"] if gt is not None else []
+    words += [f"below {_number(lt)}"] if lt is not None else []
+    words += [f"at most {_number(le)}"] if le is not None else []
+    return ", ".join(words)
+
+
+def _telling(limit: float | None) -> float | None:
+    return limit if limit is not None and abs(limit) <= 1 else None
 
 
 def _number(value: float) -> str:

@@ -1,9 +1,9 @@
 """YAML and JSON that people write, read strictly.
 
-YAML is read as version 1.2 says: ``no``, ``1:30`` and ``2024-01-01`` are text, ``1e-5`` is a number,
-``010`` is ten. What would be read differently from what is written is refused with its line: a key
-that stands twice, a key that is no text, half of a surrogate pair, a whole number beyond 64 bits,
-and tags. Nesting and aliases are bounded, so that a short file cannot stand for a huge tree.
+YAML is read as version 1.2 says: ``no``, ``1:30`` and ``2024-01-01`` are text, ``1e-5`` is a
+number, ``010`` is ten. What would be read differently from what is written is refused with its
+line: a key that stands twice, a key that is no text, half of a surrogate pair, and tags. Nesting
+and aliases are bounded, so that a short file cannot stand for a huge tree.
 """
 
 from __future__ import annotations

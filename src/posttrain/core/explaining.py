@@ -1,9 +1,10 @@
-"""What is wrong with a configuration, from what msgspec says: found, expected, and the nearest name."""
+"""What is wrong with a configuration: found, expected, and the nearest name, for a message."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 from msgspec import Meta, inspect
 
@@ -28,8 +29,10 @@ def explained(message: str, to: object, written: object, *, origin: str) -> Conf
     path = place["path"] if place else ""
     fix = _unknown(message, to, written, path) or _choice(message, to, path)
     found = _value_at(written, path)
-    if (numbers := _numbers(_type_at(to, path))) and _is_number(found):
-        words = " or ".join(_number_words(kind) for kind in numbers)
+    kind = _type_at(to, path)
+    if (numbers := _numbers(kind)) and _is_number(found):
+        words = " or ".join(_number_words(number, found) for number in numbers)
+        words += ", or null" if _may_be_null(kind) else ""
         at = path.lstrip(".") or "it"
         return ConfigError(f"{origin}: {at} is {_short(found)}", expected=words, fix=fix)
     return ConfigError(f"{origin}: {message}", fix=fix)
@@ -42,7 +45,7 @@ def _short(value: object) -> str:
     return repr(value)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -52,10 +55,15 @@ def _numbers(kind: inspect.Type) -> list[inspect.IntType | inspect.FloatType]:
     return [m for m in members if isinstance(m, inspect.IntType | inspect.FloatType)]
 
 
-def _number_words(kind: inspect.IntType | inspect.FloatType) -> str:
+def _may_be_null(kind: inspect.Type) -> bool:
+    members = kind.types if isinstance(kind, inspect.UnionType) else ()
+    return any(isinstance(m, inspect.NoneType) for m in members)
+
+
+def _number_words(kind: inspect.IntType | inspect.FloatType, found: float) -> str:
     what = "a whole number" if isinstance(kind, inspect.IntType) else "a number"
-    words = range_words(Meta(ge=kind.ge, gt=kind.gt, le=kind.le, lt=kind.lt))
-    return f"{what}{' ' if words.startswith('from') else ', ' if words else ''}{words}"
+    words = range_words(Meta(ge=kind.ge, gt=kind.gt, le=kind.le, lt=kind.lt), found=found)
+    return f"{what}{', ' if words else ''}{words}"
 
 
 def _unknown(message: str, to: object, written: object, path: str) -> str | None:

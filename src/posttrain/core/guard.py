@@ -1,9 +1,9 @@
 """The one guard for what others wrote: files and texts whose content nothing vouches for.
 
-Parsers raise what their authors thought of: ValueError, RecursionError, OverflowError, struct.error,
-ArrowInvalid, a panic of compiled code. A list of them is never complete, so :func:`reading` catches
-every exception and turns it into found / expected / to mend. It never swallows one: no result, no
-default, always an error of the tree that keeps its cause.
+Parsers raise what their authors thought of: ValueError, RecursionError, OverflowError,
+struct.error, ArrowInvalid, a panic of compiled code. A list of them is never complete, so
+:func:`reading` catches every exception and turns it into found / expected / to mend. It never
+swallows one: no result, no default, always an error of the tree that keeps its cause.
 
     with reading(path, kind="a JSONL file"):      any exception ──▶ DataError naming path and kind
         rows = parse(read_bytes(path, ...))       an error of the tree passes through unchanged
@@ -100,7 +100,7 @@ def regular_file(
     """The facts about a file, after making sure that it is one, itself or through a link.
 
     Raises:
-        PosttrainError: of the class ``error``: nothing is there, or a folder, pipe, device or socket.
+        PosttrainError: of the class ``error``: nothing is there, or something that is no file.
 
     Example:
         >>> regular_file(Path("/dev/null"))

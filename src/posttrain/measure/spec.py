@@ -24,11 +24,10 @@ class Measure(Config):
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 2 or self.max_new_tokens < 1 or not 0.5 < self.confidence < 1:
+        if self.samples < 2 or self.confidence <= 0.5:
             raise ConfigError(
-                f"measure with samples={self.samples}, max_new_tokens={self.max_new_tokens}, "
-                f"confidence={self.confidence}",
-                expected="samples >= 2, max_new_tokens >= 1 and 0.5 < confidence < 1",
+                f"measure with samples={self.samples}, confidence={self.confidence}",
+                expected="samples >= 2 and 0.5 < confidence < 1",
             )
         if self.epsilon is not None and self.epsilon < self.decidable:
             raise ConfigError(

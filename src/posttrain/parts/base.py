@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from posttrain.core.bounds import Inner, NonNegative
 from posttrain.core.config import Config
-from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.errors import LegalityError
 from posttrain.core.provenance import Kind, Regime
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat, Wanted
@@ -329,13 +329,6 @@ class Limit(Config):
     rewards: Literal["any", "positive", "negative"] = "any"
     preference: Literal["any", "chosen", "rejected"] = "any"
 
-    def __post_init__(self) -> None:
-        if self.entropy_share is not None and not 0 < self.entropy_share < 1:
-            raise ConfigError(
-                f"limit with entropy_share={self.entropy_share}",
-                expected="above 0 and below 1; null reads every token",
-            )
-
     @property
     def needs(self) -> Columns:
         """Columns that the limit reads."""
@@ -349,10 +342,6 @@ class WeightSchedule(Config):
 
     end: NonNegative
     shape: Literal["linear", "cosine"] = "linear"
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.end):
-            raise ConfigError(f"weight_schedule with end={self.end}", expected="a finite number")
 
     def at(self, weight: float, *, progress: float) -> float:
         """The weight when ``progress`` of the stage, from 0 to 1, is done.

@@ -254,10 +254,6 @@ class DecoupledAdvantage(Signal):
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
     min_group: ClassVar[int] = 2
 
-    def __post_init__(self) -> None:
-        if min(self.weights) <= 0:
-            raise ConfigError(f"weights {self.weights}", expected="two numbers above 0")
-
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``ADVANTAGE`` [T] on every member."""
         if not groups:

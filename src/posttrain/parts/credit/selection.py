@@ -131,10 +131,6 @@ class MarkCovariance(Signal):
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE, Column.BEHAVIOUR_LOGPROB})
     provides: ClassVar[Columns] = frozenset({Column.MARK})
 
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ConfigError(f"mark_covariance with share={self.share}", expected="0 < share < 1")
-
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``MARK`` on every member."""
         cov_N = covariances(groups)
@@ -155,10 +151,6 @@ class MarkEntropy(Signal):
 
     paper: ClassVar[str] = "2506.01939"
     provides: ClassVar[Columns] = frozenset({Column.MARK})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ConfigError(f"mark_entropy with share={self.share}", expected="0 < share < 1")
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``MARK`` on every member."""
@@ -191,10 +183,6 @@ class ImitateFailures(Signal):
     paper: ClassVar[str] = "2509.04419"
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
     provides: ClassVar[Columns] = frozenset({Column.DISCARD})
-
-    def __post_init__(self) -> None:
-        if self.gate < 0:
-            raise ConfigError(f"imitate_failures with gate={self.gate}", expected="0 or more")
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``DISCARD`` on every member."""

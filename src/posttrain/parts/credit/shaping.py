@@ -38,10 +38,6 @@ class KLPenalty(Signal):
     provides: ClassVar[Columns] = frozenset({Column.TOKEN_REWARD})
     untempered: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ConfigError(f"kl_penalty with beta={self.beta}", expected="above 0")
-
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with the penalty added to ``TOKEN_REWARD``."""
         return add_token_rewards(groups, [[self._penalty(m) for m in g.members] for g in groups])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from posttrain.core.bounds import Inner, NonNegative, Positive, Share
+from posttrain.core.bounds import NonNegative, Positive, Share
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Divergence, DivergenceKind, Wanted
@@ -45,12 +45,6 @@ class TeacherDivergence(TokenTerm):
     needs: ClassVar[Columns] = TEACHER
     by_divergence: ClassVar[bool] = True
     name_shown: ClassVar[str] = "divergence"
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ConfigError(
-                f"temperature={self.temperature}", expected="above 0; 1 changes nothing"
-            )
 
     @property
     def coefficient(self) -> float:
@@ -128,11 +122,6 @@ class TeacherJensenShannon(TeacherDivergence):
     paper: ClassVar[str] = "2306.13649"
     kind: ClassVar[DivergenceKind] = DivergenceKind.JENSEN_SHANNON
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.beta <= 1:
-            raise ConfigError(f"beta={self.beta}", expected="from 0 (forward KL) to 1 (reverse KL)")
-
     @property
     def coefficient(self) -> float:
         """β."""
@@ -142,13 +131,12 @@ class TeacherJensenShannon(TeacherDivergence):
 class SkewedKL(TeacherDivergence):
     """A KL to a mixture with a share α of its first argument."""
 
-    alpha: Inner = 0.1
+    alpha: Share = 0.1
 
     at_zero: ClassVar[str]  # the term that it equals at α = 0
     paper: ClassVar[str] = "2402.03898"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 < self.alpha < 1:
             raise ConfigError(
                 f"alpha={self.alpha}",
@@ -203,10 +191,6 @@ class EntropyAwareKL(TokenTerm):
     paper: ClassVar[str] = "2603.07079"
     needs: ClassVar[Columns] = TEACHER
     reads: ClassVar[frozenset[Wanted]] = frozenset({FORWARD, REVERSE})
-
-    def __post_init__(self) -> None:
-        if self.threshold < 0:
-            raise ConfigError(f"threshold={self.threshold}", expected="0 nats or more")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] reverse KL, plus forward KL where the teacher's entropy is high."""

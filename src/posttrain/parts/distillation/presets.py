@@ -328,10 +328,6 @@ class Uld(OnTasks):
     formula: ClassVar[str] = "-log pi(y_t) on data, + weight sum_i |pi_(i) - pi_T(i)| on rollouts"
     paper: ClassVar[str] = "2402.12030"
 
-    def __post_init__(self) -> None:
-        if not 0 < self.own < 1:
-            raise ConfigError(f"uld with own={self.own}", expected="above 0 and below 1")
-
     def compose(self) -> Composition:
         """Data and live rollouts; a foreign teacher on the rollouts; both losses."""
         by_rank = TeacherSortedL1(

@@ -54,13 +54,6 @@ class TeacherAdvantage(Signal):
     untempered: ClassVar[bool] = True
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
 
-    def __post_init__(self) -> None:
-        if self.extrapolation <= 0 or self.early < 0:
-            raise ConfigError(
-                f"teacher_advantage with extrapolation={self.extrapolation}, early={self.early}",
-                expected="extrapolation above 0 (1 is the teacher itself), early 0 or more",
-            )
-
     @property
     def needs(self) -> Columns:
         """Log-probs of teacher and policy, and of a reference for extrapolation."""

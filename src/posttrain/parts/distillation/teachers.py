@@ -148,11 +148,6 @@ class TeacherDistribution(RoutedTeacher):
     paper: ClassVar[str] = "2209.15189, 2601.18734, 2601.19897 (contexts), 2601.20802 (success)"
     shown: ClassVar[tuple[str, ...]] = ("answer", "success")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k={self.top_k}", expected="at least 1, or null")
-
     @property
     def shows_success(self) -> bool:
         """True when the context has another answer of the group."""

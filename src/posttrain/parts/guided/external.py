@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from posttrain.core.bounds import NonNegative, Positive
-from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
@@ -47,13 +46,6 @@ class AssumedCertainGradient(TokenTerm):
     paper: ClassVar[str] = "2504.14945"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
     accepts: ClassVar[frozenset[Kind]] = OTHERS
-
-    def __post_init__(self) -> None:
-        if self.gamma <= 0:
-            raise ConfigError(
-                f"assumed_certain_gradient with gamma={self.gamma}",
-                expected="above 0: at 0 the shaped ratio is constant, and has no gradient",
-            )
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −p / (p + γ) A."""
@@ -105,19 +97,12 @@ class ExplorationBonus(Term):
     """
 
     aggregate: Aggregate = "sequence_sum"
-    weight: NonNegative = 1e-5
+    weight: Positive = 1e-5
     where: tuple[Kind, ...] = (Kind.TEACHER,)
 
     formula: ClassVar[str] = "log pi(y), y of the reference"
     paper: ClassVar[str] = "2405.21046"
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.TEACHER})
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ConfigError(
-                f"exploration_bonus with weight={self.weight}",
-                expected="above 0: a negative one would imitate the reference",
-            )
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] log π(y)."""

@@ -43,8 +43,6 @@ class KeepRewards(Signal):
                 "keep_rewards that keeps everything",
                 expected="at_least, best or distinct",
             )
-        if self.best is not None and self.best < 1:
-            raise ConfigError(f"keep_rewards with best={self.best}", expected="at least 1")
 
     def trained_share(self, members: int) -> float:
         """The best of the group, where only so many stay."""

@@ -36,12 +36,6 @@ class AdvantageWeighted(TokenTerm):
     paper: ClassVar[str] = "1910.00177"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
 
-    def __post_init__(self) -> None:
-        if self.beta <= 0 or self.max_weight <= 0:
-            raise ConfigError(
-                f"beta={self.beta}, max_weight={self.max_weight}", expected="both above 0"
-            )
-
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −min(e^{A/β}, w_max) log π(y)."""
         # Infinity, for a very small β, is clamped like any other large weight.
@@ -68,11 +62,6 @@ class LeftoverLunch(TokenTerm):
     paper: ClassVar[str] = "2305.14718"
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip < 1 or self.kl_weight < 0:
-            raise ConfigError(
-                f"clip={self.clip}, kl_weight={self.kl_weight}",
-                expected="0 < clip < 1 and kl_weight >= 0",
-            )
         if self.kl_weight and self.ratio != "none":
             raise ConfigError(
                 f"kl_weight={self.kl_weight} with ratio={self.ratio}",
@@ -118,10 +107,6 @@ class RewardGold(TokenTerm):
     formula: ClassVar[str] = "-sg(max(pi(y_t), floor)) R log pi(y_t)"
     paper: ClassVar[str] = "2009.07839"
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 1:
-            raise ConfigError(f"floor={self.floor}", expected="a probability, from 0 to 1")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −sg(max(π(y), floor)) R log π(y)."""

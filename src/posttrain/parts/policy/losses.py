@@ -91,8 +91,6 @@ class ClippedPolicyGradient(RatioTerm):
                 f"dual_clip={self.dual_clip}, clip_high={self.clip_high}",
                 expected="dual_clip above 1 + clip_high",
             )
-        if self.sequence_mask is not None and self.sequence_mask < 0:
-            raise ConfigError(f"sequence_mask={self.sequence_mask}", expected="0 or more, in nats")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −min(r A, clip(r) A), with the second bound and the sequence mask if set."""
@@ -188,19 +186,14 @@ class Gmpo(RatioTerm):
     The advantage is one per sequence.
     """
 
-    clip_low: NonNegative = 0.4
-    clip_high: NonNegative = 0.4
+    clip_low: Positive = 0.4
+    clip_high: Positive = 0.4
     aggregate: SequenceAggregate = "sequence_mean"
 
     formula: ClassVar[str] = "-A exp(mean of one-sided clipped log r)"
     paper: ClassVar[str] = "2507.20673"
 
     def __post_init__(self) -> None:
-        if self.clip_low <= 0 or self.clip_high <= 0:
-            raise ConfigError(
-                f"clip_low={self.clip_low}, clip_high={self.clip_high}",
-                expected="both above 0: they are in nats",
-            )
         check_level(self.mismatch)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
@@ -266,13 +259,6 @@ class Sapo(RatioTerm):
     formula: ClassVar[str] = "-(4 / tau) sigmoid(tau (r - 1)) A"
     paper: ClassVar[str] = "2511.20347"
 
-    def __post_init__(self) -> None:
-        if self.temperature_up <= 0 or self.temperature_down <= 0:
-            raise ConfigError(
-                f"temperatures {self.temperature_up} and {self.temperature_down}",
-                expected="both above 0",
-            )
-
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −(4/τ) σ(τ (r − 1)) A."""
         advantage_N = batch.columns[Column.ADVANTAGE]
@@ -297,10 +283,6 @@ class Vespo(RatioTerm):
 
     formula: ClassVar[str] = "-sg(W^k exp(lambda (1 - W))) A log pi, W the sequence ratio"
     paper: ClassVar[str] = "2602.10693"
-
-    def __post_init__(self) -> None:
-        if min(*self.up, *self.down) <= 0:
-            raise ConfigError(f"up={self.up}, down={self.down}", expected="four numbers above 0")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −sg(W^k e^{λ(1−W)}) A log π."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from posttrain.core.bounds import NonNegative, Positive, Share, Size
-from posttrain.core.errors import ConfigError
 from posttrain.core.learner import ScalarHead
 from posttrain.core.provenance import Kind
 from posttrain.parts.base import Limit, PolicyRef
@@ -113,10 +112,6 @@ class ValuePretraining(OnRollouts):
     tendency: ClassVar[str] = "none: the policy does not change"
     formula: ClassVar[str] = "(V - R)^2 / 2, R the return that was really earned"
     paper: ClassVar[str] = "2504.05118"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise ConfigError(f"gamma={self.gamma}", expected="between 0 and 1")
 
     def compose(self) -> Composition:
         """Live rollouts; verifier; GAE with λ = 1; value loss alone."""

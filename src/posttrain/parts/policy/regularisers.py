@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from posttrain.core.bounds import NonNegative, Positive
-from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column
@@ -117,14 +116,6 @@ class AdaptiveEntropyBonus(TokenTerm):
     paper: ClassVar[str] = "2505.22312"
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.LEARNER})
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.ENTROPY})
-
-    def __post_init__(self) -> None:
-        if self.target <= 0 or self.initial < 0 or self.step <= 0:
-            raise ConfigError(
-                f"adaptive_entropy_bonus with target={self.target}, initial={self.initial}, "
-                f"step={self.step}",
-                expected="target and step above 0, initial 0 or more",
-            )
 
     @property
     def moves(self) -> bool:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from posttrain.core.bounds import Decay, Inner, Positive
+from posttrain.core.bounds import Decay, Inner, Positive, Share
 from posttrain.core.lazy import F, torch
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column
@@ -30,7 +30,6 @@ from posttrain.parts.preference.sides import (
     log_ratio_N,
     means,
     paired,
-    positive,
     require,
     shared_sums,
     sums,
@@ -62,9 +61,9 @@ class Dpo(PairTerm):
 
     def __post_init__(self) -> None:
         require(
-            0 < self.beta < math.inf and 0 <= self.label_smoothing < 0.5,
-            f"beta={self.beta}, label_smoothing={self.label_smoothing}",
-            "beta > 0 and 0 <= label_smoothing < 0.5",
+            self.label_smoothing < 0.5,
+            f"label_smoothing={self.label_smoothing}",
+            "below 0.5: at one half labels say nothing",
         )
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
@@ -89,7 +88,6 @@ class RobustDpo(PairTerm):
     paper: ClassVar[str] = "2403.00409"
 
     def __post_init__(self) -> None:
-        positive("beta", self.beta)
         require(
             0 <= self.flip_rate < 0.5,
             f"flip_rate={self.flip_rate}",
@@ -119,9 +117,6 @@ class Ipo(PairTerm):
     formula: ClassVar[str] = "(rho_chosen/n - rho_rejected/m - 1/(2 tau))^2"
     paper: ClassVar[str] = "2310.12036"
 
-    def __post_init__(self) -> None:
-        positive("tau", self.tau)
-
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] (ρ̄_w − ρ̄_l − 1/(2τ))²."""
         rho = means(log_ratio_N(stats, batch), batch)
@@ -139,9 +134,6 @@ class Hinge(PairTerm):
 
     formula: ClassVar[str] = "max(0, 1 - beta (rho_chosen - rho_rejected))"
     paper: ClassVar[str] = "2309.06657"
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] max(0, 1 − βΔ)."""
@@ -165,7 +157,6 @@ class Exo(PairTerm):
     paper: ClassVar[str] = "2402.00856"
 
     def __post_init__(self) -> None:
-        positive("beta", self.beta)
         require(
             0 < self.label_smoothing < 0.5,
             f"label_smoothing={self.label_smoothing}",
@@ -195,9 +186,6 @@ class Nca(PairTerm):
     formula: ClassVar[str] = "-log s(r_w) - log s(-r_w)/2 - log s(-r_l)/2, r = beta rho"
     paper: ClassVar[str] = "2402.05369"
 
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l)."""
         rho = sums(log_ratio_N(stats, batch), batch)
@@ -217,9 +205,6 @@ class Sppo(PairTerm):
 
     formula: ClassVar[str] = "(rho_chosen - 1/(2 beta))^2 + (rho_rejected + 1/(2 beta))^2"
     paper: ClassVar[str] = "2405.00675"
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] (ρ_w − 1/(2β))² + (ρ_l + 1/(2β))²."""
@@ -243,9 +228,6 @@ class Apo(PairTerm):
 
     formula: ClassVar[str] = "zero: 1 - s(r_w) + s(r_l); down: s(r_w) + 1 - s(r_w - r_l)"
     paper: ClassVar[str] = "2408.06266"
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] zero: 1 − σ(r_w) + σ(r_l); down: σ(r_w) + 1 − σ(r_w − r_l)."""
@@ -276,7 +258,6 @@ class FDpo(PairTerm):
     paper: ClassVar[str] = "2309.16240"
 
     def __post_init__(self) -> None:
-        positive("beta", self.beta)
         named = self.divergence == "alpha"
         require(
             (self.alpha is not None) == named and (self.alpha is None or 0 < self.alpha < 1),
@@ -310,9 +291,6 @@ class LnDpo(PairTerm):
     formula: ClassVar[str] = "-log sigmoid(beta (rho_chosen/n - rho_rejected/m))"
     paper: ClassVar[str] = "2411.15124"
 
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(β(ρ̄_w − ρ̄_l))."""
         rho = means(log_ratio_N(stats, batch), batch)
@@ -330,13 +308,12 @@ class LdDpo(PairTerm):
     """
 
     beta: Positive = 0.1
-    tail: Decay = 0.5
+    tail: Share = 0.5
 
     formula: ClassVar[str] = "DPO, tokens beyond the shorter answer's length weighted by tail"
     paper: ClassVar[str] = "2409.06411"
 
     def __post_init__(self) -> None:
-        positive("beta", self.beta)
         require(0 <= self.tail < 1, f"tail={self.tail}", "0 <= tail < 1: 1 is dpo")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
@@ -359,9 +336,6 @@ class Wpo(PairTerm):
     formula: ClassVar[str] = "min(1, w_w w_l) DPO, w = exp(mean(log pi(y) - log sum_v pi(v)^2))"
     paper: ClassVar[str] = "2406.11827"
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.LOGPROB, Stat.LOG_COLLISION})
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] min(1, w_w w_l) · −log σ(βΔ)."""
@@ -394,10 +368,6 @@ class Discopop(PairTerm):
     formula: ClassVar[str] = "(1-m) (-log s(z)) + m exp(-z), m = s(z/tau), z = beta gap"
     paper: ClassVar[str] = "2406.08414"
 
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-        positive("tau", self.tau)
-
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] (1−m) · −log σ(z) + m e^{−z}, z = βΔ, m = σ(z/τ)."""
         rho = sums(log_ratio_N(stats, batch), batch)
@@ -423,9 +393,6 @@ class Aot(PairTerm):
     formula: ClassVar[str] = "-log s(beta (m_(i) - m_ref_(i))), m_(i) the i-th smallest margin"
     paper: ClassVar[str] = "2406.05882"
     needs: ClassVar[Columns] = frozenset({Column.PREFERENCE, Column.QUANTILE})
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
         """Ranks of margins."""

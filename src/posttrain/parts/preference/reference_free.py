@@ -9,7 +9,6 @@ Throughout, w is the chosen and l the rejected answer. Shape legend: ``P`` pairs
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
 from posttrain.core.bounds import NonNegative, Number, Positive
@@ -18,7 +17,7 @@ from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
 from posttrain.parts.base import Columns, Stats, Values
 from posttrain.parts.preference.shapes import OnPairsWithoutReference
-from posttrain.parts.preference.sides import PairTerm, means, paired, positive, require, sums
+from posttrain.parts.preference.sides import PairTerm, means, paired, sums
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import capped_exp
 
@@ -64,9 +63,6 @@ class ContrastiveLogistic(PairTerm):
     paper: ClassVar[str] = "2401.08417"
     needs: ClassVar[Columns] = frozenset({Column.PREFERENCE})
 
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(β(log π(y_w) − log π(y_l)))."""
         logp = sums(stats[Stat.LOGPROB], batch)
@@ -91,14 +87,6 @@ class Simpo(PairTerm):
     formula: ClassVar[str] = "-log s(beta (log pi(chosen)/n - log pi(rejected)/m) - gamma)"
     paper: ClassVar[str] = "2405.14734"
     needs: ClassVar[Columns] = frozenset({Column.PREFERENCE})
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-        require(
-            0 <= self.gamma < math.inf and math.isfinite(self.alpha),
-            f"gamma={self.gamma}, alpha={self.alpha}",
-            "gamma >= 0, and both finite",
-        )
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(β(r_w − r_l) − γ), r the mean log-prob m, or (1 − e^{−αm})/α."""

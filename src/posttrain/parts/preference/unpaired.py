@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from posttrain.core.bounds import NonNegative, Positive
+from posttrain.core.bounds import Positive
 from posttrain.core.lazy import F
 from posttrain.core.trajectory import Column
 from posttrain.parts.base import Columns, PolicyRef, Signal, Stats, Term, Unit, Values
 from posttrain.parts.preference.ranking import LogRatioCentre, MatchQuantiles, MismatchedKL
 from posttrain.parts.preference.shapes import OnLabels, OnPairs
-from posttrain.parts.preference.sides import judged, log_ratio_N, positive
+from posttrain.parts.preference.sides import judged, log_ratio_N
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import sequence_sums
 
@@ -44,19 +44,14 @@ class Kto(UnpairedTerm):
     """
 
     beta: Positive = 0.1
-    desirable_weight: NonNegative = 1.0
-    undesirable_weight: NonNegative = 1.0
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
 
     formula: ClassVar[str] = "w (1 - s(beta label (rho - z0))), z0 = max(0, mismatched rho)"
     paper: ClassVar[str] = "2402.01306"
     needs: ClassVar[Columns] = frozenset(
         {Column.REFERENCE_LOGPROB, Column.LABEL, Column.MISMATCHED_KL}
     )
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-        positive("desirable_weight", self.desirable_weight)
-        positive("undesirable_weight", self.undesirable_weight)
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
         """The signal of the zero point."""
@@ -94,9 +89,6 @@ class Bco(UnpairedTerm):
         {Column.REFERENCE_LOGPROB, Column.LABEL, Column.LOG_RATIO_CENTRE}
     )
 
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
         """The signal of the classifier's threshold."""
         return (LogRatioCentre(),)
@@ -126,9 +118,6 @@ class AotUnpaired(UnpairedTerm):
     needs: ClassVar[Columns] = frozenset(
         {Column.PREFERENCE, Column.QUANTILE, Column.REFERENCE_LOGPROB}
     )
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
         """Ranks of rewards."""

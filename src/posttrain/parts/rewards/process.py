@@ -129,13 +129,6 @@ class StepLabels(Signal):
     may_ask_learner: ClassVar[bool] = True
     provides: ClassVar[Columns] = frozenset({Column.STEP_LABEL})
 
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.max_new_tokens < 1:
-            raise ConfigError(
-                f"step_labels with samples={self.samples}, max_new_tokens={self.max_new_tokens}",
-                expected="at least 1 of each",
-            )
-
     def references(self) -> tuple[PolicyRef, ...]:
         """The policy that samples the continuations."""
         return (self.policy,)

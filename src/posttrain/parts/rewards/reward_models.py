@@ -13,7 +13,6 @@ Shape legend: ``N`` trained tokens, ``S`` sequences, ``P`` pairs.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from posttrain.core.bounds import NonNegative
@@ -55,14 +54,6 @@ class BradleyTerry(Term):
     unit: ClassVar[Unit] = "pair"
     aggregate: ClassVar[str] = "pair_mean"
     reads: ClassVar[frozenset[Wanted]] = SCORE
-
-    def __post_init__(self) -> None:
-        margin = 0.0 if self.margin == "column" else self.margin
-        if not (0 <= margin < math.inf and 0 <= self.centring < math.inf):
-            raise ConfigError(
-                f"bradley_terry with margin={self.margin}, centring={self.centring}",
-                expected="both 0 or more, and finite; or margin: column",
-            )
 
     @property
     def needs(self) -> Columns:
