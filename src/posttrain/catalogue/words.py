@@ -8,11 +8,11 @@ from enum import Enum
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
-import yaml
 from msgspec import structs
 
 from posttrain.core.bounds import range_words
 from posttrain.core.config import Config
+from posttrain.core.documents import write_yaml
 from posttrain.parts.base import Part
 
 
@@ -107,7 +107,5 @@ _SIMPLE: Mapping[Any, str] = {
 
 def flow(value: object) -> str:
     """YAML on one line."""
-    text = yaml.safe_dump(
-        value, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False
-    )
+    text = write_yaml(value, flow=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...").replace("'*'", '"*"')

@@ -8,6 +8,7 @@ in no range. What depends on several options is checked by the class that has th
 type         range              for
 ============ ================== =========================================================
 Number       −10¹² … 10¹²       rewards, bounds on a metric
+Integer      −10¹² … 10¹²       settings of other libraries
 NonNegative  0 … 10¹²           weights, clips
 Positive     above 0 … 10¹²     what is divided by, scales
 Share        0 … 1              shares, probabilities, discounts
@@ -16,7 +17,7 @@ Decay        0 … below 1        averages that forget, label smoothing
 Inner        between 0 and 1    both ends are another method
 Whole        0 … 10⁹            counts that may be none
 Count        1 … 10⁹            steps, updates
-Size    1 … 65,536         answers to one prompt
+Size         1 … 65,536         answers to one prompt, ranks of adapters
 Tokens       1 … 2²⁴            the length of an answer
 Threads      1 … 1,024          CPU threads
 Seed         0 … 2⁶³ − 1        what every generator in use takes
@@ -40,6 +41,7 @@ Rate: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
 Inner: TypeAlias = Annotated[float, Meta(gt=0, lt=1)]
 
+Integer: TypeAlias = Annotated[int, Meta(ge=-(10**12), le=10**12)]
 Whole: TypeAlias = Annotated[int, Meta(ge=0, le=_MOST_STEPS)]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=_MOST_STEPS)]
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=65_536)]

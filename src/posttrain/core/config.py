@@ -45,12 +45,16 @@ class ConfigMeta(msgspec.StructMeta):
             Raises:
                 ConfigError: as :func:`convert`.
             """
-            if not positional and not options and not _asks(cls):
+            if positional:
+                raise ConfigError(
+                    f"{cls.__name__} with {len(positional)} options without a name",
+                    expected=f"name=value, of {', '.join(cls.__struct_fields__) or 'none'}",
+                )
+            if not options and not _asks(cls):
                 return super().__call__()
-            written = dict(zip(cls.__struct_fields__, positional, strict=False)) | options
             names = dict(zip(cls.__struct_fields__, cls.__struct_encode_fields__, strict=True))
             return convert(
-                {names.get(k, k): v for k, v in written.items()}, cls, origin=cls.__name__
+                {names.get(k, k): v for k, v in options.items()}, cls, origin=cls.__name__
             )
 
 

@@ -19,7 +19,7 @@ import yaml
 from posttrain.core.errors import ConfigError, PosttrainError
 from posttrain.core.guard import MEGABYTE, read_text, reading
 
-__all__ = ["parse_json", "parse_yaml", "read_yaml"]
+__all__ = ["parse_json", "parse_yaml", "read_yaml", "write_yaml"]
 
 MOST_BYTES = 8 * MEGABYTE
 MOST_DEPTH = 64
@@ -192,6 +192,36 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}", expected="a mapping")
     return content
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would not read as text."""
+
+
+for _name, _pattern, _first, _build in _KINDS:
+    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"^(?:{_pattern})$"), _first)  # type: ignore[no-untyped-call]
+
+
+def write_yaml(value: object, *, flow: bool = False, width: int = 96) -> str:
+    """Plain data as YAML that :func:`parse_yaml`, and readers of YAML 1.1, read as it was.
+
+    Args:
+        value: text, numbers, lists and mappings, in the order to write.
+        flow: one line, with braces.
+        width: characters of a line.
+
+    Example:
+        >>> write_yaml({"answer": "no", "steps": 10})
+        "answer: 'no'\\nsteps: 10\\n"
+    """
+    return yaml.dump(
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=flow,
+        width=width,
+    )
 
 
 def parse_json(

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-import yaml
 from msgspec import structs
 
 from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.core import config
+from posttrain.core.documents import write_yaml
 from posttrain.core.errors import ModelError
 from posttrain.core.trajectory import Column
 from posttrain.models.files import model_digest
@@ -77,7 +77,7 @@ def preview(recipe: Recipe, *, root: Path) -> str:
     for number, planned in enumerate(plan.stages, start=1):
         lines += ["", *_stage_lines(number, planned, plan, shape, facts)]
     lines += _detours(plan, others)
-    resolved = yaml.safe_dump(config.plain(recipe), sort_keys=False, allow_unicode=True)
+    resolved = write_yaml(config.plain(recipe))
     return "\n".join([*lines, "", "resolved recipe:", "", resolved.rstrip()])
 
 

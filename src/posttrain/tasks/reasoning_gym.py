@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast, final
 
 import msgspec
 
-from posttrain.core.bounds import Count, Seed, Whole
+from posttrain.core.bounds import Count, Integer, Number, Seed, Whole
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import TaskError, nearest
 from posttrain.core.provenance import Role
@@ -44,7 +44,7 @@ _LIBRARY_ERRORS = (
     ValueError,
 )
 
-PlainValue = str | int | float | bool | None
+PlainValue = str | Integer | Number | bool | None
 
 
 @part
