@@ -4,6 +4,8 @@ from posttrain import Recipe
 from posttrain.api import run
 
 run(Recipe(...), out=Path("out/mine"))
+
+Paths are made absolute here, once: code that a recipe calls may change the working folder.
 """
 
 from __future__ import annotations
@@ -51,7 +53,12 @@ def run(
         stop: called between draws; True commits and raises ``Interrupted``.
     """
     return pipeline.run(
-        recipe, out=out, root=root, engine=engine_for(recipe), observe=observe, stop=stop
+        recipe,
+        out=out.absolute(),
+        root=root.absolute(),
+        engine=engine_for(recipe),
+        observe=observe,
+        stop=stop,
     )
 
 
@@ -66,12 +73,12 @@ def check(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) ->
     Raises:
         PosttrainError: what would stop the run.
     """
-    return check_recipe(recipe, root=root, engine=engine_for(recipe), observe=observe)
+    return check_recipe(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
 
 
 def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Measurement:
     """Measure the recipe's model on its task sets; its stages are ignored."""
-    return measure_model(recipe, root=root, engine=engine_for(recipe), observe=observe)
+    return measure_model(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
 
 
 def compare(
@@ -79,7 +86,7 @@ def compare(
 ) -> Between:
     """Compare two models, measured on the recipe's task sets; its model and stages are ignored."""
     return compare_models(
-        recipe, before, after, root=root, engine=engine_for(recipe), observe=observe
+        recipe, before, after, root=root.absolute(), engine=engine_for(recipe), observe=observe
     )
 
 
@@ -104,7 +111,7 @@ def diagnose(
     """
     return find_bottleneck(
         recipe,
-        root=root,
+        root=root.absolute(),
         engine=engine_for(recipe),
         supplies=supplies,
         practice=Practice(book=book) if book else None,
@@ -138,8 +145,8 @@ def treat(
     """
     return run_treatment(
         recipe,
-        out=out,
-        root=root,
+        out=out.absolute(),
+        root=root.absolute(),
         engine=engine_for(recipe),
         budget=budget,
         supplies=supplies,

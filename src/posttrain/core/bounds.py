@@ -31,7 +31,7 @@ from typing import Annotated, TypeAlias
 from msgspec import Meta
 
 _MOST = 1e12
-_MOST_STEPS = 10**9
+MOST_STEPS = 10**9
 
 Number: TypeAlias = Annotated[float, Meta(ge=-_MOST, le=_MOST)]
 NonNegative: TypeAlias = Annotated[float, Meta(ge=0, le=_MOST)]
@@ -42,8 +42,8 @@ Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
 Inner: TypeAlias = Annotated[float, Meta(gt=0, lt=1)]
 
 Integer: TypeAlias = Annotated[int, Meta(ge=-(10**12), le=10**12)]
-Whole: TypeAlias = Annotated[int, Meta(ge=0, le=_MOST_STEPS)]
-Count: TypeAlias = Annotated[int, Meta(ge=1, le=_MOST_STEPS)]
+Whole: TypeAlias = Annotated[int, Meta(ge=0, le=MOST_STEPS)]
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=MOST_STEPS)]
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=65_536)]
 Tokens: TypeAlias = Annotated[int, Meta(ge=1, le=2**24)]
 Threads: TypeAlias = Annotated[int, Meta(ge=1, le=1024)]
