@@ -60,14 +60,16 @@ class LocalLearner:
         critic_lr: float | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        self._adapters = attach(model, lora, seed=seed) if lora else None
+        self._adapters, proofs = attach(model, lora, seed=seed) if lora else (None, ())
         self._model, self._config, self._scalar = model, optimizer, scalar
         self._version = Version()
         producer = Producer(kind=Kind.LEARNER, name=name)
-        self._policy = LocalPolicy(model, producer=producer, version=self._version, scalar=scalar)
+        self._policy = LocalPolicy(
+            model, producer=producer, version=self._version, scalar=scalar, proofs=proofs
+        )
         self._critic = scalar.trunk if scalar and scalar.trunk is not model else None
         self._critic_adapters = (
-            attach(self._critic, lora, seed=seed) if lora and self._critic is not None else None
+            attach(self._critic, lora, seed=seed)[0] if lora and self._critic is not None else None
         )
         models = [model] if self._critic is None else [model, self._critic]
         self._recomputed = Recomputation(models) if activation_checkpointing else None

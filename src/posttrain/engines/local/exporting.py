@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from posttrain.core.errors import ModelError
 from posttrain.core.proofs import Proof, Subject
-from posttrain.engines.local.adapters import reach, save_adapters, shortened
+from posttrain.engines.local.adapters import quiet, reach, save_adapters, shortened
 from posttrain.engines.local.comparing import (
     buffers,
     differing_log_prob,
@@ -69,9 +69,15 @@ def export(model: Model, adapters, folder: Path) -> list[Proof]:  # type: ignore
     causal = model.causal
     if adapters is not None:
         save_adapters(adapters, folder / ADAPTER)
-        causal = copy.deepcopy(adapters).float().merge_and_unload()
+        causal = _merged(adapters)
     _write(causal, model, folder)
     return prove(model, adapters, causal, folder)
+
+
+def _merged(adapters) -> PreTrainedModel:  # type: ignore[no-untyped-def]  # optional
+    """A float32 copy of the model, with its adapters merged."""
+    merged: PreTrainedModel = copy.deepcopy(adapters).float().merge_and_unload()
+    return merged
 
 
 def _write(causal: PreTrainedModel, model: Model, folder: Path) -> None:
@@ -148,6 +154,11 @@ def _same(difference: str | None) -> None:
         )
 
 
+def _first(error: Exception) -> str:
+    """The first line of an error."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def _load(folder: Path, model: Model) -> PreTrainedModel:
     """The plain model of a folder, every weight read from its files."""
     try:
@@ -158,8 +169,7 @@ def _load(folder: Path, model: Model) -> PreTrainedModel:
             output_loading_info=True,
         )
     except _LOADING as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        _same(f"it does not load: {first}")
+        _same(f"it does not load: {_first(error)}")
         raise
     for kind, names in loaded[1].items():
         if names and kind.endswith("_keys"):
@@ -199,7 +209,7 @@ def _differing_files(folder: Path, model: Model) -> str | None:
     try:
         reloaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=_is_remote(model.causal))
     except _LOADING as error:
-        return f"its tokenizer does not load: {error}"
+        return f"its tokenizer does not load: {_first(error)}"
     if (difference := differing_tokens(reloaded, model.tokenizer)) is not None:
         return difference
     for path in _carried(model):
@@ -219,7 +229,12 @@ def _prove_adapter(  # type: ignore[no-untyped-def]  # optional
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model.folder, dtype=torch.float32, trust_remote_code=_is_remote(model.causal)
     )
-    whole = PeftModel.from_pretrained(base, folder).to(model.device).eval()
+    try:
+        with quiet():
+            whole = PeftModel.from_pretrained(base, folder).to(model.device).eval()
+    except _LOADING as error:
+        _same(f"its adapter does not load: {_first(error)}")
+        raise
     live = dict(adapters.named_parameters())
     again = {n: _rounded(p, live[n]) if n in live else p for n, p in whole.named_parameters()}
     difference = differing_tensor(again, {n: p.float() for n, p in live.items()})

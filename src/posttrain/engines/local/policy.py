@@ -48,8 +48,10 @@ class LocalPolicy:
         producer: Producer | None = None,
         version: Version | None = None,
         scalar: Scalar | None = None,
+        proofs: tuple[Proof, ...] | None = None,
     ) -> None:
         self._model, self._version, self._scalar = model, version, scalar
+        self._proofs = model.proofs if proofs is None else proofs
         self._renderer = ChatRenderer(cast(Tokenizer, model.tokenizer), end_tokens=model.end_tokens)
         self._producer = producer or Producer(
             kind=Kind.TEACHER, name=model.name, digest=model.digest
@@ -87,8 +89,8 @@ class LocalPolicy:
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
-        """What was compared when its model was loaded; empty for the live learner."""
-        return () if self._version else self._model.proofs
+        """What was compared when its model was loaded, or when a learner's adapters were added."""
+        return self._proofs
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
