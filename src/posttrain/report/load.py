@@ -64,7 +64,8 @@ def load_report(out: Path) -> RunReport:
 def _machine(began: Record | None) -> str:
     """The machine of the run's latest process, which need not be this one."""
     body = began.body if began else {}
-    return f"{body['machine']}, Python {body['python']}" if body else "not recorded"
+    found = [str(body[k]) for k in ("machine", "python") if k in body]
+    return ", Python ".join(found) or "not recorded"
 
 
 def _stage(run: RunHistory, planned: PlannedStage) -> StageReport:
