@@ -136,7 +136,7 @@ class Author(Protocol):
 
     @property
     def proofs(self) -> Sequence[Proof]:
-        """What was compared when it was loaded; empty for the live learner."""
+        """What was compared when it was loaded; a live learner has those of its adapters."""
         ...
 
 

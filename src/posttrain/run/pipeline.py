@@ -313,6 +313,8 @@ class _Run:
         learner = learner_of(
             planned, engine=self.engine, recipe=self.plan.recipe, folder=self._model_folder
         )
+        for proof in learner.policy.proofs:
+            self._proved(replace(proof, of=spec.name))
         parts = self._workshop().parts(planned, learner)
         for file in parts.source.files:
             self.records.dataset(file)
