@@ -298,7 +298,7 @@ def report(run_folder: Path) -> None:
     """Write RUN/report.html again: one self-contained page."""
     from posttrain.run.folder import RunFolder
 
-    RunFolder(run_folder).recipe()
+    RunFolder(run_folder).recipe(checked=False)
     from posttrain.cli.pages import write_run_report
 
     click.echo(write_run_report(run_folder))

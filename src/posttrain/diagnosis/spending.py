@@ -17,9 +17,10 @@ from posttrain.diagnosis.card import Diagnosis
 from posttrain.measure.measurement import Measurement
 from posttrain.parts.base import Signal, Source
 from posttrain.recipe import Recipe
-from posttrain.run.folder import RunFolder, StageFolder
+from posttrain.run.folder import RunFolder
 from posttrain.run.plan import make_plan
 from posttrain.run.preview import facts_of, leaf_tokens, volume
+from posttrain.run.stage_folder import StageFolder
 from posttrain.run.store import tokens_by_producer
 
 

@@ -33,7 +33,7 @@ from posttrain.measure.passk import pass_interval
 from posttrain.protocols import Engine, Policy, ScalarStart
 from posttrain.recipe import Recipe
 from posttrain.run.build import StageBuilder
-from posttrain.run.folder import RunFolder, RunWriter, StageRecord, StageResult, StageWriter
+from posttrain.run.folder import RunFolder, RunWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import (
@@ -47,6 +47,7 @@ from posttrain.run.plan import (
 )
 from posttrain.run.records import Records
 from posttrain.run.resume import check_resumable, earlier_measurement
+from posttrain.run.stage_folder import StageRecord, StageResult, StageWriter
 from posttrain.training.stage import Parts, run_stage
 
 
@@ -143,7 +144,7 @@ class _Run:
         measured = [tasksets[t] for t in recipe.measured_tasks]
         protocol = protocol_of(recipe, measured, root=root)
         parts = protocol_parts(recipe, measured, root=root)
-        ledger = folder.open_ledger()
+        ledger = folder.ledger
         records = Records(ledger, recipe)
         run = cls(
             plan=plans[0],
@@ -162,8 +163,7 @@ class _Run:
             run._check_data(plan)
         run._replay()
         for useless in check_resumable(run.plan, folder):
-            useless.remove()
-        folder.remove_partials()
+            folder.remove_stage(useless)
         folder.write_recipe(recipe)
         records.model(recipe.model, digest=base.producer.digest, role="base")
         return run
@@ -254,7 +254,9 @@ class _Run:
             return model_path(self.plan.recipe.model, root)
         if ref.startswith("path:"):
             return model_path(ref.removeprefix("path:"), root)
-        return str(self._stage_folder(self.plan.stage(ref)).model)
+        model = self._stage_folder(self.plan.stage(ref)).model
+        self.folder.evidence().require(model)
+        return str(model)
 
     # --- a stage -----------------------------------------------------------------------------
 
@@ -291,7 +293,7 @@ class _Run:
         if result is not None:
             self._started(planned, step=result.steps, steps=result.steps, finished=True)
             return result
-        self.records.run()
+        self.ledger.begin()
         record = StageRecord(
             name=planned.spec.name,
             identity=planned.identity,
@@ -343,7 +345,6 @@ class _Run:
     def _journal(self, planned: PlannedStage, parts: Parts) -> Journal:
         return Journal(
             self._stage_folder(planned),
-            ledger=self.ledger,
             stage=planned.spec.name,
             identity=planned.identity,
             facts={
@@ -386,7 +387,7 @@ class _Run:
 
     def _measure_now(self, name: str) -> Measurement:
         recipe = self.plan.recipe
-        self.records.run()
+        self.ledger.begin()
         result = measure_policy(
             name,
             self.policy(name),

@@ -9,8 +9,9 @@ import msgspec
 from posttrain.core import config
 from posttrain.core.errors import DataError, ResumeRefused
 from posttrain.measure.measurement import Measurement
-from posttrain.run.folder import RunFolder, RunWriter, StageRecord, StageWriter
+from posttrain.run.folder import RunFolder, RunWriter
 from posttrain.run.plan import Plan, PlannedStage
+from posttrain.run.stage_folder import StageRecord, StageWriter
 
 
 def earlier_measurement(
