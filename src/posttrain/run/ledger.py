@@ -64,6 +64,7 @@ class RecordKind(StrEnum):
     GATE = "gate"  # a gate on a stage's result, and its decision
     STAGE = "stage"  # a stage started, ended, was skipped or was set aside
     ACCEPT = "accept"  # a change that the user accepted by name: what was, and what is
+    PROOF = "proof"  # a comparison that held: what, and what came out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ import msgspec
 from posttrain.core import config
 from posttrain.core.errors import RunError
 from posttrain.core.files import atomic_folder, recover_folder, write_atomic
+from posttrain.core.proofs import Proof
 from posttrain.run.evidence import (
     Entry,
     announce,
@@ -310,17 +311,19 @@ class StageWriter(StageFolder):
         """Replace all metrics by these lines."""
         write_atomic(self.metrics_file, content)
 
-    def export(self, write: Callable[[Path], None]) -> None:
-        """Let ``write`` fill the model folder, unless an earlier process exported it."""
+    def export(self, write: Callable[[Path], Sequence[Proof]]) -> Sequence[Proof]:
+        """Let ``write`` fill the model folder, unless an earlier process exported it: the folder
+        is complete and recorded, or absent. Returns its proofs."""
         recover_folder(self.model)
-        if not self.model.is_dir():
-            with atomic_folder(self.model) as partial:
-                write(partial)
-                files = files_below(partial)
-                announce(
-                    self.ledger,
-                    {self.model / p.relative_to(partial): entry_at(p) for p in files},
-                )
+        if self.model.is_dir():
+            return ()
+        with atomic_folder(self.model) as partial:
+            proofs = write(partial)
+            files = files_below(partial)
+            announce(
+                self.ledger, {self.model / p.relative_to(partial): entry_at(p) for p in files}
+            )
+            return proofs
 
     def write_result(self, result: StageResult) -> None:
         """Mark the stage as finished. From now on its metrics grow no more."""
