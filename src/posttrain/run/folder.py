@@ -68,9 +68,10 @@ def read_measurement(path: Path) -> Measurement:
         DataError: the file is no measurement, or is damaged.
         FileChanged: it is not what the run's ledger records.
     """
-    run = RunFolder(path.absolute().parents[1])
-    if path.absolute().parent.name == MEASUREMENTS and run.is_run:
-        run.evidence().require(path.absolute())
+    path = path.absolute()
+    run = RunFolder(path.parents[1])
+    if path.parent.name == MEASUREMENTS and (run.is_run or run.ledger_file.is_file()):
+        run.evidence().require(path)
     return _measurement_at(path)
 
 
@@ -219,15 +220,18 @@ class RunFolder:
                 f"{self.path} has no measured policy {policy!r}",
                 fix=nearest(policy, self.measured()),
             )
-        return read_measurement(path) if checked else _measurement_at(path)
+        if checked:
+            self.evidence().require(path)
+        return _measurement_at(path)
 
     def stage(self, name: str, identity: str) -> StageFolder:
         """The folder of a stage, which may not exist yet.
 
         A stage whose change was accepted keeps the folder that it started in.
         """
-        for stage in self.stages(name):
-            if (record := stage.record()) is not None and record.identity == identity:
+        for stage in self.stage_folders():
+            record = stage.whole_record()
+            if record is not None and (record.name, record.identity) == (name, identity):
                 return stage
         return StageFolder(self.path / STAGES / stage_folder_name(name, identity))
 

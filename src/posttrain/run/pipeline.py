@@ -47,7 +47,15 @@ from posttrain.run.plan import (
 )
 from posttrain.run.records import Records
 from posttrain.run.rehearsal import WORTH
-from posttrain.run.resume import check_resumable, earlier_measurement
+from posttrain.run.resume import (
+    NOTHING,
+    Consent,
+    accept_changes,
+    check_folder,
+    earlier_measurement,
+    unstarted,
+    versions,
+)
 from posttrain.run.stage_folder import StageRecord, StageResult, StageWriter
 from posttrain.training.stage import Parts, run_stage
 
@@ -70,6 +78,7 @@ def run(
     engine: Engine,
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    consent: Consent = NOTHING,
 ) -> Outcome:
     """Run a recipe, or resume it. Running a finished recipe again does nothing.
 
@@ -80,15 +89,19 @@ def run(
         engine: makes policies and learners.
         observe: called with every event.
         stop: called between draws; True commits and raises.
+        consent: changes of started stages that are accepted, and stages to start again.
 
     Raises:
-        ResumeRefused: the recipe or data of a started stage changed.
+        ResumeRefused: the recipe, data or libraries of a started stage changed.
+        FileChanged: a file of ``out`` is not what its ledger records.
         RunLocked: another process uses ``out``.
         Interrupted: ``stop`` returned True. Run again to resume.
         PosttrainError: any other error of the tree; what was committed stays.
     """
     with RunFolder(out).lock() as folder:
-        return run_in(folder, recipe, root=root, engine=engine, observe=observe, stop=stop)
+        return run_in(
+            folder, recipe, root=root, engine=engine, observe=observe, stop=stop, consent=consent
+        )
 
 
 def run_in(
@@ -99,9 +112,10 @@ def run_in(
     engine: Engine,
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    consent: Consent = NOTHING,
 ) -> Outcome:
     """As :func:`run`, in a folder that this process has locked already."""
-    return _Run.open(recipe, folder, root, engine, observe, stop).go()
+    return _Run.open(recipe, folder, root, engine, observe, stop, consent).go()
 
 
 @final
@@ -132,8 +146,10 @@ class _Run:
         engine: Engine,
         observe: Observer,
         stop: Callable[[], bool],
+        consent: Consent,
     ) -> _Run:
         """Check everything that can be checked before training; then write to the folder."""
+        check_folder(folder, consent, observe=observe)
 
         def has_begun(planned: PlannedStage) -> bool:
             return folder.stage_writer(planned.spec.name, planned.identity).has_started()
@@ -165,7 +181,9 @@ class _Run:
             policies=dict(checked.policies),
         )
         run._replay()
-        for useless in check_resumable(run.plan, folder):
+        while accept_changes(run.plan, folder, consent=consent, observe=observe):
+            run._replay()  # finished stages have the plan's identities now
+        for useless in unstarted(run.plan, folder):
             folder.remove_stage(useless)
         folder.write_recipe(recipe)
         records.model(recipe.model, digest=base.producer.digest, role="base")
@@ -297,6 +315,7 @@ class _Run:
             identity=planned.identity,
             init=planned.init,
             inputs=planned.inputs,
+            versions=versions(),
         )
         folder.write_record(record)
         steps = self._train(planned)

@@ -25,8 +25,7 @@ from posttrain.protocols import DataFile
 from posttrain.recipe import Recipe
 from posttrain.run.ledger import Ledger, RecordKind
 from posttrain.run.plan import PlannedStage
-
-LIBRARIES = ("posttrain", "torch", "transformers", "numpy")
+from posttrain.run.resume import versions
 
 
 @final
@@ -40,7 +39,7 @@ class Records:
             "name": recipe.name,
             "seed": recipe.seed,
             "python": platform.python_version(),
-            "libraries": {name: version(name) for name in LIBRARIES},
+            "libraries": {"posttrain": version("posttrain"), **versions()},
             "machine": f"{platform.system()} {platform.machine()}",
             "command": sys.argv[:1],
         }

@@ -179,6 +179,13 @@ class StageFolder:
         """
         return _decoded(self.record_file, StageRecord)
 
+    def whole_record(self) -> StageRecord | None:
+        """The same; None as well when the file is damaged."""
+        try:
+            return self.record()
+        except RunError:
+            return None
+
     def progress(self) -> StageProgress | None:
         """The progress of the last checkpoint; None when there is none yet.
 
