@@ -26,11 +26,13 @@ from posttrain.core.statistics import Wanted
 from posttrain.engines.local.adapters import WithoutAdapters, attach, export, trained_weights
 from posttrain.engines.local.footprint import comfortable_tokens
 from posttrain.engines.local.master_weights import MasterWeights
-from posttrain.engines.local.model import Dtype, Model, load_model, resolve_folder
+from posttrain.engines.local.loading import load_model
+from posttrain.engines.local.model import Dtype, Model
 from posttrain.engines.local.moving_average import MovingAverage
 from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.engines.local.scalar import CRITIC, Scalar
+from posttrain.models.hub import resolve_folder
 from posttrain.numerics.batch import PackedBatch
 from posttrain.protocols import Objective, ScalarStart, StepReport
 
