@@ -76,8 +76,10 @@ class ModelFolder:
     @property
     def headless(self) -> bool:
         """True for a bare decoder: the named class has no output head."""
-        return bool(self.architectures) and self.architectures[0].endswith("Model") and (
-            not self.architectures[0].endswith("LMHeadModel")
+        return (
+            bool(self.architectures)
+            and self.architectures[0].endswith("Model")
+            and (not self.architectures[0].endswith("LMHeadModel"))
         )
 
     def predicts_ahead(self, name: str) -> bool:

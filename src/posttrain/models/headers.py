@@ -1,7 +1,7 @@
 """Headers of safetensors files, read and checked without reading a weight.
 
-    8 bytes: length n (little endian) | n bytes: JSON | data, without holes
-    JSON: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+8 bytes: length n (little endian) | n bytes: JSON | data, without holes
+JSON: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
 """
 
 from __future__ import annotations

@@ -95,7 +95,10 @@ def _vocabulary(vocab: object, folder: Path) -> dict[int, str]:
 
 
 def _template_files(folder: Path) -> list[str]:
-    paths = [folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")]
+    paths = [
+        folder / "chat_template.jinja",
+        *(folder / "additional_chat_templates").glob("*.jinja"),
+    ]
     found = [plain_file(p) for p in paths if p.exists()]
     return [p.read_text(encoding="utf-8", errors="replace") for p in found]
 

@@ -25,8 +25,8 @@ from posttrain.core.provenance import Kind, Producer
 from posttrain.core.statistics import Wanted
 from posttrain.engines.local.adapters import WithoutAdapters, attach, export, trained_weights
 from posttrain.engines.local.footprint import comfortable_tokens
-from posttrain.engines.local.master_weights import MasterWeights
 from posttrain.engines.local.loading import load_model
+from posttrain.engines.local.master_weights import MasterWeights
 from posttrain.engines.local.model import Dtype, Model
 from posttrain.engines.local.moving_average import MovingAverage
 from posttrain.engines.local.policy import LocalPolicy, Version, frozen
