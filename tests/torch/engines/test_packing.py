@@ -16,20 +16,16 @@ from posttrain.parts.policy.regularisers import ReferenceKL
 from posttrain.parts.preference.pairs import Dpo
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import tiny_model
-from posttrain.testing.tiny import tiny_tokenizer
 from posttrain.training.objective import StageObjective
 from posttrain.training.stage import micro_batches
 
 
 def stock_logprobs(folder, sequence):
-    """[T] log-prob of each token given those before it, by plain transformers, among tokens.
-
-    The tiny models' heads have padding rows, which no token has.
-    """
+    """[T] log-prob of each token given those before it, by plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0]
-    logp = logits[:, : len(tiny_tokenizer())].log_softmax(-1)
+    logp = logits.log_softmax(-1)
     return [float("nan")] + [float(logp[i, t]) for i, t in enumerate(sequence[1:])]
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -219,36 +218,6 @@ def test_a_set_of_frequencies_per_batch_ends_the_context(tmp_path, monkeypatch):
 def test_other_frequencies_hold_to_the_end_of_the_context(tmp_path, rope):
     model = load_model(str(rotary(tmp_path / "m", {"rope_theta": 10_000.0, **rope})))
     assert model.context == 160
-
-
-# --- ids that no token has -----------------------------------------------------------------------
-
-
-def test_ids_without_a_token_have_no_probability(tiny_folder, tmp_path):
-    model = load_model(str(tiny_folder))
-    tokens, rows = len(model.tokenizer), model.causal.get_output_embeddings().weight.shape[0]
-    assert (model.vocab_size, rows) == (tokens, tokens + 3)
-    hidden = torch.randn(5, 32)
-    logits = model.head(hidden)
-    stock = model.causal.get_output_embeddings()(hidden)
-    assert torch.equal(logits, stock[:, :tokens])
-    # A hole within the ids: 50 has no token, 51 has.
-    holed = replace(model, tokenizer=_Holed(model.tokenizer, hole=50))
-    assert holed.vocab_size == tokens
-    logp = holed.head(hidden).log_softmax(-1)
-    expected = stock[:, :tokens].clone()
-    expected[:, 50] = -np.inf
-    torch.testing.assert_close(logp.exp(), expected.softmax(-1))
-    entropy = -(logp.exp() * logp).sum(-1)
-    assert bool(entropy.isfinite().all())
-
-
-class _Holed:
-    def __init__(self, tokenizer, *, hole):
-        self._tokenizer, self._hole = tokenizer, hole
-
-    def get_vocab(self):
-        return {t: i for t, i in self._tokenizer.get_vocab().items() if i != self._hole}
 
 
 def test_the_proofs_say_what_was_compared(tiny_folder):

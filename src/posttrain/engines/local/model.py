@@ -4,9 +4,8 @@ A model is used through two of its modules: the decoder (token ids -> hidden sta
 head (hidden states -> logits). What a family does to logits after its head, and whether packed,
 prefix-shared tokens attend correctly, is *compared* when the model is loaded (``proving.py``).
 
-The policy is a distribution over the tokens of the tokenizer. Heads often have more rows, padded
-to a round number: these are left out of the softmax wherever one is taken, so they are neither
-sampled nor trained, and a sampled log-prob is the one that training computes.
+The policy is the model's own softmax, over all rows of the head. Heads often have more rows than
+the tokenizer has tokens, padded to a round number: those are never sampled (``unused_U``).
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ from posttrain.engines.local.recording import Recording, stock_hidden
 from posttrain.numerics.batch import PackedBatch
 from posttrain.numerics.logits import Head, LinearHead
 
-NEVER = -1e30
-"""Logit of an id that no token has. Finite: 0 · −inf, as in an entropy, would be NaN."""
-
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -45,17 +41,13 @@ class Model:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     proofs: tuple[Proof, ...] = ()  # what was compared when it was loaded
-    vocab_size: int = field(init=False)  # ids that the policy is over: of tokens, with a row
+    unused_U: Tensor | None = field(init=False)  # rows of the head that no token has; None: none
     recording: Recording = field(init=False)  # the decoder's forward, for sampling
-    _unused_V: Tensor | None = field(init=False)  # bool: ids below vocab_size of no token
 
     def __post_init__(self) -> None:
-        rows = int(self.causal.get_output_embeddings().weight.shape[0])
-        ids = {i for i in self.tokenizer.get_vocab().values() if i < rows}
-        size = max(ids, default=-1) + 1
-        unused = torch.tensor([i not in ids for i in range(size)]) if len(ids) < size else None
-        object.__setattr__(self, "vocab_size", size)
-        object.__setattr__(self, "_unused_V", unused)
+        unused = sorted(set(range(self.vocab_size)) - set(self.tokenizer.get_vocab().values()))
+        found = torch.tensor(unused, device=self.device) if unused else None
+        object.__setattr__(self, "unused_U", found)
         object.__setattr__(self, "recording", Recording(self.causal))
 
     @classmethod
@@ -80,6 +72,11 @@ class Model:
     def device(self) -> torch.device:
         """Where its weights are."""
         return self.causal.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head, padding rows included."""
+        return int(self.causal.get_output_embeddings().weight.shape[0])
 
     @property
     def context(self) -> int:
@@ -123,29 +120,13 @@ class Model:
         module = self.causal.get_output_embeddings()
         scale, cap = self.logit_scale, self.logit_cap
         if type(module) is nn.Linear and cap is None:
-            weight_VX, bias_V = module.weight, module.bias
-            if self.vocab_size < len(weight_VX):
-                weight_VX = weight_VX[: self.vocab_size]
-                bias_V = None if bias_V is None else bias_V[: self.vocab_size]
-            if self._unused_V is not None:
-                bias_V = self.over_vocabulary(
-                    weight_VX.new_zeros(self.vocab_size) if bias_V is None else bias_V
-                )
-            return LinearHead(weight_VX, bias_V, scale)
+            return LinearHead(module.weight, module.bias, scale)
 
         def head(hidden_NX: Tensor) -> Tensor:
             logits: Tensor = module(hidden_NX).float() * scale
-            capped = logits if cap is None else torch.tanh(logits / cap) * cap
-            return self.over_vocabulary(capped)
+            return logits if cap is None else torch.tanh(logits / cap) * cap
 
         return head
-
-    def over_vocabulary(self, logits: Tensor) -> Tensor:
-        """[..., rows of the head] -> [..., V], with ``NEVER`` at ids that no token has."""
-        over = logits[..., : self.vocab_size]
-        if self._unused_V is None:
-            return over
-        return over.masked_fill(self._unused_V.to(over.device), NEVER)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text, special tokens left out."""

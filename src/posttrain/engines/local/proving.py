@@ -1,4 +1,4 @@
-"""The proof of a family at load: packed rows, and the sampler's cache, give the model's own log-probs.
+"""The proof of a family at load: packed, and sampled with a cache, it is the model itself.
 
     probe rows ──one at a time, the library's attention──▶ the model's own log-probs ─┐
         │                └─ again, every module's output rounded anew ──▶ noise floor ├─ compared
@@ -137,25 +137,6 @@ class _Compared:
         )
 
 
-def _settled(model: Model, *, wide: bool) -> _Compared:
-    """The first comparison that holds. Raises a ModelError when none does."""
-    with _widened(model.causal, wide), _short_window(model), torch.inference_mode():
-        for attempt in range(ATTEMPTS):
-            found = _compare(model, _probe(model, seed=attempt))
-            if found.holds:
-                return found
-        reasons = _reasons(model)
-    worst, gap = max(found.gaps.items(), key=lambda item: item[1])
-    raise ModelError(
-        f"{model.name} ({_family(model)}): {worst} log-probs differ from the model's own by "
-        f"{gap:.2g}{reasons}",
-        expected=f"at most {found.limit:.2g} in {_name(found.dtype)}, {ALLOWED[found.dtype]:.0f} "
-        "times what rounding does",
-        fix="packing cannot keep this family's rows apart: use a model of another family "
-        "(docs/families.md)",
-    )
-
-
 def _compare(model: Model, rows: Rows) -> _Compared:
     dtype = model.causal.dtype
     own = _own(model, rows)
@@ -229,7 +210,7 @@ def _own_row(model: Model, row: _Row) -> Tensor:
     at = torch.arange(row.start, row.start + len(row.tokens), device=model.device)[None]
     where = {"position_ids": at} if row.start else {}
     logits: Tensor = model.causal(input_ids=ids, use_cache=False, **where).logits[0]
-    return model.over_vocabulary(logits.float()).log_softmax(-1)
+    return logits.float().log_softmax(-1)
 
 
 def _packed(model: Model, rows: Rows) -> list[Tensor]:
