@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from posttrain.core.errors import ModelError
@@ -31,12 +31,16 @@ CRITIC = "critic"
 MAX_JSON = 1 << 29  # bytes
 """Largest JSON file that is read. The largest tokenizers have 40 MB."""
 
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.[0-9]*.json", "tokenizer.model*", "vocab*.json", "vocab*.txt"),
+    *("*.model", "*.spm", "*.tiktoken", "tekken.json", "dict.txt", "*.tokenizer"),
+    *("entity_vocab.json", "target_vocab.json", "byte_maps.json"),
+)
 _TOKENIZER_FILES = (
-    *("tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "vocab*.json", "vocab*.txt", "merges.txt"),
-    *("*.model", "*.spm", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "*.tokenizer"),
-    *("byte_maps.json", "emoji.json", "entity_vocab.json", "target_vocab.json"),
-    *("normalizer.json", "word_pronunciation.json", "word_shape.json"),
+    *_VOCABULARIES,
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "bpe.codes", "emoji.json", "normalizer.json"),
+    *("word_pronunciation.json", "word_shape.json"),
 )
 _PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer_config.json")
 _OWN_FILES = (SCALAR_HEAD, "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
@@ -46,14 +50,14 @@ _READ = (CONFIG, GENERATION, *_TOKENIZER_FILES, *_PROCESSOR_FILES)
 _RANKS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
-def is_tokenizer_file(name: str) -> bool:
-    """True for a file that some tokenizer of transformers reads, templates included.
+def is_vocabulary(name: str) -> bool:
+    """True for a file that some tokenizer of transformers reads its vocabulary from.
 
     Example:
-        >>> is_tokenizer_file("merges.txt"), is_tokenizer_file("README.md")
+        >>> is_vocabulary("tokenizer.json"), is_vocabulary("tokenizer_config.json")
         (True, False)
     """
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TOKENIZER_FILES)
+    return _matches(name, _VOCABULARIES)
 
 
 def read_json(path: Path, *, most: int = MAX_JSON) -> Mapping[str, object]:
@@ -111,7 +115,7 @@ def counted(folder: Path, *, remote_code: bool = False) -> list[str]:
     Raises:
         ModelError: no weights where the loader looks for them.
     """
-    names = {name for name in os.listdir(folder) if _is_read(name)}
+    names = {name for name in os.listdir(folder) if _matches(name, _READ)}
     names.update(weight_files(folder))
     if (folder / INDEX).exists() and WEIGHTS not in names:
         names.add(INDEX)
@@ -183,8 +187,8 @@ def shards_by_tensor(folder: Path) -> Mapping[str, str]:
     return shards
 
 
-def _is_read(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _READ)
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _extra_templates(folder: Path) -> Iterator[Path]:

@@ -23,7 +23,7 @@ from posttrain.models.files import (
     GENERATION,
     INDEX,
     adapter_found,
-    is_tokenizer_file,
+    is_vocabulary,
     read_json,
     shards_by_tensor,
     weight_files,
@@ -134,8 +134,9 @@ def read_folder(path: Path) -> ModelFolder:
     _check_values(config, path / CONFIG)
     _check_quantised(config, path)
     tensors = _read_tensors(path)
-    if not any(is_tokenizer_file(p.name) for p in path.iterdir()):
-        raise _no_model(path, "tokenizer", sorted(p.name for p in path.iterdir()))
+    held = sorted(p.name for p in path.iterdir())
+    if not any(map(is_vocabulary, held)):
+        raise _no_model(path, "tokenizer (tokenizer.json or a vocabulary)", held)
     folder = ModelFolder(path=path, config=config, tensors=tensors, tokens=read_tokens(path))
     _check_names(folder)
     _check_layers(folder)

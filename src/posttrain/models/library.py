@@ -6,13 +6,14 @@ A model folder is untrusted content, and the libraries raise whatever comes to p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from posttrain.core.errors import ModelError, PosttrainError
-from posttrain.models.files import GENERATION
+from posttrain.models.files import GENERATION, TOKENIZER
 from posttrain.models.folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -106,6 +107,14 @@ def read_tokenizer(folder: ModelFolder, *, remote_code: bool = False) -> PreTrai
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=remote_code)
         by_id = {i: text for text, i in tokenizer.get_vocab().items()}
         special = frozenset(tokenizer.all_special_ids) | folder.tokens.special
+        lacks_merges = not (folder.path / TOKENIZER).exists() and _lacks_merges(tokenizer)
+    if lacks_merges:
+        raise ModelError(
+            f"the tokenizer of {folder.path} has a vocabulary and no merges: every character "
+            "would be a token",
+            expected="tokenizer.json, or vocab.json and merges.txt",
+            fix="copy the tokenizer files again",
+        )
     if folder.rows is not None:
         tokens = replace(folder.tokens, by_id=by_id, special=special)
         tokens.check(folder.rows, folder=folder.path)
@@ -118,6 +127,14 @@ def read_tokenizer(folder: ModelFolder, *, remote_code: bool = False) -> PreTrai
             fix="tokenizer.chat_template = tokenizer.chat_template[name], then save_pretrained",
         )
     return tokenizer  # type: ignore[no-any-return]
+
+
+def _lacks_merges(tokenizer: Any) -> bool:
+    """True for a byte-pair vocabulary without its merges."""
+    if not tokenizer.is_fast:
+        return False
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return model["type"] == "BPE" and not model["merges"] and not model.get("ignore_merges")
 
 
 def read_ends(folder: ModelFolder, *, remote_code: bool = False) -> tuple[int, ...]:
