@@ -30,9 +30,9 @@ from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.models.files import model_digest
-from posttrain.protocols import Engine, Policy, ScalarStart
+from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
-from posttrain.run.build import StageBuilder
+from posttrain.run.build import StageBuilder, learner_of
 from posttrain.run.check import check
 from posttrain.run.folder import RunFolder, RunWriter, StageRecord, StageResult, StageWriter
 from posttrain.run.journal import Journal
@@ -46,6 +46,7 @@ from posttrain.run.plan import (
     protocol_parts,
 )
 from posttrain.run.records import Records
+from posttrain.run.rehearsal import WORTH
 from posttrain.run.resume import check_resumable, earlier_measurement
 from posttrain.training.stage import Parts, run_stage
 
@@ -133,10 +134,17 @@ class _Run:
     ) -> _Run:
         """Check everything that can be checked before training; then write to the folder."""
 
-        def is_finished(planned: PlannedStage) -> bool:
-            return folder.stage(planned.spec.name, planned.identity).result() is not None
+        def has_started(planned: PlannedStage) -> bool:
+            return folder.stage_writer(planned.spec.name, planned.identity).has_started()
 
-        checked = check(recipe, root=root, engine=engine, observe=observe, is_finished=is_finished)
+        checked = check(
+            recipe,
+            root=root,
+            engine=engine,
+            observe=observe,
+            has_started=has_started,
+            rehearse_from=WORTH,
+        )
         recipe, base = checked.recipe, checked.base
         protocol = protocol_of(recipe, checked.measured, root=root)
         parts = protocol_parts(recipe, checked.measured, root=root)
@@ -153,7 +161,7 @@ class _Run:
             tasksets=checked.tasksets,
             protocol=protocol,
             parts=parts,
-            policies={"base": base},
+            policies=dict(checked.policies),
         )
         run._replay()
         for useless in check_resumable(run.plan, folder):
@@ -161,6 +169,8 @@ class _Run:
         folder.remove_partials()
         folder.write_recipe(recipe)
         records.model(recipe.model, digest=base.producer.digest, role="base")
+        for ref in sorted(checked.policies.keys() - {"base"}):
+            run._outside(ref)
         for proof in checked.proofs:
             records.proof(proof)
         return run
@@ -234,9 +244,13 @@ class _Run:
             for proof in policy.proofs:
                 self._proved(replace(proof, of=ref))
             if ref.startswith("path:"):
-                name = ref.removeprefix("path:")
-                self.records.model(name, digest=policy.producer.digest, role="outside")
+                self._outside(ref)
         return self.policies[ref]
+
+    def _outside(self, ref: str) -> None:
+        """Record a model from outside the recipe."""
+        found = self.policies[ref].producer.digest
+        self.records.model(ref.removeprefix("path:"), digest=found, role="outside")
 
     def _unload(self, *, later: Sequence[PlannedStage]) -> None:
         """Unload models that no later stage refers to. The base stays: KL is measured to it."""
@@ -296,15 +310,8 @@ class _Run:
     def _train(self, planned: PlannedStage) -> int:
         """Take the remaining steps, then export; returns the total number of steps."""
         spec, folder = planned.spec, self._stage_folder(planned)
-        learner = self.engine.learner(
-            self._model_folder(planned.init),
-            name=f"{self.plan.recipe.name}/{spec.name}",
-            optimizer=spec.optimizer,
-            lora=spec.lora,
-            seed=self.plan.recipe.seed,
-            moving=planned.composition.moving,
-            scalar=self._scalar_start(planned),
-            activation_checkpointing=spec.activation_checkpointing,
+        learner = learner_of(
+            planned, engine=self.engine, recipe=self.plan.recipe, folder=self._model_folder
         )
         parts = self._workshop().parts(planned, learner)
         for file in parts.source.files:
@@ -321,13 +328,6 @@ class _Run:
     def _proved(self, proof: Proof) -> None:
         self.records.proof(proof)
         self.observe(Proved(proof=proof))
-
-    def _scalar_start(self, planned: PlannedStage) -> ScalarStart | None:
-        spec = planned.composition.scalar_head
-        if spec is None:
-            return None
-        start = planned.init if spec.start == "input" else spec.start
-        return ScalarStart(trunk=spec.trunk, model=self._model_folder(start), lr=spec.lr)
 
     def _journal(self, planned: PlannedStage, parts: Parts) -> Journal:
         return Journal(
