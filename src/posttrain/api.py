@@ -27,6 +27,8 @@ from posttrain.measure.measurement import Measurement
 from posttrain.protocols import Engine
 from posttrain.recipe import Recipe
 from posttrain.run import pipeline
+from posttrain.run.check import Checked
+from posttrain.run.check import check as check_recipe
 from posttrain.run.measuring import measure_model
 from posttrain.run.pipeline import Outcome
 
@@ -51,6 +53,20 @@ def run(
     return pipeline.run(
         recipe, out=out, root=root, engine=engine_for(recipe), observe=observe, stop=stop
     )
+
+
+def check(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Checked:
+    """Load and try everything that a run of the recipe relies on; trains and writes nothing.
+
+    Args:
+        recipe: the configuration.
+        root: folder that the recipe's paths are relative to.
+        observe: called with every proof.
+
+    Raises:
+        PosttrainError: what would stop the run.
+    """
+    return check_recipe(recipe, root=root, engine=engine_for(recipe), observe=observe)
 
 
 def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Measurement:

@@ -90,6 +90,12 @@ class Tokenizer(Protocol):
     def eos_token_id(self) -> int | None: ...
 
     @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    @property
     def chat_template(self) -> object: ...
 
     def get_chat_template(self) -> str: ...
@@ -140,6 +146,7 @@ class ChatRenderer:
                 fix="without one a learner never learns to stop; set tokenizer.eos_token",
             )
         self._eos = own[0] if own else min(self._ends)
+        self._unread = self._ends | {tokenizer.bos_token_id, tokenizer.pad_token_id}
         self._tokenizer = tokenizer
         self._skeletons: dict[tuple[tuple[Role, ...], bool], list[str]] = {}
         self._opening = self._tokens_put_in_front()
@@ -284,10 +291,14 @@ class ChatRenderer:
         return whole.tokens[np.flatnonzero(whole.trainable)]
 
     def text(self, tokens: IntArray) -> str:
-        """The completion as a verifier reads it: decoded without special or end tokens."""
-        kept = [int(t) for t in tokens if int(t) not in self._ends]
+        """The completion as a verifier reads it: without start, padding and end tokens.
+
+        Every other special token is kept: many tokenizers have ``<think>`` or ``<answer>`` as one,
+        and what the policy writes must not be hidden from what judges it.
+        """
+        kept = [int(t) for t in tokens if int(t) not in self._unread]
         return self._tokenizer.decode(
-            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
     def token_text(self, token: int) -> str:

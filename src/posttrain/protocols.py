@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from posttrain.core.learner import Lora, MovingReference, Optimizer
+from posttrain.core.proofs import Proof
 from posttrain.core.provenance import FloatArray, IntArray, Producer, Sampling, Span
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.task import Message, Task
@@ -131,6 +132,11 @@ class Author(Protocol):
     @property
     def vocabulary(self) -> str:
         """Digest of its token ids: a policy can score another's tokens only if these are equal."""
+        ...
+
+    @property
+    def proofs(self) -> Sequence[Proof]:
+        """What was compared when it was loaded; empty for the live learner."""
         ...
 
 
@@ -359,8 +365,15 @@ class Learner(Protocol):
 
     def load(self, folder: Path) -> None: ...
 
-    def export(self, folder: Path) -> None:
-        """Write a model folder that transformers can load without posttrain."""
+    def export(self, folder: Path) -> Sequence[Proof]:
+        """Write a model folder that transformers can load without posttrain.
+
+        Returns:
+            What was compared: the folder, reloaded, with the policy in memory.
+
+        Raises:
+            ModelError: the reloaded folder is another policy.
+        """
         ...
 
 

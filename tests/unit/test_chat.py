@@ -274,14 +274,26 @@ def test_raw_prompt_of_training_equals_the_prompt_that_is_sampled():
     assert t.tokens[: t.prompt_length].tolist() == sampled.tolist()
 
 
-def test_text_drops_special_tokens_and_nothing_else():
+def test_text_drops_start_padding_and_end_tokens_and_nothing_else():
     coder = tokenizer()
+    coder.add_special_tokens(
+        {
+            "bos_token": "<s>",
+            "pad_token": "<pad>",
+            "additional_special_tokens": ["<|im_start|>", "<think>", "</think>", "<answer>"],
+        }
+    )
     coder.clean_up_tokenization_spaces = True  # some model folders ask for it: " ." to "."
     coder.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     renderer = ChatRenderer(coder, end_tokens=[coder.convert_tokens_to_ids("</s>")])
-    ids = coder("<|im_start|> a , b \n .<|im_end|></s>", add_special_tokens=False)["input_ids"]
-    assert renderer.text(np.array(ids, np.int32)) == " a , b \n ."
+    written = "<think> a , b</think>\n .<answer>7"
+    whole = f"<s>{written}<|im_end|></s><pad><pad>"
+    ids = coder(whole, add_special_tokens=False)["input_ids"]
+    assert {coder.convert_tokens_to_ids(t) for t in ("<think>", "<answer>")} <= set(ids)
+    assert renderer.text(np.array(ids, np.int32)) == written
     assert renderer.text(np.array([], np.int32)) == ""
+    turn = coder("7<|im_start|>user", add_special_tokens=False)["input_ids"]
+    assert renderer.text(np.array(turn, np.int32)) == "7<|im_start|>user"
 
 
 def test_end_tokens_are_those_of_tokenizer_and_generation_config():

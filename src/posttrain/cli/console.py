@@ -22,6 +22,7 @@ from posttrain.core.events import (
     Measured,
     Measuring,
     Note,
+    Proved,
     StageStarted,
     StepDone,
 )
@@ -112,6 +113,9 @@ class Console:
                 self._terminal.print(f"  {mark} gate  {event.words}", markup=False)
             case Note():
                 self.note(event.text)
+            case Proved():
+                proof = event.proof
+                self.note(f"proved  {proof.subject} of {proof.of}: {proof.words}")
 
     def _stage(self, event: StageStarted) -> None:
         self._clear()

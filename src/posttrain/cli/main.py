@@ -102,12 +102,26 @@ def _finish(outcome: Outcome, say: Callable[[Outcome, Path], None]) -> None:
 
 @cli.command()
 @click.argument("recipe", type=FILE)
-def plan(recipe: Path) -> None:
-    """Print the resolved recipe, its legality, memory, tokens and steps. Touches nothing."""
+@click.option("--check", "checks", is_flag=True, help="Load and try what the run relies on.")
+def plan(recipe: Path, checks: bool) -> None:
+    """Print the resolved recipe, its legality, memory, tokens and steps. Touches nothing.
+
+    With --check, the models, rows and rewards are loaded and tried as well; `run` always does
+    this first.
+    """
     from posttrain.recipe import load_recipe
     from posttrain.run.preview import preview
 
-    click.echo(preview(load_recipe(recipe), root=recipe.parent))
+    content = load_recipe(recipe)
+    click.echo(preview(content, root=recipe.parent))
+    if checks:
+        from posttrain.api import check
+        from posttrain.cli.console import Console
+
+        click.echo("")
+        with Console() as console:
+            checked = check(content, root=recipe.parent, observe=console.observe)
+        click.echo(f"checked: {len(checked.proofs)} proofs, nothing was trained or written")
 
 
 @cli.command()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from posttrain.core.proofs import Proof
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStarted:
@@ -78,7 +80,14 @@ class Note:
     text: str
 
 
-Event = StageStarted | StepDone | AlarmRaised | Measuring | Measured | GateDecided | Note
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proved:
+    """A comparison held: something is what it claims to be."""
+
+    proof: Proof
+
+
+Event = StageStarted | StepDone | AlarmRaised | Measuring | Measured | GateDecided | Note | Proved
 Observer = Callable[[Event], None]
 
 

@@ -1,6 +1,7 @@
 """Builds the live objects of a planned stage: source, signals, objective.
 
-    PlannedStage ──▶ Tools: policies, task sets, memory ──▶ source.open, bound(signal) ──▶ Parts
+    PlannedStage ──▶ learner
+                 └──▶ Tools: policies, task sets, memory ──▶ source.open, bound(signal) ──▶ Parts
 
 Nothing here knows a part by name: every part declares what it needs.
 """
@@ -22,13 +23,42 @@ from posttrain.parts.base import LEARNER, Source, bound
 from posttrain.parts.legality import compared_in_the_loss, scopes
 from posttrain.parts.memory import Memory
 from posttrain.parts.tools import Score, Tools
-from posttrain.protocols import Author, Learner, Policy, Scorer
+from posttrain.protocols import Author, Engine, Learner, Policy, ScalarStart, Scorer
+from posttrain.recipe import Recipe
 from posttrain.run.plan import PlannedStage
 from posttrain.training.objective import StageObjective
 from posttrain.training.stage import Parts
 
 PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2  # naïve 数学 🙂"
 """A text on which different tokenizers give different tokens."""
+
+
+def learner_of(
+    planned: PlannedStage, *, engine: Engine, recipe: Recipe, folder: Callable[[str], str]
+) -> Learner:
+    """The learner of a stage, at its start.
+
+    Args:
+        planned: the stage.
+        engine: makes it.
+        recipe: its name and seed.
+        folder: the model folder, or hub id, of a policy's reference.
+    """
+    spec, head = planned.spec, planned.composition.scalar_head
+    scalar = None
+    if head is not None:
+        start = planned.init if head.start == "input" else head.start
+        scalar = ScalarStart(trunk=head.trunk, model=folder(start), lr=head.lr)
+    return engine.learner(
+        folder(planned.init),
+        name=f"{recipe.name}/{spec.name}",
+        optimizer=spec.optimizer,
+        lora=spec.lora,
+        seed=recipe.seed,
+        moving=planned.composition.moving,
+        scalar=scalar,
+        activation_checkpointing=spec.activation_checkpointing,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

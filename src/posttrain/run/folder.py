@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ import msgspec
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, DataError, RunError, nearest
 from posttrain.core.files import atomic_folder, folder_lock, recover_folder, write_atomic
+from posttrain.core.proofs import Proof
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Recipe, load_recipe
 from posttrain.run.ledger import Ledger, Record, read
@@ -249,13 +250,14 @@ class StageWriter(StageFolder):
         """Replace all metrics by these lines."""
         write_atomic(self.metrics_file, "".join(line + "\n" for line in lines))
 
-    def export(self, write: Callable[[Path], None]) -> None:
+    def export(self, write: Callable[[Path], Sequence[Proof]]) -> Sequence[Proof]:
         """Let ``write`` fill the model folder, unless an earlier process exported it: the folder
-        is complete or absent, and its name has the stage's identity."""
+        is complete or absent, and its name has the stage's identity. Returns its proofs."""
         recover_folder(self.model)
-        if not self.model.is_dir():
-            with atomic_folder(self.model) as partial:
-                write(partial)
+        if self.model.is_dir():
+            return ()
+        with atomic_folder(self.model) as partial:
+            return write(partial)
 
     def write_result(self, result: StageResult) -> None:
         """Mark the stage as finished."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from posttrain.core import config
 from posttrain.core.clock import NAMES, seconds_in
+from posttrain.core.proofs import Proof, Subject
 from posttrain.core.provenance import Regime
 from posttrain.core.trajectory import Column
 from posttrain.measure.attribution import MeasuredRole, PolicyChange, attribute_changes, role_in_run
@@ -148,6 +149,18 @@ class RunHistory:
     def began(self) -> Record | None:
         """The ledger's row of the latest process of the run: time, software and machine."""
         return next((r for r in reversed(self.records) if r.kind is RecordKind.RUN), None)
+
+    @property
+    def proofs(self) -> tuple[Proof, ...]:
+        """What was compared with what it claims to be; the latest of each subject and name."""
+        latest = {
+            (body["subject"], body["of"]): body
+            for body in (r.body for r in self.records if r.kind is RecordKind.PROOF)
+        }
+        return tuple(
+            Proof(subject=Subject(str(subject)), of=str(of), words=str(body["words"]))
+            for (subject, of), body in latest.items()
+        )
 
     @property
     def final(self) -> str:

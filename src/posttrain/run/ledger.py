@@ -57,6 +57,7 @@ class RecordKind(StrEnum):
     SIGN = "sign"  # a signature over a head
     GATE = "gate"  # a gate on a stage's result, and its decision
     STAGE = "stage"  # a stage started, ended or was skipped
+    PROOF = "proof"  # a comparison that held: what, and what came out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,43 +9,44 @@ Everything is written into one run folder; ``folder.py`` shows its layout.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
 
 import msgspec
 
-from posttrain.core import config
 from posttrain.core.events import (
     GateDecided,
     Measured,
-    Note,
     Observer,
+    Proved,
     StageStarted,
     ignore,
 )
 from posttrain.core.files import hash_folder
+from posttrain.core.proofs import Proof
 from posttrain.core.task import TaskSet
 from posttrain.measure.gates import Detour, GateDecision, decide, detour
 from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
-from posttrain.protocols import Engine, Policy, ScalarStart
+from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
-from posttrain.run.build import StageBuilder
+from posttrain.run.build import StageBuilder, learner_of
+from posttrain.run.check import check
 from posttrain.run.folder import RunFolder, RunWriter, StageRecord, StageResult, StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import (
     Plan,
     PlannedStage,
-    all_plans,
     make_plan,
     model_path,
     protocol_of,
     protocol_parts,
 )
 from posttrain.run.records import Records
+from posttrain.run.rehearsal import WORTH
 from posttrain.run.resume import check_resumable, earlier_measurement
 from posttrain.training.stage import Parts, run_stage
 
@@ -132,40 +133,46 @@ class _Run:
         stop: Callable[[], bool],
     ) -> _Run:
         """Check everything that can be checked before training; then write to the folder."""
-        recipe = config.checked(recipe)
-        observe(Note(text=f"loading {recipe.model}"))
-        base = engine.policy(model_path(recipe.model, root))
-        plans = all_plans(recipe, root=root, base=base.producer.digest or recipe.model)
-        chat = base.renderer.has_template
-        tasksets = {
-            name: spec.build(name, root=root, chat=chat) for name, spec in recipe.tasks.items()
-        }
-        measured = [tasksets[t] for t in recipe.measured_tasks]
-        protocol = protocol_of(recipe, measured, root=root)
-        parts = protocol_parts(recipe, measured, root=root)
+
+        def has_begun(planned: PlannedStage) -> bool:
+            return folder.stage_writer(planned.spec.name, planned.identity).has_started()
+
+        checked = check(
+            recipe,
+            root=root,
+            engine=engine,
+            observe=observe,
+            has_begun=has_begun,
+            rehearse_from=WORTH,
+        )
+        recipe, base = checked.recipe, checked.base
+        protocol = protocol_of(recipe, checked.measured, root=root)
+        parts = protocol_parts(recipe, checked.measured, root=root)
         ledger = folder.open_ledger()
         records = Records(ledger, recipe)
         run = cls(
-            plan=plans[0],
+            plan=checked.plans[0],
             folder=folder,
             engine=engine,
             observe=observe,
             stop=stop,
             ledger=ledger,
             records=records,
-            tasksets=tasksets,
+            tasksets=checked.tasksets,
             protocol=protocol,
             parts=parts,
-            policies={"base": base},
+            policies=dict(checked.policies),
         )
-        for plan in plans:
-            run._check_data(plan)
         run._replay()
         for useless in check_resumable(run.plan, folder):
             useless.remove()
         folder.remove_partials()
         folder.write_recipe(recipe)
         records.model(recipe.model, digest=base.producer.digest, role="base")
+        for ref in sorted(checked.policies.keys() - {"base"}):
+            run._outside(ref)
+        for proof in checked.proofs:
+            records.proof(proof)
         return run
 
     # --- the sequence of stages --------------------------------------------------------------
@@ -234,10 +241,16 @@ class _Run:
         """The frozen policy behind a reference, loaded once."""
         if ref not in self.policies:
             self.policies[ref] = policy = self.engine.policy(self._model_folder(ref))
+            for proof in policy.proofs:
+                self._proved(replace(proof, of=ref))
             if ref.startswith("path:"):
-                name = ref.removeprefix("path:")
-                self.records.model(name, digest=policy.producer.digest, role="outside")
+                self._outside(ref)
         return self.policies[ref]
+
+    def _outside(self, ref: str) -> None:
+        """Record a model from outside the recipe."""
+        found = self.policies[ref].producer.digest
+        self.records.model(ref.removeprefix("path:"), digest=found, role="outside")
 
     def _unload(self, *, later: Sequence[PlannedStage]) -> None:
         """Unload models that no later stage refers to. The base stays: KL is measured to it."""
@@ -269,21 +282,6 @@ class _Run:
             policy=self.policy,
         )
 
-    def _check_data(self, plan: Plan) -> None:
-        """Read all data files before training, to find invalid rows early.
-
-        Stages that descend from a model outside the recipe are checked when they start: their
-        tokenizer is not loaded yet.
-        """
-        base, known = self.policies["base"], {"base"}
-        for planned in plan.stages:
-            if planned.init not in known:
-                continue
-            known.add(planned.spec.name)
-            if self._stage_folder(planned).result() is None:
-                for leaf in planned.composition.source.leaves:
-                    leaf.rows(root=plan.root, renderer=base.renderer, context=base.context)
-
     def _stage(self, planned: PlannedStage) -> StageResult:
         """Run or resume a stage to its end."""
         folder = self._stage_folder(planned)
@@ -312,15 +310,8 @@ class _Run:
     def _train(self, planned: PlannedStage) -> int:
         """Take the remaining steps, then export; returns the total number of steps."""
         spec, folder = planned.spec, self._stage_folder(planned)
-        learner = self.engine.learner(
-            self._model_folder(planned.init),
-            name=f"{self.plan.recipe.name}/{spec.name}",
-            optimizer=spec.optimizer,
-            lora=spec.lora,
-            seed=self.plan.recipe.seed,
-            moving=planned.composition.moving,
-            scalar=self._scalar_start(planned),
-            activation_checkpointing=spec.activation_checkpointing,
+        learner = learner_of(
+            planned, engine=self.engine, recipe=self.plan.recipe, folder=self._model_folder
         )
         parts = self._workshop().parts(planned, learner)
         for file in parts.source.files:
@@ -330,15 +321,13 @@ class _Run:
         progress = folder.progress()
         self._started(planned, step=progress.step if progress else 0, steps=steps)
         run_stage(spec, parts, steps=steps, journal=journal, observe=self.observe, stop=self.stop)
-        folder.export(learner.export)
+        for proof in folder.export(learner.export):
+            self._proved(replace(proof, of=spec.name))
         return steps
 
-    def _scalar_start(self, planned: PlannedStage) -> ScalarStart | None:
-        spec = planned.composition.scalar_head
-        if spec is None:
-            return None
-        start = planned.init if spec.start == "input" else spec.start
-        return ScalarStart(trunk=spec.trunk, model=self._model_folder(start), lr=spec.lr)
+    def _proved(self, proof: Proof) -> None:
+        self.records.proof(proof)
+        self.observe(Proved(proof=proof))
 
     def _journal(self, planned: PlannedStage, parts: Parts) -> Journal:
         return Journal(

@@ -17,6 +17,7 @@ import msgspec
 
 from posttrain.core import config
 from posttrain.core.files import hash_file
+from posttrain.core.proofs import Proof
 from posttrain.measure.gates import GateDecision
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
@@ -105,6 +106,18 @@ class Records:
                     "file": file,
                 },
             )
+
+    def proof(self, proof: Proof) -> None:
+        """Something is what it claims to be."""
+        self._once(
+            RecordKind.PROOF,
+            {
+                "subject": proof.subject,
+                "of": proof.of,
+                "words": proof.words,
+                "figures": dict(proof.figures),
+            },
+        )
 
     def gate(self, stage: str, decision: GateDecision) -> None:
         """A gate of a stage, the measured value, and the decision."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.core.errors import LegalityError
+from posttrain.core.proofs import Proof
 from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
 from posttrain.core.task import Message, Task, TaskSet
 from posttrain.core.trajectory import End, Group, Scored, Trajectory
@@ -116,6 +117,7 @@ class FakePolicy:
     vocabulary: str = "code points"
     judgement: Callable[[str], float] | None = None  # its scalar head, of a text
     hidden: None = None
+    proofs: tuple[Proof, ...] = ()
 
     def __post_init__(self) -> None:
         if abs(sum(self.answers.values()) - 1) > 1e-9:
@@ -233,6 +235,7 @@ class TablePolicy:
     vocabulary: str = "code points"
     version: int | None = None
     hidden: None = None
+    proofs: tuple[Proof, ...] = ()
     _seen: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict, init=False, repr=False)
 
     @property

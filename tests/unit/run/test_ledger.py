@@ -79,8 +79,8 @@ def test_the_exact_bytes_of_a_ledger(tmp_path: Path) -> None:
     assert ledger.head == hashlib.sha256(second).hexdigest()
 
 
-def test_the_kinds_are_those_of_the_reference_and_two_more() -> None:
-    names = "run model source filter shard update checkpoint eval say sign gate stage"
+def test_the_kinds_are_those_of_the_reference_and_three_more() -> None:
+    names = "run model source filter shard update checkpoint eval say sign gate stage proof"
     assert " ".join(RecordKind) == names
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from posttrain.core.errors import ConfigError
 from posttrain.core.learner import Lora
+from posttrain.core.proofs import Proof
 from posttrain.core.provenance import FloatArray, IntArray, Producer
 from posttrain.core.trajectory import Trajectory
 from posttrain.engines.local.model import Model
@@ -108,6 +109,11 @@ class WithoutAdapters:
     def context(self) -> int:
         """Longest sequence of the model, in tokens."""
         return self._policy.context
+
+    @property
+    def proofs(self) -> Sequence[Proof]:
+        """Those of the policy."""
+        return self._policy.proofs
 
     @property
     def vocabulary(self) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from posttrain.core import clock
 from posttrain.core.errors import LegalityError, ModelError
 from posttrain.core.learner import MOVING, Lora, MovingReference, Optimizer
+from posttrain.core.proofs import Proof
 from posttrain.core.provenance import Kind, Producer
 from posttrain.core.statistics import Wanted
 from posttrain.engines.local.adapters import WithoutAdapters, attach, export, trained_weights
@@ -233,7 +234,7 @@ class LocalLearner:
         self._optimizer.load_state_dict(state["optimizer"])
         self._version.steps, self._state = state["version"], state.get("state", {})
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path) -> tuple[Proof, ...]:
         """A plain model folder. Adapters are merged, and saved beside it in ``adapter/``.
 
         Merged weights are float32: rounding to bfloat16 would lose much of a small adapter, and
@@ -248,6 +249,7 @@ class LocalLearner:
             if self._critic is not None:
                 export(self._critic, self._critic_adapters, home)
             self._scalar.save(home)
+        return ()
 
 
 @final

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from transformers.utils import logging as library_logging
 
 from posttrain.core.errors import ModelError
 from posttrain.core.files import hash_folder
+from posttrain.core.proofs import Proof, Subject
 from posttrain.engines.local.attention import IMPLEMENTATION, AttentionPlan, PackedPlan
 from posttrain.engines.local.recording import Recording, stock_hidden
 from posttrain.numerics.batch import PackedBatch, Segment
@@ -53,6 +54,7 @@ class Model:
     speaks: bool = True  # False where the folder has no output head: a classifier
     logit_scale: float = 1.0
     logit_cap: float | None = None
+    proofs: tuple[Proof, ...] = ()  # what was compared when it was loaded
     recording: Recording = field(init=False)  # the decoder's forward, for sampling
 
     def __post_init__(self) -> None:
@@ -237,8 +239,7 @@ def load_model(
     nn.Module.to(causal, device or torch.device("cpu")).eval()
     speaks = _speaks(causal, folder, missing=loaded[1]["missing_keys"])
     model = Model.of(causal, tokenizer, name=name, folder=folder, speaks=speaks)
-    prove_packing(model)
-    return model
+    return replace(model, proofs=(prove_packing(model),))
 
 
 def _speaks(causal: PreTrainedModel, folder: Path, *, missing: Collection[str]) -> bool:
@@ -250,7 +251,7 @@ def _speaks(causal: PreTrainedModel, folder: Path, *, missing: Collection[str]) 
     return not (named & set(missing) or any(k.endswith("Classification") for k in kinds))
 
 
-def prove_packing(model: Model) -> None:
+def prove_packing(model: Model) -> Proof:
     """Check that packed, prefix-shared log-probs equal the model's own on a short probe.
 
     Raises:
@@ -288,6 +289,8 @@ def prove_packing(model: Model) -> None:
             expected=f"at most {limit} in {model.causal.dtype}",
             fix="this family mixes tokens in a way that packing cannot isolate; use another",
         )
+    words = f"packed rows give the model's own log-probs, to {gap:.1g}"
+    return Proof(subject=Subject.SAMPLER, of=model.name, words=words, figures={"gap": gap})
 
 
 @dataclass(slots=True, eq=False)

@@ -14,6 +14,7 @@ from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.core import clock
 from posttrain.core.config import digest
 from posttrain.core.errors import LegalityError, ModelError
+from posttrain.core.proofs import Proof
 from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Trajectory
@@ -83,6 +84,11 @@ class LocalPolicy:
     def vocabulary(self) -> str:
         """Digest of its token ids and the size of its head."""
         return digest([self._model.vocab_size, self._model.tokenizer.get_vocab()])
+
+    @property
+    def proofs(self) -> tuple[Proof, ...]:
+        """What was compared when its model was loaded; empty for the live learner."""
+        return () if self._version else self._model.proofs
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
