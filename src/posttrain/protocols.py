@@ -174,7 +174,8 @@ class Scorer(Author, Protocol):
 
     def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory: entropy of the next-token distribution from which each trainable
-        token would be drawn at temperature 1, in nats; NaN elsewhere."""
+        token would be drawn at the temperature that it was sampled at (1 for given text), in
+        nats; NaN elsewhere."""
         ...
 
     def distributions(
