@@ -351,31 +351,6 @@ class ChatRenderer:
                 fix="add the block to the template, or set `assistant_mask: prefix`",
             )
 
-    # --- comparing ---------------------------------------------------------------------------
-
-    def _end_of_prompt(
-        self, messages: Sequence[Message], rendered: RenderedText, num_prompt: int
-    ) -> int:
-        """Where generation would start the first answer, in characters."""
-        texts = self._checked_texts()
-        answer = texts.answer(messages, rendered, number=num_prompt)
-        if answer is None:
-            raise DataError(
-                f"nothing of message {num_prompt + 1} is left in the text of the template",
-                expected="the answer that the prompt asks for",
-            )
-        texts.check_prompt(messages, rendered, answer)
-        return answer.start
-
-    def _answers(
-        self, messages: Sequence[Message], rendered: RenderedText, first: int
-    ) -> list[AnswerSpan]:
-        """Where the assistant's turns are trained."""
-        texts = self._checked_texts()
-        numbers = [n for n, m in enumerate(messages) if m.role is Role.ASSISTANT and n >= first]
-        found = (texts.answer(messages, rendered, number=n) for n in numbers)
-        return [answer for answer in found if answer is not None]
-
     # --- tokens ------------------------------------------------------------------------------
 
     def _tokens_put_in_front(self) -> list[int]:

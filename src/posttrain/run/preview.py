@@ -30,9 +30,9 @@ from posttrain.parts.registry import tag_of
 from posttrain.parts.shelf import Reader
 from posttrain.protocols import DataFile
 from posttrain.recipe import Recipe
-from posttrain.run.folder import stage_folder_name
 from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
+from posttrain.run.stage_folder import stage_folder_name
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
