@@ -4,8 +4,7 @@
 
 A part is one class: fields are the options of a recipe, class variables and properties declare
 what it needs and provides, methods compute. Code that plans, builds or runs a stage calls these,
-and knows no part by name. The decorator :func:`posttrain.parts.registry.part` registers a class
-for recipes, under its name in snake case.
+and knows no part by name. ``@part`` registers a class under its name in snake case.
 
 No module of parts imports PyTorch at import time: tensor code takes it from
 :mod:`posttrain.core.lazy`.
@@ -26,10 +25,12 @@ from posttrain.core.errors import LegalityError
 from posttrain.core.provenance import Kind, Regime
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat, Wanted
+from posttrain.core.task import TaskSet
 from posttrain.core.trajectory import Column, Group
 from posttrain.parts.registry import snake_case
+from posttrain.parts.shelf import Reader
 from posttrain.parts.tools import Score, Tools
-from posttrain.protocols import Renderer, Stream
+from posttrain.protocols import Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,10 +100,13 @@ class Part(Config, tag=snake_case, tag_field="type"):
 class PlanFacts:
     """Planning facts, known before a model is loaded: tokenizer, context and task sets."""
 
-    root: Path  # the recipe's folder
-    renderer: Renderer
-    context: int  # tokens
-    prompt_lengths: Callable[[str], Sequence[int]]  # tokens of some prompts of a task set
+    reader: Reader
+    taskset: Callable[[str], TaskSet]
+
+    def prompt_lengths(self, name: str) -> list[int]:
+        """Tokens of the first training prompts of a task set."""
+        prompts = map(self.reader.renderer.prompt, self.taskset(name).train[:64])
+        return [len(prompt.tokens) for prompt in prompts]
 
 
 # --- sources ---------------------------------------------------------------------------------
@@ -206,7 +210,7 @@ class Source(Part):
         """
         raise NotImplementedError
 
-    def rows(self, *, root: Path, renderer: Renderer, context: int, seed: int = 0) -> Stream | None:
+    def rows(self, reader: Reader, *, seed: int = 0) -> Stream | None:
         """Its file, rendered and checked; None for a source that reads none.
 
         Raises:
@@ -219,7 +223,7 @@ class Source(Part):
 
         By default nothing is known, and every trajectory may fill the context.
         """
-        return 0.0, groups * self.group_size * facts.context
+        return 0.0, groups * self.group_size * facts.reader.context
 
     def open(self, tools: Tools, *, seed: int) -> Stream:
         """The stream of groups of this source.

@@ -142,6 +142,8 @@ class MarkCovariance(Signal):
 class MarkEntropy(Signal):
     """Marks the ⌈share · N⌉ of a draw's N trained tokens with the highest entropy.
 
+    Entropies are those of the sampled distribution, at its temperature.
+
     For terms with ``limit: {marked: true}`` (arXiv 2506.01939, which takes a fifth of a batch).
     One more pass over the draw, with the weights before the update. Discarded answers neither
     count nor are marked. Of equal entropies the earlier token is marked.

@@ -163,6 +163,8 @@ class Minillm(Sampled):
     The exact part is the next-token reverse KL; the rest credits a token with the mean log-ratio
     of later tokens, the paper's length normalisation. Not implemented: sampling from a mixture of
     teacher and learner, and a pre-training loss (mix in a data set for that).
+
+    The authors' code also whitens the rewards, and discounts them by 0.95 per token.
     """
 
     teachers: dict[str, PolicyRef]

@@ -168,6 +168,8 @@ class EntropyAwareOpd(OnOwnRollouts):
 class TvDistillation(OnOwnRollouts):
     """Total variation to a teacher on the learner's own rollouts: a bounded loss per token.
 
+    The paper adds a second half on the teacher's own samples; here there is the learner's only.
+
     Unconfirmed: the divergence is standard; its use in the paper is from general knowledge.
     """
 
@@ -255,6 +257,9 @@ class Distillm2(OnTasks):
     Skew KL on the teacher's rollouts with weight 2 − β, skew reverse KL on the learner's with β,
     and β changing from ``beta`` to ``beta_end``. The paper also adapts α per sample; here it is
     constant. Each half is averaged over its own tokens.
+
+    In the authors' code no gradient flows through the mixture of the skew reverse KL; here one
+    does, as its definition has it. β goes to 1.5 there too.
 
     Unconfirmed: the formula is that of the authors' code; the paper was not opened.
     """
@@ -376,7 +381,7 @@ class Opsd(Privileged):
 
     The teacher is the frozen input of the stage; ``teacher: learner`` uses the current weights.
 
-    Unconfirmed: the divergence and its ``beta`` are those of ``sdft``, the paper was not opened.
+    Unconfirmed: the divergence and its ``beta``, the paper was not opened.
     """
 
     context: str = ANSWER_SHOWN
@@ -399,19 +404,23 @@ class Sdft(Privileged):
     (``rate`` per step); ``teacher: learner`` is the learner at every draw, and any other policy
     is frozen.
 
-    Unconfirmed: the default of ``rate``.
+    The divergence is the paper's reverse KL, over the whole vocabulary: ``beta`` 1 of the
+    Jensen-Shannon family. A fork of the authors' code has the forward KL (``beta: 0``), and leaves
+    out the first 3 tokens of an answer, which is not offered; TRL has ``beta`` 0.5, ``rate`` 0.05.
+
+    Unconfirmed: the default of ``rate``, which is that fork's.
     """
 
     teacher: PolicyRef = MOVING
-    rate: Rate = 0.05
+    rate: Rate = 0.01
     context: str = DEMONSTRATION_SHOWN
-    beta: Share = 0.5
+    beta: Share = 1.0
 
-    formula: ClassVar[str] = "JSD_beta(pi(. | x, demonstration), pi(. | x)), on samples of pi"
+    formula: ClassVar[str] = "KL(pi(. | x) || pi_ema(. | x, demonstration)), on samples of pi"
     paper: ClassVar[str] = "2601.19897"
 
     def compose(self) -> Composition:
-        """Live rollouts; the learner's own distribution after a demonstration; Jensen-Shannon."""
+        """Live rollouts; the learner's own distribution after a demonstration; reverse KL."""
         term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
         return _privileged(self, self.context, term, rate=self.rate)
 
@@ -423,6 +432,9 @@ class Sdpo(Privileged):
     The teacher, a moving average of the learner, reads the first other answer of the group with a
     reward of at least ``success``; answers without one are left out. The paper also shows textual
     feedback of an environment; here there are only rewards.
+
+    The authors' code compares the learner's 100 likeliest tokens, and bounds the importance ratio
+    by 2. Here they are the teacher's, and there is no ratio, which is 1 at a draw's first update.
     """
 
     teacher: PolicyRef = MOVING

@@ -133,6 +133,9 @@ class Uft(OnGuided):
 
     The number of given slices is drawn per prompt. A slice is a fifth of the demonstration's
     tokens; the paper cuts at steps of the solution. Its KL term is left out.
+
+    The authors' code averages over tokens, and adds an entropy bonus of 0.001; here every sequence
+    counts alike, and there is none.
     """
 
     group_size: Size = 4
@@ -160,6 +163,9 @@ class PrefixRft(OnGuided):
 
     The prefix's tokens are treated as if sampled by the learner, at the fifth of highest entropy.
     Both terms are sums over tokens divided by the same constant.
+
+    In the authors' code members with a prefix are compared among themselves, so that one alone is
+    its own mean; here all members of a group share the mean.
 
     Unconfirmed: read from the authors' code and notes; the constant is ours.
     """
@@ -196,6 +202,9 @@ class Luffy(OnGuided):
 
     Its ratio assumes a behaviour probability of 1, and is shaped so that unlikely tokens keep a
     gradient. Both terms are sums over tokens divided by the same constant.
+
+    The authors' runs do not clip, and have the entropy bonus on the demonstration too; here own
+    tokens are clipped, and the bonus is theirs alone.
     """
 
     gamma: Positive = 0.1
@@ -228,6 +237,8 @@ class Hpt(OnGuided):
 
     Where at most ``gate`` of a group's rollouts are right, the demonstration is trained on and the
     rollouts are left out; elsewhere the opposite.
+
+    The authors' scripts weigh demonstrations by 0.3 for a model of 1.5B, and by 1 elsewhere.
 
     Unconfirmed: that the policy gradient is Dr.GRPO's.
     """

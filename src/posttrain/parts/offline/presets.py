@@ -30,6 +30,9 @@ def logged_advantage(baseline: float | None) -> GroupAdvantage:
 class Awr(Method):
     """Advantage-weighted regression on logged answers.
 
+    The paper's experiments standardise the advantages first, and subtract a value function. Here
+    they are differences of rewards: choose ``beta`` on their scale.
+
     Unconfirmed: the formula and its defaults are from general knowledge.
     """
 

@@ -132,7 +132,11 @@ class Luspo(OnRollouts):
 
 @part
 class ClipCov(OnRollouts):
-    """GRPO without a gradient at a few tokens of high covariance, to keep entropy."""
+    """GRPO without a gradient at a few tokens of high covariance, to keep entropy.
+
+    The authors' code chooses them among the tokens of a micro-batch; here among those of a draw, so
+    that the cut of a step changes nothing.
+    """
 
     share: Inner = 2e-4
     clip: NonNegative = 0.2
@@ -196,14 +200,14 @@ class AdaptiveEntropy(OnRollouts):
     """GRPO with an entropy bonus of adaptive weight that keeps a target entropy.
 
     The loss of Skywork-OR1: a token mean, no KL, and no length normalisation. The right target
-    depends on the policy.
-
-    Unconfirmed: the target of 0.2 nats is from memory.
+    depends on the policy. Defaults are those of the authors' scripts, where c starts at 0; the
+    report also tries steps of 0.005.
     """
 
     target: Positive = 0.2
-    initial: NonNegative = 0.01
-    step: Positive = 0.005
+    initial: NonNegative = 0.0
+    step: Positive = 1e-4
+    cap: NonNegative = 0.005
     clip_low: NonNegative = 0.2
     clip_high: NonNegative = 0.2
 
@@ -213,5 +217,7 @@ class AdaptiveEntropy(OnRollouts):
     def compose(self) -> Composition:
         """Group advantage; clipped policy gradient and adaptive entropy bonus."""
         term = clipped(self)
-        bonus = AdaptiveEntropyBonus(target=self.target, initial=self.initial, step=self.step)
+        bonus = AdaptiveEntropyBonus(
+            target=self.target, initial=self.initial, step=self.step, cap=self.cap
+        )
         return on_rollouts(self, (GroupAdvantage(),), (term, bonus))

@@ -76,7 +76,8 @@ class Bco(UnpairedTerm):
 
     −log σ(r − δ) on good answers, −log σ(δ − r) on bad ones, r = βρ. δ/β comes from the
     ``log_ratio_centre`` signal: half the sum of the mean ρ of good and of bad answers of the draw.
-    TRL smooths δ over steps, which would need state across a resume.
+    TRL keeps a running mean of δ over steps, which would need state across a resume; here it is
+    that of the draw alone, and noisier on small draws.
 
     Unconfirmed: a library's document and its code disagree on the formula; this is the code's.
     """

@@ -101,10 +101,11 @@ class MathShepherd(Method):
     """A process reward model without human labels: steps are labelled by roll-outs from them.
 
     A frozen policy answers; from the end of every step ``completer`` samples ``samples``
-    continuations, and the label is the share that the verifier accepts.
+    continuations. The label is 1 if the verifier accepts any of them, the paper's hard
+    estimation; ``soft`` labels are the share that it accepts.
 
-    Soft labels are success rates, below 1 also for a correct first step: their ``min`` or
-    ``product`` over an answer's steps prefers answers with few steps. Use ``last``, or hard labels.
+    Soft labels are below 1 also for a correct first step: their ``min`` or ``product`` over an
+    answer's steps prefers answers with few steps. Use ``last`` with them.
 
     Unconfirmed: the formula was read at second hand; the number of samples is ours.
     """
@@ -113,7 +114,7 @@ class MathShepherd(Method):
     generator: PolicyRef = "input"
     completer: PolicyRef = "input"
     samples: Size = 8
-    labels: Literal["soft", "hard"] = "soft"
+    labels: Literal["soft", "hard"] = "hard"
     steps: Steps = Steps()
     group_size: Size = 4
     max_new_tokens: Tokens = 256
@@ -122,7 +123,7 @@ class MathShepherd(Method):
     provenance: ClassVar[str] = "off-policy: a frozen policy's answers"
     interface: ClassVar[str] = "process labels from verified roll-outs"
     tendency: ClassVar[str] = NO_ROLE
-    formula: ClassVar[str] = "prm with y_k = share of continuations from step k that succeed"
+    formula: ClassVar[str] = "prm with y_k = 1 if any continuation from step k succeeds"
     paper: ClassVar[str] = "2312.08935"
 
     def compose(self) -> Composition:

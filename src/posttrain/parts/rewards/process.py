@@ -113,18 +113,18 @@ class StepLabels(Signal):
     """``STEP_LABEL`` by roll-outs from prefixes: Math-Shepherd (arXiv 2312.08935).
 
     From the end of every step but the last, ``policy`` samples ``samples`` continuations, which
-    the verifier scores. ``soft`` is the share that succeeded, ``hard`` 1 if any did. The last
+    the verifier scores. ``hard`` is 1 if any succeeded, ``soft`` the share that did. The last
     step's label is whether the answer itself succeeded. Success is a score of at least the task
     set's ``success``.
     """
 
     policy: PolicyRef = "input"
     samples: Size = 8
-    labels: Literal["soft", "hard"] = "soft"
+    labels: Literal["soft", "hard"] = "hard"
     steps: Steps = Steps()
     max_new_tokens: Tokens = 64
 
-    formula: ClassVar[str] = "share of continuations from step k that succeed; hard: if any does"
+    formula: ClassVar[str] = "1 if any continuation from step k succeeds; soft: the share that does"
     paper: ClassVar[str] = "2312.08935"
     may_ask_learner: ClassVar[bool] = True
     provides: ClassVar[Columns] = frozenset({Column.STEP_LABEL})

@@ -43,6 +43,9 @@ def check_best(method: Method, best: int, group_size: int) -> None:
 class Rft(Method):
     """Rejection-sampling fine-tuning: distinct right answers of a frozen policy.
 
+    Answers are distinct by their text. The authors compare the equations in them, and keep one
+    answer of each list of equations.
+
     Unconfirmed: from general knowledge, the paper was not opened.
     """
 
