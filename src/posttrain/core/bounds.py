@@ -30,12 +30,14 @@ from typing import Annotated, TypeAlias
 
 from msgspec import Meta
 
-_MOST = 1e12
+MOST = 1e12
+"""The largest number that is read, of an option or of a row."""
+
 MOST_STEPS = 10**9
 
-Number: TypeAlias = Annotated[float, Meta(ge=-_MOST, le=_MOST)]
-NonNegative: TypeAlias = Annotated[float, Meta(ge=0, le=_MOST)]
-Positive: TypeAlias = Annotated[float, Meta(gt=0, le=_MOST)]
+Number: TypeAlias = Annotated[float, Meta(ge=-MOST, le=MOST)]
+NonNegative: TypeAlias = Annotated[float, Meta(ge=0, le=MOST)]
+Positive: TypeAlias = Annotated[float, Meta(gt=0, le=MOST)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Rate: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
