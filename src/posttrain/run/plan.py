@@ -351,7 +351,11 @@ def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -
     """
     spec = recipe.measure
     usual = plain(SamplingSpec())
-    words = [f"{k} {v:g}" for k, v in plain(spec.sampling).items() if v != usual[k]]
+    words = [
+        f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in plain(spec.sampling).items()
+        if v != usual[k]
+    ]
     words = words or ["the policy's own distribution"]
     parts = {
         "decoding": ", ".join([*words, f"at most {spec.max_new_tokens} tokens"]),
