@@ -99,17 +99,24 @@ def probe_rows(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 @torch.inference_mode()
 def log_probs(causal: PreTrainedModel, rows: Tensor) -> Tensor:
     """[ROWS, LENGTH, V] of the probe by the stock model, one row at a time, on its device."""
-    before = causal.config._attn_implementation
-    causal.set_attn_implementation("eager")
-    try:
+    with stock_attention(causal):
         logits = [
             causal(input_ids=row[None], use_cache=False).logits[0].float().log_softmax(-1)
             for row in rows.to(causal.device)
         ]
+    return torch.stack(logits).cpu()
+
+
+@contextmanager
+def stock_attention(causal: PreTrainedModel) -> Iterator[None]:
+    """The model library's own attention in this context, in place of the packed one."""
+    before = causal.config._attn_implementation
+    causal.set_attn_implementation("eager")
+    try:
+        yield
     finally:
         if before == IMPLEMENTATION:
             causal.set_attn_implementation(before)
-    return torch.stack(logits).cpu()
 
 
 def noise_floor(causal: PreTrainedModel, rows: Tensor, expected: Tensor) -> float:
