@@ -290,6 +290,7 @@ def unnamed(out: Path) -> set[str]:
         named |= {stage.record_file, stage.metrics_file, stage.result_file}
         named |= {*stage.trajectory_files(), *stage.use_files()}
         whole |= {stage.checkpoint, stage.model}
+    whole.add(out / "aside")
     files = (p for p in out.rglob("*") if p.is_file() and not whole & set(p.parents))
     return {str(p.relative_to(out)) for p in files} - {str(p.relative_to(out)) for p in named}
 
