@@ -10,8 +10,8 @@ from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import StageBuilder
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
-from posttrain.run.stage_folder import StageWriter
 from posttrain.run.plan import make_plan
+from posttrain.run.stage_folder import StageWriter
 from posttrain.tasks.jsonl import JsonlTasks
 from posttrain.training.stage import run_stage
 

@@ -77,9 +77,7 @@ def tour(out: Path, seed: int) -> None:
     metavar="STAGE",
     help="Set this stage's work aside, with what builds on it, and start it again.",
 )
-def run(
-    recipe: Path, out: Path | None, accept: tuple[str, ...], restart: tuple[str, ...]
-) -> None:
+def run(recipe: Path, out: Path | None, accept: tuple[str, ...], restart: tuple[str, ...]) -> None:
     """Run a recipe, or go on with it. A finished recipe is not run again."""
     _go(recipe, out, accept=accept, restart=restart)
 

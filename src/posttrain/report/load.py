@@ -45,7 +45,9 @@ def write_report(out: Path, *, sections: Sequence[SectionOf] = ()) -> Path:
         try:
             section = of(folder)
         except (DataError, RunError) as error:
-            report = replace(report, alarms=(*report.alarms, f"a section is left out: {error.found}"))
+            report = replace(
+                report, alarms=(*report.alarms, f"a section is left out: {error.found}")
+            )
             continue
         added += [] if section is None else [section]
     return folder.write_report(render(report, sections=added))

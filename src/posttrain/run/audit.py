@@ -1,6 +1,6 @@
 """Every file of a run folder against its ledger.
 
-    records ──Evidence──▶ entry per file ──sizes, digests──▶ faults: changed, missing, unrecorded
+records ──Evidence──▶ entry per file ──sizes, digests──▶ faults: changed, missing, unrecorded
 """
 
 from __future__ import annotations

@@ -48,7 +48,11 @@ class Entry:
     @property
     def plain(self) -> dict[str, object]:
         """As it stands in a ledger row."""
-        return {"bytes": self.bytes, "digest": self.digest, **({"grows": True} if self.grows else {})}
+        return {
+            "bytes": self.bytes,
+            "digest": self.digest,
+            **({"grows": True} if self.grows else {}),
+        }
 
     @property
     def words(self) -> str:
@@ -130,9 +134,7 @@ class Evidence:
     before: Mapping[str, Entry | None]  # of what the last row announced
 
     @classmethod
-    def of(
-        cls, root: Path, records: Sequence[Record], *, late: Sequence[Row] = ()
-    ) -> Evidence:
+    def of(cls, root: Path, records: Sequence[Record], *, late: Sequence[Row] = ()) -> Evidence:
         """Read the records in order.
 
         Args:

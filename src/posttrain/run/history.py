@@ -284,9 +284,7 @@ def _unless_damaged(read: Callable[[], T]) -> T | None:
         return None
 
 
-def _started(
-    folder: RunFolder, recipe: Recipe, unread: frozenset[Path]
-) -> Iterator[PlannedStage]:
+def _started(folder: RunFolder, recipe: Recipe, unread: frozenset[Path]) -> Iterator[PlannedStage]:
     """Started stages. Their plans are read from their folders: data may have changed since."""
     found = [s for s in folder.stage_folders() if s.record_file not in unread]
     records = [r for s in found if (r := _unless_damaged(s.record)) is not None]

@@ -30,6 +30,7 @@ from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.models.files import model_digest
+from posttrain.parts.shelf import Shelf
 from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
 from posttrain.run.build import StageBuilder, learner_of
@@ -131,6 +132,7 @@ class _Run:
     ledger: Ledger
     records: Records
     tasksets: Mapping[str, TaskSet]
+    shelf: Shelf  # data files that were rendered
     protocol: str
     parts: Mapping[str, str]  # of the protocol
     policies: dict[str, Policy]
@@ -176,6 +178,7 @@ class _Run:
             ledger=ledger,
             records=records,
             tasksets=checked.tasksets,
+            shelf=checked.shelf,
             protocol=protocol,
             parts=parts,
             policies=dict(checked.policies),
@@ -300,6 +303,7 @@ class _Run:
             seed=self.plan.recipe.seed,
             tasksets=self.tasksets,
             policy=self.policy,
+            shelf=self.shelf,
         )
 
     def _stage(self, planned: PlannedStage) -> StageResult:
@@ -334,6 +338,8 @@ class _Run:
         learner = learner_of(
             planned, engine=self.engine, recipe=self.plan.recipe, folder=self._model_folder
         )
+        for proof in learner.policy.proofs:
+            self._proved(replace(proof, of=spec.name))
         parts = self._workshop().parts(planned, learner)
         for file in parts.source.files:
             self.records.dataset(file)

@@ -60,6 +60,7 @@ class Records:
                 "licence": file.licence,
                 "rows": file.rows,
                 "skipped": file.skipped,
+                **({"notes": list(file.notes)} if file.notes else {}),
             },
         )
 

@@ -327,9 +327,7 @@ class StageWriter(StageFolder):
         with atomic_folder(self.model) as partial:
             proofs = write(partial)
             files = files_below(partial)
-            announce(
-                self.ledger, {self.model / p.relative_to(partial): entry_at(p) for p in files}
-            )
+            announce(self.ledger, {self.model / p.relative_to(partial): entry_at(p) for p in files})
             return proofs
 
     def write_result(self, result: StageResult) -> None:

@@ -81,7 +81,10 @@ def test_the_exact_bytes_of_a_ledger(tmp_path: Path) -> None:
 
 def test_the_kinds_are_those_of_the_reference_and_six_more() -> None:
     reference = "run model source filter shard update checkpoint eval say sign"
-    assert set(RecordKind) == {*reference.split(), *"gate stage proof saved file accept".split()}
+    assert set(RecordKind) == {
+        *reference.split(),
+        *["gate", "stage", "proof", "saved", "file", "accept"],
+    }
 
 
 @settings(max_examples=60, deadline=None)

@@ -24,8 +24,8 @@ from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import StageBuilder
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
-from posttrain.run.stage_folder import StageWriter
 from posttrain.run.plan import make_plan
+from posttrain.run.stage_folder import StageWriter
 from posttrain.run.store import UseRole, read_uses
 from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
 from posttrain.testing import check_signal, fake_tools
