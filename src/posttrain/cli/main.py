@@ -207,13 +207,14 @@ def compare(before: str, after: str | None, tasks: str | None, samples: int | No
         first, second = first.only(chosen), second.only(chosen)
     require_comparable(first, second)
     require_prompts(first)
-    click.echo(_comparison(first, second, spec))
+    blocks = [_comparison(first, second, spec)]
     if run is not None:
         from posttrain.cli.tables import retention_table
         from posttrain.run.history import read_history
 
-        if kept := read_history(run).retained():
-            click.echo(f"\n{retention_table(kept)}")
+        kept = read_history(run).retained()
+        blocks += [retention_table(kept)] if kept else []
+    click.echo("\n\n".join(blocks))
 
 
 def _comparison(first: Measurement, second: Measurement, spec: Measure) -> str:

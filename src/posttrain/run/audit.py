@@ -15,7 +15,7 @@ def audit(run: RunFolder, *, weights: bool = True, shards: bool = True) -> list[
 
     Args:
         run: the run folder.
-        weights: read the files of models and checkpoints too; else only their sizes are compared.
+        weights: read the weights of models and checkpoints too; else only their sizes are compared.
         shards: the same for shards.
 
     Raises:
@@ -28,7 +28,8 @@ def audit(run: RunFolder, *, weights: bool = True, shards: bool = True) -> list[
     }
     faults = []
     for name in evidence.names:
-        content = not bulk & set((run.path / name).parents)
+        small = name.endswith(".json")
+        content = small or not bulk & set((run.path / name).parents)
         if (fault := evidence.fault(name, content=content)) is not None:
             faults.append(fault)
     for path in run.unrecorded(evidence):

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
-from posttrain.core.files import as_disk_full
+from posttrain.core.files import as_write_error
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 from posttrain.parts.legality import Admission
 from posttrain.protocols import Learner, Stateful
@@ -97,10 +97,10 @@ class Journal:
             with self._folder.metrics_file.open("ab") as file:
                 file.write(line)
         except OSError as error:
-            full = as_disk_full(error, writing=self._folder.metrics_file)
-            if full is None:
+            failed = as_write_error(error, writing=self._folder.metrics_file)
+            if failed is None:
                 raise
-            raise full from error
+            raise failed from error
         self._lines.update(line)
         self._bytes += len(line)
 
