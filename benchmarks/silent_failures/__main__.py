@@ -10,11 +10,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from silent_failures import plant_environment, plant_models, plant_options, plant_rows
 from silent_failures.bench import FAULTS, Bench
-from silent_failures.planting import PLANTERS
-
-PLANTED = (plant_models, plant_rows, plant_options, plant_environment)
+from silent_failures.planters import ALL
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--against", choices=["trl"], help="run TRL's trainers instead of ours")
     parser.add_argument("--keep", type=Path, help="keep the runs in this folder")
     chosen = parser.parse_args(arguments)
-    missing = FAULTS.keys() - PLANTERS.keys()
+    missing = FAULTS.keys() - ALL.keys()
     if missing:
         parser.error(f"faults without a planter: {sorted(missing)}")
     bench = Bench("trl" if chosen.against else "posttrain", keep=chosen.keep)

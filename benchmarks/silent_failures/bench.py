@@ -12,7 +12,8 @@ from silent_failures import ours, theirs
 from silent_failures.environment import ENVIRONMENT
 from silent_failures.faults import Fault
 from silent_failures.inputs import INPUTS
-from silent_failures.planting import PLANTERS, Planter, Side, nothing
+from silent_failures.planters import ALL
+from silent_failures.planting import Planter, Side, nothing
 from silent_failures.processes import preload
 from silent_failures.result import Result
 from silent_failures.score import Judged, Verdict, judge
@@ -52,7 +53,7 @@ class Bench:
             yield from pool.map(self._one, ids)
 
     def _one(self, name: str) -> Judged:
-        fault, planter = FAULTS[name], PLANTERS[name]
+        fault, planter = FAULTS[name], ALL[name]
         reason = fault.not_ours if self.side == "posttrain" else fault.not_trl
         if reason is not None:
             return Judged(id=name, side=self.side, verdict=Verdict.LEFT_OUT, words=reason)
