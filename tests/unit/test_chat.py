@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.chat import ChatRenderer, messages_from, token_texts
 from posttrain.core.errors import DataError, ModelError
-from posttrain.core.files import read_jsonl
 from posttrain.core.provenance import Kind, Producer, Role
+from posttrain.core.rows import read_jsonl
 from posttrain.core.task import Message, Task
 from posttrain.lab.tour import BASE
 
@@ -225,7 +225,7 @@ def test_prefix_mask_refuses_a_template_that_rewrites_earlier_turns():
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     renderer = ChatRenderer(tokenizer(forgetful))
-    with pytest.raises(DataError, match="first 2 messages differently"):
+    with pytest.raises(DataError, match=r"cuts text out of a message: 'two' \(message 2\)"):
         renderer.conversation((Q, A, Q2, A2), producer=BOOK, task="b/1", assistant_mask="prefix")
 
 

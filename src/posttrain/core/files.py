@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +30,8 @@ __all__ = [
     "atomic_folder",
     "folder_lock",
     "hash_file",
+    "hash_files",
     "hash_folder",
-    "read_jsonl",
     "recover_folder",
     "sync_folder",
     "write_all",
@@ -290,17 +290,30 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_folder(path: Path) -> str:
-    """sha256 over the sorted (relative name, file digest) pairs below a folder, 64 hex digits.
+def hash_files(folder: Path, names: Iterable[str]) -> str:
+    """sha256 over (relative name, file digest) pairs of some files of a folder, 64 hex digits.
 
     Each pair is hashed as ``name NUL digest LF``, names with ``/`` between parts and sorted by
-    their bytes. Times, modes and empty folders do not count. A link to a file counts as the file.
+    their bytes. Times and modes do not count. A link to a file counts as the file.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+    """
+    total = hashlib.sha256()
+    for name in sorted(map(os.fsencode, names)):
+        digest = hash_file(folder / os.fsdecode(name))
+        total.update(name + b"\0" + digest.encode() + b"\n")
+    return total.hexdigest()
+
+
+def hash_folder(path: Path) -> str:
+    """:func:`hash_files` of all files below a folder. Empty folders do not count.
 
     Raises:
         DataError: a link to a folder, whose content would silently not count.
         OSError: the folder is missing or cannot be read.
     """
-    files: list[tuple[bytes, Path]] = []
+    files: list[str] = []
     for here, folders, names in os.walk(path, onerror=_raise):
         for linked in (p for p in (Path(here, f) for f in folders) if p.is_symlink()):
             raise DataError(
@@ -308,13 +321,8 @@ def hash_folder(path: Path) -> str:
                 expected="a folder that holds all of its own content",
                 fix="replace the link by a copy",
             )
-        files += [
-            (os.fsencode(Path(here, n).relative_to(path).as_posix()), Path(here, n)) for n in names
-        ]
-    total = hashlib.sha256()
-    for name, file in sorted(files):
-        total.update(name + b"\0" + hash_file(file).encode() + b"\n")
-    return total.hexdigest()
+        files += [Path(here, n).relative_to(path).as_posix() for n in names]
+    return hash_files(path, files)
 
 
 @contextmanager
@@ -383,49 +391,3 @@ def _locked(content: bytes, folder: Path) -> RunLocked:
         expected="one process at a time in a run folder",
         fix=f"wait for it, or stop it ({stop}), or choose another folder",
     )
-
-
-def read_jsonl(path: Path) -> list[tuple[int, Mapping[str, object]]]:
-    """Rows of a JSONL file with their line numbers, counted from 1. Blank lines are skipped.
-
-    Raises:
-        DataError: no such file, not UTF-8, a line that is not a JSON object, or no row at all.
-    """
-    if not path.is_file():
-        raise DataError(f"no file {path}", fix="check the path; it is relative to the recipe")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}", expected="a JSONL file") from None
-    rows: list[tuple[int, Mapping[str, object]]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, row {number}: not JSON: {error.msg} at column {error.colno}",
-                expected="one JSON object per line",
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: {type(row).__name__}", expected="a JSON object")
-        if "\\ud" in line.lower() and not _is_text(row):
-            raise DataError(
-                f"{path}, row {number}: half of a surrogate pair, which is no character",
-                expected="text that can be written as UTF-8",
-                fix="repair the escape (both halves: \\ud83d\\ude00)",
-            )
-        rows.append((number, row))
-    if not rows:
-        raise DataError(f"{path} is empty", expected="one JSON object per line")
-    return rows
-
-
-def _is_text(row: Mapping[str, object]) -> bool:
-    """False when some string in the row cannot be encoded."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

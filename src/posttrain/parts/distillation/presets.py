@@ -6,6 +6,17 @@ from typing import ClassVar
 
 from msgspec.structs import replace
 
+from posttrain.core.bounds import (
+    Count,
+    Inner,
+    NonNegative,
+    Number,
+    Positive,
+    Rate,
+    Share,
+    Size,
+    Tokens,
+)
 from posttrain.core.errors import ConfigError
 from posttrain.core.learner import MOVING, MovingReference
 from posttrain.core.provenance import Kind
@@ -48,8 +59,8 @@ class OnTasks(Method):
     """Methods on task sets: prompts, group size and decoding."""
 
     tasks: tuple[str, ...]
-    group_size: int = 1
-    max_new_tokens: int = 64
+    group_size: Size = 1
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
 
     tendency: ClassVar[str] = "reshaping or consolidation"
@@ -83,8 +94,8 @@ class Kd(Method):
 
     data: Dataset
     teachers: dict[str, PolicyRef]
-    temperature: float = 1.0
-    top_k: int | None = None
+    temperature: Positive = 1.0
+    top_k: Count | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "off-policy"
@@ -106,7 +117,7 @@ class OnOwnRollouts(OnTasks):
     """Methods in which teachers score the learner's rollouts with their distributions."""
 
     teachers: dict[str, PolicyRef]
-    top_k: int | None = None
+    top_k: Count | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "on-policy"
@@ -141,8 +152,8 @@ class EntropyAwareOpd(OnOwnRollouts):
     Unconfirmed: read at second hand; the threshold's unit and the second part's weight are ours.
     """
 
-    top_k: int | None = 16
-    threshold: float = 0.8
+    top_k: Count | None = 16
+    threshold: NonNegative = 0.8
 
     formula: ClassVar[str] = "KL(pi || pi_T) + [H(pi_T) > threshold] KL(pi_T || pi)"
     paper: ClassVar[str] = "2603.07079"
@@ -178,8 +189,8 @@ class OnMix(OnTasks):
 
     teachers: dict[str, PolicyRef]
     data: Dataset | None = None
-    own: float = 0.5
-    top_k: int | None = None
+    own: Share = 0.5
+    top_k: Count | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "mixed"
@@ -207,7 +218,7 @@ class Gkd(OnMix):
     reverse KL at 1; between them the loss is smaller, see teacher_jensen_shannon.
     """
 
-    beta: float = 0.5
+    beta: Share = 0.5
 
     formula: ClassVar[str] = (
         "beta KL(pi_T || M) + (1-beta) KL(pi || M), M = beta pi_T + (1-beta) pi"
@@ -227,7 +238,7 @@ class Distillm(OnMix):
     the share is fixed.
     """
 
-    alpha: float = 0.1
+    alpha: Inner = 0.1
     reverse: bool = True
 
     formula: ClassVar[str] = "KL(pi || (1-alpha) pi_T + alpha pi); or KL(pi_T || alpha pi_T + ...)"
@@ -254,10 +265,10 @@ class Distillm2(OnTasks):
     """
 
     teacher: PolicyRef
-    alpha: float = 0.1
-    beta: float = 1.0
-    beta_end: float = 1.5
-    top_k: int | None = None
+    alpha: Inner = 0.1
+    beta: Positive = 1.0
+    beta_end: Positive = 1.5
+    top_k: Count | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "mixed"
@@ -313,18 +324,14 @@ class Uld(OnTasks):
 
     teacher: PolicyRef
     data: Dataset
-    own: float = 0.5
-    top_k: int = 100
-    weight: float = 1.5
+    own: Share = 0.5
+    top_k: Count = 100
+    weight: NonNegative = 1.5
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "mixed"
     formula: ClassVar[str] = "-log pi(y_t) on data, + weight sum_i |pi_(i) - pi_T(i)| on rollouts"
     paper: ClassVar[str] = "2402.12030"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.own < 1:
-            raise ConfigError(f"uld with own={self.own}", expected="above 0 and below 1")
 
     def compose(self) -> Composition:
         """Data and live rollouts; a foreign teacher on the rollouts; both losses."""
@@ -343,7 +350,7 @@ class Privileged(OnTasks):
     """Methods whose teacher has a privileged context."""
 
     teacher: PolicyRef = "input"
-    top_k: int | None = None
+    top_k: Count | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "on-policy"
@@ -378,7 +385,7 @@ class Opsd(Privileged):
     """
 
     context: str = ANSWER_SHOWN
-    beta: float = 0.5
+    beta: Share = 0.5
 
     formula: ClassVar[str] = "JSD_beta(pi_teacher(. | x, answer), pi(. | x)), on samples of pi"
     paper: ClassVar[str] = "2601.18734"
@@ -405,9 +412,9 @@ class Sdft(Privileged):
     """
 
     teacher: PolicyRef = MOVING
-    rate: float = 0.01
+    rate: Rate = 0.01
     context: str = DEMONSTRATION_SHOWN
-    beta: float = 1.0
+    beta: Share = 1.0
 
     formula: ClassVar[str] = "KL(pi(. | x) || pi_ema(. | x, demonstration)), on samples of pi"
     paper: ClassVar[str] = "2601.19897"
@@ -431,12 +438,12 @@ class Sdpo(Privileged):
     """
 
     teacher: PolicyRef = MOVING
-    rate: float = 0.05
-    group_size: int = 8
-    success: float = 1.0
-    top_k: int | None = 100
+    rate: Rate = 0.05
+    group_size: Size = 8
+    success: Number = 1.0
+    top_k: Count | None = 100
     context: str = SUCCESS_SHOWN
-    beta: float = 0.5
+    beta: Share = 0.5
 
     interface: ClassVar[str] = "verifier reward, then teacher targets"
     formula: ClassVar[str] = "JSD_beta(pi_ema(. | x, a sibling that succeeded), pi(. | x))"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import NonNegative, Positive
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat, Wanted
@@ -41,7 +42,7 @@ class ReferenceKL(TokenTerm):
     """
 
     estimator: Literal["k3", "k2", "k3_without_ratio"] = "k3"
-    weight: float = 0.001
+    weight: NonNegative = 0.001
     where: tuple[Kind, ...] = (Kind.LEARNER,)
 
     formula: ClassVar[str] = "r (exp(-u) + u - 1), u = log pi/pi_ref"
@@ -83,7 +84,7 @@ class EntropyBonus(TokenTerm):
     π is taken at the temperature that the token was sampled at, as in the ratio beside it.
     """
 
-    weight: float = 0.01
+    weight: NonNegative = 0.01
     where: tuple[Kind, ...] = (Kind.LEARNER,)
 
     formula: ClassVar[str] = "-H(pi)"
@@ -110,11 +111,11 @@ class AdaptiveEntropyBonus(TokenTerm):
     those of the authors' scripts.
     """
 
-    target: float
-    initial: float = 0.0
-    step: float = 1e-4
-    cap: float = 0.005
-    weight: float = 1.0  # of c H, for a schedule; c itself is adapted
+    target: Positive
+    initial: NonNegative = 0.0
+    step: Positive = 1e-4
+    cap: NonNegative = 0.005
+    weight: NonNegative = 1.0  # of c H, for a schedule; c itself is adapted
     where: tuple[Kind, ...] = (Kind.LEARNER,)
 
     formula: ClassVar[str] = "-c H [H <= target]; c + step where H < target, else c - step"
@@ -123,11 +124,10 @@ class AdaptiveEntropyBonus(TokenTerm):
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.ENTROPY})
 
     def __post_init__(self) -> None:
-        if self.target <= 0 or self.step <= 0 or not 0 <= self.initial <= self.cap:
+        if self.initial > self.cap:
             raise ConfigError(
-                f"adaptive_entropy_bonus with target={self.target}, initial={self.initial}, "
-                f"step={self.step}, cap={self.cap}",
-                expected="target and step above 0, initial between 0 and the cap",
+                f"adaptive_entropy_bonus with initial={self.initial}, cap={self.cap}",
+                expected="initial between 0 and the cap",
             )
 
     @property

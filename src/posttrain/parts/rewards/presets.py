@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from msgspec.structs import replace
 
+from posttrain.core.bounds import Size, Tokens
 from posttrain.core.sampling import SamplingSpec
 from posttrain.parts.base import PolicyRef, Signal, Term
 from posttrain.parts.composition import Composition, Method
@@ -52,8 +53,8 @@ class OrmOnRollouts(Method):
     tasks: tuple[str, ...]
     generator: PolicyRef = "input"
     at: Literal["last", "every"] = "last"
-    group_size: int = 8
-    max_new_tokens: int = 64
+    group_size: Size = 8
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
 
     provenance: ClassVar[str] = "off-policy: a frozen policy's answers"
@@ -112,11 +113,11 @@ class MathShepherd(Method):
     tasks: tuple[str, ...]
     generator: PolicyRef = "input"
     completer: PolicyRef = "input"
-    samples: int = 8
+    samples: Size = 8
     labels: Literal["soft", "hard"] = "hard"
     steps: Steps = Steps()
-    group_size: int = 4
-    max_new_tokens: int = 256
+    group_size: Size = 4
+    max_new_tokens: Tokens = 256
     sampling: SamplingSpec = SamplingSpec()
 
     provenance: ClassVar[str] = "off-policy: a frozen policy's answers"

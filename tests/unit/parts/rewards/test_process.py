@@ -418,7 +418,7 @@ def test_dense_process_rewards_feed_a_critic():
         (lambda: OutcomeBCE(aggregate="token_mean"), "sequence_mean"),
         (lambda: RewardModel(model="m", weight=0.0), "other than 0"),
         (lambda: ProcessReward(model="m", use="dense", add=True), "add up by themselves"),
-        (lambda: StepLabels(samples=0), "at least 1"),
+        (lambda: StepLabels(samples=0), "1 or more"),
         (lambda: Dataset(path="x", margin="m", unpaired=True), "margins on pairs"),
         (lambda: Dataset(path="x", steps=Steps(), preference=True), "labels of steps"),
         (lambda: ScalarHead(start="learner"), "stands still"),
