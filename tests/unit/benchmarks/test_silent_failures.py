@@ -3,7 +3,6 @@
 import re
 
 import pytest
-
 from silent_failures.bench import FAULTS
 from silent_failures.environment import ENVIRONMENT
 from silent_failures.faults import Base, Fault, Silent, Topic
