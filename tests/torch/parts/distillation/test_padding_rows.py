@@ -55,7 +55,7 @@ def test_a_narrow_teacher_is_compared_given_its_ids(wanted, keep, monkeypatch):
     for other_value, other_grads in found:
         torch.testing.assert_close(other_value, value, atol=1e-5, rtol=1e-4)
         for one, two in zip(other_grads, grads, strict=True):
-            torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(one, two, atol=2e-4, rtol=1e-4)
     assert not bool(found[0][1][1][narrow:].any())
 
 
