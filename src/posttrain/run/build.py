@@ -18,6 +18,7 @@ from posttrain.core.learner import MOVING
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import Group
+from posttrain.models.library import PROBE
 from posttrain.numerics.logits import Head
 from posttrain.parts.base import LEARNER, Source, bound
 from posttrain.parts.legality import compared_in_the_loss, scopes
@@ -28,9 +29,6 @@ from posttrain.recipe import Recipe
 from posttrain.run.plan import PlannedStage
 from posttrain.training.objective import StageObjective
 from posttrain.training.stage import Parts
-
-PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2  # naïve 数学 🙂"
-"""A text on which different tokenizers give different tokens."""
 
 
 def learner_of(
