@@ -88,30 +88,40 @@ def load_model(
             trust_remote_code=remote_code,
         )
     causal: PreTrainedModel = loaded[0]
-    start = time.perf_counter()
-    speaks = _speaks(causal, folder, missing=loaded[1]["missing_keys"])
-    _check_report(causal, folder, loaded[1], speaks=speaks)
-    left_out = _left_out(causal, folder)
-    compared = _check_weights(causal, folder, left_out=left_out)
-    head = _settle_head(causal)
-    words = [
-        f"{len(folder.tensors)} tensors, none missing, none unexpected, all finite",
-        ", ".join(f"{num} {what}" for what, num in compared.items() if num),
-        head,
-        f"{len(left_out)} left out by the family: {_some(left_out)}" if left_out else "",
-    ]
-    proof = Proof(
-        subject=Subject.LOAD,
-        of=name,
-        words="; ".join(filter(None, words)),
-        seconds=time.perf_counter() - start,
-        figures={"tensors": len(folder.tensors), **compared},
-    )
+    speaks, proof = _compared(causal, folder, loaded[1])
     # With dropout the trained policy would differ from the sampled policy: always eval mode.
     nn.Module.to(causal, device or torch.device("cpu")).eval()
     digest = model_digest(folder.path, remote_code=remote_code)
     model = Model.of(causal, tokenizer, name=name, folder=folder.path, digest=digest, speaks=speaks)
-    return replace(model, proofs=(proof, *prove(model)))
+    return replace(model, proofs=(replace(proof, of=name), *prove(model)))
+
+
+def _compared(
+    causal: PreTrainedModel, folder: ModelFolder, report: Mapping[str, Any]
+) -> tuple[bool, Proof]:
+    """Compare what was loaded with the folder. Returns whether it has a trained head, and a proof.
+
+    Raises:
+        ModelError: they differ.
+    """
+    start = time.perf_counter()
+    speaks = _speaks(causal, folder, missing=report["missing_keys"])
+    _check_report(causal, folder, report, speaks=speaks)
+    left_out = _left_out(causal, folder)
+    compared = _check_weights(causal, folder, left_out=left_out)
+    words = [
+        f"{len(folder.tensors)} tensors, none missing, none unexpected, all finite",
+        ", ".join(f"{num} {what}" for what, num in compared.items() if num),
+        _settle_head(causal),
+        f"{len(left_out)} left out by the family: {_some(left_out)}" if left_out else "",
+    ]
+    return speaks, Proof(
+        subject=Subject.LOAD,
+        of=str(folder.path),
+        words="; ".join(filter(None, words)),
+        seconds=time.perf_counter() - start,
+        figures={"tensors": len(folder.tensors)},
+    )
 
 
 @contextmanager
