@@ -8,7 +8,7 @@ run(Recipe(...), out=Path("out/mine"))
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from posttrain.run.check import Checked
 from posttrain.run.check import check as check_recipe
 from posttrain.run.measuring import measure_model
 from posttrain.run.pipeline import Outcome
+from posttrain.run.resume import Consent
 
 
 def run(
@@ -40,6 +41,8 @@ def run(
     root: Path = Path(),
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    accept: Sequence[str] = (),
+    restart: Sequence[str] = (),
 ) -> Outcome:
     """Run a recipe in this process, or resume it.
 
@@ -49,9 +52,17 @@ def run(
         root: folder that the recipe's paths are relative to.
         observe: called with every event.
         stop: called between draws; True commits and raises ``Interrupted``.
+        accept: changes under started stages to go on with, by the names that a refusal lists.
+        restart: stages to set aside and start again, with what builds on them.
     """
     return pipeline.run(
-        recipe, out=out, root=root, engine=engine_for(recipe), observe=observe, stop=stop
+        recipe,
+        out=out,
+        root=root,
+        engine=engine_for(recipe),
+        observe=observe,
+        stop=stop,
+        consent=Consent.to(accept=accept, restart=restart),
     )
 
 
