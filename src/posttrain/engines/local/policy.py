@@ -85,8 +85,24 @@ class LocalPolicy:
 
     @property
     def vocabulary(self) -> str:
-        """Digest of its token ids and the size of its head."""
-        return digest([self._model.vocab_size, self._model.tokenizer.get_vocab()])
+        """Digest of its token ids. The rows of its head do not count: some are padding."""
+        return digest(self._model.tokenizer.get_vocab())
+
+    @property
+    def rows(self) -> int:
+        """Rows of its output head, padding included."""
+        return self._model.vocab_size
+
+    def over(self, rows: int) -> LocalPolicy:
+        """The same policy, its distributions over the first ids only; itself if it has no more."""
+        if rows >= self.rows:
+            return self
+        return LocalPolicy(
+            self._model.over(rows),
+            producer=self._producer,
+            version=self._version,
+            scalar=self._scalar,
+        )
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
