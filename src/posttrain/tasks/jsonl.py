@@ -277,5 +277,7 @@ def _answer(value: object, *, place: str) -> str | None:
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
     kind = type(value).__name__
-    found = f"the answer {shown(value)}" if kind in ("int", "float") else f"an answer of type {kind}"
+    found = (
+        f"the answer {shown(value)}" if kind in ("int", "float") else f"an answer of type {kind}"
+    )
     raise DataError(f"{place}: {found}", expected="text or a finite number")

@@ -154,7 +154,9 @@ def test_what_has_no_single_value_has_none_and_a_reason(text):
     assert number(["q"] * len(parts), [text] * len(parts), answer=parts) == [0.0] * len(parts)
 
 
-@pytest.mark.parametrize("text", ["42", " -1,200.5 ", "$42$", "42%", r"\frac12", r"\boxed{3}", "7."])
+@pytest.mark.parametrize(
+    "text", ["42", " -1,200.5 ", "$42$", "42%", r"\frac12", r"\boxed{3}", "7."]
+)
 def test_a_reference_may_carry_what_does_not_change_it(text):
     assert is_number(text)
 
