@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.core.provenance import Sampling
-from posttrain.engines.local.model import Model, load_model
+from posttrain.engines.local.loading import load_model
+from posttrain.engines.local.model import Model
 from posttrain.engines.local.sampler import generate
 from posttrain.protocols import Request
 from posttrain.testing import tiny_tokenizer

@@ -22,7 +22,7 @@ from posttrain.diagnosis.prescribe import NOTHING, Supplies
 from posttrain.diagnosis.rules import RuleBook, load_rules
 from posttrain.diagnosis.treat import Treated, run_treatment
 from posttrain.engines.local.engine import LocalEngine
-from posttrain.engines.local.model import pick_device
+from posttrain.engines.local.loading import pick_device
 from posttrain.measure.measurement import Measurement
 from posttrain.protocols import Engine
 from posttrain.recipe import Recipe

@@ -15,7 +15,7 @@ ROOT = Path(posttrain.__file__).parent
 LAYERS = [
     {"core"},
     {"numerics", "pages"},
-    {"protocols", "chat"},
+    {"protocols", "chat", "models"},
     {"parts", "engines"},
     {"tasks"},
     {"measure"},
@@ -35,6 +35,7 @@ TORCH_FREE = {
     "posttrain.pages",
     "posttrain.protocols",
     "posttrain.chat",
+    "posttrain.models",
     "posttrain.parts",
     "posttrain.tasks",
     "posttrain.measure",

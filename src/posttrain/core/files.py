@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ __all__ = [
     "atomic_folder",
     "folder_lock",
     "hash_file",
+    "hash_files",
     "hash_folder",
     "read_jsonl",
     "recover_folder",
@@ -290,17 +291,30 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_folder(path: Path) -> str:
-    """sha256 over the sorted (relative name, file digest) pairs below a folder, 64 hex digits.
+def hash_files(folder: Path, names: Iterable[str]) -> str:
+    """sha256 over (relative name, file digest) pairs of some files of a folder, 64 hex digits.
 
     Each pair is hashed as ``name NUL digest LF``, names with ``/`` between parts and sorted by
-    their bytes. Times, modes and empty folders do not count. A link to a file counts as the file.
+    their bytes. Times and modes do not count. A link to a file counts as the file.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+    """
+    total = hashlib.sha256()
+    for name in sorted(map(os.fsencode, names)):
+        digest = hash_file(folder / os.fsdecode(name))
+        total.update(name + b"\0" + digest.encode() + b"\n")
+    return total.hexdigest()
+
+
+def hash_folder(path: Path) -> str:
+    """:func:`hash_files` of all files below a folder. Empty folders do not count.
 
     Raises:
         DataError: a link to a folder, whose content would silently not count.
         OSError: the folder is missing or cannot be read.
     """
-    files: list[tuple[bytes, Path]] = []
+    files: list[str] = []
     for here, folders, names in os.walk(path, onerror=_raise):
         for linked in (p for p in (Path(here, f) for f in folders) if p.is_symlink()):
             raise DataError(
@@ -308,13 +322,8 @@ def hash_folder(path: Path) -> str:
                 expected="a folder that holds all of its own content",
                 fix="replace the link by a copy",
             )
-        files += [
-            (os.fsencode(Path(here, n).relative_to(path).as_posix()), Path(here, n)) for n in names
-        ]
-    total = hashlib.sha256()
-    for name, file in sorted(files):
-        total.update(name + b"\0" + hash_file(file).encode() + b"\n")
-    return total.hexdigest()
+        files += [Path(here, n).relative_to(path).as_posix() for n in names]
+    return hash_files(path, files)
 
 
 @contextmanager

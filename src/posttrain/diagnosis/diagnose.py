@@ -22,10 +22,10 @@ from posttrain.diagnosis.page import render_card
 from posttrain.diagnosis.prescribe import NOTHING, Supplies, prescribe
 from posttrain.diagnosis.rules import RuleBook, load_rules
 from posttrain.measure.measurement import Measurement
+from posttrain.models.folder import read_folder
 from posttrain.protocols import Engine
 from posttrain.recipe import Recipe
 from posttrain.run.plan import is_hub_id, model_path, protocol_of
-from posttrain.run.preview import read_shape
 
 BUDGET = 60_000
 """Default rollouts of a diagnosis: five task sets of 32 prompts with 64 samples each are 10,000,
@@ -157,7 +157,7 @@ def grounded(recipe: Recipe, *, root: Path) -> Recipe:
 
 def _size(model: str) -> int | None:
     """Number of weights of a model folder; None for one that is not on this disk."""
-    return read_shape(Path(model)).num_weights if Path(model).is_dir() else None
+    return read_folder(Path(model)).num_weights if Path(model).is_dir() else None
 
 
 def write_diagnosis(found: Diagnosis, out: Path) -> list[Path]:

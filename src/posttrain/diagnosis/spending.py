@@ -15,6 +15,7 @@ from pathlib import Path
 from posttrain.core.provenance import Kind
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.measure.measurement import Measurement
+from posttrain.models.folder import read_folder
 from posttrain.parts.base import Signal, Source
 from posttrain.recipe import Recipe
 from posttrain.run.folder import RunFolder, StageFolder
@@ -77,14 +78,14 @@ def expected(recipe: Recipe, *, root: Path, lengths: Mapping[str, float]) -> flo
         lengths: mean tokens of an answer by task set; a plan alone has only an upper bound.
     """
     plan = make_plan(recipe, root=root, base="estimate")
-    planned, folder = plan.stages[-1], Path(recipe.model)
+    planned, facts = plan.stages[-1], facts_of(plan, read_folder(Path(recipe.model)))
     spec = planned.spec
     if planned.composition.source.has_end:
-        amount = volume(planned, plan, folder)
+        amount = volume(planned, facts)
         return float(amount.prompts + amount.completions)
     groups = math.ceil(planned.steps(None) / spec.updates_per_draw) * spec.groups_per_step
     total = 0.0
-    for leaf, (prompts, completions) in leaf_tokens(planned, facts_of(plan, folder), groups=groups):
+    for leaf, (prompts, completions) in leaf_tokens(planned, facts, groups=groups):
         total += prompts
         if leaf.longest is not None:
             length = sum(lengths[t] for t in leaf.draws_from) / len(leaf.draws_from)

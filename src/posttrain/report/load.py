@@ -5,7 +5,6 @@ RunHistory ──statistics, tokens as text──▶ RunReport ──render─�
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from posttrain.report.render import render
 from posttrain.report.view import PolicyReport, RunReport, Sample, StageReport
 from posttrain.run.folder import RunFolder
 from posttrain.run.history import RunHistory, read_history
-from posttrain.run.ledger import Verified, verify
+from posttrain.run.ledger import Record, Verified, verify
 from posttrain.run.plan import PlannedStage
 from posttrain.run.store import read_trajectories, read_uses
 
@@ -50,7 +49,7 @@ def load_report(out: Path) -> RunReport:
     run = read_history(out)
     return RunReport(
         recipe=run.recipe,
-        machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        machine=_machine(run.began),
         began=run.began,
         ledger=_verified(run.folder.ledger_file),
         stages=tuple(_stage(run, planned) for planned in run.stages),
@@ -58,7 +57,15 @@ def load_report(out: Path) -> RunReport:
         whole=run.whole(),
         retained=run.retained(),
         tokens_measured=sum(int(t.lengths.sum()) for m in run.measurements for t in m.tasks),
+        proofs=run.proofs,
     )
+
+
+def _machine(began: Record | None) -> str:
+    """The machine of the run's latest process, which need not be this one."""
+    body = began.body if began else {}
+    found = [str(body[k]) for k in ("machine", "python") if k in body]
+    return ", Python ".join(found) or "not recorded"
 
 
 def _stage(run: RunHistory, planned: PlannedStage) -> StageReport:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from posttrain.core import config
 from posttrain.core.monitors import alarms
+from posttrain.core.proofs import Proof, Subject
 from posttrain.core.provenance import Kind, Span
 from posttrain.measure.attribution import ChangeKind, MeasuredRole, PolicyChange
 from posttrain.measure.bootstrap import Interval, interval_words
@@ -121,6 +122,7 @@ class Page:
     seconds: float
     generated: int
     versions: tuple[tuple[str, str], ...]
+    proved: tuple[tuple[str, str], ...]  # (subject, of what)
     pipeline_wide: Markup
     pipeline_narrow: Markup
     pipeline_width: int
@@ -185,6 +187,7 @@ def _page(report: RunReport) -> Page:
         seconds=sum(r.done.seconds for r in records if r.done),
         generated=report.tokens_measured + live,
         versions=_versions(report),
+        proved=_proved(report.proofs),
         pipeline_wide=pipeline(report, ident="pipe-w"),
         pipeline_narrow=pipeline(report, ident="pipe-n", vertical=True),
         pipeline_width=wide if wide > 1040 else 0,
@@ -211,6 +214,17 @@ def _versions(report: RunReport) -> tuple[tuple[str, str], ...]:
     libraries = report.began.body["libraries"] if report.began else {}
     assert isinstance(libraries, Mapping)
     return tuple((str(k), str(v)) for k, v in libraries.items())
+
+
+def _proved(proofs: Sequence[Proof]) -> tuple[tuple[str, str], ...]:
+    """(subject, names): what was compared with what it claims to be.
+
+    Example:
+        >>> _proved([Proof(subject=Subject.EXPORT, of=name, words="") for name in ("a", "b")])
+        (('export', 'a, b'),)
+    """
+    names = {s: [p.of for p in proofs if p.subject is s] for s in Subject}
+    return tuple((s.value, ", ".join(of)) for s, of in names.items() if of)
 
 
 def _protocol(spec: Measure) -> str:

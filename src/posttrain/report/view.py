@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.core.proofs import Proof
 from posttrain.core.trajectory import Trajectory
 from posttrain.measure.attribution import MeasuredRole, PolicyChange
 from posttrain.measure.profile import Profile
@@ -66,6 +67,7 @@ class RunReport:
     whole: PolicyChange | None = None  # base to final
     retained: tuple[Retained, ...] = ()
     tokens_measured: int = 0  # sampled to measure
+    proofs: tuple[Proof, ...] = ()  # the latest of each subject and name
 
     @property
     def base_model(self) -> str:

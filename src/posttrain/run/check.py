@@ -52,7 +52,7 @@ def check(
     root: Path,
     engine: Engine,
     observe: Observer = ignore,
-    has_begun: Callable[[PlannedStage], bool] = lambda planned: False,
+    has_started: Callable[[PlannedStage], bool] = lambda planned: False,
     rehearse_from: int = 1,
 ) -> Checked:
     """Load and try everything that a run relies on.
@@ -62,7 +62,7 @@ def check(
         root: folder that the recipe's paths are relative to.
         engine: makes policies and learners.
         observe: called with every proof.
-        has_begun: stages that need not be tried again.
+        has_started: stages that need not be tried again.
         rehearse_from: stages of at least this many steps take one draw, which is not recorded.
 
     Raises:
@@ -76,7 +76,7 @@ def check(
     tasksets = {name: spec.build(name, root=root, chat=chat) for name, spec in recipe.tasks.items()}
     trial = _Trial(recipe, root, engine, tasksets, observe, {"base": base})
     trial.prove(replace(proof, of="base") for proof in base.proofs)
-    ahead = {s.identity: (s, plan) for plan in plans for s in plan.stages if not has_begun(s)}
+    ahead = {s.identity: (s, plan) for plan in plans for s in plan.stages if not has_started(s)}
     for planned, _ in ahead.values():
         trial.outside(planned)
     for plan in plans:

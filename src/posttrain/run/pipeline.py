@@ -23,13 +23,13 @@ from posttrain.core.events import (
     StageStarted,
     ignore,
 )
-from posttrain.core.files import hash_folder
 from posttrain.core.proofs import Proof
 from posttrain.core.task import TaskSet
 from posttrain.measure.gates import Detour, GateDecision, decide, detour
 from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
+from posttrain.models.files import model_digest
 from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
 from posttrain.run.build import StageBuilder, learner_of
@@ -134,7 +134,7 @@ class _Run:
     ) -> _Run:
         """Check everything that can be checked before training; then write to the folder."""
 
-        def has_begun(planned: PlannedStage) -> bool:
+        def has_started(planned: PlannedStage) -> bool:
             return folder.stage_writer(planned.spec.name, planned.identity).has_started()
 
         checked = check(
@@ -142,7 +142,7 @@ class _Run:
             root=root,
             engine=engine,
             observe=observe,
-            has_begun=has_begun,
+            has_started=has_started,
             rehearse_from=WORTH,
         )
         recipe, base = checked.recipe, checked.base
@@ -299,7 +299,7 @@ class _Run:
         folder.write_record(record)
         steps = self._train(planned)
         progress = folder.progress()
-        digest = hash_folder(folder.model)
+        digest = model_digest(folder.model)
         path = str(folder.model.relative_to(self.folder.path))
         self.records.checkpoint(planned, digest=digest, path=path)
         seconds = progress.seconds if progress else 0.0

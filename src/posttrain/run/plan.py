@@ -17,11 +17,12 @@ from types import MappingProxyType
 
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import ConfigError, nearest
-from posttrain.core.files import hash_folder
 from posttrain.core.learner import MOVING
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.task import TaskSet
 from posttrain.measure.gates import Detour, check_gate
+from posttrain.models.files import model_digest
+from posttrain.models.folder import read_folder
 from posttrain.parts.base import LEARNER
 from posttrain.parts.composition import Composition
 from posttrain.parts.legality import check_composition
@@ -229,11 +230,12 @@ def _outside(ref: str, root: Path) -> str:
 
     Raises:
         ConfigError: neither a folder nor the form of a hub id.
+        ModelError: a folder that is not a whole model.
     """
     name = ref.removeprefix("path:")
     folder = Path(model_path(name, root)).expanduser()
     if folder.is_dir():
-        return hash_folder(folder)
+        return model_digest(read_folder(folder).path)
     if folder.exists() or not is_hub_id(name):
         raise ConfigError(
             f"no model folder {root / name}",

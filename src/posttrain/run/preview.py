@@ -1,14 +1,12 @@
 """The text of ``posttrain plan``: the resolved recipe. Writes nothing.
 
 Data files are read and checked with the tokenizer, so that invalid rows are found before the run.
-Weights are not loaded: their shapes are read from the files' headers.
+Weights are not loaded: the model folder is checked as far as its files declare it.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +18,10 @@ from msgspec import structs
 from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.core import config
 from posttrain.core.errors import ModelError
-from posttrain.core.files import hash_folder
 from posttrain.core.trajectory import Column
+from posttrain.models.files import model_digest
+from posttrain.models.folder import ModelFolder, read_folder
+from posttrain.models.library import ModelShape, read_ends, read_shape, read_tokenizer
 from posttrain.parts.base import PlanFacts, Signal, Source
 from posttrain.parts.legality import compared_in_the_loss
 from posttrain.parts.registry import tag_of
@@ -30,16 +30,6 @@ from posttrain.run.folder import stage_folder_name
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
 
 BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """Sizes of a model, from the headers of its folder."""
-
-    num_weights: int
-    context: int
-    vocab_size: int
-    hidden_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +49,22 @@ def preview(recipe: Recipe, *, root: Path) -> str:
     Raises:
         PosttrainError: an error that would stop the run: options, legality, data, model folder.
     """
-    # Imported here: torch takes seconds.
-    from posttrain.engines.local.model import check_folder
-
-    folder = Path(model_path(recipe.model, root)).expanduser()
-    local = folder.is_dir()
-    if local:
-        check_folder(folder)
-    elif not is_hub_id(recipe.model):
+    path = Path(model_path(recipe.model, root)).expanduser()
+    folder = read_folder(path) if path.is_dir() else None
+    if folder is None and not is_hub_id(recipe.model):
         raise ModelError(
             f"no model folder {root / recipe.model}",
             expected="a folder with config.json and weights, or a hub id like org/name",
             fix="check the path; it is relative to the recipe's folder",
         )
-    base = hash_folder(folder) if local else recipe.model
+    code = recipe.remote_code == recipe.model
+    base = model_digest(path, remote_code=code) if folder else recipe.model
     plan, *others = all_plans(recipe, root=root, base=base)
-    shape = read_shape(folder) if local else None
+    shape = read_shape(folder) if folder else None
+    facts = facts_of(plan, folder) if folder else None
     lines = [
         f"recipe    {recipe.name}  (identity {config.digest(recipe)[:16]})",
-        f"model     {recipe.model}" + ("" if local else "  (not on this disk: would be fetched)"),
+        f"model     {recipe.model}" + ("" if folder else "  (not on this disk: would be fetched)"),
         f"measured  {', '.join(recipe.measured_tasks) or 'nothing: the recipe has no task sets'}; "
         f"{recipe.measure.samples} samples per prompt, support threshold "
         f"{recipe.measure.threshold:.4f}",
@@ -88,14 +75,18 @@ def preview(recipe: Recipe, *, root: Path) -> str:
             f"vocabulary {shape.vocab_size:,}"
         )
     for number, planned in enumerate(plan.stages, start=1):
-        lines += ["", *_stage_lines(number, planned, plan, shape, folder)]
+        lines += ["", *_stage_lines(number, planned, plan, shape, facts)]
     lines += _detours(plan, others)
     resolved = yaml.safe_dump(config.plain(recipe), sort_keys=False, allow_unicode=True)
     return "\n".join([*lines, "", "resolved recipe:", "", resolved.rstrip()])
 
 
 def _stage_lines(
-    number: int, planned: PlannedStage, plan: Plan, shape: ModelShape | None, folder: Path
+    number: int,
+    planned: PlannedStage,
+    plan: Plan,
+    shape: ModelShape | None,
+    facts: PlanFacts | None,
 ) -> list[str]:
     spec, composition = planned.spec, planned.composition
     folder_name = stage_folder_name(spec.name, planned.identity)
@@ -109,7 +100,7 @@ def _stage_lines(
         f"   objective   {terms}",
         "   legality    ok: every column and author that the objective needs is provided",
     ]
-    amount = volume(planned, plan, folder) if shape else None
+    amount = volume(planned, facts) if facts else None
     if amount:
         most = "" if amount.exact else "at most "
         lines.append(
@@ -179,10 +170,9 @@ def _teacher_memory(signal: Signal, planned: PlannedStage, shape: ModelShape) ->
     return f"distributions up to {_size(rows * (signal.num_entries or shape.vocab_size) * 4)}"
 
 
-def volume(planned: PlannedStage, plan: Plan, folder: Path) -> Volume:
+def volume(planned: PlannedStage, facts: PlanFacts) -> Volume:
     """Count the steps and tokens of a stage; reads data files and the tokenizer."""
     source, spec = planned.composition.source, planned.spec
-    facts = facts_of(plan, folder)
     rows = source.rows(root=facts.root, renderer=facts.renderer, context=facts.context)
     num_rows = None if rows is None else rows.num_groups
     steps = planned.steps(num_rows)
@@ -207,7 +197,7 @@ def leaf_tokens(
     return [(leaf, leaf.tokens(share * groups, facts)) for leaf, share in leaves]
 
 
-def facts_of(plan: Plan, folder: Path) -> PlanFacts:
+def facts_of(plan: Plan, folder: ModelFolder) -> PlanFacts:
     """Facts about a model folder and the task sets, without loading weights."""
     renderer = _renderer(folder)
 
@@ -224,54 +214,10 @@ def facts_of(plan: Plan, folder: Path) -> PlanFacts:
     )
 
 
-def _renderer(folder: Path) -> ChatRenderer:
+def _renderer(folder: ModelFolder) -> ChatRenderer:
     """The renderer that the run will use, end tokens included, without loading the model."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    try:
-        if (folder / "generation_config.json").is_file():
-            ends = GenerationConfig.from_pretrained(folder).eos_token_id
-        else:
-            ends = AutoConfig.from_pretrained(folder).eos_token_id
-        tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(folder, error) from error
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return ChatRenderer(tokenizer, end_tokens=tuple(known))
-
-
-def read_shape(folder: Path) -> ModelShape:
-    """Count weights from safetensors headers, without reading any weight.
-
-    Raises:
-        ModelError: a file is damaged or of another format.
-    """
-    from transformers import AutoConfig
-
-    total = 0
-    try:
-        for file in sorted(folder.glob("*.safetensors")):
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > file.stat().st_size:
-                    raise ValueError(f"{file.name} is not a safetensors file")
-                header = json.loads(stream.read(length))
-            total += sum(math.prod(t["shape"]) for n, t in header.items() if n != "__metadata__")
-        settings = AutoConfig.from_pretrained(folder).get_text_config()
-        return ModelShape(
-            total, settings.max_position_embeddings, settings.vocab_size, settings.hidden_size
-        )
-    except (OSError, ValueError, KeyError, AttributeError, struct.error, OverflowError) as error:
-        raise _unreadable(folder, error) from error
-
-
-def _unreadable(folder: Path, error: Exception) -> ModelError:
-    words = str(error).strip().splitlines() or [type(error).__name__]
-    return ModelError(
-        f"{folder} cannot be read: {words[0]}",
-        expected="a causal language model that transformers can load",
-        fix="check that the folder was copied whole",
-    )
+    tokenizer = cast(Tokenizer, read_tokenizer(folder))
+    return ChatRenderer(tokenizer, end_tokens=read_ends(folder))
 
 
 def _size(num_bytes: float) -> str:

@@ -15,7 +15,7 @@ from typing import final
 
 from msgspec.structs import replace
 
-from posttrain.chat import messages_from
+from posttrain.chat.messages import messages_from
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import DataError, TaskError
 from posttrain.core.files import content_of, read_jsonl

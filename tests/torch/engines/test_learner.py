@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.core.errors import ModelError
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.engines.local.engine import LocalEngine
-from posttrain.engines.local.model import load_model
+from posttrain.engines.local.loading import load_model
 from posttrain.numerics.batch import pack
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import check_learner, tiny_model

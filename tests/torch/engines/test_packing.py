@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from posttrain.core.errors import LegalityError, ModelError
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.engines.local.attention import PackedPlan
-from posttrain.engines.local.model import load_model, prove_packing
+from posttrain.engines.local.loading import load_model
+from posttrain.engines.local.model import prove_packing
 from posttrain.numerics.batch import Segment, pack, pack_trajectories
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.policy.regularisers import ReferenceKL

@@ -7,7 +7,7 @@ from material import random_groups
 from posttrain.core.errors import ConfigError, ModelError
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.engines.local.engine import LocalEngine
-from posttrain.engines.local.model import load_model
+from posttrain.engines.local.loading import load_model
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.numerics.batch import pack
 from posttrain.parts.supervised.likelihood import CrossEntropy

@@ -26,6 +26,7 @@ from report_fixture import attribution, curve_of, interval, profile_of, run_repo
 
 import posttrain.report
 from posttrain import Opd
+from posttrain.core.proofs import Proof
 from posttrain.core.provenance import Kind, Producer
 from posttrain.core.trajectory import Trajectory
 from posttrain.measure.attribution import Attribution, ChangeKind, PolicyChange
@@ -138,6 +139,7 @@ def walk(value, kind):
 
 SHOWN = {
     RunReport: ("machine",),
+    Proof: ("subject", "of", "words"),
     Recipe: ("name",),
     Record: ("time",),
     Verified: ("head",),

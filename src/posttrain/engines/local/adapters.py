@@ -1,26 +1,39 @@
-"""The trained weights of a model, with or without LoRA adapters, and their export."""
+"""The trained weights of a model, with or without LoRA adapters, and what adapters reach."""
 
 from __future__ import annotations
 
-import copy
+import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from posttrain.core.errors import ConfigError
 from posttrain.core.learner import Lora
 from posttrain.core.proofs import Proof
 from posttrain.core.provenance import FloatArray, IntArray, Producer
 from posttrain.core.trajectory import Trajectory
+from posttrain.engines.local.attention import PackedPlan
 from posttrain.engines.local.model import Model
+from posttrain.numerics.batch import Segment
 from posttrain.protocols import Completion, Hidden, Policy, Renderer, Request
 
 # peft reads a transformers attribute by its old name; the user cannot change that.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+
+
+ALL_LINEAR = "all-linear"
+KINDS_SHOWN = 4
+"""Kinds of weights that a message names."""
+
+_NO_PRODUCT = (nn.Embedding, nn.modules.conv._ConvNd)
+"""Modules with a 2-dimensional weight that is no matrix product with hidden states."""
 
 
 def trained_weights(
@@ -38,18 +51,118 @@ def trained_weights(
     return [(n, p) for n, p in model.causal.named_parameters() if p.requires_grad]
 
 
-def export(model: Model, adapters, folder: Path) -> None:  # type: ignore[no-untyped-def]  # optional
-    """Write weights and tokenizer as a model folder: adapters merged, and saved in ``adapter/``."""
-    causal = model.causal
-    if adapters is not None:
-        save_adapters(adapters, folder / "adapter")
-        causal = copy.deepcopy(adapters).float().merge_and_unload()
-    causal.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """Which weight matrices have an adapter. A stack of experts counts as one matrix."""
+
+    reached: tuple[str, ...]
+    missed: tuple[str, ...]  # without embeddings and output head, unless they were asked for
+
+    @property
+    def words(self) -> str:
+        """Such as ``adapters reach 8 of 10 weight matrices; not: layers.*.mlp.gate (2)``."""
+        total = len(self.reached) + len(self.missed)
+        said = f"adapters reach {len(self.reached)} of {total} weight matrices"
+        return f"{said}; not: {shortened(self.missed)}" if self.missed else said
+
+
+def shortened(names: Iterable[str]) -> str:
+    """Names of weights in a few words: those of all layers as one, the most frequent first.
+
+    Example:
+        >>> shortened(["layers.0.gate", "layers.1.gate", "norm"])
+        'layers.*.gate (2), norm'
+    """
+    kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+    named = [f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.most_common(KINDS_SHOWN)]
+    more = len(kinds) - len(named)
+    return ", ".join([*named, f"{more} more kinds"] if more else named)
+
+
+def reach(causal: PreTrainedModel) -> Reach:
+    """Which matrices of a model with adapters have one."""
+    adapted = {id(weight) for weight in _adapted_weights(causal)}
+    embeddings = [m.weight for m in causal.modules() if isinstance(m, nn.Embedding)]
+    ends = {id(weight) for weight in [*_ends(causal), *embeddings]}
+    weights = [
+        (name.replace(".base_layer", ""), id(weight) in adapted)
+        for name, weight in causal.named_parameters()
+        if ".lora_" not in name
+        and weight.ndim > 1
+        and (id(weight) in adapted or id(weight) not in ends)
+    ]
+    return Reach(
+        reached=tuple(name for name, has in weights if has),
+        missed=tuple(name for name, has in weights if not has),
+    )
 
 
 def attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-def]  # optional
-    """Add adapters to the model, in place, initialised from the seed."""
+    """Add adapters to the model, in place, initialised from the seed.
+
+    ``all-linear`` means every matrix that a decoder multiplies hidden states with. peft finds
+    linear layers; the matrices that it leaves out (experts that are stored as one stack, their
+    routers, dense layers beside experts) are named to it one by one.
+
+    Raises:
+        ConfigError: peft is not installed; a target is not in the model, is tied to another
+            weight, or cannot be adapted.
+    """
+    before = _probe(model)
+    modules, stacks = _split(model.causal, lora.target_modules)
+    adapters = _with_adapters(model, lora, modules, stacks, seed=seed)
+    if lora.target_modules == ALL_LINEAR and (left := _adaptable(model.causal)):
+        adapters.unload()
+        adapters = _with_adapters(model, lora, modules, left, seed=seed)
+    _check_targets(adapters, model, lora)
+    try:
+        after = _probe(model)
+    except (TypeError, RuntimeError, AttributeError, IndexError) as error:
+        raise _refused(model, lora, f"the model does not run with them: {error}") from error
+    if not torch.equal(before, after):
+        raise _refused(model, lora, "the model computes something else with them, before training")
+    return adapters
+
+
+def _probe(model: Model) -> Tensor:
+    """Final hidden states [T, X] of a few tokens: new adapters must not change a bit of them."""
+    tokens = torch.arange(3, 8, device=model.device) % model.vocab_size
+    positions = torch.arange(len(tokens), device=model.device)
+    plan = PackedPlan.of((Segment(0, len(tokens), None),), device=model.device)
+    with torch.no_grad():
+        return model.head(model.hidden(tokens, positions, plan))
+
+
+def _refused(model: Model, lora: Lora, why: str) -> ConfigError:
+    return ConfigError(
+        f"lora on {lora.target_modules!r} of {model.name}: {why}",
+        expected="names of linear layers of this model, or all-linear",
+        fix="name other target_modules, or train all weights (no lora)",
+    )
+
+
+def _split(
+    causal: PreTrainedModel, targets: str | tuple[str, ...]
+) -> tuple[str | list[str], list[str]]:
+    """Targets that are modules, and those that are parameters, such as a stack of experts."""
+    if isinstance(targets, str):
+        return targets, []
+    modules = {name for name, _ in causal.named_modules()}
+    weights = {name for name, p in causal.named_parameters() if p.ndim > 1}
+    stacks = [t for t in targets if not _among(t, modules) and _among(t, weights)]
+    return [t for t in targets if t not in stacks], stacks
+
+
+def _among(target: str, names: Iterable[str]) -> bool:
+    """True when a target, as peft reads it, is one of these names or the end of one."""
+    return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def _with_adapters(  # type: ignore[no-untyped-def]  # optional
+    model: Model, lora: Lora, modules: str | list[str], parameters: list[str], *, seed: int
+):
+    """The peft model around a model's decoder."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -57,23 +170,89 @@ def attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-d
             "the stage asks for lora, and peft is not installed",
             fix="pip install 'posttrain[lora]'",
         ) from None
-    targets = lora.target_modules
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=0.0,
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            target_modules=modules,
+            target_parameters=parameters or None,
+            exclude_modules=_own_linear(model.causal) if modules == ALL_LINEAR else None,
             task_type="CAUSAL_LM",
         )
         try:
             return get_peft_model(model.causal, config)
-        except ValueError as error:
-            raise ConfigError(
-                f"lora on {targets!r}: {error}",
-                expected="names of linear layers of this model, or all-linear",
-            ) from error
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            raise _refused(model, lora, str(error)) from error
+
+
+def _own_linear(causal: PreTrainedModel) -> list[str] | None:
+    """Linear layers with a forward pass of their own, such as routers that return a tuple: peft
+    would take them for plain ones. Their weights can be adapted as parameters."""
+    found = [
+        name
+        for name, module in causal.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ]
+    return found or None
+
+
+def _adapted_weights(causal: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights under the adapters."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return [
+        layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+        for layer in causal.modules()
+        if isinstance(layer, LoraLayer)
+    ]
+
+
+def _ends(causal: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights of the input embeddings and of the output head."""
+    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    return [end.weight for end in ends if end is not None]
+
+
+def _adaptable(causal: PreTrainedModel) -> list[str]:
+    """Matrices without an adapter that hidden states are multiplied with: linear layers, and the
+    stacks and routers that a family's own modules hold."""
+    adapted = {id(weight) for weight in [*_adapted_weights(causal), *_ends(causal)]}
+    found = []
+    for name, module in causal.named_modules():
+        if isinstance(module, _NO_PRODUCT):
+            continue
+        own = type(module).__module__.partition(".")[0] not in ("torch", "peft")
+        for kind, weight in module.named_parameters(recurse=False):
+            linear = isinstance(module, nn.Linear) and kind == "weight"
+            stack = own and weight.ndim == 3
+            router = own and weight.ndim == 2 and kind == "weight"
+            if (linear or stack or router) and id(weight) not in adapted and ".lora_" not in name:
+                found.append(f"{name}.{kind}".replace(".base_layer", ""))
+    return found
+
+
+def _check_targets(adapters, model: Model, lora: Lora) -> None:  # type: ignore[no-untyped-def]
+    """Raise a ConfigError for targets that nothing has, that nothing is reached by, or whose
+    weight another module shares: merging would change both."""
+    names = {name.replace(".base_layer", "") for name, _ in model.causal.named_modules()}
+    asked = adapters.peft_config["default"].target_modules
+    unknown = [] if isinstance(asked, str) else sorted(t for t in asked if not _among(t, names))
+    if unknown:
+        raise _refused(model, lora, f"no module is called {', '.join(unknown)}")
+    if not reach(model.causal).reached:
+        raise _refused(model, lora, "they reach no weight matrix")
+    adapted = {id(weight) for weight in _adapted_weights(model.causal)}
+    into, *out = _ends(model.causal)
+    if id(into) in adapted and any(weight is into for weight in out):
+        raise _refused(
+            model,
+            lora,
+            "the input embeddings and the output head are one weight here, and an adapter on one "
+            "of them would be merged into both",
+        )
 
 
 @final
@@ -172,5 +351,7 @@ def save_adapters(adapters, folder: Path) -> None:  # type: ignore[no-untyped-de
     config.base_model_name_or_path = ""  # else the local folder of the base model
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)  # a set, in any order
+    if config.target_parameters is not None:
+        config.target_parameters = sorted(config.target_parameters)
     adapters.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # a card that holds only that path

@@ -124,8 +124,9 @@ class DecodePlan:
         """Set the prompt slot of each row slot, and how many own tokens each has stored.
 
         Call it when rows enter, leave or are renumbered; between two calls every row's age grows
-        by one per :meth:`advance`.
+        by one per :meth:`advance`. Every slot, empty or not, needs an age of 0 or more.
         """
+        assert ages.min() >= 0, "a slot without a token in front"
         device = next(iter(self.layers.values())).prefix_k.device
         self.num_rows = len(prompt_of_row)
         members = [np.flatnonzero(prompt_of_row == p) for p in range(len(self.lengths))]

@@ -23,14 +23,17 @@ from posttrain.core.learner import MOVING, Lora, MovingReference, Optimizer
 from posttrain.core.proofs import Proof
 from posttrain.core.provenance import Kind, Producer
 from posttrain.core.statistics import Wanted
-from posttrain.engines.local.adapters import WithoutAdapters, attach, export, trained_weights
+from posttrain.engines.local.adapters import WithoutAdapters, attach, trained_weights
+from posttrain.engines.local.exporting import export
 from posttrain.engines.local.footprint import comfortable_tokens
+from posttrain.engines.local.loading import load_model
 from posttrain.engines.local.master_weights import MasterWeights
-from posttrain.engines.local.model import Dtype, Model, load_model, resolve_folder
+from posttrain.engines.local.model import Dtype, Model
 from posttrain.engines.local.moving_average import MovingAverage
 from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.engines.local.scalar import CRITIC, Scalar
+from posttrain.models.hub import resolve_folder
 from posttrain.numerics.batch import PackedBatch
 from posttrain.protocols import Objective, ScalarStart, StepReport
 
@@ -243,13 +246,13 @@ class LocalLearner:
         A scalar head is saved beside its trunk; a critic's trunk is a separate model folder,
         ``critic/`` inside the policy's.
         """
-        export(self._model, self._adapters, folder)
+        proofs = export(self._model, self._adapters, folder)
         if self._scalar is not None:
             home = folder if self._critic is None else folder / CRITIC
             if self._critic is not None:
-                export(self._critic, self._critic_adapters, home)
-            self._scalar.save(home)
-        return ()
+                proofs += export(self._critic, self._critic_adapters, home)
+            proofs.append(self._scalar.export(home))
+        return tuple(proofs)
 
 
 @final

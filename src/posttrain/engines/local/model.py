@@ -1,4 +1,4 @@
-"""Loading stock models, and checking that packing is exact for them.
+"""A stock model as posttrain uses it, and the check that packing is exact for it.
 
 A model is used through two of its modules: the decoder (token ids -> hidden states) and the output
 head (hidden states -> logits). What a family does to logits after its head, and whether packed,
@@ -8,33 +8,21 @@ log-probs of a short probe must agree.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as library_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.core.errors import ModelError
-from posttrain.core.files import hash_folder
 from posttrain.core.proofs import Proof, Subject
 from posttrain.engines.local.attention import IMPLEMENTATION, AttentionPlan, PackedPlan
 from posttrain.engines.local.recording import Recording, stock_hidden
 from posttrain.numerics.batch import PackedBatch, Segment
 from posttrain.numerics.logits import Head, LinearHead
-
-# A progress bar per loaded shard would break the run's own progress display.
-library_logging.disable_progress_bar()
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Largest |Δ log-prob| allowed between packed and stock computation."""
@@ -68,6 +56,7 @@ class Model:
         *,
         name: str,
         folder: Path,
+        digest: str,
         speaks: bool = True,
     ) -> Model:
         """Take what the family does to logits after its head from the configuration."""
@@ -75,7 +64,7 @@ class Model:
         scale = config.get("logit_scale") or 1.0  # Cohere
         scale /= config.get("logits_scaling") or 1.0  # Granite
         cap = config.get("final_logit_softcapping") or None  # Gemma
-        return cls(causal, tokenizer, name, hash_folder(folder), folder, speaks, scale, cap)
+        return cls(causal, tokenizer, name, digest, folder, speaks, scale, cap)
 
     @property
     def device(self) -> torch.device:
@@ -131,124 +120,6 @@ class Model:
         return str(
             self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
-
-
-def resolve_folder(name: str) -> Path:
-    """The local folder of a model: the folder itself, or a hub snapshot.
-
-    Raises:
-        ModelError: no such folder, and no such model on the hub (or no network).
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f"no model folder at {name}",
-            expected="a folder with config.json and weights, or a hub id like org/name",
-            fix="check the path (it is relative to the recipe)",
-        )
-    # Imported here: the hub client is only needed for models that are not on disk.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"could not get {name} from the hub: {type(error).__name__}",
-            expected="a public model and a network, or the model in the local cache",
-            fix="check the name and the network, or give a local folder",
-        ) from error
-
-
-def check_folder(folder: Path) -> None:
-    """Raise a ModelError for a folder that is not a model; the message lists its content."""
-    config = folder / "config.json"
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    held = sorted(p.name for p in folder.iterdir())
-    weights = [
-        n for n in held if n.endswith(".safetensors") or n.endswith(".safetensors.index.json")
-    ]
-    missing = None
-    if not config.is_file():
-        missing = "config.json"
-    elif not weights:
-        missing = "*.safetensors"
-    elif not set(tokenizers) & set(held):
-        missing = "tokenizer"
-    if missing:
-        raise ModelError(
-            f"{folder} is not a model folder: no {missing}",
-            expected="config.json, *.safetensors and tokenizer files",
-            fix=f"it holds {', '.join(held[:8]) or 'nothing'}: give the folder of an export",
-        )
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{config} is not JSON: {error}", fix="export the model again") from None
-
-
-def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The requested device; ``auto`` is CUDA where there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-def load_model(
-    name: str,
-    *,
-    dtype: Dtype = "float32",
-    device: torch.device | None = None,
-    remote_code: bool = False,
-) -> Model:
-    """Load a causal LM and its tokenizer, and check that packing is exact for it.
-
-    Args:
-        name: a folder, or a hub id.
-        dtype: of the weights. On a CPU float32 is faster than bfloat16.
-        device: default CPU.
-        remote_code: run code from the model's repository. Off unless the recipe allows it.
-
-    Raises:
-        ModelError: not a model, unreadable, no tokenizer, or not exact when packed.
-    """
-    folder = resolve_folder(name)
-    check_folder(folder)
-    where: dict[str, Any] = {"trust_remote_code": remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation=IMPLEMENTATION,
-            output_loading_info=True,
-            **where,
-        )
-        causal: PreTrainedModel = loaded[0]
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{name} could not be loaded: {first}",
-            expected="a causal language model that transformers can load",
-            fix="try AutoModelForCausalLM.from_pretrained on it; for code from the model's own "
-            "repository set remote_code to the model's name",
-        ) from error
-    # With dropout the trained policy would differ from the sampled policy: always eval mode.
-    nn.Module.to(causal, device or torch.device("cpu")).eval()
-    speaks = _speaks(causal, folder, missing=loaded[1]["missing_keys"])
-    model = Model.of(causal, tokenizer, name=name, folder=folder, speaks=speaks)
-    return replace(model, proofs=(prove_packing(model),))
-
-
-def _speaks(causal: PreTrainedModel, folder: Path, *, missing: Collection[str]) -> bool:
-    """False for a classifier's folder: its output head is random or untrained."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kinds = config.get("architectures") or ()
-    out = causal.get_output_embeddings().weight
-    named = {n for n, p in causal.named_parameters(remove_duplicate=False) if p is out}
-    return not (named & set(missing) or any(k.endswith("Classification") for k in kinds))
 
 
 def prove_packing(model: Model) -> Proof:

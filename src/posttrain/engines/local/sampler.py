@@ -249,13 +249,25 @@ class _Batch:
         """Compute every row's last token; hidden states [S, X] that predict the next."""
         plan, num = self.plan, self.num_slots
         if self.stale:
-            plan.arrange(self.place_S[:num], self.age_S[:num] - 1)
-            self.stale = False
+            self._arrange()
         plan.begin()
         last_S = self.tokens_SC[:num].gather(1, plan.age_S[:, None])[:, 0]
         hidden_SX = self.model.recording.hidden(last_S, plan.positions_S, plan)
         plan.advance()
         return hidden_SX
+
+    def _arrange(self) -> None:
+        """Tell the plan which rows are in the slots.
+
+        An empty slot is computed like a row, and so needs an age that a row has: the oldest's, so
+        that ages stay equal where they are. It is set here, where rows that entered are known, and
+        grows with the rows until the next change.
+        """
+        num = self.num_slots
+        live_S = self.request_S[:num] >= 0
+        self.age_S[:num][~live_S] = self.age_S[:num][live_S].max()
+        self.plan.arrange(self.place_S[:num], self.age_S[:num] - 1)
+        self.stale = False
 
     def _draw(self, hidden_NX: Tensor, slots: np.ndarray) -> None:
         """Sample a token for each of these slots, and store it."""
@@ -343,14 +355,11 @@ class _Batch:
         return out
 
     def _empty(self, rows: np.ndarray) -> None:
-        """Free the slots of rows. They take the age of the oldest row, so that ages stay equal."""
+        """Free the slots of rows."""
         for row in rows:
             self.queue.leave(self.prompts[self.place_S[row]])
         self.request_S[rows] = -1
         self.queue.drop_closed()
-        num = self.num_slots
-        live_S = self.request_S[:num] >= 0
-        self.age_S[:num][~live_S] = self.age_S[:num][live_S].max(initial=0)
         self.stale = True
 
     def _compact(self) -> None:

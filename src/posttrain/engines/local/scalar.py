@@ -15,6 +15,7 @@ difference of their rows: its logit is the log-odds of label 1.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from posttrain.core.errors import LegalityError, ModelError
+from posttrain.core.proofs import Proof, Subject
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.engines.local.model import Model
 from posttrain.numerics.batch import PackedBatch
@@ -97,10 +99,32 @@ class Scalar:
         places = {Stat.VALUE: batch.predict_N, Stat.SCORE: batch.after_N}
         return {stat: self.read(hidden_TX[places[stat]]) for stat in sorted(wanted)}
 
-    def save(self, folder: Path) -> None:
-        """Write :data:`FILE` into a model folder."""
+    def export(self, folder: Path) -> Proof:
+        """Write :data:`FILE` into a model folder, and read it again.
+
+        Raises:
+            ModelError: what is read is not what was written.
+        """
+        began = time.perf_counter()
         named = {name.partition(".")[2]: p for name, p in self.parameters}
-        save_file({n: p.detach().cpu().contiguous() for n, p in named.items()}, folder / FILE)
+        held = {name: p.detach().cpu().contiguous() for name, p in named.items()}
+        save_file(held, folder / FILE)
+        again = _read(folder)
+        parts = {} if again is None else dict(zip(("weight", "bias"), again, strict=True))
+        for name, values in held.items():
+            read = parts.get(name)
+            if read is None or not torch.equal(read, values):
+                raise ModelError(
+                    f"{folder / FILE}: the head's {name} is not the one that was trained",
+                    expected="the very numbers that were written",
+                    fix="run again: the same run exports again from its last checkpoint",
+                )
+        return Proof(
+            subject=Subject.EXPORT,
+            of=folder.name,
+            words="the scalar head reads back bit for bit",
+            seconds=time.perf_counter() - began,
+        )
 
 
 def _width(trunk: Model) -> int:

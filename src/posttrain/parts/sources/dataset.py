@@ -20,7 +20,7 @@ from typing import ClassVar, Literal, final
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.chat import messages_from
+from posttrain.chat.messages import messages_from
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError, DataError
 from posttrain.core.files import content_of, read_jsonl

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.chat import messages_from
+from posttrain.chat.messages import messages_from
 from posttrain.core.errors import DataError
 from posttrain.core.provenance import Role
 from posttrain.core.task import Message

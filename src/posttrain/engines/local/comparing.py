@@ -1,0 +1,206 @@
+"""Whether two policies are the same: tensors, log-probs, tokens, templates, settings.
+
+Each function returns the first difference in words, or None. Log-probs are compared with the
+noise of the number type, which is measured: one rounding error at the output of every module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.engines.local.attention import IMPLEMENTATION
+
+NOISES = 16.0
+"""Largest difference of log-probs, in units of the measured noise."""
+FLOOR = 1e-5
+"""Largest difference of log-probs that is never a fault, in nats."""
+ROWS = 2
+LENGTH = 24
+"""Rows and tokens of the probe."""
+
+_TEXTS = (
+    "The answer is 42.\n\n  It's x² ≠ 3/4, naïve 日本語 🙂\tend",
+    "def f(a):\n    return {'k': [1_000, -2.5e-3]}  # done\r\n",
+)
+_CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "What is 2 + 2?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi.\nHow are you?"},
+        {"role": "user", "content": "Fine."},
+    ],
+)
+_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+
+def first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """The first entry of two mappings that differs, in words."""
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            return f"{name} is {_short(found.get(name))}, and was {_short(expected.get(name))}"
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def differing_tensor(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+) -> str | None:
+    """The first tensor that differs by a bit, in words. ``dtype``: compare after rounding to it."""
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found or name not in expected:
+            return f"tensor {name} is {'missing' if name in expected else 'new'}"
+        new, old = found[name].detach(), expected[name].detach().to(found[name].device)
+        if dtype is not None:
+            new, old = new.to(dtype), old.to(dtype)
+        if new.shape != old.shape:
+            return f"tensor {name} has shape {list(new.shape)}, and had {list(old.shape)}"
+        if new.dtype != old.dtype:
+            return f"tensor {name} is {new.dtype}, and was {old.dtype}"
+        if not torch.equal(new, old):
+            wrong = int((new != old).sum())
+            gap = float((new.double() - old.double()).abs().max())
+            return (
+                f"tensor {name} differs in {wrong:,} of {new.numel():,} numbers, by up to {gap:.2g}"
+            )
+    return None
+
+
+def tensors(causal: nn.Module) -> dict[str, Tensor]:
+    """Every weight by name, a shared one once."""
+    return dict(causal.named_parameters())
+
+
+def buffers(causal: nn.Module) -> dict[str, Tensor]:
+    """Every buffer by name: rotary frequencies and other constants that no file holds."""
+    return dict(causal.named_buffers())
+
+
+def probe_rows(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """[ROWS, LENGTH] token ids, spread over the vocabulary, none special: an image token without
+    an image is refused by its model."""
+    known, special = min(vocab_size, len(tokenizer)), set(tokenizer.all_special_ids)
+    spread = (i * 7919 % known for i in range(3, 3 + known + ROWS * LENGTH))
+    plain = [i for i in spread if i not in special] or [0]
+    return torch.tensor([plain[i % len(plain)] for i in range(ROWS * LENGTH)]).reshape(ROWS, LENGTH)
+
+
+@torch.inference_mode()
+def log_probs(causal: PreTrainedModel, rows: Tensor) -> Tensor:
+    """[ROWS, LENGTH, V] of the probe by the stock model, one row at a time, on its device."""
+    before = causal.config._attn_implementation
+    causal.set_attn_implementation("eager")
+    try:
+        logits = [
+            causal(input_ids=row[None], use_cache=False).logits[0].float().log_softmax(-1)
+            for row in rows.to(causal.device)
+        ]
+    finally:
+        if before == IMPLEMENTATION:
+            causal.set_attn_implementation(before)
+    return torch.stack(logits).cpu()
+
+
+def noise_floor(causal: PreTrainedModel, rows: Tensor, expected: Tensor) -> float:
+    """Largest |Δ log-prob| when the output of every module has one more rounding error."""
+    with _rounding(causal):
+        return float((log_probs(causal, rows) - expected).abs().max())
+
+
+@contextmanager
+def _rounding(causal: PreTrainedModel) -> Iterator[None]:
+    """Multiply the output of every innermost module by 1 + ε u, with u from [-1, 1]."""
+    draw = torch.Generator(device=causal.device).manual_seed(0)
+    step = torch.finfo(causal.dtype).eps / 2
+
+    def rounded(module: nn.Module, inputs: object, out: object) -> object:
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        u = torch.rand(out.shape, generator=draw, device=out.device) * 2 - 1
+        return (out.float() * (1 + step * u)).to(out.dtype)
+
+    leaves = [m for m in causal.modules() if next(m.children(), None) is None]
+    hooks = [module.register_forward_hook(rounded) for module in leaves]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def differing_log_prob(found: Tensor, expected: Tensor, *, noise: float) -> str | None:
+    """The largest difference [ROWS, LENGTH, V] above the noise, in words."""
+    gap_RTV = (found - expected).abs()
+    worst = float(gap_RTV.max())  # NaN when one is
+    if worst <= max(FLOOR, NOISES * noise):
+        return None
+    row, position = divmod(int(gap_RTV.amax(-1).argmax()), LENGTH)
+    return (
+        f"log-probs differ by {worst:.2g} after {position + 1} tokens of probe row {row + 1}, "
+        f"and rounding explains {noise:.1g}"
+    )
+
+
+def differing_tokens(
+    found: PreTrainedTokenizerBase, expected: PreTrainedTokenizerBase
+) -> str | None:
+    """The first difference of two tokenizers: vocabulary, special tokens, templates, texts."""
+    special = first_difference(found.special_tokens_map, expected.special_tokens_map)
+    if special:
+        return f"special token {special}"
+    if found.get_vocab() != expected.get_vocab():
+        return f"the vocabulary: {len(found)} tokens, and it had {len(expected)}, or in other order"
+    for name, text in _same_text(found.chat_template, expected.chat_template):
+        return f"chat template{name}: {text}"
+    for text in _TEXTS:
+        for special_too in (True, False):
+            ids = [t(text, add_special_tokens=special_too)["input_ids"] for t in (found, expected)]
+            if ids[0] != ids[1]:
+                at = _parting(*ids)
+                return f"token {at} of {text!r} is {ids[0][at : at + 1]}, and was {ids[1][at : at + 1]}"
+    for conversation in _CONVERSATIONS:
+        if (new := _rendered(found, conversation)) != (old := _rendered(expected, conversation)):
+            return f"a conversation is rendered as {_short(new)}, and was {_short(old)}"
+    return None
+
+
+def _same_text(found: object, expected: object) -> Iterator[tuple[str, str]]:
+    """Name and place of each chat template that differs."""
+    both = [t if isinstance(t, dict) else {"": t} for t in (found, expected)]
+    for name in sorted(both[0].keys() | both[1].keys()):
+        new, old = (str(t.get(name) or "") for t in both)
+        if new != old:
+            at = _parting(new, old)
+            yield (
+                f" {name}".rstrip(),
+                (f"character {at} begins {new[at : at + 30]!r}, and was {old[at : at + 30]!r}"),
+            )
+
+
+def _parting(found: Any, expected: Any) -> int:
+    """The first index at which two sequences differ."""
+    pairs = enumerate(zip(found, expected, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(found), len(expected)))
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """A conversation as text; the error when the template refuses it."""
+    if tokenizer.chat_template is None:
+        return ""
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    except _TEMPLATE_FAULTS as error:
+        return f"{type(error).__name__}: {error}"

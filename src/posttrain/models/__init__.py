@@ -1,0 +1,1 @@
+"""Model folders, read without loading them: files, tensor headers, configuration, tokens."""

@@ -1,0 +1,253 @@
+"""The files of a model folder that count: what the libraries and posttrain read.
+
+    model folder ──counted──▶ configuration, weights, tokenizer, templates, processor ──▶ digest
+                     └──────▶ everything else (README, logs, .DS_Store, .git, pickles): ignored
+
+A file that counts must be a plain file inside the folder. Links of the hub's cache are followed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from posttrain.core.errors import ModelError
+from posttrain.core.files import hash_files
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+ADAPTER = "adapter_config.json"
+SCALAR_HEAD = "scalar_head.safetensors"
+CRITIC = "critic"
+
+MAX_JSON = 1 << 29  # bytes
+"""Largest JSON file that is read. The largest tokenizers have 40 MB."""
+
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.[0-9]*.json", "tokenizer.model*", "vocab*.json", "vocab*.txt"),
+    *("*.model", "*.spm", "*.tiktoken", "tekken.json", "dict.txt", "*.tokenizer"),
+    *("entity_vocab.json", "target_vocab.json", "byte_maps.json"),
+)
+_TOKENIZER_FILES = (
+    *_VOCABULARIES,
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "bpe.codes", "emoji.json", "normalizer.json"),
+    *("word_pronunciation.json", "word_shape.json"),
+)
+_PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer_config.json")
+_OWN_FILES = (SCALAR_HEAD, "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+_READ = (CONFIG, GENERATION, *_TOKENIZER_FILES, *_PROCESSOR_FILES)
+
+# transformers prefers such files to model.safetensors, and reads them with another loader.
+_RANKS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+def is_vocabulary(name: str) -> bool:
+    """True for a file that some tokenizer of transformers reads its vocabulary from.
+
+    Example:
+        >>> is_vocabulary("tokenizer.json"), is_vocabulary("tokenizer_config.json")
+        (True, False)
+    """
+    return _matches(name, _VOCABULARIES)
+
+
+def read_json(path: Path, *, most: int = MAX_JSON) -> Mapping[str, object]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+        ModelError: not a plain file, too large, not JSON, too deep, or no object.
+    """
+    plain_file(path)
+    try:
+        if path.stat().st_size > most:
+            raise ModelError(
+                f"{path} has {path.stat().st_size:,} bytes", expected=f"at most {most:,}"
+            )
+        read = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ModelError(f"{path} is nested too deeply", fix=_AGAIN) from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} is not JSON: {error}", fix=_AGAIN) from None
+    if not isinstance(read, dict):
+        raise ModelError(f"{path} holds a JSON {type(read).__name__}", expected="an object")
+    return read
+
+
+def plain_file(path: Path) -> Path:
+    """The path, if it is a plain file inside its folder; reading it cannot hang.
+
+    Raises:
+        ModelError: missing, a directory, pipe or device, or a link that leads out of the folder.
+    """
+    try:
+        kind = path.stat().st_mode
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", fix=_AGAIN) from None
+    if not stat.S_ISREG(kind):
+        raise ModelError(
+            f"{path} is {_kind(kind)}", expected="a plain file", fix="replace it by the file itself"
+        )
+    if path.is_symlink() and not _stays(path):
+        raise ModelError(
+            f"{path} is a link to {os.readlink(path)}",
+            expected="a folder that holds all of its own content",
+            fix="replace the link by a copy: cp -L",
+        )
+    return path
+
+
+def counted(folder: Path, *, remote_code: bool = False) -> list[str]:
+    """Names of the files that count, sorted; those in folders with ``/``.
+
+    Args:
+        folder: a model folder.
+        remote_code: whether code of the folder may run. Then it counts.
+
+    Raises:
+        ModelError: no weights where the loader looks for them.
+    """
+    names = {name for name in os.listdir(folder) if _matches(name, _READ)}
+    names.update(weight_files(folder))
+    if (folder / INDEX).exists() and WEIGHTS not in names:
+        names.add(INDEX)
+    if remote_code:
+        names.update(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
+    names.update(f"additional_chat_templates/{p.name}" for p in _extra_templates(folder))
+    names.update(name for name in _OWN_FILES if (folder / name).exists())
+    if (folder / CRITIC).is_dir():
+        inside = counted(folder / CRITIC, remote_code=remote_code)
+        names.update(f"{CRITIC}/{name}" for name in inside)
+    return sorted(names)
+
+
+def model_digest(folder: Path, *, remote_code: bool = False) -> str:
+    """sha256 over the names and the content of the files that count, 64 hex digits.
+
+    Files that no loader reads do not count: a README, logs, ``.DS_Store``, editor backups, the
+    hub's download records, weights in other formats.
+
+    Raises:
+        ModelError: no weights, or a file that counts is not a plain file of the folder.
+    """
+    names = counted(folder, remote_code=remote_code)
+    for name in names:
+        plain_file(folder / name)
+    return hash_files(folder, names)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files that the loader takes weights from: ``model.safetensors``, or an index's shards.
+
+    Raises:
+        ModelError: there are none, only pickles or other names, or shards outside the folder.
+    """
+    held = sorted(os.listdir(folder))
+    ranks = [name for name in held if _RANKS.fullmatch(name)]
+    if ranks:
+        raise ModelError(
+            f"{folder} holds {ranks[0]}: a distributed checkpoint",
+            expected=f"{WEIGHTS}, or {INDEX} and its shards",
+            fix="load it where it was written, and save it with save_pretrained",
+        )
+    if WEIGHTS in held:
+        return [WEIGHTS]
+    if INDEX in held:
+        return sorted(set(shards_by_tensor(folder).values()))
+    raise _no_weights(folder, held)
+
+
+def shards_by_tensor(folder: Path) -> Mapping[str, str]:
+    """The shard of every tensor, from the index of a folder.
+
+    Raises:
+        ModelError: not an index, or a shard that is not a file of the folder itself.
+    """
+    path = folder / INDEX
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{path} has no weight_map", fix=_AGAIN)
+    for tensor, name in shards.items():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise ModelError(
+                f"{path}: {tensor} is said to be in {name!r}",
+                expected="the name of a file in the same folder",
+                fix="move the shard into the folder, and name it alone in the index",
+            )
+        if not name.endswith(".safetensors"):
+            raise ModelError(f"{path} names {name!r}", expected="safetensors files only")
+    return shards
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _extra_templates(folder: Path) -> Iterator[Path]:
+    return (folder / "additional_chat_templates").glob("*.jinja")
+
+
+def _stays(link: Path) -> bool:
+    """Whether a link stays in its folder, or leads from a hub cache's snapshot to its blob."""
+    target = link.resolve()
+    if target.is_relative_to(link.parent.resolve()):
+        return True
+    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+
+
+def _no_weights(folder: Path, held: list[str]) -> ModelError:
+    others = [n for n in held if n.endswith(".safetensors") and n != SCALAR_HEAD]
+    pickles = [n for n in held if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if ADAPTER in held:
+        return adapter_found(folder)
+    if pickles and not others:
+        return ModelError(
+            f"{folder} is not a model folder: no *.safetensors, and {pickles[0]} is a pickle, "
+            "which can run code when it is read",
+            expected=f"{WEIGHTS}, or {INDEX} and its shards",
+            fix="load it with transformers where you trust it, and call "
+            "save_pretrained(..., safe_serialization=True)",
+        )
+    if others:
+        return ModelError(
+            f"{folder} holds {others[0]}, and neither {WEIGHTS} nor {INDEX}: the loader would "
+            "not read it",
+            expected=f"{WEIGHTS}, or {INDEX} and its shards",
+            fix=f"rename a single file to {WEIGHTS}, or export the model again",
+        )
+    return ModelError(
+        f"{folder} is not a model folder: no *.safetensors",
+        expected="config.json, *.safetensors and tokenizer files",
+        fix=f"it holds {', '.join(held[:8]) or 'nothing'}: give the folder of an export",
+    )
+
+
+def adapter_found(folder: Path) -> ModelError:
+    """The error for a folder that holds an adapter."""
+    return ModelError(
+        f"{folder} holds an adapter ({ADAPTER}): the loader would hang it on the model",
+        expected="a plain model",
+        fix="merge it (peft: merge_and_unload, then save_pretrained), or move the adapter_* files "
+        "out of the folder to use the model without them",
+    )
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        "a folder": stat.S_ISDIR,
+        "a pipe": stat.S_ISFIFO,
+        "a device": lambda m: stat.S_ISCHR(m) or stat.S_ISBLK(m),
+        "a socket": stat.S_ISSOCK,
+    }
+    return next((words for words, matches in kinds.items() if matches(mode)), "no plain file")
+
+
+_AGAIN = "copy or download the folder again"
