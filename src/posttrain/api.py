@@ -31,6 +31,7 @@ from posttrain.run.check import Checked
 from posttrain.run.check import check as check_recipe
 from posttrain.run.measuring import measure_model
 from posttrain.run.pipeline import Outcome
+from posttrain.run.trust import check_trust
 
 
 def run(
@@ -40,6 +41,7 @@ def run(
     root: Path = Path(),
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    trust_code: bool = False,
 ) -> Outcome:
     """Run a recipe in this process, or resume it.
 
@@ -49,35 +51,59 @@ def run(
         root: folder that the recipe's paths are relative to.
         observe: called with every event.
         stop: called between draws; True commits and raises ``Interrupted``.
+        trust_code: allow code from outside ``root``.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return pipeline.run(
         recipe, out=out, root=root, engine=engine_for(recipe), observe=observe, stop=stop
     )
 
 
-def check(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Checked:
+def check(
+    recipe: Recipe,
+    *,
+    root: Path = Path(),
+    observe: Observer = ignore,
+    trust_code: bool = False,
+) -> Checked:
     """Load and try everything that a run of the recipe relies on; trains and writes nothing.
 
     Args:
         recipe: the configuration.
         root: folder that the recipe's paths are relative to.
         observe: called with every proof.
+        trust_code: allow code from outside ``root``.
 
     Raises:
         PosttrainError: what would stop the run.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return check_recipe(recipe, root=root, engine=engine_for(recipe), observe=observe)
 
 
-def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Measurement:
+def measure(
+    recipe: Recipe,
+    *,
+    root: Path = Path(),
+    observe: Observer = ignore,
+    trust_code: bool = False,
+) -> Measurement:
     """Measure the recipe's model on its task sets; its stages are ignored."""
+    check_trust(recipe, root=root, trust_code=trust_code)
     return measure_model(recipe, root=root, engine=engine_for(recipe), observe=observe)
 
 
 def compare(
-    recipe: Recipe, before: str, after: str, *, root: Path = Path(), observe: Observer = ignore
+    recipe: Recipe,
+    before: str,
+    after: str,
+    *,
+    root: Path = Path(),
+    observe: Observer = ignore,
+    trust_code: bool = False,
 ) -> Between:
     """Compare two models, measured on the recipe's task sets; its model and stages are ignored."""
+    check_trust(recipe, root=root, trust_code=trust_code)
     return compare_models(
         recipe, before, after, root=root, engine=engine_for(recipe), observe=observe
     )
@@ -91,6 +117,7 @@ def diagnose(
     book: RuleBook | None = None,
     budget: int | None = None,
     observe: Observer = ignore,
+    trust_code: bool = False,
 ) -> Diagnosis:
     """Find what holds the recipe's model back on its task sets; its stages are ignored.
 
@@ -101,7 +128,9 @@ def diagnose(
         book: the rules; None for the default ones.
         budget: most rollouts to sample; None for the default.
         observe: called with every event.
+        trust_code: allow code from outside ``root``.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return find_bottleneck(
         recipe,
         root=root,
@@ -123,6 +152,7 @@ def treat(
     book: RuleBook | None = None,
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    trust_code: bool = False,
 ) -> Treated:
     """Diagnose, prescribe, run and compare, until nothing helps or the budget is used up.
 
@@ -135,7 +165,9 @@ def treat(
         book: the rules; None for the default ones.
         observe: called with every event.
         stop: called between draws; True commits and raises ``Interrupted``.
+        trust_code: allow code from outside ``root``.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return run_treatment(
         recipe,
         out=out,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from posttrain.cli.trust import is_trusted, trusting
 from posttrain.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="Only watched: must stay trainable.",
             ),
             click.option("--rules", type=FILE, help="Your changes to the rules."),
+            trusting,
         ]
     ):
         command = option(command)
@@ -70,7 +72,8 @@ def diagnose(
     """What holds a model back, with the evidence, and the recipe of the next stage.
 
     Writes OUT/diagnosis.html (the card), OUT/diagnosis.json and OUT/next.yaml.
-    `posttrain run OUT/next.yaml` does what it says.
+    `posttrain run OUT/next.yaml` does what it says; with --trust-code if a reward of yours is in
+    it, which then lies outside the recipe's folder.
     """
     from rich.console import Console as Terminal
 
@@ -96,6 +99,7 @@ def diagnose(
             book=book,
             budget=budget,
             observe=console.observe,
+            trust_code=is_trusted(),
         )
     written = write_diagnosis(found, out)
     Terminal(highlight=False).print(card(found, written=tuple(written)))
@@ -153,6 +157,7 @@ def treat(
                 book=book,
                 observe=console.observe,
                 stop=stop,
+                trust_code=is_trusted(),
             )
     except KeyboardInterrupt:
         click.echo("stopped. The same command goes on from the last checkpoint.", err=True)

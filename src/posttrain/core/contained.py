@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import is_
 from types import FrameType, TracebackType
 from typing import Any, TypeVar, final
 
@@ -32,6 +33,7 @@ T = TypeVar("T")
 _EXITS = ("_exit", "execv", "execve")  # of os: they end the process without an exception
 _NUDGE = signal.SIGUSR1  # wakes the main thread; a reward's own time limit uses SIGALRM
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, _NUDGE)
+_STREAMS = "the standard streams"
 _NUDGES = 10  # times, once a second, that code is asked to stop before the process is ended
 
 
@@ -53,7 +55,7 @@ class _TooLong(BaseException):
 class Contained:
     """Code from one origin, and what is remembered of it between calls.
 
-    It has a stream of random numbers of its own, so that neither disturbs the other.
+    It has random numbers of its own, so that neither disturbs the other.
 
     Args:
         files: its source files, to name the line of an error.
@@ -62,9 +64,9 @@ class Contained:
     Example:
         >>> Contained(seconds=1.0).run(lambda: 6 * 7)
         42
-        >>> Contained(seconds=1.0).run(lambda: 1 // 0)
+        >>> Contained(seconds=1.0).run(lambda: 1 // 0)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        posttrain.core.contained.Failed: raised ZeroDivisionError: integer division or modulo by zero
+        posttrain.core.contained.Failed: raised ZeroDivisionError: integer division ...
     """
 
     files: Container[str] = ()
@@ -84,6 +86,8 @@ class Contained:
         limit = self.seconds if seconds is None else seconds
         pid, kept = os.getpid(), _kept()
         mine = _random_state()
+        streams = [_Stream(stream) for stream in _streams()]
+        sys.stdin, sys.stdout, sys.stderr = streams  # type: ignore[assignment]
         _set_random_state(self._random or _fresh_random_state())
         try:
             with _exits_refused(pid), _limited(limit) as pressed:
@@ -97,11 +101,14 @@ class Contained:
                     raise self._failed(error, limit) from error
                 except BaseException as error:
                     raise self._failed(error, limit) from error
+                finally:
+                    if os.getpid() != pid:
+                        os._exit(1)  # a child that came back must not go on as us
         finally:
-            if os.getpid() != pid:
-                os._exit(1)  # a child that it forked and that came back must not go on as us
             self._random = _random_state()
             _set_random_state(mine)
+            if all(map(is_, _streams(), streams)):  # else they are put back, and named
+                _set_streams(kept[_STREAMS])
             self.changed.update(dict.fromkeys(_put_back(kept)))
 
     def _failed(self, error: BaseException, seconds: float) -> Failed:
@@ -263,7 +270,23 @@ def _set_search_path(kept: list[str]) -> None:
     sys.path[:] = kept
 
 
-def _streams() -> tuple[object, ...]:
+class _Stream:
+    """A standard stream that code which is not ours cannot close."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._stream)
+
+    def close(self) -> None:
+        """Nothing: it is ours."""
+
+
+def _streams() -> tuple[Any, Any, Any]:
     return sys.stdin, sys.stdout, sys.stderr
 
 
@@ -320,7 +343,7 @@ _STATE: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "the working directory": (_folder, _to_folder),
     "environment variables": (lambda: dict(os.environ), _set_environment),
     "the module search path": (lambda: list(sys.path), _set_search_path),
-    "the standard streams": (_streams, _set_streams),
+    _STREAMS: (_streams, _set_streams),
     "signal handlers": (_handlers, _set_handlers),
     "an alarm": (_has_alarm, _set_alarm),
     "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),

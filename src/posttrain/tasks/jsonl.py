@@ -38,9 +38,9 @@ class JsonlTasks(TaskSetSpec, tag="jsonl"):
     """Rows of prompt (text or messages) and answer, scored by a reward function.
 
     ``reward`` is a built-in name (``exact``, ``number``) or ``file.py:function``, a function
-    ``(prompts, completions, **columns) -> list[float]``, which may import modules beside it or in
-    the recipe's folder. The last ``held_out`` rows, after removing duplicates, are held out for
-    measuring. A reward may take ``reward_seconds`` per completion.
+    ``(prompts, completions, **columns) -> list[float]``, which may import modules beside it. The
+    last ``held_out`` rows, after removing duplicates, are held out for measuring. A reward may take
+    ``reward_seconds`` per completion.
     """
 
     path: str
@@ -132,14 +132,16 @@ class JsonlTaskSet:
         return self._reward.changed
 
     @property
-    def remarks(self) -> Sequence[str]:
-        """What is legal and probably not meant, in words."""
-        answers = [t.answer for t in (*self._train, *self._held_out) if t.answer is not None]
+    def notes(self) -> Sequence[str]:
+        """What a reader should know about the rows: what is left out or probably not meant."""
+        kept = (*self._train, *self._held_out)
+        answers = [task.answer for task in kept if task.answer is not None]
         said = []
         if self._num_duplicates:
             said.append(
-                f"{self._num_duplicates} rows left out, their prompt occurred before"
-                + (f"; {self._num_disputed} with another answer" if self._num_disputed else "")
+                f"{self._num_duplicates} of {len(kept) + self._num_duplicates} rows left out: "
+                "duplicates of an earlier prompt"
+                + (f", {self._num_disputed} with another answer" if self._num_disputed else "")
             )
         if self._spec.reward == "exact":
             floats = Counter(bool(_FLOAT_LIKE.fullmatch(a.strip())) for a in answers)[True]

@@ -103,7 +103,7 @@ def find_reward(name: str, root: Path, *, seconds: float = 60.0) -> Reward:
         raise TaskError(
             f"no reward file {path}", fix="check the path; it is relative to the recipe"
         )
-    script = Script(path, root, seconds=seconds)
+    script = Script(path, seconds=seconds)
     script.check(function)
     return Reward(name=name, function=function, script=script, seconds=seconds)
 
@@ -128,7 +128,7 @@ class Reward:
     @property
     def files(self) -> Sequence[Path]:
         """The files of the user's that it runs, links resolved."""
-        return () if self.script is None else tuple(self.script.sources)
+        return () if self.script is None else tuple(p.resolve() for p in self.script.sources)
 
     @property
     def changed(self) -> tuple[str, ...]:

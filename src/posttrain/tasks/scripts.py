@@ -1,10 +1,10 @@
 """A Python file of the user's, with the modules beside it that it imports.
 
     file ──ast──▶ imports ──found beside it?──▶ more files ──▶ closure: identity, trust
-      └──executed with the same files importable, and no others of these folders──▶ namespace
+      └──executed with the same files importable, and no others of the folder──▶ namespace
 
 The closure is known before anything runs. What is loaded later and is not in it is refused, so the
-identity covers all code of these folders that takes part.
+identity covers all code of the folder that takes part.
 """
 
 from __future__ import annotations
@@ -46,13 +46,12 @@ class _Source:
 @final
 @dataclass(eq=False)
 class Script:
-    """A Python file with everything of its folders that it imports.
+    """A Python file with everything of its folder that it imports.
 
-    Modules are looked for beside the file and in the recipe's folder, before installed packages.
+    Modules are looked for beside the file, as for any script, before installed packages.
 
     Args:
         path: the file.
-        root: the recipe's folder.
         seconds: time limit of loading it, and default limit of a call.
 
     Raises:
@@ -60,20 +59,24 @@ class Script:
     """
 
     path: Path
-    root: Path
     seconds: float = 60.0
     _modules: dict[str, ModuleType] = field(default_factory=dict)
 
     @cached_property
-    def folders(self) -> tuple[Path, ...]:
+    def folder(self) -> Path:
         """Where its modules may be."""
-        return tuple(dict.fromkeys((self.path.parent.resolve(), self.root.resolve())))
+        return self.path.resolve().parent
+
+    @cached_property
+    def main(self) -> Path:
+        """The file itself, where it really is."""
+        return self.path.resolve()
 
     @cached_property
     def sources(self) -> dict[Path, _Source]:
         """The file and the modules beside it that it imports, directly or not, by path."""
         found: dict[Path, _Source] = {}
-        waiting = [self.path.resolve()]
+        waiting = [self.main]
         if self.path.suffix != ".py":
             raise TaskError(f"{self.path} is not a Python file", expected="file.py:function")
         while waiting:
@@ -89,8 +92,7 @@ class Script:
         hashes = {p: hashlib.sha256(s.content).hexdigest() for p, s in self.sources.items()}
         if len(hashes) == 1:
             return next(iter(hashes.values()))
-        names = {self._name(path): value for path, value in hashes.items()}
-        return digest(names)
+        return digest({p.relative_to(self.folder).as_posix(): h for p, h in hashes.items()})
 
     @cached_property
     def contained(self) -> Contained:
@@ -103,7 +105,7 @@ class Script:
         Raises:
             TaskError: no function of this name, or it is async or a generator.
         """
-        tree = self.sources[self.path.resolve()].tree
+        tree = self.sources[self.main].tree
         names, complete = _defined(tree)
         place = f"{self.path}:{getattr(names.get(function), 'lineno', 1)}"
         if function not in names:
@@ -137,7 +139,7 @@ class Script:
         module.__file__ = str(self.path)
         self._modules.clear()
         self._modules[name] = module
-        source = self.sources[self.path.resolve()]
+        source = self.sources[self.main]
         try:
             self.call(lambda: _execute(module, source))
         except Failed as error:
@@ -175,27 +177,19 @@ class Script:
         places = [Path(folder).resolve() for folder in folders]
         for name in names:
             file = getattr(sys.modules.get(name), "__file__", None)
-            if not isinstance(file, str) or Path(file).resolve() in self.sources:
+            if not isinstance(file, str) or Path(file) in self.sources:
                 continue
             if any(Path(file).resolve().is_relative_to(place) for place in places):
                 raise TaskError(
                     f"{self.path} changed sys.path and imported {name} from {file}",
-                    expected="modules beside the file or in the recipe's folder: their content is "
-                    "part of the stage's identity",
+                    expected="modules beside the file: their content is part of the stage's identity",
                     fix="put the module there, or install it as a package",
                 )
-
-    def _name(self, path: Path) -> str:
-        """A path in the form that counts: relative, so that a moved recipe stays the same."""
-        for folder in self.folders:
-            if path.is_relative_to(folder):
-                return path.relative_to(folder).as_posix()
-        return path.name
 
     # --- imports ---------------------------------------------------------------------------------
 
     def _imported_by(self, source: _Source) -> Iterator[Path]:
-        package = self._package_of(source.path)
+        package = source.path.relative_to(self.folder).parts[:-1]
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -209,13 +203,6 @@ class Script:
                 continue
             for name in names:
                 yield from self._files_of(name)
-
-    def _package_of(self, path: Path) -> tuple[str, ...]:
-        """The dotted package of a module of ours; empty at the top."""
-        for folder in self.folders:
-            if path.is_relative_to(folder):
-                return path.relative_to(folder).parts[:-1]
-        return ()
 
     def _files_of(self, name: str) -> Iterator[Path]:
         """The files that importing a dotted name runs: its packages, then itself."""
@@ -233,28 +220,22 @@ class Script:
         parts = name.split(".")
         if not all(parts) or parts[0] in sys.stdlib_module_names or parts[0] == "posttrain":
             return None
-        for folder in self.folders:
-            place = folder.joinpath(*parts)
-            for file in (place / "__init__.py", place.with_name(f"{place.name}.py")):
-                if file.is_file() and (
-                    folder == self.folders[0] or not self.is_elsewhere(parts[0])
-                ):
-                    return file.resolve()
-            if place.is_dir() and any(place.glob("*.py")) and not self.is_elsewhere(parts[0]):
-                return place.resolve()
-        return None
+        place = self.folder.joinpath(*parts)
+        for file in (place / "__init__.py", place.with_name(f"{place.name}.py")):
+            if file.is_file():
+                return file
+        bare = place.is_dir() and any(place.glob("*.py")) and not self.is_elsewhere(parts[0])
+        return place if bare else None
 
     def is_elsewhere(self, name: str) -> bool:
-        """Whether Python finds a module of this name elsewhere."""
+        """Whether Python finds a module of this name in another place."""
         try:
             spec = importlib.machinery.PathFinder.find_spec(name)
         except (ImportError, ValueError):
             return False
         if spec is None or spec.origin is None:
             return False
-        origin = Path(spec.origin).resolve()
-        place = origin.parent.parent if origin.name == "__init__.py" else origin.parent
-        return place not in self.folders
+        return not Path(spec.origin).resolve().is_relative_to(self.folder)
 
     @contextmanager
     def _importable(self) -> Iterator[None]:
@@ -278,11 +259,9 @@ class Script:
 
     def _top_names(self) -> Iterator[str]:
         for path in self.sources:
-            for folder in self.folders:
-                if path.is_relative_to(folder):
-                    name = path.relative_to(folder).parts[0].removesuffix(".py")
-                    if self.find(name) is not None:
-                        yield name
+            name = path.relative_to(self.folder).parts[0].removesuffix(".py")
+            if self.find(name) is not None:  # never one of ours or of the standard library
+                yield name
 
 
 @final

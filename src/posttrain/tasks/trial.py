@@ -6,10 +6,9 @@ task ──▶ two completions: none, and the answer ──score, twice──▶
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
-from posttrain.core.held_out import HeldOut
 from posttrain.core.proofs import Proof, Subject
 from posttrain.core.task import Task, TaskSet
 
@@ -17,14 +16,6 @@ SLOW = 0.5
 """Seconds per completion from which a reward is called slow."""
 
 _PLAUSIBLE = "The answer is 42."  # for a task without an answer
-
-
-@runtime_checkable
-class Remarks(Protocol):
-    """Optional property of a task set: what is legal in it and probably not meant, in words."""
-
-    @property
-    def remarks(self) -> Iterable[str]: ...
 
 
 @runtime_checkable
@@ -71,26 +62,3 @@ def _tried(taskset: TaskSet, task: Task) -> Proof:
         seconds=ended - started,
         figures={"seconds_per_completion": each, "repeatable": float(first == again)},
     )
-
-
-def remarks_on(tasksets: Mapping[str, TaskSet]) -> list[str]:
-    """What is legal in task sets and probably not meant: what each says of itself, and prompts
-    that one set holds out and another trains on."""
-    said = [
-        f"task set {name}: {words}"
-        for name, taskset in tasksets.items()
-        if isinstance(taskset, Remarks)
-        for words in taskset.remarks
-    ]
-    for name, taskset in tasksets.items():
-        others = HeldOut.of(other for n, other in tasksets.items() if n != name)
-        for owner, prompts in others.among(task.prompt for task in taskset.train).items():
-            said.append(
-                f"{len(prompts)} prompts that task set {owner} holds out are trained on through "
-                f"{name}, such as {_short(prompts[0])}"
-            )
-    return said
-
-
-def _short(text: str, limit: int = 60) -> str:
-    return repr(text if len(text) <= limit else f"{text[: limit - 1]}…")
