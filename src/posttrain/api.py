@@ -8,7 +8,7 @@ run(Recipe(...), out=Path("out/mine"))
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from posttrain.run.check import Checked
 from posttrain.run.check import check as check_recipe
 from posttrain.run.measuring import measure_model
 from posttrain.run.pipeline import Outcome
+from posttrain.run.resume import Consent
 from posttrain.run.trust import check_trust
 
 
@@ -42,6 +43,8 @@ def run(
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
     trust_code: bool = False,
+    accept: Sequence[str] = (),
+    restart: Sequence[str] = (),
 ) -> Outcome:
     """Run a recipe in this process, or resume it.
 
@@ -52,10 +55,18 @@ def run(
         observe: called with every event.
         stop: called between draws; True commits and raises ``Interrupted``.
         trust_code: allow code from outside ``root``.
+        accept: changes under started stages to go on with, by the names that a refusal lists.
+        restart: stages to set aside and start again, with what builds on them.
     """
     check_trust(recipe, root=root, trust_code=trust_code)
     return pipeline.run(
-        recipe, out=out, root=root, engine=engine_for(recipe), observe=observe, stop=stop
+        recipe,
+        out=out,
+        root=root,
+        engine=engine_for(recipe),
+        observe=observe,
+        stop=stop,
+        consent=Consent.to(accept=accept, restart=restart),
     )
 
 

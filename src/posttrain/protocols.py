@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from posttrain.core.learner import Lora, MovingReference, Optimizer
 from posttrain.core.proofs import Proof
 from posttrain.core.provenance import FloatArray, IntArray, Producer, Sampling, Span
+from posttrain.core.rendering import STRICT, Rules
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.task import Message, Task
 from posttrain.core.trajectory import IN_PLACE, Column, End, Group, Trajectory
@@ -59,8 +60,24 @@ class Renderer(Protocol):
         """Tokens that end a turn."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """Equal digests give equal tokens for equal texts."""
+        ...
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What every conversation gets beside its messages, in words."""
+        ...
+
     def completion(
-        self, prompt: str, completion: str, *, producer: Producer, task: str
+        self,
+        prompt: str,
+        completion: str,
+        *,
+        producer: Producer,
+        task: str,
+        rules: Rules = STRICT,
     ) -> Trajectory:
         """A plain-text prompt and completion, with the end token."""
         ...
@@ -73,6 +90,7 @@ class Renderer(Protocol):
         task: str,
         assistant_mask: Literal["template", "prefix"] = "template",
         num_prompt: int | None = None,
+        rules: Rules = STRICT,
     ) -> Trajectory:
         """Messages rendered by the chat template; ``producer`` wrote the assistant's turns."""
         ...
@@ -136,7 +154,7 @@ class Author(Protocol):
 
     @property
     def proofs(self) -> Sequence[Proof]:
-        """What was compared when it was loaded; empty for the live learner."""
+        """What was compared when it was loaded; a live learner has those of its adapters."""
         ...
 
 
@@ -156,7 +174,8 @@ class Scorer(Author, Protocol):
 
     def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory: entropy of the next-token distribution from which each trainable
-        token would be drawn at temperature 1, in nats; NaN elsewhere."""
+        token would be drawn at the temperature that it was sampled at (1 for given text), in
+        nats; NaN elsewhere."""
         ...
 
     def distributions(
@@ -215,7 +234,10 @@ class DataFile:
     digest: str  # sha256 of the file, 64 hex digits
     licence: str | None
     rows: int  # rows that are used
-    skipped: int  # rows left out because they are too long
+    skipped: int  # rows left out: too long, or unusable
+    notes: Sequence[str] = ()  # what a reader should know about its rows, in words
+    proofs: Sequence[Proof] = ()  # what was compared when it was read
+    questions: frozenset[str] = frozenset()  # its prompts and users' turns, with single spaces
 
 
 class Stream(Protocol):

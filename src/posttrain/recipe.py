@@ -12,7 +12,9 @@ from typing import Literal
 
 import msgspec
 
-from posttrain.core.config import Config, convert, read_yaml
+from posttrain.core.bounds import Count, Positive, Seed, Threads, Tokens, Whole
+from posttrain.core.config import Config, convert
+from posttrain.core.documents import read_yaml
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.monitors import Monitors
@@ -31,15 +33,15 @@ RESERVED = frozenset({"base", "learner", "input", "moving", "previous", "end"})
 class Budget(Config):
     """When a stage ends: after optimiser steps, or after passes over its data set."""
 
-    steps: int | None = None
-    epochs: float | None = None
+    steps: Count | None = None
+    epochs: Positive | None = None
 
     def __post_init__(self) -> None:
         amounts = [a for a in (self.steps, self.epochs) if a is not None]
-        if len(amounts) != 1 or amounts[0] <= 0:
+        if len(amounts) != 1:
             raise ConfigError(
                 f"budget with steps={self.steps}, epochs={self.epochs}",
-                expected="exactly one of them, above zero",
+                expected="exactly one of them",
             )
 
 
@@ -60,13 +62,13 @@ class Stage(Config):
     budget: Budget
     init: PolicyRef = "previous"
     optimizer: Optimizer = Optimizer()
-    groups_per_step: int = 16
-    updates_per_draw: int = 1
-    micro_batch_tokens: int | None = None
+    groups_per_step: Count = 16
+    updates_per_draw: Count = 1
+    micro_batch_tokens: Tokens | None = None
     activation_checkpointing: bool = False
-    max_age: int = 0
+    max_age: Whole = 0
     lora: Lora | None = None
-    checkpoint_every: int = 25
+    checkpoint_every: Count = 25
     gates: tuple[Gate, ...] = ()
     then: str | None = None
     monitors: Monitors = Monitors()
@@ -78,16 +80,6 @@ class Stage(Config):
                 f"stage name {self.name!r}",
                 expected=f"letters, digits, - and _, and none of {sorted(RESERVED)}",
             )
-        counts = {
-            "groups_per_step": self.groups_per_step,
-            "updates_per_draw": self.updates_per_draw,
-            "micro_batch_tokens": self.micro_batch_tokens,
-            "checkpoint_every": self.checkpoint_every,
-        }
-        if self.max_age < 0:
-            raise ConfigError(f"stage {self.name}: max_age={self.max_age}", expected="0 or more")
-        if low := [f"{k}={v}" for k, v in counts.items() if v is not None and v < 1]:
-            raise ConfigError(f"stage {self.name}: {', '.join(low)}", expected="at least 1")
         if self.updates_per_draw > self.groups_per_step:
             raise ConfigError(
                 f"stage {self.name}: {self.updates_per_draw} updates on draws of "
@@ -112,10 +104,10 @@ class Recipe(Config):
     tasks: dict[str, task_sets.AnyTaskSet] = msgspec.field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     measure: Measure = Measure()
-    seed: int = 0
+    seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = None
+    threads: Threads | None = None
     remote_code: str | None = None
 
     def __post_init__(self) -> None:

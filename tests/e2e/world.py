@@ -16,7 +16,9 @@ from pathlib import Path
 
 import yaml
 
+from posttrain.run.audit import audit
 from posttrain.run.folder import RunFolder
+from posttrain.run.ledger import head_file
 from posttrain.testing import tiny_model
 
 REWARD = """
@@ -253,12 +255,24 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in x.items() if not k.startswith("seconds/")} for x in lines]
 
 
+TIMED = ("metrics.jsonl", "progress.json")
+"""Files that hold what a clock says."""
+
+
 def rows(out: Path, *, run_rows: bool = False) -> list[tuple[str, dict]]:
-    """Ledger rows without clocks, and without those of kind ``run``, one per process."""
+    """Ledger rows without clocks, without those of kind ``run``, one per process, and without
+    those of kind ``file``, which a process that died may have written in vain."""
     from posttrain.run.ledger import read
 
-    kept = [r for r in read(out / "ledger.jsonl") if run_rows or r.kind != "run"]
-    return [(str(r.kind), {k: v for k, v in r.body.items() if k != "seconds"}) for r in kept]
+    left_out = {"file"} if run_rows else {"file", "run"}
+    found = []
+    for record in read(out / "ledger.jsonl"):
+        body = {k: v for k, v in record.body.items() if k != "seconds"}
+        if "files" in body:
+            body["files"] = {k: v for k, v in body["files"].items() if not k.endswith(TIMED)}
+        if record.kind not in left_out:
+            found.append((str(record.kind), body))
+    return found
 
 
 def unnamed(out: Path) -> set[str]:
@@ -266,7 +280,7 @@ def unnamed(out: Path) -> set[str]:
     run = RunFolder(out)
     named = {
         *(run.recipe_file, run.ledger_file, run.report_file, run.treatment_file, out / "lock"),
-        *out.glob(f"{run.ledger_file.name}.torn-*"),
+        *(head_file(run.ledger_file), *out.glob(f"{run.ledger_file.name}.torn-*")),
         *(run.measurement_file(policy) for policy in run.measured()),
         *(run.diagnosis_file(n) for n in run.diagnoses()),
         *(run.diagnosis_page(n) for n in run.diagnoses()),
@@ -293,6 +307,7 @@ def listing(folder: Path) -> dict[str, tuple[int, str]]:
 def trace(out: Path) -> dict:
     """Everything of a run that must not depend on where it was interrupted."""
     assert unnamed(out) == set()
+    assert audit(RunFolder(out)) == []
     found: dict = {"rows": rows(out)}
     for folder in sorted((out / "stages").iterdir()):
         assert folder.name[0] != ".", folder

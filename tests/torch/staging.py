@@ -8,10 +8,10 @@ from posttrain.core.events import StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import StageBuilder
-from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
+from posttrain.run.stage_folder import StageWriter
 from posttrain.tasks.jsonl import JsonlTasks
 from posttrain.training.stage import run_stage
 
@@ -64,8 +64,7 @@ class World:
         seen = []
         folder = self.root / out
         journal = Journal(
-            StageWriter(folder / "stage"),
-            ledger=Ledger.open(folder / "ledger.jsonl"),
+            StageWriter(folder / "stage", Ledger.open(folder / "ledger.jsonl")),
             stage="s",
             identity=planned.identity,
             facts={},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,13 +66,27 @@ def tour(out: Path, seed: int) -> None:
 @cli.command()
 @click.argument("recipe", type=FILE)
 @click.option("--out", type=OUT, help="Run folder.  [default: out/<recipe name>]")
+@click.option(
+    "--accept",
+    multiple=True,
+    metavar="NAME",
+    help="Go on although this changed under a started stage: reward, data, versions, files, …",
+)
+@click.option(
+    "--restart",
+    multiple=True,
+    metavar="STAGE",
+    help="Set this stage's work aside, with what builds on it, and start it again.",
+)
 @trusting
-def run(recipe: Path, out: Path | None) -> None:
+def run(recipe: Path, out: Path | None, accept: tuple[str, ...], restart: tuple[str, ...]) -> None:
     """Run a recipe, or go on with it. A finished recipe is not run again."""
-    _go(recipe, out)
+    _go(recipe, out, accept=accept, restart=restart)
 
 
-def _go(recipe_path: Path, out: Path | None) -> None:
+def _go(
+    recipe_path: Path, out: Path | None, *, accept: Sequence[str] = (), restart: Sequence[str] = ()
+) -> None:
     from posttrain.cli.console import Console, interrupts
     from posttrain.recipe import load_recipe
 
@@ -91,6 +105,8 @@ def _go(recipe_path: Path, out: Path | None) -> None:
                 root=recipe_path.parent,
                 observe=console.observe,
                 stop=stop,
+                accept=accept,
+                restart=restart,
                 trust_code=is_trusted(),
             )
     except KeyboardInterrupt:
@@ -328,7 +344,7 @@ def report(run_folder: Path) -> None:
     """Write RUN/report.html again: one self-contained page."""
     from posttrain.run.folder import RunFolder
 
-    RunFolder(run_folder).recipe()
+    RunFolder(run_folder).recipe(checked=False)
     from posttrain.cli.pages import write_run_report
 
     click.echo(write_run_report(run_folder))
@@ -352,18 +368,31 @@ def ledger() -> None:
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--head", help="A head that is known from elsewhere.")
 def verify(path: Path, head: str | None) -> None:
-    """Check a run's hash chain. PATH is a run folder or a ledger file."""
+    """Check a run: its hash chain, and every file against it. PATH is a run folder or a ledger."""
+    from posttrain.run.audit import audit
+    from posttrain.run.evidence import changed
     from posttrain.run.folder import RunFolder
     from posttrain.run.ledger import verify as verify_ledger
 
-    inside = RunFolder(path).ledger_file
-    file = inside if path.is_dir() else path
-    if not file.is_file():
-        raise ConfigError(f"no ledger in {path}", expected=f"a run folder, or its {inside.name}")
+    folder = RunFolder(path)
+    if path.is_dir() and not folder.is_run and not folder.ledger_file.is_file():
+        name = folder.ledger_file.name
+        raise ConfigError(f"no ledger in {path}", expected=f"a run folder, or its {name}")
+    file = folder.ledger_file if path.is_dir() else path
     result = verify_ledger(file, head=head)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.kinds.items()))
     click.echo(f"{file}: the chain holds over {result.num_records} records ({kinds})")
     click.echo(f"head {result.head}")
+    if result.torn_bytes:
+        click.echo(f"an unfinished last line of {result.torn_bytes} bytes is no record")
+    if not path.is_dir():
+        return
+    faults = audit(folder)
+    for fault in faults:
+        click.echo(str(fault))
+    if faults:
+        raise changed(path, faults)
+    click.echo(f"{len(folder.evidence().entries)} files are what it records")
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ class Contained:
         pid, kept = os.getpid(), _kept()
         mine = _random_state()
         streams = [_Stream(stream) for stream in _streams()]
-        sys.stdin, sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+        sys.stdin, sys.stdout, sys.stderr = streams
         _set_random_state(self._random or _fresh_random_state())
         try:
             with _exits_refused(pid), _limited(limit) as pressed:

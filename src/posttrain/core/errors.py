@@ -9,6 +9,7 @@
     └── RunError           the state of a run folder
         ├── RunLocked      another process uses this folder
         ├── ResumeRefused  the recipe or its data changed under a started stage
+        ├── FileChanged    a file of a run folder is not what the ledger recorded
         ├── LedgerBroken   the hash chain of a ledger does not hold
         └── DiskFull       the disk is full; earlier writes are intact
 
@@ -69,6 +70,10 @@ class RunLocked(RunError):
 
 class ResumeRefused(RunError):
     """The recipe or its data changed under a stage that had already started."""
+
+
+class FileChanged(RunError):
+    """A file of a run folder is not what the ledger recorded."""
 
 
 class LedgerBroken(RunError):

@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +32,6 @@ __all__ = [
     "hash_file",
     "hash_files",
     "hash_folder",
-    "read_jsonl",
     "recover_folder",
     "sync_folder",
     "write_all",
@@ -392,49 +391,3 @@ def _locked(content: bytes, folder: Path) -> RunLocked:
         expected="one process at a time in a run folder",
         fix=f"wait for it, or stop it ({stop}), or choose another folder",
     )
-
-
-def read_jsonl(path: Path) -> list[tuple[int, Mapping[str, object]]]:
-    """Rows of a JSONL file with their line numbers, counted from 1. Blank lines are skipped.
-
-    Raises:
-        DataError: no such file, not UTF-8, a line that is not a JSON object, or no row at all.
-    """
-    if not path.is_file():
-        raise DataError(f"no file {path}", fix="check the path; it is relative to the recipe")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}", expected="a JSONL file") from None
-    rows: list[tuple[int, Mapping[str, object]]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, row {number}: not JSON: {error.msg} at column {error.colno}",
-                expected="one JSON object per line",
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: {type(row).__name__}", expected="a JSON object")
-        if "\\ud" in line.lower() and not _is_text(row):
-            raise DataError(
-                f"{path}, row {number}: half of a surrogate pair, which is no character",
-                expected="text that can be written as UTF-8",
-                fix="repair the escape (both halves: \\ud83d\\ude00)",
-            )
-        rows.append((number, row))
-    if not rows:
-        raise DataError(f"{path} is empty", expected="one JSON object per line")
-    return rows
-
-
-def _is_text(row: Mapping[str, object]) -> bool:
-    """False when some string in the row cannot be encoded."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
+from posttrain.core.bounds import Inner, Positive, Size
 from posttrain.core.config import Config
-from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 
 CALM = 0.8
@@ -27,28 +27,13 @@ class Monitors(Config):
     Alarms change nothing. null switches an alarm off.
     """
 
-    window: int = 5  # steps
-    zero_variance: float | None = 0.8  # share of groups with equal rewards
-    entropy_left: float | None = 0.2  # share of the first window's entropy, on the learner's tokens
-    effective_share: float | None = 0.3  # of importance weights, per kind of author (verl's alarm)
-    stale_share: float | None = 0.2  # of groups too old to train on
-    truncated_share: float | None = 0.3  # of completions that the token budget cut off
-    kl: float | None = 1.0  # nats per token from the reference
-
-    def __post_init__(self) -> None:
-        shares = (
-            self.zero_variance,
-            self.entropy_left,
-            self.effective_share,
-            self.stale_share,
-            self.truncated_share,
-        )
-        fits = all(s is None or 0 < s < 1 for s in shares)
-        if self.window < 1 or not fits or (self.kl is not None and not self.kl > 0):
-            raise ConfigError(
-                f"monitors {self}",
-                expected="window >= 1; shares above 0 and below 1; kl above 0; null for off",
-            )
+    window: Size = 5  # steps
+    zero_variance: Inner | None = 0.8  # share of groups with equal rewards
+    entropy_left: Inner | None = 0.2  # share of the first window's entropy, on the learner's tokens
+    effective_share: Inner | None = 0.3  # of importance weights, per kind of author (verl's alarm)
+    stale_share: Inner | None = 0.2  # of groups too old to train on
+    truncated_share: Inner | None = 0.3  # of completions that the token budget cut off
+    kl: Positive | None = 1.0  # nats per token from the reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from posttrain.models.files import (
     GENERATION,
     INDEX,
     adapter_found,
+    check_entries,
     is_vocabulary,
     read_json,
     shards_by_tensor,
@@ -128,6 +129,7 @@ def read_folder(path: Path) -> ModelFolder:
         if ADAPTER in held:
             raise adapter_found(path)
         raise _no_model(path, CONFIG, held)
+    check_entries(path)
     if (path / ADAPTER).exists():
         raise adapter_found(path)
     config = read_json(path / CONFIG, most=MAX_CONFIG)

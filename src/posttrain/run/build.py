@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from posttrain.core.errors import LegalityError, ModelError
@@ -22,6 +22,7 @@ from posttrain.numerics.logits import Head
 from posttrain.parts.base import LEARNER, Source, bound
 from posttrain.parts.legality import compared_in_the_loss, scopes
 from posttrain.parts.memory import Memory
+from posttrain.parts.shelf import Shelf
 from posttrain.parts.tools import Score, Tools
 from posttrain.protocols import Author, Engine, Learner, Policy, ScalarStart, Scorer
 from posttrain.recipe import Recipe
@@ -69,6 +70,7 @@ class StageBuilder:
     seed: int
     tasksets: Mapping[str, TaskSet]
     policy: Callable[[str], Policy]  # frozen policy behind a reference
+    shelf: Shelf = field(default_factory=Shelf)  # data files that were rendered already
 
     def parts(self, planned: PlannedStage, learner: Learner) -> Parts:
         """Build a stage around its learner."""
@@ -91,6 +93,7 @@ class StageBuilder:
             drawn=source.draws_from,
             longest=_longest(source, learner.policy.context),
             memory=memory,
+            shelf=self.shelf,
             heads={ref: number for number, ref in enumerate(heads)},
         )
         # Completions that a signal samples itself get the same rewards as those of the group.

@@ -33,7 +33,7 @@ from posttrain.run.scorers import check_scorers
 MAX_PATHS = 64
 """Most paths through the gates of one recipe."""
 
-SEMANTICS = 2
+SEMANTICS = 3
 """Incremented when the same configuration comes to mean another computation."""
 
 

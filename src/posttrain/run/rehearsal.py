@@ -87,7 +87,8 @@ def rehearse(
         return None
     seen = _Steps()
     try:
-        parts = build.parts(planned, learner())
+        tried = learner()
+        parts = build.parts(planned, tried)
         steps = planned.steps(parts.source.num_groups)
         run_stage(
             spec,
@@ -110,7 +111,8 @@ def rehearse(
         of=spec.name,
         words=f"{seen.num} of {steps} steps tried"
         + (", from the base" if awaited else "")
-        + f": {each:.2g} s a step",
+        + f": {each:.2g} s a step"
+        + "".join(f"; {proof.words}" for proof in tried.policy.proofs),
         seconds=seen.seconds,
         figures={"seconds_per_step": each, "steps": float(steps)},
     )

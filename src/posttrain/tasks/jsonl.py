@@ -16,10 +16,12 @@ from typing import final
 from msgspec.structs import replace
 
 from posttrain.chat.messages import messages_from
+from posttrain.core.bounds import Positive, Whole
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import DataError, TaskError
-from posttrain.core.files import content_of, read_jsonl
+from posttrain.core.files import content_of
 from posttrain.core.provenance import Role
+from posttrain.core.rows import read_jsonl
 from posttrain.core.task import Message, Task
 from posttrain.parts.registry import part
 from posttrain.tasks.base import TaskSetSpec
@@ -45,8 +47,8 @@ class JsonlTasks(TaskSetSpec, tag="jsonl"):
 
     path: str
     reward: str = "exact"
-    held_out: int = 32
-    reward_seconds: float = 60.0
+    held_out: Whole = 32
+    reward_seconds: Positive = 60.0
 
     def identity(self, root: Path) -> dict[str, object]:
         """Its options, with the content of the file, and of the reward's file and modules.

@@ -149,7 +149,8 @@ class Reward:
         """
         batch = _Batch(list(prompts), list(completions), columns)
         if self.script is None:
-            return batch.given_to(BUILTINS[self.name])
+            own = {name: list(values) for name, values in columns.items()}
+            return list(BUILTINS[self.name](batch.prompts, batch.completions, **own))
         try:
             return self._asked(batch, check=self._checked)
         except Failed as error:

@@ -182,7 +182,7 @@ class Script:
             if any(Path(file).resolve().is_relative_to(place) for place in places):
                 raise TaskError(
                     f"{self.path} changed sys.path and imported {name} from {file}",
-                    expected="modules beside the file: their content is part of the stage's identity",
+                    expected="modules beside the file, which are part of the stage's identity",
                     fix="put the module there, or install it as a package",
                 )
 

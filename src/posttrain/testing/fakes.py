@@ -14,6 +14,7 @@ import numpy.typing as npt
 from posttrain.core.errors import LegalityError
 from posttrain.core.proofs import Proof
 from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
+from posttrain.core.rendering import STRICT, Rules
 from posttrain.core.task import Message, Task, TaskSet
 from posttrain.core.trajectory import End, Group, Scored, Trajectory
 from posttrain.parts.tools import Tools
@@ -59,8 +60,24 @@ class CharRenderer:
         """Token 0."""
         return frozenset({0})
 
+    @property
+    def digest(self) -> str:
+        """All such renderers are alike."""
+        return "characters"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Nothing is added."""
+        return ()
+
     def completion(
-        self, prompt: str, completion: str, *, producer: Producer, task: str
+        self,
+        prompt: str,
+        completion: str,
+        *,
+        producer: Producer,
+        task: str,
+        rules: Rules = STRICT,
     ) -> Trajectory:
         """Two texts, the second by its author and trained."""
         asked = self.prompt(Task(taskset="text", prompt=prompt))
@@ -81,6 +98,7 @@ class CharRenderer:
         task: str,
         assistant_mask: Literal["template", "prefix"] = "template",
         num_prompt: int | None = None,
+        rules: Rules = STRICT,
     ) -> Trajectory:
         """The last message after all others, without a template."""
         *before, last = messages

@@ -87,5 +87,5 @@ def test_a_report_reads_the_alarms_that_the_run_gave():
     [{"window": 0}, {"zero_variance": 1.5}, {"entropy_left": 0.0}, {"kl": math.nan}, {"kl": 0}],
 )
 def test_bounds_that_mean_nothing(options):
-    with pytest.raises(ConfigError, match="monitors"):
+    with pytest.raises(ConfigError, match="Monitors: "):
         Monitors(**options)

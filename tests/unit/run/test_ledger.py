@@ -79,9 +79,12 @@ def test_the_exact_bytes_of_a_ledger(tmp_path: Path) -> None:
     assert ledger.head == hashlib.sha256(second).hexdigest()
 
 
-def test_the_kinds_are_those_of_the_reference_and_three_more() -> None:
-    names = "run model source filter shard update checkpoint eval say sign gate stage proof"
-    assert " ".join(RecordKind) == names
+def test_the_kinds_are_those_of_the_reference_and_six_more() -> None:
+    reference = "run model source filter shard update checkpoint eval say sign"
+    assert set(RecordKind) == {
+        *reference.split(),
+        *["gate", "stage", "proof", "saved", "file", "accept"],
+    }
 
 
 @settings(max_examples=60, deadline=None)

@@ -36,12 +36,8 @@ def test_a_reward_is_asked_for_nothing_and_for_the_answer(tmp_path):
     assert (found.subject, found.of) == (Subject.REWARDS, "sums")
     assert found.words == "2 completions scored 0 and 1, the same when asked twice"
     assert found.figures["repeatable"] == 1
-    body = (
-        "import json, pathlib\n"
-        + CALL.format(
-            "pathlib.Path(__file__).with_name('seen').write_text(json.dumps([prompts, completions]))"
-        )
-        + "    return [0, 1]\n"
+    body = "import json, pathlib\nseen = pathlib.Path(__file__).with_name('seen')\n" + CALL.format(
+        "seen.write_text(json.dumps([prompts, completions])); return [0, 1]"
     )
     proof(tasks(tmp_path, body))
     assert json.loads((tmp_path / "seen").read_text()) == [["a", "a"], ["", "2"]]

@@ -5,12 +5,13 @@ Models stay stock: they are loaded with ``attn_implementation="posttrain"`` and 
 which tokens attend to which.
 
     model(tokens, position_ids, posttrain_plan=plan)
-      └─ layer i: q, k, v ──▶ attend() ──▶ plan.attend(layer i, q, k, v) ──▶ output
+      └─ layer: q, k, v ──▶ attend() ──▶ plan.attend(q, k, v) ──▶ output
 
 Three plans exist: :class:`PackedPlan` here (training, scoring), and the two phases of the local
-sampler (prefill, decode) in ``sampler.py``.
+sampler (prefill, decode) in ``decoding.py``.
 
-Shape legend: ``T`` packed tokens, ``H`` query heads, ``J`` key/value heads, ``D`` head size.
+Shape legend: ``T`` packed tokens, ``H`` query heads, ``J`` key/value heads, ``D`` head size
+(``E`` that of values, where it differs).
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class AttentionPlan(Protocol):
     """Which tokens attend to which, for one forward pass."""
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
     ) -> Tensor:
-        """q [T, H, D], k and v [T, J, D] -> [T, H, D]."""
+        """q [T, H, D], k [T, J, D], v [T, J, E] -> [T, H, E]. Called in the order of the layers."""
         ...
 
 
@@ -71,7 +72,6 @@ def attend(
         )
     window = kwargs.get("sliding_window")
     out = plan.attend(  # type: ignore[attr-defined]
-        module.layer_idx,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -106,9 +106,9 @@ class PackedPlan:
         return cls(segments, device=device)
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
     ) -> Tensor:
-        """q [T, H, D], k and v [T, J, D] -> [T, H, D]."""
+        """q [T, H, D], k [T, J, D], v [T, J, E] -> [T, H, E]."""
         limit = None if window is None or window >= self._longest else window
         if self._device.type == "cuda":
             if self._blocks is None:

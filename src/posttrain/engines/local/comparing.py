@@ -168,7 +168,8 @@ def differing_tokens(
             ids = [t(text, add_special_tokens=special_too)["input_ids"] for t in (found, expected)]
             if ids[0] != ids[1]:
                 at = _parting(*ids)
-                return f"token {at} of {text!r} is {ids[0][at : at + 1]}, and was {ids[1][at : at + 1]}"
+                new, old = (row[at : at + 1] for row in ids)
+                return f"token {at} of {text!r} is {new}, and was {old}"
     for conversation in _CONVERSATIONS:
         if (new := _rendered(found, conversation)) != (old := _rendered(expected, conversation)):
             return f"a conversation is rendered as {_short(new)}, and was {_short(old)}"

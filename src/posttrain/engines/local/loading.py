@@ -28,7 +28,8 @@ from transformers.utils import logging as library_logging
 from posttrain.core.errors import ModelError
 from posttrain.core.proofs import Proof, Subject
 from posttrain.engines.local.attention import IMPLEMENTATION
-from posttrain.engines.local.model import Dtype, Model, prove_packing
+from posttrain.engines.local.model import Dtype, Model
+from posttrain.engines.local.proving import prove
 from posttrain.models.files import model_digest
 from posttrain.models.folder import ModelFolder, read_folder
 from posttrain.models.hub import resolve_folder
@@ -102,7 +103,7 @@ def load_model(
     nn.Module.to(causal, device or torch.device("cpu")).eval()
     digest = model_digest(folder.path, remote_code=remote_code)
     model = Model.of(causal, tokenizer, name=name, folder=folder.path, digest=digest, speaks=speaks)
-    return replace(model, proofs=(proof, prove_packing(model)))
+    return replace(model, proofs=(proof, *prove(model)))
 
 
 @contextmanager

@@ -289,14 +289,17 @@ class _Batch:
         self, logits_NV: Tensor, slots: np.ndarray, uniform_N: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Sample rows that may differ in their sampling parameters."""
+        unused_U = self.model.unused_U
         if len(self.kinds) == 1:
-            return sample(logits_NV, self.kinds[0], uniform_N)
+            return sample(logits_NV, self.kinds[0], uniform_N, unused_U=unused_U)
         kind_N = np.array([self.kind_of[i] for i in self.request_S[slots]])
         tokens_N = torch.empty(len(slots), dtype=torch.int64, device=logits_NV.device)
         logprobs_N = torch.empty(len(slots), device=logits_NV.device)
         for kind in np.unique(kind_N):
             at = torch.from_numpy(np.flatnonzero(kind_N == kind)).to(logits_NV.device)
-            tokens_N[at], logprobs_N[at] = sample(logits_NV[at], self.kinds[kind], uniform_N[at])
+            tokens_N[at], logprobs_N[at] = sample(
+                logits_NV[at], self.kinds[kind], uniform_N[at], unused_U=unused_U
+            )
         return tokens_N, logprobs_N
 
     # --- rows leave ---

@@ -12,6 +12,7 @@ from typing import ClassVar, final
 
 import numpy as np
 
+from posttrain.core.bounds import Size, Tokens
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError, TaskError
 from posttrain.core.provenance import Kind, Role, Sampling, Span
@@ -35,8 +36,8 @@ class Rollouts(Source):
 
     tasks: tuple[str, ...]
     policy: PolicyRef = "learner"
-    group_size: int = 8
-    max_new_tokens: int = 64
+    group_size: Size = 8
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
     members: AnyMember | None = None
 
