@@ -7,6 +7,7 @@ noise of the number type, which is measured: one rounding error at the output of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jinja2
