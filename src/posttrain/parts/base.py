@@ -19,8 +19,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from posttrain.core.bounds import Inner, NonNegative
 from posttrain.core.config import Config
-from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.errors import LegalityError
 from posttrain.core.provenance import Kind, Regime
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat, Wanted
@@ -327,17 +328,10 @@ class Limit(Config):
     cross-entropy on chosen answers to a loss on pairs.
     """
 
-    entropy_share: float | None = None
+    entropy_share: Inner | None = None
     marked: bool = False
     rewards: Literal["any", "positive", "negative"] = "any"
     preference: Literal["any", "chosen", "rejected"] = "any"
-
-    def __post_init__(self) -> None:
-        if self.entropy_share is not None and not 0 < self.entropy_share < 1:
-            raise ConfigError(
-                f"limit with entropy_share={self.entropy_share}",
-                expected="above 0 and below 1; null reads every token",
-            )
 
     @property
     def needs(self) -> Columns:
@@ -350,12 +344,8 @@ class Limit(Config):
 class WeightSchedule(Config):
     """A term's weight moves from ``weight`` at the first update to ``end`` at the last one."""
 
-    end: float
+    end: NonNegative
     shape: Literal["linear", "cosine"] = "linear"
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.end):
-            raise ConfigError(f"weight_schedule with end={self.end}", expected="a finite number")
 
     def at(self, weight: float, *, progress: float) -> float:
         """The weight when ``progress`` of the stage, from 0 to 1, is done.
@@ -405,7 +395,7 @@ class Term(Part):
     accepts: ClassVar[frozenset[Kind]] = ANYONE  # authors on whose tokens the loss is valid
     by_divergence: ClassVar[bool] = False  # reads divergences from a teacher, and no log-probs
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     where: tuple[Kind, ...] = ()
     limit: Limit = Limit()
     weight_schedule: WeightSchedule | None = None  # null: constant

@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
-import yaml
 from msgspec import structs
 
 from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.core import config
+from posttrain.core.documents import write_yaml
 from posttrain.core.errors import ModelError
 from posttrain.core.task import TaskSet
 from posttrain.core.trajectory import Column
@@ -30,9 +30,9 @@ from posttrain.parts.registry import tag_of
 from posttrain.parts.shelf import Reader
 from posttrain.protocols import DataFile
 from posttrain.recipe import Recipe
-from posttrain.run.folder import stage_folder_name
 from posttrain.run.material import PromptLengths, notes_of, overlaps, sampled_by
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
+from posttrain.run.stage_folder import stage_folder_name
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -84,7 +84,7 @@ def preview(recipe: Recipe, *, root: Path) -> str:
     for number, planned in enumerate(plan.stages, start=1):
         lines += ["", *_stage_lines(number, planned, plan, shape, facts)]
     lines += _detours(plan, others)
-    resolved = yaml.safe_dump(config.plain(recipe), sort_keys=False, allow_unicode=True)
+    resolved = write_yaml(config.plain(recipe))
     return "\n".join([*lines, "", "resolved recipe:", "", resolved.rstrip()])
 
 

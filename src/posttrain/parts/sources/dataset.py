@@ -23,7 +23,7 @@ from posttrain.core.files import content_of
 from posttrain.core.provenance import Kind
 from posttrain.core.rendering import ControlTokens, Loss, Rules
 from posttrain.core.trajectory import Column, Group, Trajectory
-from posttrain.parts.base import ANYONE, NONE, Columns, PlanFacts, Source
+from posttrain.parts.base import ANYONE, NONE, Columns, PlanFacts, Source, StageContext
 from posttrain.parts.registry import part
 from posttrain.parts.rewards.steps import Steps
 from posttrain.parts.shelf import Reader, Shelf
@@ -83,8 +83,9 @@ class Dataset(Source):
                 f"data set {self.path} with preference and unpaired",
                 expected="one of them: a stage compares answers, or judges each by itself",
             )
-        if (self.margin and not self.preference) or (
-            self.steps and (self.preference or self.unpaired or self.reward or self.weight)
+        alone = self.preference or self.unpaired or self.reward or self.weight
+        if (self.margin and (self.unpaired or self.reward or self.weight)) or (
+            self.steps and (alone or self.margin)
         ):
             raise ConfigError(
                 f"data set {self.path} with margin={self.margin}, steps={self.steps}",
@@ -95,6 +96,15 @@ class Dataset(Source):
                 f"data set {self.path} with reward={self.reward}, weight={self.weight}, and of "
                 "preferences",
                 expected="rewards and weights on single answers: a preference has no number",
+            )
+
+    def check(self, at: StageContext) -> None:
+        """Margins are for terms that read them: elsewhere they would be left out unsaid."""
+        if self.margin and not any(Column.MARGIN in term.needs for term in at.terms):
+            raise at.refuse(
+                f"data set {self.path} with margin={self.margin}, and no term reads margins",
+                expected="a reward model of pairs: bradley_terry",
+                fix="drop margin, or name it in the data of bradley_terry",
             )
 
     @property
