@@ -186,7 +186,6 @@ WRONGS = {
 def test_a_reward_function_that_misbehaves(world, posttrain, name):
     """It works while the base is measured (scored twice, to see that it is steady) and for two
     steps, and fails at the third."""
-    import shutil
 
     bad, words = WRONGS[name]
     path = write_recipe(world, recipe(grpo(checkpoint_every=1)))

@@ -91,9 +91,11 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_debris(
     assert ("quota" in message) == (number == errno.EDQUOT)
 
 
-def test_another_failed_write_names_its_file_and_what_the_disk_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_failed_write_names_its_file_and_what_the_disk_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files.os, "fsync", fail_with(errno.EIO))
-    with pytest.raises(RunError, match="cannot write .*/a: Input/output error"):
+    with pytest.raises(RunError, match=r"cannot write .*/a: Input/output error"):
         write_atomic(tmp_path / "a", "new")
     assert names(tmp_path) == []
 
