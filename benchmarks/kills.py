@@ -232,6 +232,7 @@ def _work(name: str, out: str, root: str, disturbance: Disturbance, words: str) 
     from posttrain import api
 
     torch.set_num_threads(1)
+    os.dup2(os.open(f"{words}.stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     trap = _Trap(disturbance)
     write_words = Path(words).write_text
     recipe = recipe_of(name)
@@ -245,8 +246,6 @@ def _work(name: str, out: str, root: str, disturbance: Disturbance, words: str) 
     except OSError as error:
         code = SAID if error.filename else DEFECT
         last = f"OSError: {error}"
-    except Exception as error:  # a defect of ours is what is looked for
-        code, last = DEFECT, f"{type(error).__name__}: {error}"
     trap.disturbance = NONE
     write_words(last)
     os._exit(code)
@@ -263,7 +262,8 @@ def process(name: str, out: Path, root: Path, disturbance: Disturbance) -> tuple
         child.join(disturbance.seconds)
         child.kill()
     child.join()
-    said = words.read_text() if words.is_file() else ""
+    last = words if words.is_file() else root / "words.stderr"  # a traceback
+    said = last.read_text(errors="replace")[-2000:] if last.is_file() else ""
     return child.exitcode or 0, said, time.monotonic() - began
 
 
@@ -332,7 +332,7 @@ def chain(name: str, root: Path, expected: dict[str, object], tally: Tally, *,
         story.append(f"{met.words} at {met.at}")
         tally.disturbances[f"{name}: {met.words}"] += 1
         if code == DEFECT or (met is NONE and code):
-            tally.unsaid.append(f"{name}, {story[-3:]}: {said[:300]}")
+            tally.unsaid.append(f"{name}, {story[-3:]}: {said[-300:]}")
             return
     found = trace(out)
     for part, value in expected.items():
