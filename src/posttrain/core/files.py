@@ -29,6 +29,7 @@ __all__ = [
     "as_disk_full",
     "as_write_error",
     "atomic_folder",
+    "file_target",
     "folder_lock",
     "hash_file",
     "hash_files",
@@ -53,9 +54,11 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS})
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a whole file: afterwards it holds ``content``, or its old content on any failure.
 
-    Text is written as UTF-8. Missing parent folders are created.
+    Text is written as UTF-8. Missing parent folders are created. A link stays one: what it leads
+    to is written.
 
     Raises:
+        RunError: the path leads to a folder, a device, a pipe or a socket.
         DiskFull: the disk or the quota is full; the temporary file is removed.
 
     Example:
@@ -66,6 +69,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         (['note.txt'], 'kept')
     """
     raw = content.encode() if isinstance(content, str) else content
+    path = file_target(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +89,25 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     finally:
         with suppress(OSError):  # the error above says more; the next writer removes it
             partial.unlink(missing_ok=True)
+
+
+def file_target(path: Path) -> Path:
+    """The file that is written under a path: itself, or what its links lead to.
+
+    Raises:
+        RunError: something other than a file stands there, and a rename would replace it.
+
+    Example:
+        >>> file_target(Path("/dev/null"))
+        Traceback (most recent call last):
+        ...
+        posttrain.core.errors.RunError: /dev/null is not a file
+          expected: a file to replace, or a new name
+    """
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if os.path.lexists(target) and not target.is_file():
+        raise RunError(f"{path} is not a file", expected="a file to replace, or a new name")
+    return target
 
 
 def write_all(fd: int, content: bytes) -> None:
