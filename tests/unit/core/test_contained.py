@@ -176,6 +176,21 @@ def test_what_code_changes_is_put_back_and_named(tmp_path):
     ]
 
 
+def test_code_finds_its_own_folder_and_environment_again(tmp_path):
+    def sets():
+        os.chdir(tmp_path)
+        os.environ["POSTTRAIN_KEY"] = "k"
+        os.environ.pop("HOME", None)
+
+    box, home, folder = contained(), os.environ.get("HOME"), os.getcwd()
+    box.run(sets)
+    assert (os.environ.get("HOME"), os.environ.get("POSTTRAIN_KEY")) == (home, None)
+    found = box.run(lambda: (os.getcwd(), os.environ["POSTTRAIN_KEY"], os.environ.get("HOME")))
+    assert found == (str(tmp_path), "k", None)
+    assert os.getcwd() == folder
+    assert contained().run(os.getcwd) == folder
+
+
 def test_code_that_changes_nothing_is_not_blamed(capsys):
     def prints():
         print("hello")
