@@ -48,6 +48,7 @@ def _begin(work: Callable[..., None], arguments: Sequence[Any], log: Path, home:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.chdir(home)
+    os.environ["COLUMNS"] = "400"  # no line is wrapped
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
