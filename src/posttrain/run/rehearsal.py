@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from posttrain.core.errors import DataError, ModelError
+from posttrain.core.errors import DataError, Interrupted, ModelError
 from posttrain.core.events import Event, Note, Observer, StepDone, ignore
 from posttrain.core.proofs import Proof, Subject
 from posttrain.parts.legality import Admission
 from posttrain.protocols import Learner, Stateful
 from posttrain.run.build import StageBuilder
 from posttrain.run.plan import Plan, PlannedStage
-from posttrain.training.stage import Interrupted, run_stage
+from posttrain.training.stage import run_stage
 
 WORTH = 20
 """A run rehearses stages of at least this many draws: a rehearsal is at most 5 % of a stage."""
@@ -87,7 +87,8 @@ def rehearse(
         return None
     seen = _Steps()
     try:
-        parts = build.parts(planned, learner())
+        tried = learner()
+        parts = build.parts(planned, tried)
         steps = planned.steps(parts.source.num_groups)
         run_stage(
             spec,
@@ -110,7 +111,8 @@ def rehearse(
         of=spec.name,
         words=f"{seen.num} of {steps} steps tried"
         + (", from the base" if awaited else "")
-        + f": {each:.2g} s a step",
+        + f": {each:.2g} s a step"
+        + "".join(f"; {proof.words}" for proof in tried.policy.proofs),
         seconds=seen.seconds,
         figures={"seconds_per_step": each, "steps": float(steps)},
     )

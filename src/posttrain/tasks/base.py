@@ -5,9 +5,11 @@ tasks: {sums: {type: jsonl, path: ...}} ──build(name)──▶ TaskSet: trai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, Union
 
+from posttrain.core.bounds import Number
 from posttrain.core.config import Config
 from posttrain.core.task import TaskSet
 from posttrain.parts.registry import known, snake_case
@@ -19,7 +21,7 @@ class TaskSetSpec(Config, tag=snake_case, tag_field="type"):
     role: ClassVar[str] = "task_set"
     declares: ClassVar[tuple[str, ...]] = ("identity", "build")
 
-    success: float = 1.0
+    success: Number = 1.0
 
     def identity(self, root: Path) -> dict[str, object]:
         """Its options as plain data, with the content of files in place of their paths.
@@ -28,6 +30,14 @@ class TaskSetSpec(Config, tag=snake_case, tag_field="type"):
             DataError: a file does not exist.
         """
         raise NotImplementedError
+
+    def code(self, root: Path) -> Sequence[Path]:
+        """Files of Python code that scoring runs, links resolved; none but the user's own.
+
+        Raises:
+            TaskError: a file is missing or is not Python.
+        """
+        return ()
 
     def located(self, root: Path) -> TaskSetSpec:
         """The same with absolute paths, for a recipe in another folder."""

@@ -6,7 +6,7 @@ import torch
 from material import random_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.core.errors import ModelError
+from posttrain.core.errors import ModelError, RunError
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.engines.local.loading import load_model
@@ -95,7 +95,7 @@ def test_a_non_finite_gradient_stops_before_the_step(engine, tiny_folder):
 
 def test_a_checkpoint_of_another_learner_is_refused(engine, tiny_folder, tmp_path):
     make(engine, tiny_folder, Lora(rank=4)).save(tmp_path)
-    with pytest.raises(ModelError, match="weights"):
+    with pytest.raises(RunError, match="weights"):
         make(engine, tiny_folder).load(tmp_path)
 
 

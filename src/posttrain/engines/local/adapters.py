@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 
 from posttrain.core.errors import ConfigError
 from posttrain.core.learner import Lora
-from posttrain.core.proofs import Proof
+from posttrain.core.proofs import Proof, Subject
 from posttrain.core.provenance import FloatArray, IntArray, Producer
 from posttrain.core.trajectory import Trajectory
 from posttrain.engines.local.attention import PackedPlan
@@ -34,6 +36,14 @@ KINDS_SHOWN = 4
 
 _NO_PRODUCT = (nn.Embedding, nn.modules.conv._ConvNd)
 """Modules with a 2-dimensional weight that is no matrix product with hidden states."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without peft's warnings: what they hint at is checked, and refused or proved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def trained_weights(
@@ -99,7 +109,7 @@ def reach(causal: PreTrainedModel) -> Reach:
 
 
 def attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-def]  # optional
-    """Add adapters to the model, in place, initialised from the seed.
+    """Add adapters to the model, in place, initialised from the seed: (peft model, its proofs).
 
     ``all-linear`` means every matrix that a decoder multiplies hidden states with. peft finds
     linear layers; the matrices that it leaves out (experts that are stored as one stack, their
@@ -109,7 +119,7 @@ def attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-d
         ConfigError: peft is not installed; a target is not in the model, is tied to another
             weight, or cannot be adapted.
     """
-    before = _probe(model)
+    began, before = time.perf_counter(), _probe(model)
     modules, stacks = _split(model.causal, lora.target_modules)
     adapters = _with_adapters(model, lora, modules, stacks, seed=seed)
     if lora.target_modules == ALL_LINEAR and (left := _adaptable(model.causal)):
@@ -122,16 +132,23 @@ def attach(model: Model, lora: Lora, *, seed: int):  # type: ignore[no-untyped-d
         raise _refused(model, lora, f"the model does not run with them: {error}") from error
     if not torch.equal(before, after):
         raise _refused(model, lora, "the model computes something else with them, before training")
-    return adapters
+    proof = Proof(
+        subject=Subject.LOAD,
+        of=model.name,
+        words=f"new adapters change no bit of the policy; {reach(model.causal).words}",
+        seconds=time.perf_counter() - began,
+    )
+    return adapters, (proof,)
 
 
 def _probe(model: Model) -> Tensor:
-    """Final hidden states [T, X] of a few tokens: new adapters must not change a bit of them."""
+    """Logits [T, V] of a few tokens: new adapters must not change a bit of them."""
     tokens = torch.arange(3, 8, device=model.device) % model.vocab_size
     positions = torch.arange(len(tokens), device=model.device)
     plan = PackedPlan.of((Segment(0, len(tokens), None),), device=model.device)
     with torch.no_grad():
-        return model.head(model.hidden(tokens, positions, plan))
+        logits: Tensor = model.head(model.hidden(tokens, positions, plan))
+    return logits
 
 
 def _refused(model: Model, lora: Lora, why: str) -> ConfigError:
@@ -182,7 +199,8 @@ def _with_adapters(  # type: ignore[no-untyped-def]  # optional
             task_type="CAUSAL_LM",
         )
         try:
-            return get_peft_model(model.causal, config)
+            with quiet():
+                return get_peft_model(model.causal, config)
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise _refused(model, lora, str(error)) from error
 
@@ -296,8 +314,19 @@ class WithoutAdapters:
 
     @property
     def vocabulary(self) -> str:
-        """Digest of its token ids and the size of its head."""
+        """Digest of its token ids."""
         return self._policy.vocabulary
+
+    @property
+    def rows(self) -> int:
+        """Ids of its distributions."""
+        return self._policy.rows
+
+    def over(self, rows: int) -> WithoutAdapters:
+        """The same policy, its distributions over the first ids only."""
+        return (
+            self if rows >= self.rows else WithoutAdapters(self._policy.over(rows), self._adapters)
+        )
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
@@ -353,5 +382,6 @@ def save_adapters(adapters, folder: Path) -> None:  # type: ignore[no-untyped-de
         config.target_modules = sorted(config.target_modules)  # a set, in any order
     if config.target_parameters is not None:
         config.target_parameters = sorted(config.target_parameters)
-    adapters.save_pretrained(folder)
+    with quiet():
+        adapters.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # a card that holds only that path

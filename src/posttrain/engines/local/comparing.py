@@ -7,6 +7,7 @@ noise of the number type, which is measured: one rounding error at the output of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jinja2
@@ -99,17 +100,24 @@ def probe_rows(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 @torch.inference_mode()
 def log_probs(causal: PreTrainedModel, rows: Tensor) -> Tensor:
     """[ROWS, LENGTH, V] of the probe by the stock model, one row at a time, on its device."""
-    before = causal.config._attn_implementation
-    causal.set_attn_implementation("eager")
-    try:
+    with stock_attention(causal):
         logits = [
             causal(input_ids=row[None], use_cache=False).logits[0].float().log_softmax(-1)
             for row in rows.to(causal.device)
         ]
+    return torch.stack(logits).cpu()
+
+
+@contextmanager
+def stock_attention(causal: PreTrainedModel) -> Iterator[None]:
+    """The model library's own attention in this context, in place of the packed one."""
+    before = causal.config._attn_implementation
+    causal.set_attn_implementation("eager")
+    try:
+        yield
     finally:
         if before == IMPLEMENTATION:
             causal.set_attn_implementation(before)
-    return torch.stack(logits).cpu()
 
 
 def noise_floor(causal: PreTrainedModel, rows: Tensor, expected: Tensor) -> float:
@@ -147,7 +155,8 @@ def differing_tokens(
             ids = [t(text, add_special_tokens=special_too)["input_ids"] for t in (found, expected)]
             if ids[0] != ids[1]:
                 at = _parting(*ids)
-                return f"token {at} of {text!r} is {ids[0][at : at + 1]}, and was {ids[1][at : at + 1]}"
+                new, old = (row[at : at + 1] for row in ids)
+                return f"token {at} of {text!r} is {new}, and was {old}"
     for conversation in _CONVERSATIONS:
         if (new := _rendered(found, conversation)) != (old := _rendered(expected, conversation)):
             return f"a conversation is rendered as {_short(new)}, and was {_short(old)}"

@@ -7,8 +7,8 @@ a test checks that the ratio is 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -24,14 +24,17 @@ from posttrain.core.proofs import Proof
 from posttrain.core.provenance import Kind, Producer
 from posttrain.core.statistics import Wanted
 from posttrain.engines.local.adapters import WithoutAdapters, attach, trained_weights
+from posttrain.engines.local.checkpoint import Checkpoint, read_checkpoint
 from posttrain.engines.local.exporting import export
 from posttrain.engines.local.footprint import comfortable_tokens
 from posttrain.engines.local.loading import load_model
 from posttrain.engines.local.master_weights import MasterWeights
+from posttrain.engines.local.memory import Doing, in_memory
 from posttrain.engines.local.model import Dtype, Model
 from posttrain.engines.local.moving_average import MovingAverage
 from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
+from posttrain.engines.local.routing import BALANCE, routing
 from posttrain.engines.local.scalar import CRITIC, Scalar
 from posttrain.models.hub import resolve_folder
 from posttrain.numerics.batch import PackedBatch
@@ -62,14 +65,21 @@ class LocalLearner:
         critic_lr: float | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        self._adapters = attach(model, lora, seed=seed) if lora else None
+        self._adapters, adapted = attach(model, lora, seed=seed) if lora else (None, ())
+        self._routing, balanced = routing(model)
         self._model, self._config, self._scalar = model, optimizer, scalar
         self._version = Version()
         producer = Producer(kind=Kind.LEARNER, name=name)
-        self._policy = LocalPolicy(model, producer=producer, version=self._version, scalar=scalar)
+        self._policy = LocalPolicy(
+            model,
+            producer=producer,
+            version=self._version,
+            scalar=scalar,
+            proofs=(*adapted, *balanced),
+        )
         self._critic = scalar.trunk if scalar and scalar.trunk is not model else None
         self._critic_adapters = (
-            attach(self._critic, lora, seed=seed) if lora and self._critic is not None else None
+            attach(self._critic, lora, seed=seed)[0] if lora and self._critic is not None else None
         )
         models = [model] if self._critic is None else [model, self._critic]
         self._recomputed = Recomputation(models) if activation_checkpointing else None
@@ -133,14 +143,22 @@ class LocalLearner:
         """One optimiser step over the micro-batches.
 
         Raises:
-            ModelError: the gradient is not finite. The weights are unchanged.
+            ModelError: the gradient is not finite, or there is too little memory. Of the former
+                the weights are unchanged.
         """
+        with in_memory(Doing.TRAINING):
+            return self._step(batches, objective, lr_scale=lr_scale)
+
+    def _step(
+        self, batches: Sequence[PackedBatch], objective: Objective, *, lr_scale: float
+    ) -> StepReport:
         self._optimizer.zero_grad(set_to_none=True)
         counts = objective.counts(batches)
         total, metrics = 0.0, dict[str, float]()
+        num_tokens = sum(batch.num_tokens for batch in batches)
         for batch in (b.to(self._model.device) for b in batches):
             with clock.timed("forward"):
-                with self._recomputed.on() if self._recomputed else nullcontext():
+                with self._computing():
                     hidden, scalars = self._forward(batch, objective)
                 loss, shares = objective.loss(
                     hidden,
@@ -150,22 +168,37 @@ class LocalLearner:
                     vocab_size=self._model.vocab_size,
                     scalars=scalars,
                 )
+                if self._routing is not None and self._routing.logits:
+                    balance = self._routing.loss() * (batch.num_tokens / num_tokens)
+                    loss = loss + self._routing.weight * balance
+                    shares = {**shares, BALANCE: float(balance.detach())}
             with clock.timed("backward"):
                 loss.backward()
                 total += float(loss.detach())
             for name, share in shares.items():
                 metrics[name] = metrics.get(name, 0.0) + share
         with clock.timed("optimizer"):
+            before = self._masters.sample()
             norm, *critic = self._update(lr_scale, loss=total)
+            metrics["moved"] = float((self._masters.sample() - before).norm())
             metrics |= {f"{CRITIC}/grad_norm": n for n in critic}
         self._state = objective.after(metrics)
         return StepReport(
             loss=total,
             grad_norm=norm,
-            num_tokens=sum(b.num_tokens for b in batches),
+            num_tokens=num_tokens,
             num_trained=sum(len(b.target_N) for b in batches),
             metrics=metrics,
         )
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """A forward pass with a gradient: activations recomputed, routers listened to."""
+        with (
+            self._recomputed.on() if self._recomputed else nullcontext(),
+            self._routing.listening() if self._routing else nullcontext(),
+        ):
+            yield
 
     def _update(self, lr_scale: float, *, loss: float) -> list[float]:
         """Clip and apply the accumulated gradients; returns the norm of each group."""
@@ -206,36 +239,32 @@ class LocalLearner:
             return read[batch.predict_N], scalars
         return self._model.predicting(batch), scalars
 
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            weights=self._masters.state(),
+            optimizer=self._optimizer.state_dict(),
+            version=self._version.steps,
+            moving=self._average.state() if self._average else {},
+            state=self._state,
+        )
+
     def save(self, folder: Path) -> None:
         """Trained weights, optimiser state and version, as ``learner.pt``."""
-        state = {
-            "weights": self._masters.state(),
-            "optimizer": self._optimizer.state_dict(),
-            "version": self._version.steps,
-            "moving": self._average.state() if self._average else {},
-            "state": dict(self._state),
-        }
-        torch.save(state, folder / "learner.pt")
+        self._checkpoint().save(folder)
 
     def load(self, folder: Path) -> None:
         """Load what :meth:`save` wrote.
 
         Raises:
-            ModelError: the file belongs to another model or adapter configuration.
+            RunError: the file is damaged, or belongs to another learner. Nothing is changed.
         """
-        state = torch.load(folder / "learner.pt", weights_only=True, map_location="cpu")
-        trained = self._masters.state()
-        if trained.keys() != state["weights"].keys():
-            raise ModelError(
-                f"{folder}/learner.pt holds {len(state['weights'])} weights, "
-                f"the learner trains {len(trained)}",
-                expected="the checkpoint of this very stage",
-            )
+        groups = [params for _, params in self._rates]
+        saved = read_checkpoint(folder, like=self._checkpoint(), groups=groups)
         if self._average is not None:
-            self._average.load(state.get("moving", {}))
-        self._masters.load(state["weights"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._version.steps, self._state = state["version"], state.get("state", {})
+            self._average.load(saved.moving)
+        self._masters.load(saved.weights)
+        self._optimizer.load_state_dict(dict(saved.optimizer))
+        self._version.steps, self._state = saved.version, saved.state
 
     def export(self, folder: Path) -> tuple[Proof, ...]:
         """A plain model folder. Adapters are merged, and saved beside it in ``adapter/``.
@@ -246,13 +275,17 @@ class LocalLearner:
         A scalar head is saved beside its trunk; a critic's trunk is a separate model folder,
         ``critic/`` inside the policy's.
         """
+        with in_memory(Doing.EXPORTING):
+            return tuple(self._exported(folder))
+
+    def _exported(self, folder: Path) -> list[Proof]:
         proofs = export(self._model, self._adapters, folder)
         if self._scalar is not None:
             home = folder if self._critic is None else folder / CRITIC
             if self._critic is not None:
                 proofs += export(self._critic, self._critic_adapters, home)
             proofs.append(self._scalar.export(home))
-        return tuple(proofs)
+        return proofs
 
 
 @final
@@ -318,9 +351,10 @@ class LocalEngine:
         return Scalar.load(trunk, folder) or Scalar.zero(trunk)
 
     def _load(self, model: str) -> Model:
-        return load_model(
-            model,
-            dtype=self.dtype,
-            device=self.device,
-            remote_code=self.remote_code == model,
-        )
+        with in_memory(Doing.LOADING):
+            return load_model(
+                model,
+                dtype=self.dtype,
+                device=self.device,
+                remote_code=self.remote_code == model,
+            )

@@ -13,17 +13,18 @@ import copy
 import filecmp
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from posttrain.core.errors import ModelError
 from posttrain.core.proofs import Proof, Subject
-from posttrain.engines.local.adapters import reach, save_adapters, shortened
+from posttrain.engines.local.adapters import quiet, reach, save_adapters, shortened
 from posttrain.engines.local.comparing import (
     buffers,
     differing_log_prob,
@@ -36,28 +37,13 @@ from posttrain.engines.local.comparing import (
     tensors,
 )
 from posttrain.engines.local.model import Model
+from posttrain.models.files import CONFIG, CRITIC, GENERATION, INDEX, counted
+from posttrain.models.library import reading
 
 ADAPTER = "adapter"
 """Folder of the adapters as they were trained, inside of the model folder."""
-GENERATION = "generation_config.json"
-CARRIED = (
-    "*token*.json",
-    "*.model",
-    "*.tiktoken",
-    "*.codes",
-    "*.bpe",
-    "vocab*",
-    "merges.txt",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "*processor_config.json",
-    GENERATION,
-)
-"""Files of the start folder that an export carries over."""
 _OF_THE_LOADER = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 """Entries of a configuration that say how it was loaded."""
-_LOADING = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
 
 
 def export(model: Model, adapters, folder: Path) -> list[Proof]:  # type: ignore[no-untyped-def]
@@ -69,9 +55,15 @@ def export(model: Model, adapters, folder: Path) -> list[Proof]:  # type: ignore
     causal = model.causal
     if adapters is not None:
         save_adapters(adapters, folder / ADAPTER)
-        causal = copy.deepcopy(adapters).float().merge_and_unload()
+        causal = _merged(adapters)
     _write(causal, model, folder)
     return prove(model, adapters, causal, folder)
+
+
+def _merged(adapters) -> PreTrainedModel:  # type: ignore[no-untyped-def]  # optional
+    """A float32 copy of the model, with its adapters merged."""
+    merged: PreTrainedModel = copy.deepcopy(adapters).float().merge_and_unload()
+    return merged
 
 
 def _write(causal: PreTrainedModel, model: Model, folder: Path) -> None:
@@ -87,17 +79,20 @@ def _write(causal: PreTrainedModel, model: Model, folder: Path) -> None:
         causal.generation_config = own
     for path in carried:
         target = folder / path.relative_to(model.folder)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
 
 
 def _carried(model: Model) -> list[Path]:
-    """The files of the start folder that an export carries over."""
-    patterns = [*CARRIED, *model.tokenizer.vocab_files_names.values()]
-    if _is_remote(model.causal):
-        patterns.append("*.py")
-    found = {path for pattern in patterns for path in model.folder.glob(pattern)}
-    return sorted(path for path in found if path.is_file())
+    """The files of the start folder that count, but for weights and configuration."""
+    names = counted(model.folder, remote_code=_is_remote(model.causal))
+    return [
+        model.folder / name
+        for name in names
+        if not name.endswith(".safetensors")
+        and name not in (CONFIG, INDEX)
+        and not name.startswith((f"{CRITIC}/", f"{ADAPTER}/"))
+    ]
 
 
 def _is_remote(causal: PreTrainedModel) -> bool:
@@ -148,19 +143,25 @@ def _same(difference: str | None) -> None:
         )
 
 
+@contextmanager
+def _reloading(what: str) -> Iterator[None]:
+    """Turn an error of a library that reads the export into our own."""
+    try:
+        with reading("the export"):
+            yield
+    except ModelError as error:
+        _same(f"{what} does not load: {error.found}")
+
+
 def _load(folder: Path, model: Model) -> PreTrainedModel:
     """The plain model of a folder, every weight read from its files."""
-    try:
+    with _reloading("it"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
             trust_remote_code=_is_remote(model.causal),
             output_loading_info=True,
         )
-    except _LOADING as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        _same(f"it does not load: {first}")
-        raise
     for kind, names in loaded[1].items():
         if names and kind.endswith("_keys"):
             _same(f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, names))[:3])}")
@@ -196,10 +197,8 @@ def _plain(entries: dict[str, Any]) -> dict[str, object]:
 
 def _differing_files(folder: Path, model: Model) -> str | None:
     """The first difference of the tokenizer, or of a file that was carried over."""
-    try:
+    with _reloading("its tokenizer"):
         reloaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=_is_remote(model.causal))
-    except _LOADING as error:
-        return f"its tokenizer does not load: {error}"
     if (difference := differing_tokens(reloaded, model.tokenizer)) is not None:
         return difference
     for path in _carried(model):
@@ -216,10 +215,12 @@ def _prove_adapter(  # type: ignore[no-untyped-def]  # optional
     from peft import PeftModel
 
     began = time.perf_counter()
-    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model.folder, dtype=torch.float32, trust_remote_code=_is_remote(model.causal)
-    )
-    whole = PeftModel.from_pretrained(base, folder).to(model.device).eval()
+    with _reloading("the start folder"):
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model.folder, dtype=torch.float32, trust_remote_code=_is_remote(model.causal)
+        )
+    with quiet(), _reloading("its adapter"):
+        whole = PeftModel.from_pretrained(base, folder).to(model.device).eval()
     live = dict(adapters.named_parameters())
     again = {n: _rounded(p, live[n]) if n in live else p for n, p in whole.named_parameters()}
     difference = differing_tensor(again, {n: p.float() for n, p in live.items()})

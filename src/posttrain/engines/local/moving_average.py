@@ -14,7 +14,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from posttrain.core.errors import ModelError
 from posttrain.core.learner import MovingReference
 from posttrain.engines.local.master_weights import MasterWeights
 from posttrain.engines.local.model import Model
@@ -60,14 +59,5 @@ class MovingAverage:
         return self._weights.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Load :meth:`state`.
-
-        Raises:
-            ModelError: the state of another model, or of a learner without a moving reference.
-        """
-        if (expected := self._weights.state().keys()) != state.keys():
-            raise ModelError(
-                f"a checkpoint with {len(state)} weights of a moving reference",
-                expected=f"the {len(expected)} that this stage's reference has",
-            )
+        """Load :meth:`state`."""
         self._weights.load(state)

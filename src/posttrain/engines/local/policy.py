@@ -18,6 +18,7 @@ from posttrain.core.proofs import Proof
 from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Trajectory
+from posttrain.engines.local.memory import Doing, in_memory
 from posttrain.engines.local.model import Model
 from posttrain.engines.local.sampler import generate
 from posttrain.engines.local.scalar import Scalar
@@ -48,8 +49,10 @@ class LocalPolicy:
         producer: Producer | None = None,
         version: Version | None = None,
         scalar: Scalar | None = None,
+        proofs: tuple[Proof, ...] | None = None,
     ) -> None:
         self._model, self._version, self._scalar = model, version, scalar
+        self._proofs = model.proofs if proofs is None else proofs
         self._renderer = ChatRenderer(cast(Tokenizer, model.tokenizer), end_tokens=model.end_tokens)
         self._producer = producer or Producer(
             kind=Kind.TEACHER, name=model.name, digest=model.digest
@@ -82,18 +85,34 @@ class LocalPolicy:
 
     @property
     def vocabulary(self) -> str:
-        """Digest of its token ids and the size of its head."""
-        return digest([self._model.vocab_size, self._model.tokenizer.get_vocab()])
+        """Digest of its token ids. The rows of its head do not count: some are padding."""
+        return digest(self._model.tokenizer.get_vocab())
+
+    @property
+    def rows(self) -> int:
+        """Rows of its output head, padding included."""
+        return self._model.vocab_size
+
+    def over(self, rows: int) -> LocalPolicy:
+        """The same policy, its distributions over the first ids only; itself if it has no more."""
+        if rows >= self.rows:
+            return self
+        return LocalPolicy(
+            self._model.over(rows),
+            producer=self._producer,
+            version=self._version,
+            scalar=self._scalar,
+        )
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
-        """What was compared when its model was loaded; empty for the live learner."""
-        return () if self._version else self._model.proofs
+        """What was compared when its model was loaded, or when a learner's adapters were added."""
+        return self._proofs
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""
         self._check_speaks()
-        with clock.timed("decode"):
+        with clock.timed("decode"), in_memory(Doing.SAMPLING):
             return generate(
                 self._model,
                 requests,
@@ -109,6 +128,7 @@ class LocalPolicy:
         """[T] per trajectory, in nats; NaN where nothing is trained."""
         return self._scored(trajectories, Stat.ENTROPY)
 
+    @in_memory(Doing.SCORING)
     def _scored(self, trajectories: Sequence[Trajectory], stat: Stat) -> list[FloatArray]:
         self._check_speaks()
         out: list[FloatArray] = []
@@ -126,6 +146,7 @@ class LocalPolicy:
             out.extend(_spread(values, batch, [trajectories[m] for m in members]))
         return out
 
+    @in_memory(Doing.SCORING)
     def distributions(
         self, trajectories: Sequence[Trajectory], *, top_k: int | None
     ) -> list[tuple[IntArray, FloatArray]]:
@@ -159,6 +180,7 @@ class LocalPolicy:
         dtype = self._model.causal.dtype
         return Hidden(head=lambda hidden_NX: head(hidden_NX.to(dtype)), states=self._states)
 
+    @in_memory(Doing.SCORING)
     def _states(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T, X] per trajectory, NaN where nothing is trained."""
         self._check_speaks()
@@ -178,6 +200,7 @@ class LocalPolicy:
         """[T] per trajectory: the scalar head after each trained token; NaN elsewhere."""
         return self._read(trajectories, Stat.SCORE)
 
+    @in_memory(Doing.SCORING)
     def _read(self, trajectories: Sequence[Trajectory], stat: Stat) -> list[FloatArray]:
         scalar = self._scalar
         if scalar is None:
