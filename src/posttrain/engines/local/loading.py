@@ -27,7 +27,7 @@ from transformers.utils import logging as library_logging
 
 from posttrain.core.errors import ModelError
 from posttrain.core.proofs import Proof, Subject
-from posttrain.engines.local.attention import IMPLEMENTATION
+from posttrain.engines.local.attention import IMPLEMENTATION, choosing
 from posttrain.engines.local.model import Dtype, Model
 from posttrain.engines.local.proving import prove
 from posttrain.models.files import model_digest
@@ -77,7 +77,8 @@ def load_model(
     """
     folder = read_folder(resolve_folder(name))
     tokenizer = read_tokenizer(folder, remote_code=remote_code)
-    with library(name), _bounded(folder):
+    what = f"{name} ({folder.config.get('model_type')})"
+    with library(name), _bounded(folder), choosing(what):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder.path,
             dtype=getattr(torch, dtype),

@@ -10,7 +10,6 @@ the tokenizer has tokens, padded to a round number: those are never sampled (``u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -136,10 +135,3 @@ class Model:
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
         return head
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, special tokens left out."""
-        ids = [int(t) for t in tokens]
-        return str(
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )

@@ -113,7 +113,12 @@ class LocalPolicy:
         """One completion per request, in order."""
         self._check_speaks()
         with clock.timed("decode"), in_memory(Doing.SAMPLING):
-            return generate(self._model, requests, end_tokens=self._renderer.end_tokens)
+            return generate(
+                self._model,
+                requests,
+                end_tokens=self._renderer.end_tokens,
+                decode=lambda tokens: self._renderer.text(np.array(tokens, np.int32)),
+            )
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory, at temperature 1; NaN where nothing is trained."""
