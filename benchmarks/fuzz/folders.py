@@ -44,6 +44,13 @@ KEYS = (
 )
 
 
+ADDED = (
+    *("adapter_config.json", "pytorch_model.bin", "README.md", "vocab.json", "merges.txt"),
+    *("shard-00001-model-00001-of-00001.safetensors", "modeling_x.py", "tokenizer.model"),
+    *("scalar_head.safetensors", "added_tokens.json", "chat_template.json"),
+)
+
+
 def mutate(folder: Path, draw: random.Random) -> str:
     """Change one thing in a model folder. Returns what was done."""
     kind: Callable[[Path, random.Random], str] = draw.choice(
@@ -166,11 +173,7 @@ def _files(folder: Path, draw: random.Random) -> str:
     path = draw.choice(sorted(p for p in folder.iterdir() if p.is_file()))
     how = draw.choice(["gone", "pipe", "folder", "device", "dangling", "outside", "add", "loop"])
     if how == "add":
-        name = draw.choice(
-            ["adapter_config.json", "pytorch_model.bin", "README.md", "vocab.json", "merges.txt"]
-            + ["shard-00001-model-00001-of-00001.safetensors", "modeling_x.py", "tokenizer.model"]
-            + ["scalar_head.safetensors", "added_tokens.json", "chat_template.json"]
-        )
+        name = draw.choice(ADDED)
         (folder / name).write_text(draw.choice(["", "{}", "[]", "x", '{"a": 1}']))
         return f"added {name}"
     if how == "outside":
@@ -217,11 +220,15 @@ def _index(folder: Path, draw: random.Random) -> str:
 
 def outcome(folder: Path) -> str:
     """What planning and loading make of a folder: ``loaded``, ``refused``, or what is wrong."""
+    import torch
+
     from posttrain.chat import ChatRenderer
-    from posttrain.engines.local.loading import load_model
+    from posttrain.engines.local.engine import LocalEngine
     from posttrain.models.files import model_digest
     from posttrain.models.folder import read_folder
     from posttrain.models.library import read_ends, read_shape, read_tokenizer
+
+    engine = LocalEngine(device=torch.device("cpu"))
 
     def planned() -> None:
         found = read_folder(folder)
@@ -231,7 +238,7 @@ def outcome(folder: Path) -> str:
 
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("hang")))
     found = []
-    for act in (planned, lambda: load_model(str(folder))):
+    for act in (planned, lambda: engine.policy(str(folder))):
         signal.alarm(LIMIT)
         try:
             act()
@@ -240,7 +247,7 @@ def outcome(folder: Path) -> str:
             timed_out = "TimeoutError" in str(error)
             found.append("HANG" if timed_out else "refused")
             message = str(error).splitlines()[0]
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001  # the measure: any other is a traceback
             return f"TRACEBACK {type(error).__name__}: {str(error)[:200]}"
         finally:
             signal.alarm(0)
