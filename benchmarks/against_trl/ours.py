@@ -162,7 +162,6 @@ def train(job: Job, gate: Steps) -> None:
     with RunFolder(folder).lock() as writer:
         journal = Journal(
             writer.stage_writer(planned.spec.name, planned.identity),
-            ledger=writer.open_ledger(),
             stage=planned.spec.name,
             identity=planned.identity,
             facts={},

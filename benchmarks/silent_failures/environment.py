@@ -111,6 +111,7 @@ DISKS = (
         twin="one scale",
         base=Base.SFT,
         silent=Silent.SCORE,
+        not_trl="TRL exports the adapter; merging is left to its user",
         reports=("peft#2368", "unsloth#3091"),
     ),
     Fault(

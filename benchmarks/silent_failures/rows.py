@@ -119,6 +119,7 @@ DATA = (
         twin="the same numbers without",
         base=Base.GRPO,
         silent=Silent.SCORE,
+        not_trl="TRL's reward for numbers is another library's (math-verify)",
         reports=("open-r1#55", "cookbook#335"),
     ),
     Fault(
@@ -170,6 +171,7 @@ DATA = (
         twin="weights 1 and 1",
         base=Base.SFT,
         silent=Silent.NEVER,
+        not_trl="TRL's mixtures of data have no weights",
     ),
     Fault(
         id="held-out-in-demonstrations",

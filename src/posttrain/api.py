@@ -4,11 +4,13 @@ from posttrain import Recipe
 from posttrain.api import run
 
 run(Recipe(...), out=Path("out/mine"))
+
+Paths are made absolute here, once: code that a recipe calls may change the working folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from posttrain.run.check import Checked
 from posttrain.run.check import check as check_recipe
 from posttrain.run.measuring import measure_model
 from posttrain.run.pipeline import Outcome
+from posttrain.run.resume import Consent
 
 
 def run(
@@ -40,6 +43,8 @@ def run(
     root: Path = Path(),
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    accept: Sequence[str] = (),
+    restart: Sequence[str] = (),
 ) -> Outcome:
     """Run a recipe in this process, or resume it.
 
@@ -49,9 +54,17 @@ def run(
         root: folder that the recipe's paths are relative to.
         observe: called with every event.
         stop: called between draws; True commits and raises ``Interrupted``.
+        accept: changes under started stages to go on with, by the names that a refusal lists.
+        restart: stages to set aside and start again, with what builds on them.
     """
     return pipeline.run(
-        recipe, out=out, root=root, engine=engine_for(recipe), observe=observe, stop=stop
+        recipe,
+        out=out.absolute(),
+        root=root.absolute(),
+        engine=engine_for(recipe),
+        observe=observe,
+        stop=stop,
+        consent=Consent.to(accept=accept, restart=restart),
     )
 
 
@@ -66,12 +79,12 @@ def check(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) ->
     Raises:
         PosttrainError: what would stop the run.
     """
-    return check_recipe(recipe, root=root, engine=engine_for(recipe), observe=observe)
+    return check_recipe(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
 
 
 def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Measurement:
     """Measure the recipe's model on its task sets; its stages are ignored."""
-    return measure_model(recipe, root=root, engine=engine_for(recipe), observe=observe)
+    return measure_model(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
 
 
 def compare(
@@ -79,7 +92,7 @@ def compare(
 ) -> Between:
     """Compare two models, measured on the recipe's task sets; its model and stages are ignored."""
     return compare_models(
-        recipe, before, after, root=root, engine=engine_for(recipe), observe=observe
+        recipe, before, after, root=root.absolute(), engine=engine_for(recipe), observe=observe
     )
 
 
@@ -104,7 +117,7 @@ def diagnose(
     """
     return find_bottleneck(
         recipe,
-        root=root,
+        root=root.absolute(),
         engine=engine_for(recipe),
         supplies=supplies,
         practice=Practice(book=book) if book else None,
@@ -138,8 +151,8 @@ def treat(
     """
     return run_treatment(
         recipe,
-        out=out,
-        root=root,
+        out=out.absolute(),
+        root=root.absolute(),
         engine=engine_for(recipe),
         budget=budget,
         supplies=supplies,

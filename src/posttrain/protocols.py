@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 
 from posttrain.core.learner import Lora, MovingReference, Optimizer
 from posttrain.core.proofs import Proof
 from posttrain.core.provenance import FloatArray, IntArray, Producer, Sampling, Span
+from posttrain.core.rendering import STRICT, Rules
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.task import Message, Task
 from posttrain.core.trajectory import IN_PLACE, Column, End, Group, Trajectory
@@ -59,8 +60,24 @@ class Renderer(Protocol):
         """Tokens that end a turn."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """Equal digests give equal tokens for equal texts."""
+        ...
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What every conversation gets beside its messages, in words."""
+        ...
+
     def completion(
-        self, prompt: str, completion: str, *, producer: Producer, task: str
+        self,
+        prompt: str,
+        completion: str,
+        *,
+        producer: Producer,
+        task: str,
+        rules: Rules = STRICT,
     ) -> Trajectory:
         """A plain-text prompt and completion, with the end token."""
         ...
@@ -73,6 +90,7 @@ class Renderer(Protocol):
         task: str,
         assistant_mask: Literal["template", "prefix"] = "template",
         num_prompt: int | None = None,
+        rules: Rules = STRICT,
     ) -> Trajectory:
         """Messages rendered by the chat template; ``producer`` wrote the assistant's turns."""
         ...
@@ -156,7 +174,8 @@ class Scorer(Author, Protocol):
 
     def entropies(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory: entropy of the next-token distribution from which each trainable
-        token would be drawn at temperature 1, in nats; NaN elsewhere."""
+        token would be drawn at the temperature that it was sampled at (1 for given text), in
+        nats; NaN elsewhere."""
         ...
 
     def distributions(
@@ -165,6 +184,18 @@ class Scorer(Author, Protocol):
         """([T, K] ids, [T, K] log-probs), most likely first; NaN where nothing is trained.
 
         ``top_k=None`` gives the whole vocabulary: ids [T, 0] and log-probs [T, V].
+        """
+        ...
+
+    @property
+    def rows(self) -> int:
+        """V, the ids of its distributions: those of tokens, and of padding behind them."""
+        ...
+
+    def over(self, rows: int) -> Self:
+        """The same policy, its distributions over the first ids only; itself if it has no more.
+
+        Models of a family share a tokenizer, and pad their heads to different numbers of rows.
         """
         ...
 
@@ -215,7 +246,10 @@ class DataFile:
     digest: str  # sha256 of the file, 64 hex digits
     licence: str | None
     rows: int  # rows that are used
-    skipped: int  # rows left out because they are too long
+    skipped: int  # rows left out: too long, or unusable
+    notes: Sequence[str] = ()  # what a reader should know about its rows, in words
+    proofs: Sequence[Proof] = ()  # what was compared when it was read
+    questions: frozenset[str] = frozenset()  # its prompts and users' turns, with single spaces
 
 
 class Stream(Protocol):
@@ -409,6 +443,12 @@ class Engine(Protocol):
         ``activation_checkpointing`` recomputes activations in the backward pass.
         """
         ...
+
+
+def over_shared_rows(policies: Sequence[Policy]) -> list[Policy]:
+    """Policies with one tokenizer, their distributions over the ids that all of them have."""
+    shared = min(policy.rows for policy in policies)
+    return [policy.over(shared) for policy in policies]
 
 
 def provided(group: Group) -> frozenset[Column]:

@@ -7,12 +7,15 @@ model ──▶ [measure] ──▶ stage 1 ──▶ [measure, gate] ──▶ 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from posttrain.core.config import Config, convert, read_yaml
+from posttrain.core.bounds import Count, Positive, Seed, Threads, Tokens, Whole
+from posttrain.core.config import Config, convert
+from posttrain.core.documents import read_yaml
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.monitors import Monitors
@@ -22,6 +25,7 @@ from posttrain.parts import composition
 from posttrain.parts.base import PolicyRef
 from posttrain.tasks import base as task_sets
 
+_NAME = re.compile(r"\w[\w .+-]{0,98}[\w.+-]|\w")
 RESERVED = frozenset({"base", "learner", "input", "moving", "previous", "end"})
 
 
@@ -31,15 +35,15 @@ RESERVED = frozenset({"base", "learner", "input", "moving", "previous", "end"})
 class Budget(Config):
     """When a stage ends: after optimiser steps, or after passes over its data set."""
 
-    steps: int | None = None
-    epochs: float | None = None
+    steps: Count | None = None
+    epochs: Positive | None = None
 
     def __post_init__(self) -> None:
         amounts = [a for a in (self.steps, self.epochs) if a is not None]
-        if len(amounts) != 1 or amounts[0] <= 0:
+        if len(amounts) != 1:
             raise ConfigError(
                 f"budget with steps={self.steps}, epochs={self.epochs}",
-                expected="exactly one of them, above zero",
+                expected="exactly one of them",
             )
 
 
@@ -60,34 +64,25 @@ class Stage(Config):
     budget: Budget
     init: PolicyRef = "previous"
     optimizer: Optimizer = Optimizer()
-    groups_per_step: int = 16
-    updates_per_draw: int = 1
-    micro_batch_tokens: int | None = None
+    groups_per_step: Count = 16
+    updates_per_draw: Count = 1
+    micro_batch_tokens: Tokens | None = None
     activation_checkpointing: bool = False
-    max_age: int = 0
+    max_age: Whole = 0
     lora: Lora | None = None
-    checkpoint_every: int = 25
+    checkpoint_every: Count = 25
     gates: tuple[Gate, ...] = ()
     then: str | None = None
     monitors: Monitors = Monitors()
     intends: Literal["expansion", "reshaping", "consolidation"] | None = None
 
     def __post_init__(self) -> None:
-        if not self.name.replace("-", "").replace("_", "").isalnum() or self.name in RESERVED:
+        letters = self.name.replace("-", "").replace("_", "").isalnum()
+        if not letters or len(self.name) > 100 or self.name in RESERVED:
             raise ConfigError(
-                f"stage name {self.name!r}",
-                expected=f"letters, digits, - and _, and none of {sorted(RESERVED)}",
+                f"stage name {self.name[:120]!r}",
+                expected=f"1 to 100 letters, digits, - and _, and none of {sorted(RESERVED)}",
             )
-        counts = {
-            "groups_per_step": self.groups_per_step,
-            "updates_per_draw": self.updates_per_draw,
-            "micro_batch_tokens": self.micro_batch_tokens,
-            "checkpoint_every": self.checkpoint_every,
-        }
-        if self.max_age < 0:
-            raise ConfigError(f"stage {self.name}: max_age={self.max_age}", expected="0 or more")
-        if low := [f"{k}={v}" for k, v in counts.items() if v is not None and v < 1]:
-            raise ConfigError(f"stage {self.name}: {', '.join(low)}", expected="at least 1")
         if self.updates_per_draw > self.groups_per_step:
             raise ConfigError(
                 f"stage {self.name}: {self.updates_per_draw} updates on draws of "
@@ -112,13 +107,19 @@ class Recipe(Config):
     tasks: dict[str, task_sets.AnyTaskSet] = msgspec.field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     measure: Measure = Measure()
-    seed: int = 0
+    seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = None
+    threads: Threads | None = None
     remote_code: str | None = None
 
     def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"recipe name {self.name!r}",
+                expected="1 to 100 letters, digits, spaces and . _ + -, the first a letter, digit "
+                "or _: it names a folder",
+            )
         names = [s.name for s in self.stages]
         if doubled := sorted({n for n in names if names.count(n) > 1}):
             raise ConfigError(f"stages named twice: {doubled}", expected="one name per stage")
@@ -127,6 +128,9 @@ class Recipe(Config):
                 f"remote_code={self.remote_code!r} for model {self.model!r}",
                 expected="null, or exactly the model's name",
             )
+        for name in self.tasks:
+            if not name.strip() or not name.isprintable() or len(name) > 100:
+                raise ConfigError(f"task set {name[:120]!r}", expected="1 to 100 printable letters")
         if unknown := sorted(set(self.measure.tasks) - set(self.tasks)):
             raise ConfigError(
                 f"measure.tasks names {unknown[0]!r}", fix=nearest(unknown[0], self.tasks)

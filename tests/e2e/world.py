@@ -16,7 +16,9 @@ from pathlib import Path
 
 import yaml
 
+from posttrain.run.audit import audit
 from posttrain.run.folder import RunFolder
+from posttrain.run.ledger import head_file
 from posttrain.testing import tiny_model
 
 REWARD = """
@@ -177,7 +179,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run_recipe(path: Path, out: Path, fault: Fault, report: Path) -> None:
+def _run_recipe(path: Path, out: Path, fault: Fault, report: Path, accept: list[str]) -> None:
     import torch
 
     from posttrain import api
@@ -197,7 +199,8 @@ def _run_recipe(path: Path, out: Path, fault: Fault, report: Path) -> None:
     Ledger.append = watched
     sys.addaudithook(moments.audit)
     try:
-        api.run(load_recipe(path), out=out, root=path.parent, observe=moments.tick)
+        known = load_recipe(path)
+        api.run(known, out=out, root=path.parent, observe=moments.tick, accept=accept)
     except PosttrainError as error:
         report.write_text(f"{type(error).__name__}: {error}")
         os._exit(2)
@@ -207,11 +210,11 @@ def _run_recipe(path: Path, out: Path, fault: Fault, report: Path) -> None:
     report.write_text(str(moments.count))
 
 
-def run_recipe(path: Path, out: Path, fault: Fault = NEVER) -> tuple[int, str]:
+def run_recipe(path: Path, out: Path, fault: Fault = NEVER, *, accept=()) -> tuple[int, str]:
     """One process that runs a recipe; returns its exit code and last words."""
     report = path.parent / "last-words"
     report.unlink(missing_ok=True)
-    process = SERVER.Process(target=_run_recipe, args=(path, out, fault, report))
+    process = SERVER.Process(target=_run_recipe, args=(path, out, fault, report, list(accept)))
     process.start()
     process.join()
     words = report.read_text() if report.exists() else ""
@@ -253,12 +256,24 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in x.items() if not k.startswith("seconds/")} for x in lines]
 
 
+TIMED = ("metrics.jsonl", "progress.json")
+"""Files that hold what a clock says."""
+
+
 def rows(out: Path, *, run_rows: bool = False) -> list[tuple[str, dict]]:
-    """Ledger rows without clocks, and without those of kind ``run``, one per process."""
+    """Ledger rows without clocks, without those of kind ``run``, one per process, and without
+    those of kind ``file``, which a process that died may have written in vain."""
     from posttrain.run.ledger import read
 
-    kept = [r for r in read(out / "ledger.jsonl") if run_rows or r.kind != "run"]
-    return [(str(r.kind), {k: v for k, v in r.body.items() if k != "seconds"}) for r in kept]
+    left_out = {"file"} if run_rows else {"file", "run"}
+    found = []
+    for record in read(out / "ledger.jsonl"):
+        body = {k: v for k, v in record.body.items() if k != "seconds"}
+        if "files" in body:
+            body["files"] = {k: v for k, v in body["files"].items() if not k.endswith(TIMED)}
+        if record.kind not in left_out:
+            found.append((str(record.kind), body))
+    return found
 
 
 def unnamed(out: Path) -> set[str]:
@@ -266,7 +281,7 @@ def unnamed(out: Path) -> set[str]:
     run = RunFolder(out)
     named = {
         *(run.recipe_file, run.ledger_file, run.report_file, run.treatment_file, out / "lock"),
-        *out.glob(f"{run.ledger_file.name}.torn-*"),
+        *(head_file(run.ledger_file), *out.glob(f"{run.ledger_file.name}.torn-*")),
         *(run.measurement_file(policy) for policy in run.measured()),
         *(run.diagnosis_file(n) for n in run.diagnoses()),
         *(run.diagnosis_page(n) for n in run.diagnoses()),
@@ -276,6 +291,7 @@ def unnamed(out: Path) -> set[str]:
         named |= {stage.record_file, stage.metrics_file, stage.result_file}
         named |= {*stage.trajectory_files(), *stage.use_files()}
         whole |= {stage.checkpoint, stage.model}
+    whole.add(out / "aside")
     files = (p for p in out.rglob("*") if p.is_file() and not whole & set(p.parents))
     return {str(p.relative_to(out)) for p in files} - {str(p.relative_to(out)) for p in named}
 
@@ -293,6 +309,7 @@ def listing(folder: Path) -> dict[str, tuple[int, str]]:
 def trace(out: Path) -> dict:
     """Everything of a run that must not depend on where it was interrupted."""
     assert unnamed(out) == set()
+    assert audit(RunFolder(out)) == []
     found: dict = {"rows": rows(out)}
     for folder in sorted((out / "stages").iterdir()):
         assert folder.name[0] != ".", folder

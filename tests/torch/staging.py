@@ -4,14 +4,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.core.errors import Interrupted
 from posttrain.core.events import StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import StageBuilder
-from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
+from posttrain.run.stage_folder import StageWriter
 from posttrain.tasks.jsonl import JsonlTasks
 from posttrain.training.stage import run_stage
 
@@ -64,8 +65,7 @@ class World:
         seen = []
         folder = self.root / out
         journal = Journal(
-            StageWriter(folder / "stage"),
-            ledger=Ledger.open(folder / "ledger.jsonl"),
+            StageWriter(folder / "stage", Ledger.open(folder / "ledger.jsonl")),
             stage="s",
             identity=planned.identity,
             facts={},
@@ -79,7 +79,7 @@ class World:
                 observe=lambda event: seen.append(event) if isinstance(event, StepDone) else None,
                 stop=lambda: stop_after is not None and len(seen) >= stop_after,
             )
-        except KeyboardInterrupt:
+        except Interrupted:
             assert stop_after is not None
         return learner, [event.metrics for event in seen]
 

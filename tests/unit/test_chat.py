@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.chat import ChatRenderer, messages_from, token_texts
 from posttrain.core.errors import DataError, ModelError
-from posttrain.core.files import read_jsonl
 from posttrain.core.provenance import Kind, Producer, Role
+from posttrain.core.rows import read_jsonl
 from posttrain.core.task import Message, Task
 from posttrain.lab.tour import BASE
 

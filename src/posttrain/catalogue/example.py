@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from msgspec import structs
 
@@ -83,8 +83,9 @@ def _example(option: structs.FieldInfo, written: str, columns: Mapping[str, obje
         return f"path:org/{option.name}" if option.type is str else {"*": TEACHER}
     if option.type == tuple[str, ...]:
         return [TASKS]
-    if option.type in PLAIN:
-        return PLAIN[option.type]
+    kind = get_args(option.type)[0] if get_origin(option.type) is Annotated else option.type
+    if kind in PLAIN:
+        return PLAIN[kind]
     raise ConfigError(
         f"option {option.name} is required, and nothing says what an example would be",
         expected="a data set, a PolicyRef, a tuple of task sets, a number or a text; or a default",

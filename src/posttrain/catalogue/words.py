@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
-import yaml
 from msgspec import structs
 
+from posttrain.core.bounds import range_words
 from posttrain.core.config import Config
+from posttrain.core.documents import write_yaml
 from posttrain.parts.base import Part
 
 
@@ -72,6 +73,9 @@ def _type_words(kind: Any, written: str = "") -> str:
     if kind in _SIMPLE:
         return _SIMPLE[kind]
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        words = range_words(inner[1]) if isinstance(inner[1], msgspec.Meta) else ""
+        return f"{_type_words(inner[0])}{', ' if words else ''}{words}"
     if origin is Literal:
         return " | ".join(str(v) for v in inner)
     if origin is tuple:
@@ -103,7 +107,5 @@ _SIMPLE: Mapping[Any, str] = {
 
 def flow(value: object) -> str:
     """YAML on one line."""
-    text = yaml.safe_dump(
-        value, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False
-    )
+    text = write_yaml(value, flow=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...").replace("'*'", '"*"')

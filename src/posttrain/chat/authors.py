@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.chat.places import Place, Stretch
-from posttrain.core.provenance import Producer, Role, Span
+from posttrain.core.provenance import Kind, Producer, Role, Span
 from posttrain.core.task import Message
 
 Author = tuple[Role, Producer]
@@ -40,6 +40,24 @@ def authors_of(
         for t in np.flatnonzero((starts < end) & (ends > start)):
             authors[t] = (role, producer)
     return authors
+
+
+def trained_by(
+    producer: Producer, authors: Sequence[Author], mask: Mask, *, prompt_length: int
+) -> list[Author]:
+    """The authors, with the producer at the assistant's tokens that are trained.
+
+    Answers after the prompt that the mask excludes are the environment's: as the producer's they
+    would be trained.
+    """
+    unread = Producer(kind=Kind.ENVIRONMENT, name=producer.name, digest=producer.digest)
+    out = list(authors)
+    for t, (role, author) in enumerate(authors):
+        if mask[t]:
+            out[t] = (Role.ASSISTANT, producer)
+        elif t >= prompt_length and role is Role.ASSISTANT and author == producer:
+            out[t] = (role, unread)
+    return out
 
 
 def _edges(offsets: Sequence[Stretch]) -> tuple[_Ints, _Ints]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain.chat.places import Place, Stretch, changes_of
-from posttrain.chat.texts import Answer, RenderedText
+from posttrain.chat.texts import AnswerSpan, RenderedText
 from posttrain.chat.tokenizer import Encoder
 from posttrain.core.errors import DataError
 from posttrain.core.provenance import Role
-from posttrain.core.rendering import LOSSES, Change, ChangeKind, Rules
+from posttrain.core.rendering import LOSSES, Change, DifferenceKind, Rules
 from posttrain.core.task import Message
 
 
@@ -19,7 +19,7 @@ def compare(
     stretches: Sequence[Stretch],
     *,
     first: int,
-    answers: Sequence[Answer],
+    answers: Sequence[AnswerSpan],
     encoder: Encoder,
     rules: Rules,
 ) -> None:
@@ -45,16 +45,16 @@ def compare(
         accept(change, rules)
     for answer in answers:
         if answer.added.strip():
-            rules.seen(Change(ChangeKind.ADDED, answer.number + 1, True, answer.added))
+            rules.seen(Change(DifferenceKind.ADDED, answer.number + 1, True, answer.added))
         if answer.unopened.strip():
-            rules.seen(Change(ChangeKind.UNOPENED, answer.number + 1, True, answer.unopened))
+            rules.seen(Change(DifferenceKind.UNOPENED, answer.number + 1, True, answer.unopened))
     if rules.control_tokens == "parse":
         return
     for n, (message, place) in enumerate(zip(messages, rendered.places, strict=True)):
         for _, _, token in encoder.controls_in(message.content)[:1]:
             if place is None:
                 raise _misplaced(n)
-            rules.seen(Change(ChangeKind.CONTROL, n + 1, trained[n], token))
+            rules.seen(Change(DifferenceKind.CONTROL, n + 1, trained[n], token))
 
 
 def check_known(
@@ -80,7 +80,7 @@ def check_known(
             if place is not None and place.start <= start < place.end:
                 trained = any(a <= start < b for a, b in stretches)
                 text = rendered.text[start:end]
-                accept(Change(ChangeKind.UNKNOWN, n + 1, trained, text), rules)
+                accept(Change(DifferenceKind.UNKNOWN, n + 1, trained, text), rules)
 
 
 def accept(change: Change, rules: Rules) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from posttrain.core.rendering import Change, ChangeKind
+from posttrain.core.rendering import Change, DifferenceKind
 from posttrain.core.task import Message
 
 Stretch = tuple[int, int]  # [start, end) in characters
@@ -26,7 +26,7 @@ class Place:
 
     start: int
     end: int
-    changes: tuple[tuple[ChangeKind, str], ...] = ()
+    changes: tuple[tuple[DifferenceKind, str], ...] = ()
 
 
 def places_of(messages: Sequence[Message], skeleton: list[str], text: str) -> list[Place | None]:
@@ -43,9 +43,9 @@ def changes_of(
             for kind, words in place.changes:
                 yield Change(kind, number + 1, trained[number], words)
         elif message.content.strip():
-            yield Change(ChangeKind.CUT, number + 1, trained[number], message.content)
+            yield Change(DifferenceKind.CUT, number + 1, trained[number], message.content)
         elif message.content:
-            yield Change(ChangeKind.TRIM, number + 1, trained[number], message.content)
+            yield Change(DifferenceKind.TRIM, number + 1, trained[number], message.content)
 
 
 def _fit(messages: Sequence[Message], skeleton: list[str], text: str) -> list[Place | None]:
@@ -57,20 +57,23 @@ def _fit(messages: Sequence[Message], skeleton: list[str], text: str) -> list[Pl
     for number, after in zip(skeleton[1::2], skeleton[2::2], strict=True):
         content = messages[int(number)].content
         fitting = (t for trim in _TRIMS if text.startswith(t := trim(content), at))
-        kept = next((t for t in fitting if text.startswith(after, at + len(t))), None)
-        if kept is None:
+        left = next((t for t in fitting if text.startswith(after, at + len(t))), None)
+        if left is None:
             return []
-        places[int(number)] = Place(at, at + len(kept), _trimmed(content, kept))
-        at += len(kept) + len(after)
+        places[int(number)] = Place(at, at + len(left), _trimmed(content, left))
+        at += len(left) + len(after)
     return places if at == len(text) else []
 
 
-def _trimmed(content: str, kept: str) -> tuple[tuple[ChangeKind, str], ...]:
-    """What trimming a message to ``kept`` cut at its ends."""
-    if len(kept) == len(content):
+def _trimmed(content: str, left: str) -> tuple[tuple[DifferenceKind, str], ...]:
+    """What trimming a message to ``left`` cut at its ends."""
+    if len(left) == len(content):
         return ()
-    start = content.find(kept) if kept else len(content)
-    ends = ((ChangeKind.TRIM, content[:start]), (ChangeKind.TRIM_END, content[start + len(kept) :]))
+    start = content.find(left) if left else len(content)
+    ends = (
+        (DifferenceKind.TRIM, content[:start]),
+        (DifferenceKind.TRIM_END, content[start + len(left) :]),
+    )
     return tuple((kind, cut) for kind, cut in ends if cut)
 
 
@@ -88,9 +91,9 @@ def _search(messages: Sequence[Message], skeleton: list[str], text: str) -> list
 
 def _find(content: str, text: str, at: int, *, after: str) -> Place | None:
     for trim in _TRIMS:
-        kept = trim(content)
-        if kept and (start := text.find(kept, at)) >= 0:
-            return Place(start, start + len(kept), _trimmed(content, kept))
+        left = trim(content)
+        if left and (start := text.find(left, at)) >= 0:
+            return Place(start, start + len(left), _trimmed(content, left))
     if not content.strip():
         return None
     return _find_spaced(content, text, at) or _find_part(content, text, at, after=after)
@@ -104,7 +107,7 @@ def _find_spaced(content: str, text: str, at: int) -> Place | None:
     if found < 0:
         return None
     start, end = letters[found], letters[found + len(wanted) - 1] + 1
-    return Place(start, end, ((ChangeKind.SPACED, content),))
+    return Place(start, end, ((DifferenceKind.SPACED, content),))
 
 
 def _find_part(content: str, text: str, at: int, *, after: str) -> Place | None:
@@ -112,17 +115,17 @@ def _find_part(content: str, text: str, at: int, *, after: str) -> Place | None:
     its longest beginning."""
     rest = text[at:]
     first = _smallest(len(content), lambda i: content[i:] + after in rest)
-    kept = content[first:]
-    if kept.strip() and (after or len(kept) >= MIN_PART):
-        start = at + rest.find(kept + after)
+    left = content[first:]
+    if left.strip() and (after or len(left) >= MIN_PART):
+        start = at + rest.find(left + after)
         cut = content[:first]
-        kind = ChangeKind.CUT if cut.strip() else ChangeKind.TRIM
-        return Place(start, start + len(kept), ((kind, cut),))
+        kind = DifferenceKind.CUT if cut.strip() else DifferenceKind.TRIM
+        return Place(start, start + len(left), ((kind, cut),))
     last = len(content) - _smallest(len(content), lambda i: content[: len(content) - i] in rest)
     if last < MIN_PART:
         return None
     start = at + rest.find(content[:last])
-    return Place(start, start + last, ((ChangeKind.CUT, content[last:]),))
+    return Place(start, start + last, ((DifferenceKind.CUT, content[last:]),))
 
 
 def _smallest(high: int, holds: Callable[[int], bool]) -> int:

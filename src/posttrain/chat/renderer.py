@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
 
-from posttrain.chat.authors import Author, authors_of, mask_of, spans_of
+from posttrain.chat.authors import Author, authors_of, mask_of, spans_of, trained_by
 from posttrain.chat.comparing import check_known, compare
 from posttrain.chat.tokenizer import Encoder, Tokenizer
 from posttrain.core.errors import DataError, ModelError
 from posttrain.core.provenance import IntArray, Kind, Producer, Role
-from posttrain.core.rendering import STRICT, Change, ChangeKind, Rules
+from posttrain.core.rendering import STRICT, Change, DifferenceKind, Rules
 from posttrain.core.task import Message, Task
 from posttrain.core.trajectory import Trajectory
 from posttrain.protocols import Prompt
 
 if TYPE_CHECKING:
-    from posttrain.chat.texts import Answer, RenderedText, TextRenderer
+    from posttrain.chat.texts import AnswerSpan, RenderedText, TextRenderer
 
 AssistantMask = Literal["template", "prefix"]
 
@@ -212,14 +212,7 @@ class ChatRenderer:
             template=self._template,
             tail=messages[-1].role,
         )
-        unread = Producer(
-            kind=Kind.ENVIRONMENT, name=producer.name, digest=producer.digest
-        )  # for answers after the prompt that the mask excludes: the producer's would be trained
-        for t, (role, author) in enumerate(authors):
-            if mask[t]:
-                authors[t] = (Role.ASSISTANT, producer)
-            elif t >= prompt_length and role is Role.ASSISTANT and author == producer:
-                authors[t] = (role, unread)
+        authors = trained_by(producer, authors, mask, prompt_length=prompt_length)
         return Trajectory(
             task=task,
             tokens=np.array(tokens, np.int32),
@@ -341,7 +334,7 @@ class ChatRenderer:
 
     def _answers(
         self, messages: Sequence[Message], rendered: RenderedText, first: int
-    ) -> list[Answer]:
+    ) -> list[AnswerSpan]:
         """Where the assistant's turns are trained."""
         texts = self._checked_texts()
         numbers = [n for n, m in enumerate(messages) if m.role is Role.ASSISTANT and n >= first]
@@ -357,31 +350,6 @@ class ChatRenderer:
                 "its end-of-turn token",
                 fix="add the block to the template, or set `assistant_mask: prefix`",
             )
-
-    # --- comparing ---------------------------------------------------------------------------
-
-    def _end_of_prompt(
-        self, messages: Sequence[Message], rendered: RenderedText, num_prompt: int
-    ) -> int:
-        """Where generation would start the first answer, in characters."""
-        texts = self._checked_texts()
-        answer = texts.answer(messages, rendered, number=num_prompt)
-        if answer is None:
-            raise DataError(
-                f"nothing of message {num_prompt + 1} is left in the text of the template",
-                expected="the answer that the prompt asks for",
-            )
-        texts.check_prompt(messages, rendered, answer)
-        return answer.start
-
-    def _answers(
-        self, messages: Sequence[Message], rendered: RenderedText, first: int
-    ) -> list[Answer]:
-        """Where the assistant's turns are trained."""
-        texts = self._checked_texts()
-        numbers = [n for n, m in enumerate(messages) if m.role is Role.ASSISTANT and n >= first]
-        found = (texts.answer(messages, rendered, number=n) for n in numbers)
-        return [answer for answer in found if answer is not None]
 
     # --- tokens ------------------------------------------------------------------------------
 
@@ -425,5 +393,5 @@ class ChatRenderer:
                 expected="text without control tokens: a chat template seems to be applied already",
                 fix="give messages, or set `control_tokens: parse` on the data set",
             )
-        rules.seen(Change(ChangeKind.CONTROL, 1, True, token))
+        rules.seen(Change(DifferenceKind.CONTROL, 1, True, token))
         return self._encoder.encode(text, as_text=[(0, len(text))])[0]

@@ -40,7 +40,7 @@ class RenderedText:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerSpan:
     """Where an answer is trained: from where generation starts to the end of its turn."""
 
     number: int  # of the message, from 0
@@ -76,7 +76,7 @@ class TextRenderer:
 
     def answer(
         self, messages: Sequence[Message], rendered: RenderedText, *, number: int
-    ) -> Answer | None:
+    ) -> AnswerSpan | None:
         """Where message ``number`` is trained; None when nothing of it is left.
 
         Raises:
@@ -86,7 +86,7 @@ class TextRenderer:
         if place is None:
             return None
         start, unopened = self._start(messages, rendered, number, place)
-        return Answer(
+        return AnswerSpan(
             number=number,
             start=start,
             end=self._end(messages, rendered, number, place),
@@ -95,7 +95,7 @@ class TextRenderer:
         )
 
     def check_prompt(
-        self, messages: Sequence[Message], rendered: RenderedText, answer: Answer
+        self, messages: Sequence[Message], rendered: RenderedText, answer: AnswerSpan
     ) -> None:
         """Check that generation would read the text that stands before the answer.
 

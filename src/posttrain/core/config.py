@@ -1,45 +1,61 @@
 """The base of every configuration: frozen, typed, strict, hashable by content.
 
 A configuration is plain data (msgspec structs). YAML and Python build the same tree, so they
-have the same digest. An unknown option is an error that names the nearest known one.
+have the same digest: a configuration that is built in Python passes through the same conversion as
+one that is read, and cannot exist with an ill-typed or an out-of-range option. An unknown option is
+an error that names the nearest known one.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import msgspec
-import yaml
-from msgspec import inspect
 
-from posttrain.core.errors import ConfigError, nearest
+from posttrain.core.errors import ConfigError
+from posttrain.core.explaining import explained
+from posttrain.core.guard import reading
 
 T = TypeVar("T")
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads ``1e-5`` as a float, as JSON does. YAML 1.1 requires a dot and a sign."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+def _asks(cls: msgspec.StructMeta) -> bool:
+    """True when some option has no default."""
+    return len(cls.__struct_defaults__) < len(cls.__struct_fields__)
 
 
 class ConfigMeta(msgspec.StructMeta):
-    """Makes every configuration class frozen and keyword-only by default."""
+    """Makes every configuration class frozen, keyword-only by default, and checked when built."""
 
     def __new__(
         mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any
     ) -> ConfigMeta:
         """A class with ``kw_only=True`` by default; ``frozen`` is inherited."""
         return super().__new__(mcls, name, bases, namespace, **{"kw_only": True, **options})
+
+    if not TYPE_CHECKING:  # type checkers read the signature from the fields
+
+        def __call__(cls, *positional: object, **options: object) -> Config:
+            """A configuration whose options have their types and ranges.
+
+            Raises:
+                ConfigError: as :func:`convert`.
+            """
+            if positional:
+                raise ConfigError(
+                    f"{cls.__name__} with {len(positional)} options without a name",
+                    expected=f"name=value, of {', '.join(cls.__struct_fields__) or 'none'}",
+                )
+            if not options and not _asks(cls):
+                return super().__call__()
+            names = dict(zip(cls.__struct_fields__, cls.__struct_encode_fields__, strict=True))
+            return convert(
+                {names.get(k, k): v for k, v in options.items()}, cls, origin=cls.__name__
+            )
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(msgspec.field,))
@@ -122,35 +138,60 @@ def convert(value: object, to: type[T], *, origin: str) -> T:
     """Turn plain data into a configuration.
 
     Args:
-        value: what YAML or JSON gave.
+        value: what YAML, JSON or a script gave.
         to: the configuration class.
         origin: where it came from (a file name), for the message.
 
     Raises:
-        ConfigError: an unknown, missing or ill-typed option; the message has its path and the
-            nearest valid name.
+        ConfigError: an unknown, missing or ill-typed option, or a number out of its range; the
+            message has its path and the nearest valid name.
     """
+    written = _plain_data(value, origin)
     try:
-        return msgspec.convert(value, to)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{origin}: {error}", fix=_hint(str(error), to, value)) from None
+        with reading(origin, kind=f"what {to.__name__} describes", error=ConfigError):
+            return msgspec.convert(written, to)
+    except ConfigError as error:
+        if isinstance(error.__cause__, msgspec.ValidationError):
+            raise explained(str(error.__cause__), to, written, origin=origin) from None
+        raise
 
 
-def read_yaml(path: Path) -> Mapping[str, Any]:
-    """Read a YAML mapping.
+_AS_THEY_ARE = (bytes, bytearray, memoryview, datetime.date, datetime.time, datetime.timedelta)
+"""What msgspec would write as text, so that it would pass for text."""
+
+
+def _plain_data(value: object, origin: str) -> object:
+    """The value as text, numbers, lists and mappings, all of which JSON can hold.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping.
+        ConfigError: another object, NaN, infinity, or text that is no Unicode.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"no file {path}", fix="check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__}", expected="a mapping")
-    return content
+        built: object = msgspec.to_builtins(value, builtin_types=_AS_THEY_ARE)
+        msgspec.json.encode(built)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        words = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(
+            f"{origin}: {words}",
+            expected="text, numbers, lists, mappings and configurations",
+            fix="write a path as text: str(path)" if "Path" in words else None,
+        ) from None
+    for at, leaf in _leaves(built, ""):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise ConfigError(f"{origin}: {at or 'it'} is {leaf}", expected="a finite number")
+    return built
+
+
+def _leaves(value: object, at: str) -> Iterator[tuple[str, object]]:
+    """(path, value) of everything that holds nothing else."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _leaves(entry, f"{at}.{key}" if at else str(key))
+    elif isinstance(value, list | tuple):
+        for place, entry in enumerate(value):
+            yield from _leaves(entry, f"{at}[{place}]")
+    else:
+        yield at, value
 
 
 def differences(old: object, new: object, at: str = "") -> list[str]:
@@ -174,58 +215,3 @@ def differences(old: object, new: object, at: str = "") -> list[str]:
         pairs = enumerate(zip(old, new, strict=True))
         return [line for i, (a, b) in pairs for line in differences(a, b, f"{at}[{i}]")]
     return [] if old == new else [f"{at}: {old} -> {new}"]
-
-
-def _hint(message: str, to: object, value: object) -> str | None:
-    """The nearest valid name, for msgspec's "unknown field" and "invalid tag" messages."""
-    place = r"(?: - at `\$(.*)`)?"
-    if unknown := re.search(rf"unknown field `(\w+)`{place}", message):
-        path = unknown.group(2) or ""
-        structs = _chosen(_structs(_type_at(to, path)), value, path)
-        names = {f.encode_name for s in structs for f in s.fields}
-        # Another member of the union may have an option of the same name.
-        return nearest(unknown.group(1), names - {unknown.group(1)})
-    if tag := re.search(rf"Invalid value '(.+?)'{place}", message):
-        where = (tag.group(2) or "").rpartition(".")[0]
-        options = {str(s.tag) for s in _structs(_type_at(to, where)) if s.tag is not None}
-        return nearest(tag.group(1), options) if options else None
-    return None
-
-
-def _chosen(
-    structs: Sequence[inspect.StructType], written: object, path: str
-) -> Sequence[inspect.StructType]:
-    """Of the members of a union, the one whose tag is written at the path; else all."""
-    for field, item in re.findall(r"\.(\w+)|\[(\.\.\.|\d+)\]", path):
-        if isinstance(written, Mapping) and field in written:
-            written = written[field]
-        elif isinstance(written, Sequence) and item.isdigit():
-            written = written[int(item)]
-        else:
-            return structs
-    if not isinstance(written, Mapping):
-        return structs
-    return [s for s in structs if s.tag == written.get(s.tag_field or "")] or structs
-
-
-def _structs(node: inspect.Type) -> list[inspect.StructType]:
-    """The structs a type may stand for (a union has several)."""
-    if isinstance(node, inspect.StructType):
-        return [node]
-    if isinstance(node, inspect.UnionType):
-        return [struct for member in node.types for struct in _structs(member)]
-    return []
-
-
-def _type_at(to: object, path: str) -> inspect.Type:
-    """The type found along a msgspec path such as ``.stages[0].method`` or ``.tasks[...]``."""
-    node = inspect.type_info(to)
-    for field, item in re.findall(r"\.(\w+)|\[(\.\.\.|\d+)\]", path):
-        if field:
-            fields = {f.encode_name: f.type for s in _structs(node) for f in s.fields}
-            node = fields.get(field, node)
-        elif item and isinstance(node, inspect.VarTupleType | inspect.ListType):
-            node = node.item_type
-        elif isinstance(node, inspect.DictType):
-            node = node.value_type
-    return node

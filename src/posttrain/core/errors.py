@@ -9,7 +9,9 @@
     └── RunError           the state of a run folder
         ├── RunLocked      another process uses this folder
         ├── ResumeRefused  the recipe or its data changed under a started stage
+        ├── FileChanged    a file of a run folder is not what the ledger recorded
         ├── LedgerBroken   the hash chain of a ledger does not hold
+        ├── Interrupted    ``stop`` returned True; what was committed stays
         └── DiskFull       the disk is full; earlier writes are intact
 
 A message has up to three parts: what was found, what was expected, and what to do.
@@ -71,8 +73,16 @@ class ResumeRefused(RunError):
     """The recipe or its data changed under a stage that had already started."""
 
 
+class FileChanged(RunError):
+    """A file of a run folder is not what the ledger recorded."""
+
+
 class LedgerBroken(RunError):
     """The hash chain of a ledger does not hold."""
+
+
+class Interrupted(RunError):
+    """The caller asked to stop. Everything up to the last draw is committed; run again to go on."""
 
 
 class DiskFull(RunError):

@@ -19,7 +19,7 @@ Loss = Literal["trim", "cut", "unknown"]
 """Kinds of change that take something away."""
 
 
-class ChangeKind(StrEnum):
+class DifferenceKind(StrEnum):
     """A difference between a message and its text or tokens."""
 
     TRIM = "trim"  # whitespace at the start of a message is cut, such as indentation
@@ -33,16 +33,16 @@ class ChangeKind(StrEnum):
 
 
 _WORDS = {
-    ChangeKind.TRIM: "the template cuts whitespace at the start of a message",
-    ChangeKind.TRIM_END: "the template cuts whitespace at the end of a message",
-    ChangeKind.CUT: "the template cuts text out of a message",
-    ChangeKind.UNKNOWN: "the tokenizer does not know characters of a message",
-    ChangeKind.SPACED: "the template changes whitespace inside a message",
-    ChangeKind.ADDED: "the template begins an answer with text of its own",
-    ChangeKind.UNOPENED: "generation starts with text that the answer is trained without",
-    ChangeKind.CONTROL: "control tokens in a message are written as text",
+    DifferenceKind.TRIM: "the template cuts whitespace at the start of a message",
+    DifferenceKind.TRIM_END: "the template cuts whitespace at the end of a message",
+    DifferenceKind.CUT: "the template cuts text out of a message",
+    DifferenceKind.UNKNOWN: "the tokenizer does not know characters of a message",
+    DifferenceKind.SPACED: "the template changes whitespace inside a message",
+    DifferenceKind.ADDED: "the template begins an answer with text of its own",
+    DifferenceKind.UNOPENED: "generation starts with text that the answer is trained without",
+    DifferenceKind.CONTROL: "control tokens in a message are written as text",
 }
-LOSSES = frozenset({ChangeKind.TRIM, ChangeKind.CUT, ChangeKind.UNKNOWN})
+LOSSES = frozenset({DifferenceKind.TRIM, DifferenceKind.CUT, DifferenceKind.UNKNOWN})
 """Changes that are refused when a trained message suffers them."""
 
 
@@ -50,7 +50,7 @@ LOSSES = frozenset({ChangeKind.TRIM, ChangeKind.CUT, ChangeKind.UNKNOWN})
 class Change:
     """One difference. ``message`` counts from 1; ``text`` is what was cut, added or kept."""
 
-    kind: ChangeKind
+    kind: DifferenceKind
     message: int
     trained: bool
     text: str
@@ -60,13 +60,13 @@ class Change:
         """The difference in words.
 
         Example:
-            >>> Change(ChangeKind.TRIM, 2, True, "    ").words
+            >>> Change(DifferenceKind.TRIM, 2, True, "    ").words
             "the template cuts whitespace at the start of a message: '    ' (message 2)"
         """
         return f"{_WORDS[self.kind]}: {shortened(self.text)} (message {self.message})"
 
 
-def meaning(kind: ChangeKind) -> str:
+def meaning(kind: DifferenceKind) -> str:
     """A kind of difference in words."""
     return _WORDS[kind]
 

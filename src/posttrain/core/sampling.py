@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from posttrain.core.bounds import Decay, NonNegative, Rate, Whole
 from posttrain.core.config import Config
+from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Sampling
+
+COLDEST = 1e-3
+"""The lowest temperature: below it, logits of usual models leave the range of float16."""
 
 
 class SamplingSpec(Config):
@@ -13,14 +18,20 @@ class SamplingSpec(Config):
     in its text.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: NonNegative = 1.0
+    top_k: Whole = 0
+    top_p: Rate = 1.0
+    min_p: Decay = 0.0
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.with_seed(0)  # raises on invalid options
+        if 0 < self.temperature < COLDEST:
+            raise ConfigError(
+                f"temperature={self.temperature}",
+                expected=f"0, which is greedy, or {COLDEST} or more: logits are divided by it",
+            )
+        if "" in self.stop:
+            raise ConfigError(f"stop={list(self.stop)}", expected="texts, none of them empty")
 
     def with_seed(self, seed: int) -> Sampling:
         """The exact distribution of one request."""

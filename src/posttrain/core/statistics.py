@@ -41,7 +41,7 @@ class Stat(StrEnum):
 
     LOGPROB = "logprob"  # log pi(y)
     SAMPLED_LOGPROB = "sampled_logprob"  # log pi(y) at the temperature the token was sampled at
-    ENTROPY = "entropy"  # -sum_v pi log pi
+    ENTROPY = "entropy"  # -sum_v pi log pi at the temperature the token was sampled at
     LOG_COLLISION = "log_collision"  # log sum_v pi^2: that two samples are the same token
     VALUE = "value"  # the scalar head before the token, where it is predicted
     SCORE = "score"  # the scalar head after the token, where it has been read

@@ -102,6 +102,14 @@ class TaskSet(Protocol):
 
 
 @runtime_checkable
+class ReportsRows(Protocol):
+    """Optional property of a task set: what a reader should know about its rows, in words."""
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+
+@runtime_checkable
 class ReadsAnswers(Protocol):
     """Optional method of a task set: the final answer in a completion, as its scorer reads it.
 

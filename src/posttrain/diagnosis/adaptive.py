@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from posttrain.core.bounds import Count, Inner
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError
 from posttrain.core.sampling import SamplingSpec
@@ -45,10 +46,10 @@ class AdaptiveDesign(Config):
     samples over all prompts; each prompt gets ``first`` of them before anything is decided.
     """
 
-    epsilon: float
-    budget: int
-    confidence: float = 0.95
-    first: int = 16
+    epsilon: Inner
+    budget: Count
+    confidence: Inner = 0.95
+    first: Count = 16
 
     def __post_init__(self) -> None:
         fits = 0 < self.epsilon < 1 and 0.5 < self.confidence < 1

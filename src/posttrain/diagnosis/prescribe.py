@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import msgspec
-import yaml
 
 from posttrain.core import config
+from posttrain.core.documents import write_yaml
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.diagnosis.card import Bottleneck, Choice, Prescription, TaskDiagnosis
 from posttrain.diagnosis.rules import Need, Rule, RuleBook, Treatment
@@ -269,7 +269,7 @@ def _as_yaml(recipe: Recipe, made: Prescription) -> str:
         for text in lines
         for row in (textwrap.wrap(text, 94, subsequent_indent="  ") if text else [""])
     ]
-    body = yaml.safe_dump(config.brief(recipe), sort_keys=False, allow_unicode=True, width=96)
+    body = write_yaml(config.brief(recipe))
     return "".join(f"# {row}".rstrip() + "\n" for row in notes) + f"\n{body}"
 
 

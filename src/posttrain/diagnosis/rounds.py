@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from posttrain.core.bounds import Count
 from posttrain.core.config import Config
 from posttrain.diagnosis.card import Bottleneck
 from posttrain.recipe import Stage
@@ -10,7 +11,7 @@ from posttrain.recipe import Stage
 class Round(Config):
     """One round of the loop. ``kept`` is null while its stage is not finished."""
 
-    number: int
+    number: Count
     treatment: str
     tasks: tuple[str, ...]
     bottleneck: Bottleneck
@@ -24,6 +25,6 @@ class TreatmentLog(Config):
     """The rounds so far: OUT/treat.json."""
 
     ground: str  # digest of model, task sets and supplies
-    budget: int
+    budget: Count
     rounds: tuple[Round, ...] = ()
     ended: str | None = None

@@ -12,7 +12,9 @@ from typing import Literal
 
 import msgspec
 
-from posttrain.core.config import Config, convert, read_yaml
+from posttrain.core.bounds import Number
+from posttrain.core.config import Config, convert
+from posttrain.core.documents import read_yaml
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.diagnosis.card import Bottleneck
 from posttrain.measure.registry import find_metric
@@ -38,8 +40,8 @@ class Condition(Config):
 
     reading: str
     minus: str | None = None
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: Number | None = None
+    at_most: Number | None = None
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -72,7 +74,7 @@ class Rule(Config):
     """
 
     id: str
-    order: float
+    order: Number
     bottleneck: Bottleneck
     when: tuple[Condition, ...]
     unless: tuple[str, ...] = ()

@@ -18,9 +18,10 @@ from posttrain.measure.measurement import Measurement
 from posttrain.models.folder import read_folder
 from posttrain.parts.base import Signal, Source
 from posttrain.recipe import Recipe
-from posttrain.run.folder import RunFolder, StageFolder
+from posttrain.run.folder import RunFolder
 from posttrain.run.plan import make_plan
 from posttrain.run.preview import facts_of, leaf_tokens, volume
+from posttrain.run.stage_folder import StageFolder
 from posttrain.run.store import tokens_by_producer
 
 

@@ -383,7 +383,7 @@ class _Course:
         """A row of the run's ledger, once."""
         recorded = [dict(r.body) for r in self.folder.records() if r.kind is RecordKind.STAGE]
         if dict(body) not in recorded:
-            self.folder.open_ledger().append(RecordKind.STAGE, body)
+            self.folder.ledger.append(RecordKind.STAGE, body)
 
     def _write(self, *, rounds: tuple[Round, ...] | None = None, ended: str | None = None) -> None:
         self.log = msgspec.structs.replace(

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from posttrain.core import config
+from posttrain.core.documents import write_yaml
 from posttrain.core.files import write_atomic
 from posttrain.core.learner import Optimizer
 from posttrain.lab.corpus import demonstrations, preference_pairs, write_rows
@@ -113,5 +112,5 @@ def write_tour(out: Path, *, seed: int = 0) -> Path:
     write_rows(inputs / "preferences.jsonl", pairs)
     recipe = config.plain(tour_recipe(seed=seed))
     path = inputs / "recipe.yaml"
-    write_atomic(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    write_atomic(path, write_yaml(recipe))
     return path

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from posttrain.core.bounds import Number
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError
 from posttrain.core.sampling import SamplingSpec
@@ -40,11 +41,11 @@ class Gate(Config):
 
     task: str
     metric: str = "pass@1"
-    at_least: float | None = None
-    at_most: float | None = None
-    at_most_lost: float | None = None
-    at_least_gained: float | None = None
-    at_most_gained: float | None = None
+    at_least: Number | None = None
+    at_most: Number | None = None
+    at_most_lost: Number | None = None
+    at_least_gained: Number | None = None
+    at_most_gained: Number | None = None
     since: PolicyRef = "base"
     doubt: Literal["fails", "passes"] = "fails"
     otherwise: Literal["stop", "warn", "roll_back", "branch"] = "stop"

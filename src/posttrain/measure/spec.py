@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from posttrain.core.bounds import Inner, Seed, Size, Tokens
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError
 from posttrain.core.sampling import SamplingSpec
@@ -15,20 +16,21 @@ class Measure(Config):
     """
 
     tasks: tuple[str, ...] = ()  # empty: every task set
-    samples: int = 64
-    max_new_tokens: int = 64
+    samples: Size = 64
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
-    confidence: float = 0.95
-    epsilon: float | None = None
-    seed: int = 0
+    confidence: Inner = 0.95
+    epsilon: Inner | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 2 or self.max_new_tokens < 1 or not 0.5 < self.confidence < 1:
+        if self.samples < 2 or self.confidence <= 0.5:
             raise ConfigError(
-                f"measure with samples={self.samples}, max_new_tokens={self.max_new_tokens}, "
-                f"confidence={self.confidence}",
-                expected="samples >= 2, max_new_tokens >= 1 and 0.5 < confidence < 1",
+                f"measure with samples={self.samples}, confidence={self.confidence}",
+                expected="samples >= 2 and 0.5 < confidence < 1",
             )
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"measure.tasks: {list(self.tasks)}", expected="each task set once")
         if self.epsilon is not None and self.epsilon < self.decidable:
             raise ConfigError(
                 f"epsilon={self.epsilon} with {self.samples} samples per prompt",

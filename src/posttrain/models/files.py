@@ -105,6 +105,17 @@ def plain_file(path: Path) -> Path:
     return path
 
 
+def check_entries(folder: Path) -> None:
+    """Nothing in a model folder but files, folders and links to them: reading must not hang.
+
+    Raises:
+        ModelError: a pipe, a device or a socket.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            plain_file(path)
+
+
 def counted(folder: Path, *, remote_code: bool = False) -> list[str]:
     """Names of the files that count, sorted; those in folders with ``/``.
 

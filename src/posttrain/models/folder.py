@@ -23,6 +23,7 @@ from posttrain.models.files import (
     GENERATION,
     INDEX,
     adapter_found,
+    check_entries,
     is_vocabulary,
     read_json,
     shards_by_tensor,
@@ -128,6 +129,7 @@ def read_folder(path: Path) -> ModelFolder:
         if ADAPTER in held:
             raise adapter_found(path)
         raise _no_model(path, CONFIG, held)
+    check_entries(path)
     if (path / ADAPTER).exists():
         raise adapter_found(path)
     config = read_json(path / CONFIG, most=MAX_CONFIG)
@@ -251,8 +253,8 @@ def _check_names(folder: ModelFolder) -> None:
                 expected="a plain model",
                 fix="merge them (peft: merge_and_unload), then save_pretrained",
             )
-        integer = tensor.dtype not in _FLOATS and len(tensor.shape) > 1
-        if tensor.dtype.startswith(("F8", "F4", "F6")) or (integer and name.endswith(".weight")):
+        whole = tensor.dtype in _FLOATS or not name.endswith(".weight")
+        if not whole or tensor.dtype.startswith(("F8", "F4", "F6")):
             raise _quantised(folder.path, f"{name} is {tensor.dtype}")
 
 

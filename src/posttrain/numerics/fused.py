@@ -38,8 +38,8 @@ ROOMS = 4
 class Views:
     """What is computed from one product with the head."""
 
-    divisors: tuple[Tensor | None, ...]  # [N] each; the entropy is computed where it is None
-    entropy: bool
+    divisors: tuple[Tensor | None, ...]  # [N] each: what the logits are divided by
+    entropy: int | None  # index of the division under which the entropy is taken
     divergences: tuple[Divergence, ...]  # from the teachers, which must be set if there are any
     teachers: Teachers | None
     scale: float
@@ -68,7 +68,7 @@ class LinearStats(torch.autograd.Function):
         keep = views.graded and views.num * num * vocab <= KEEP_ELEMENTS
         work = _Work(views, LinearHead(weight_VX, bias_V, views.scale), hidden_NX)
         logp_DN = hidden_NX.new_empty(num_views, num, dtype=torch.float32)
-        entropy_N = logp_DN.new_empty(num if views.entropy else 0)
+        entropy_N = logp_DN.new_empty(0 if views.entropy is None else num)
         value_JN = logp_DN.new_empty(len(views.divergences), num)
         kept_MNV = logp_DN.new_empty(views.num, num if keep else min(work.rows, num), vocab)
         for part in chunks(num, work.rows):
@@ -84,9 +84,14 @@ class LinearStats(torch.autograd.Function):
                 logp_DN[view, part] = (
                     away_n if divisor_N is None else away_n / divisor_N[part]
                 ) - log_sum_n
-                if views.entropy and divisor_N is None:
-                    log_sum_n += largest_n
-                    entropy_N[part] = log_sum_n - torch.linalg.vecdot(p_nV, z_nV)
+                if view == views.entropy:
+                    if divisor_N is None:
+                        log_sum_n += largest_n
+                        entropy_N[part] = log_sum_n - torch.linalg.vecdot(p_nV, z_nV)
+                    else:  # from the largest: divided by a small temperature, logits are large
+                        away_nV = z_nV - largest_n[:, None]
+                        mean_n = torch.linalg.vecdot(p_nV, away_nV) / divisor_N[part]
+                        entropy_N[part] = log_sum_n - mean_n
         ctx.views, ctx.kept = views, kept_MNV if keep else None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_NX, weight_VX, bias_V, target_N, entropy_N)
@@ -187,7 +192,10 @@ class _Work:
     ) -> Tensor:
         """[n] a divergence, and its gradient in ``out_nV``; ``p_nV`` at temperature 1 if known."""
         assert self._rooms_RnV is not None
-        own_nV, room_nV, spare_nV = self._rooms_RnV[1:, : len(z_nV)]
+        if (width := t_nV.shape[1]) < z_nV.shape[1]:  # given that the token is one of the first
+            out_nV[:, width:] = 0
+            z_nV, out_nV, p_nV = z_nV[:, :width], out_nV[:, :width], None
+        own_nV, room_nV, spare_nV = self._rooms_RnV[1:, : len(z_nV), :width]
         if wanted.temperature != 1:
             z_nV, t_nV, p_nV = z_nV / wanted.temperature, t_nV / wanted.temperature, None
         p_nV = torch.softmax(z_nV, -1, out=own_nV) if p_nV is None else p_nV[: len(z_nV)]
@@ -216,7 +224,7 @@ def _logits_grad(
     total_nV: Tensor | None = None
     for view, divisor_N in enumerate(views.divisors):
         p_nV = held_MnV[view]
-        entropy_grad_N = grads.entropy_N if views.entropy and divisor_N is None else None
+        entropy_grad_N = grads.entropy_N if view == views.entropy else None
         if grads.logp_DN is None and entropy_grad_N is None:
             continue
         away_nV: Tensor | None = None

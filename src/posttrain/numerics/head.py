@@ -92,7 +92,12 @@ def _stats(
         elif stat is Stat.SAMPLED_LOGPROB:
             out.append(_at_temperature(logits_NV, logp_NV, batch.temperature_N[part], target_N1))
         elif stat is Stat.ENTROPY:
-            out.append(-(logp_NV.exp() * logp_NV).sum(-1))
+            divisor_N = _divisor(batch.temperature_N[part])
+            if divisor_N is None:
+                own_NV = logp_NV
+            else:
+                own_NV = (logits_NV / divisor_N[:, None]).log_softmax(-1)
+            out.append(-(own_NV.exp() * own_NV).sum(-1))
         elif stat is Stat.LOG_COLLISION:
             out.append((2 * logp_NV).logsumexp(-1))
         elif isinstance(stat, Divergence):
@@ -159,12 +164,11 @@ def _fused_stats(
     wanted: frozenset[Wanted],
     teachers: Teachers | None,
 ) -> Mapping[Wanted, Tensor]:
-    divisors = dict[Wanted, Tensor | None]()  # the divisor of the logits for each statistic
-    if Stat.SAMPLED_LOGPROB in wanted:
-        divisors[Stat.SAMPLED_LOGPROB] = _divisor(batch.temperature_N)
-    if wanted & {Stat.LOGPROB, Stat.ENTROPY}:
-        divisors[Stat.LOGPROB] = None
+    sampled_N = None if wanted <= {Stat.LOGPROB} else _divisor(batch.temperature_N)
+    at = {Stat.LOGPROB: None, Stat.SAMPLED_LOGPROB: sampled_N, Stat.ENTROPY: sampled_N}
+    divisors = {stat: at[stat] for stat in at if stat in wanted}  # what each divides the logits by
     views = list({id(d): d for d in divisors.values()}.values())
+    place = {stat: next(i for i, v in enumerate(views) if v is d) for stat, d in divisors.items()}
     compared = [w for w in sorted(wanted, key=repr) if isinstance(w, Divergence)]
     logp_DN, entropy_N, value_JN = LinearStats.apply(
         hidden_NX,
@@ -173,17 +177,14 @@ def _fused_stats(
         batch.target_N,
         Views(
             divisors=tuple(views),
-            entropy=Stat.ENTROPY in wanted,
+            entropy=place.get(Stat.ENTROPY),
             divergences=tuple(compared),
             teachers=teachers,
             scale=head.scale,
             graded=torch.is_grad_enabled(),
         ),
     )
-    found: dict[Wanted, Tensor] = {
-        stat: logp_DN[next(i for i, v in enumerate(views) if v is d)]
-        for stat, d in divisors.items()
-    }
+    found: dict[Wanted, Tensor] = {stat: logp_DN[view] for stat, view in place.items()}
     found[Stat.ENTROPY] = entropy_N
     found |= dict(zip(compared, value_JN, strict=True))
     return {stat: found[stat] for stat in sorted(wanted, key=repr)}

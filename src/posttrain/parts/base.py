@@ -4,8 +4,7 @@
 
 A part is one class: fields are the options of a recipe, class variables and properties declare
 what it needs and provides, methods compute. Code that plans, builds or runs a stage calls these,
-and knows no part by name. The decorator :func:`posttrain.parts.registry.part` registers a class
-for recipes, under its name in snake case.
+and knows no part by name. ``@part`` registers a class under its name in snake case.
 
 No module of parts imports PyTorch at import time: tensor code takes it from
 :mod:`posttrain.core.lazy`.
@@ -20,15 +19,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from posttrain.core.bounds import Inner, NonNegative
 from posttrain.core.config import Config
-from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.errors import LegalityError
 from posttrain.core.provenance import Kind, Regime
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat, Wanted
+from posttrain.core.task import TaskSet
 from posttrain.core.trajectory import Column, Group
 from posttrain.parts.registry import snake_case
+from posttrain.parts.shelf import Reader
 from posttrain.parts.tools import Score, Tools
-from posttrain.protocols import Renderer, Stream
+from posttrain.protocols import Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,10 +100,13 @@ class Part(Config, tag=snake_case, tag_field="type"):
 class PlanFacts:
     """Planning facts, known before a model is loaded: tokenizer, context and task sets."""
 
-    root: Path  # the recipe's folder
-    renderer: Renderer
-    context: int  # tokens
-    prompt_lengths: Callable[[str], Sequence[int]]  # tokens of some prompts of a task set
+    reader: Reader
+    taskset: Callable[[str], TaskSet]
+
+    def prompt_lengths(self, name: str) -> list[int]:
+        """Tokens of the first training prompts of a task set."""
+        prompts = map(self.reader.renderer.prompt, self.taskset(name).train[:64])
+        return [len(prompt.tokens) for prompt in prompts]
 
 
 # --- sources ---------------------------------------------------------------------------------
@@ -205,7 +210,7 @@ class Source(Part):
         """
         raise NotImplementedError
 
-    def rows(self, *, root: Path, renderer: Renderer, context: int, seed: int = 0) -> Stream | None:
+    def rows(self, reader: Reader, *, seed: int = 0) -> Stream | None:
         """Its file, rendered and checked; None for a source that reads none.
 
         Raises:
@@ -218,7 +223,7 @@ class Source(Part):
 
         By default nothing is known, and every trajectory may fill the context.
         """
-        return 0.0, groups * self.group_size * facts.context
+        return 0.0, groups * self.group_size * facts.reader.context
 
     def open(self, tools: Tools, *, seed: int) -> Stream:
         """The stream of groups of this source.
@@ -323,17 +328,10 @@ class Limit(Config):
     cross-entropy on chosen answers to a loss on pairs.
     """
 
-    entropy_share: float | None = None
+    entropy_share: Inner | None = None
     marked: bool = False
     rewards: Literal["any", "positive", "negative"] = "any"
     preference: Literal["any", "chosen", "rejected"] = "any"
-
-    def __post_init__(self) -> None:
-        if self.entropy_share is not None and not 0 < self.entropy_share < 1:
-            raise ConfigError(
-                f"limit with entropy_share={self.entropy_share}",
-                expected="above 0 and below 1; null reads every token",
-            )
 
     @property
     def needs(self) -> Columns:
@@ -346,12 +344,8 @@ class Limit(Config):
 class WeightSchedule(Config):
     """A term's weight moves from ``weight`` at the first update to ``end`` at the last one."""
 
-    end: float
+    end: NonNegative
     shape: Literal["linear", "cosine"] = "linear"
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.end):
-            raise ConfigError(f"weight_schedule with end={self.end}", expected="a finite number")
 
     def at(self, weight: float, *, progress: float) -> float:
         """The weight when ``progress`` of the stage, from 0 to 1, is done.
@@ -401,7 +395,7 @@ class Term(Part):
     accepts: ClassVar[frozenset[Kind]] = ANYONE  # authors on whose tokens the loss is valid
     by_divergence: ClassVar[bool] = False  # reads divergences from a teacher, and no log-probs
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     where: tuple[Kind, ...] = ()
     limit: Limit = Limit()
     weight_schedule: WeightSchedule | None = None  # null: constant

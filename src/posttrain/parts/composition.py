@@ -153,8 +153,8 @@ def method(name: str, **options: Any) -> Method:
         >>> [type(term).__name__ for term in dpo.compose().terms]
         ['Dpo']
     """
-    written = {"name": name, **{k: msgspec.to_builtins(v) for k, v in options.items()}}
-    made: Method = convert(written, find("method", name), origin=f"method {name}")
+    found = find("method", name)
+    made: Method = convert({"name": name, **options}, found, origin=f"method {name}")
     return made
 
 

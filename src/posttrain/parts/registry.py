@@ -198,7 +198,7 @@ def find(role: str, tag: str) -> type[Any]:
     """
     found = known(role)
     if tag not in found:
-        raise ConfigError(f"no {role} {tag!r}", fix=nearest(tag, found))
+        raise ConfigError(f"no {role} {tag!r}", fix=nearest(str(tag), found))
     return found[tag]
 
 

@@ -12,6 +12,7 @@ from posttrain.core.errors import TaskError
 from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import Group
 from posttrain.parts.memory import Memory
+from posttrain.parts.shelf import Reader, Shelf
 from posttrain.protocols import Policy, Renderer, Sampler
 
 Score = Callable[[Sequence[Group]], Sequence[Group]]
@@ -39,8 +40,16 @@ class Tools:
     longest: int = 0  # maximum tokens of an answer that the stage draws
     judge: Score = lambda groups: groups  # the stage's reward signals, in order
     memory: Memory | None = None  # cache of log-probs, where trajectories repeat
+    shelf: Shelf = field(default_factory=Shelf)  # data files that were rendered already
     heads: Mapping[str, int] = field(default_factory=dict)
     """By reference, the numbers of teachers whose output heads the loss has."""
+
+    @property
+    def reader(self) -> Reader:
+        """Reads data files with the learner's tokenizer."""
+        return Reader(
+            root=self.root, renderer=self.renderer, context=self.live.context, shelf=self.shelf
+        )
 
     @property
     def renderer(self) -> Renderer:

@@ -6,10 +6,11 @@ RunHistory ──statistics, tokens as text──▶ RunReport ──render─�
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from posttrain.chat import token_texts
-from posttrain.core.errors import LedgerBroken
+from posttrain.core.errors import DataError, LedgerBroken, RunError
 from posttrain.core.trajectory import Trajectory
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.profile import profile
@@ -39,19 +40,31 @@ def write_report(out: Path, *, sections: Sequence[SectionOf] = ()) -> Path:
     Raises:
         ConfigError: ``out`` is not a run folder.
     """
-    folder = RunFolder(out)
-    added = [section for of in sections if (section := of(folder)) is not None]
-    return folder.write_report(render(load_report(out), sections=added))
+    folder, report, added = RunFolder(out), load_report(out), list[Section]()
+    for of in sections:
+        try:
+            section = of(folder)
+        except (DataError, RunError) as error:
+            report = replace(
+                report, alarms=(*report.alarms, f"a section is left out: {error.found}")
+            )
+            continue
+        added += [] if section is None else [section]
+    return folder.write_report(render(report, sections=added))
 
 
 def load_report(out: Path) -> RunReport:
-    """Everything the report of a run folder shows, finished or not."""
-    run = read_history(out)
+    """Everything the report of a run folder shows, finished or not.
+
+    Files that are not what the ledger records are left out, and named in ``alarms``.
+    """
+    run = read_history(out, lenient=True)
     return RunReport(
         recipe=run.recipe,
         machine=_machine(run.began),
         began=run.began,
         ledger=_verified(run.folder.ledger_file),
+        alarms=run.alarms,
         stages=tuple(_stage(run, planned) for planned in run.stages),
         policies=tuple(_policy(m, run.recipe.measure) for m in run.measurements),
         whole=run.whole(),
@@ -90,11 +103,11 @@ def _policy(measurement: Measurement, spec: Measure) -> PolicyReport:
 def _samples(run: RunHistory, planned: PlannedStage) -> Iterator[Sample]:
     """Trajectories of the last shard: one of each reward where there are several."""
     stage = run.stage_folder(planned)
-    shards, uses = stage.trajectory_files(), stage.use_files()
+    shards, uses = map(run.readable, (stage.trajectory_files(), stage.use_files()))
     models = [run.stage_folder(s).model for s in run.stages]
     # All stages share one tokenizer; before the first export there is none in the run folder.
     folder = next((m for m in models if m.is_dir()), None)
-    if not shards or folder is None:
+    if not shards or not uses or folder is None:
         return
     text_of = token_texts(folder)
     rewards = {u.trajectory: u.reward for u in read_uses(uses[-1])}

@@ -62,6 +62,7 @@ class RunReport:
     machine: str  # in words
     began: Record | None = None  # the ledger's last row of kind RUN
     ledger: Verified | None = None  # None: the chain does not hold
+    alarms: tuple[str, ...] = ()  # files that are not what the ledger records, in words
     stages: tuple[StageReport, ...] = ()  # those that have started
     policies: tuple[PolicyReport, ...] = ()
     whole: PolicyChange | None = None  # base to final

@@ -17,9 +17,11 @@ from posttrain.core import config
 from posttrain.core.events import Note, Observer, Proved, ignore
 from posttrain.core.proofs import Proof
 from posttrain.core.task import TaskSet
-from posttrain.protocols import Engine, Policy
+from posttrain.parts.shelf import Reader, Shelf
+from posttrain.protocols import DataFile, Engine, Policy
 from posttrain.recipe import Recipe
 from posttrain.run.build import StageBuilder, learner_of
+from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
 from posttrain.run.plan import Plan, PlannedStage, all_plans, model_path
 from posttrain.run.rehearsal import rehearse
 
@@ -34,6 +36,7 @@ class Checked:
     policies: Mapping[str, Policy]  # the base, and those outside the recipe, by reference
     tasksets: Mapping[str, TaskSet]
     proofs: tuple[Proof, ...]
+    shelf: Shelf  # the data files that were rendered
 
     @property
     def base(self) -> Policy:
@@ -79,8 +82,18 @@ def check(
     ahead = {s.identity: (s, plan) for plan in plans for s in plan.stages if not has_started(s)}
     for planned, _ in ahead.values():
         trial.outside(planned)
+    trial.note(notes_of(tasksets))
     for plan in plans:
         trial.read(plan, [s for s in plan.stages if s.identity in ahead])
+    drawn = {name for s, _ in ahead.values() for name in s.composition.source.draws_from}
+    trial.note(
+        overlaps(
+            tasksets,
+            measured=recipe.measured_tasks if ahead else (),
+            drawn=sorted(drawn),
+            files=trial.files.values(),
+        )
+    )
     for planned, plan in ahead.values():
         if planned.spec.budget.steps is None or planned.spec.budget.steps >= rehearse_from:
             trial.rehearse(planned, plan)
@@ -91,6 +104,7 @@ def check(
         policies=trial.policies,
         tasksets=tasksets,
         proofs=tuple(trial.proofs),
+        shelf=trial.shelf,
     )
 
 
@@ -105,6 +119,13 @@ class _Trial:
     observe: Observer
     policies: dict[str, Policy]
     proofs: list[Proof] = field(default_factory=list)
+    shelf: Shelf = field(default_factory=Shelf)
+    files: dict[tuple[object, ...], DataFile] = field(default_factory=dict)
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Show what a reader should know."""
+        for note in notes:
+            self.observe(Note(text=note))
 
     def prove(self, proofs: Iterable[Proof]) -> None:
         """Keep and show proofs."""
@@ -121,19 +142,39 @@ class _Trial:
                 self.prove(replace(proof, of=ref) for proof in policy.proofs)
 
     def read(self, plan: Plan, stages: Sequence[PlannedStage]) -> None:
-        """Read all data files with the tokenizer that their stages have."""
+        """Read all data files, and the prompts, with the tokenizer that their stages have."""
         readers = dict(self.policies)
         for planned in plan.stages:
             reader = readers[planned.init]
             readers[planned.spec.name] = reader
-            if planned in stages:
-                for leaf in planned.composition.source.leaves:
-                    leaf.rows(root=plan.root, renderer=reader.renderer, context=reader.context)
+            if planned not in stages:
+                continue
+            renderer, context = reader.renderer, reader.context
+            check_fits(
+                asked_by(planned, self.recipe, self.tasksets), renderer=renderer, context=context
+            )
+            rows = Reader(root=plan.root, renderer=renderer, context=context, shelf=self.shelf)
+            for leaf in planned.composition.source.leaves:
+                stream = leaf.rows(rows)
+                for file in stream.files if stream is not None else ():
+                    self._found(file)
+
+    def _found(self, file: DataFile) -> None:
+        """A data file was read; the first time, say what was found."""
+        key = (file.name, file.digest, *file.notes)
+        if key not in self.files:
+            self.files[key] = file
+            self.note(f"data set {file.name}: {note}" for note in file.notes)
+            self.prove(file.proofs)
 
     def rehearse(self, planned: PlannedStage, plan: Plan) -> None:
         """Take one draw of a stage."""
         build = StageBuilder(
-            root=self.root, seed=self.recipe.seed, tasksets=self.tasksets, policy=self._policy
+            root=self.root,
+            seed=self.recipe.seed,
+            tasksets=self.tasksets,
+            policy=self._policy,
+            shelf=self.shelf,
         )
         proof = rehearse(
             planned,

@@ -4,15 +4,11 @@
       lock                          names the process that writes the folder now (files.py)
       recipe.json                   the resolved recipe
       ledger.jsonl                  the hash-chained record of events (ledger.py)
+      ledger.jsonl.head             its last record, to notice a cut
       ledger.jsonl.torn-<k>         an unfinished last line of a killed process
       measurements/<policy>.json    one file per measured policy
-      stages/<name>-<id>/
-        stage.json                  the stage's identity, and what it is the hash of
-        metrics.jsonl               one line per step, cut back to the checkpoint on resume
-        shards/000025.*.parquet     trajectories and their uses since the previous checkpoint
-        checkpoint/                 learner.pt, progress.json, state of parts: the commit point
-        model/                      the export, written once, after the last step
-        done.json                   the stage is finished
+      stages/<name>-<id>/           a stage (stage_folder.py)
+      aside/<name>-<id>-<k>/        a stage that was set aside
       treat.json                    the decisions of a treatment so far (diagnosis/treat.py)
       diagnoses/<k>.json            its diagnosis after k rounds, and its page <k>.html
       report.html                   the report
@@ -23,14 +19,15 @@
 Any process may read, also during the run: a :class:`RunFolder` writes only the pages, which are
 rendered from the other files and can be rendered again. All else is written through a
 :class:`RunWriter`, which exists only while its process holds the lock. A write replaces the old
-version atomically; ledger and metrics are only appended to. No other module has these names.
+version atomically; ledger and metrics are only appended to. The ledger records every file but the
+pages (evidence.py). No other module than this one and ``stage_folder.py`` has these names.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,63 +36,46 @@ from typing import TypeVar
 import msgspec
 
 from posttrain.core.config import Config
-from posttrain.core.errors import ConfigError, DataError, RunError, nearest
-from posttrain.core.files import atomic_folder, folder_lock, recover_folder, write_atomic
-from posttrain.core.proofs import Proof
+from posttrain.core.errors import ConfigError, DataError, nearest
+from posttrain.core.files import folder_lock, sync_folder, write_atomic
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Recipe, load_recipe
-from posttrain.run.ledger import Ledger, Record, read
+from posttrain.run.evidence import (
+    Evidence,
+    Fault,
+    announce,
+    entry_at,
+    files_below,
+    plain_files,
+    write_recorded,
+)
+from posttrain.run.ledger import Ledger, Record, RecordKind, head_file, read
+from posttrain.run.stage_folder import StageFolder, StageWriter, stage_folder_name
 
 Treatment = TypeVar("Treatment", bound=Config)
 
 RECIPE, LEDGER, REPORT, TREATMENT = "recipe.json", "ledger.jsonl", "report.html", "treat.json"
 MEASUREMENTS, STAGES, DIAGNOSES = "measurements", "stages", "diagnoses"
-STAGE, METRICS, RESULT, PROGRESS = "stage.json", "metrics.jsonl", "done.json", "progress.json"
-SHARDS, CHECKPOINT, MODEL = "shards", "checkpoint", "model"
-
-
-class StageRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The first file in a stage's folder: the stage's identity and inputs."""
-
-    name: str
-    identity: str
-    init: str  # "base", an earlier stage's name, or "path:..."
-    inputs: Mapping[str, object]  # what the identity is the hash of, as plain data
-
-
-class StageProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """The step of a checkpoint, and the ledger rows that belong to it."""
-
-    step: int
-    seconds: float  # run time so far, over all processes
-    rows: list[tuple[str, dict[str, object]]]  # (ledger kind, body)
-    after: int  # records in the ledger before these rows
-
-
-class StageResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The last file in a stage's folder: the stage is finished."""
-
-    steps: int
-    seconds: float
-    digest: str  # of the exported model folder
-
-
-def stage_folder_name(name: str, identity: str) -> str:
-    """Name of a stage's folder in a run.
-
-    Example:
-        >>> stage_folder_name("sft", "0f3a9c2e77d1")
-        'sft-0f3a9c2e'
-    """
-    return f"{name}-{identity[:8]}"
+ASIDE, LOCK = "aside", "lock"
+NOISE = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+"""Files that file managers leave."""
 
 
 def read_measurement(path: Path) -> Measurement:
-    """Read a measurement file, in a run folder or elsewhere.
+    """Read a measurement file. One that lies in a run folder is checked against its ledger.
 
     Raises:
         DataError: the file is no measurement, or is damaged.
+        FileChanged: it is not what the run's ledger records.
     """
+    path = path.absolute()
+    run = RunFolder(path.parents[1])
+    if path.parent.name == MEASUREMENTS and (run.is_run or run.ledger_file.is_file()):
+        run.evidence().require(path)
+    return _measurement_at(path)
+
+
+def _measurement_at(path: Path) -> Measurement:
     try:
         return Measurement.from_json(path.read_text(encoding="utf-8"))
     except (DataError, UnicodeDecodeError) as error:
@@ -106,169 +86,6 @@ def read_measurement(path: Path) -> Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class StageFolder:
-    """The folder of one stage, read-only."""
-
-    path: Path
-
-    @property
-    def model(self) -> Path:
-        """The exported model folder; complete or absent."""
-        return self.path / MODEL
-
-    @property
-    def checkpoint(self) -> Path:
-        """The last checkpoint; complete or absent."""
-        return self.path / CHECKPOINT
-
-    @property
-    def metrics_file(self) -> Path:
-        """One JSON line per step."""
-        return self.path / METRICS
-
-    @property
-    def record_file(self) -> Path:
-        """The stage's identity and inputs."""
-        return self.path / STAGE
-
-    @property
-    def result_file(self) -> Path:
-        """Exists only when the stage is finished."""
-        return self.path / RESULT
-
-    def shard_files(self, step: int) -> tuple[Path, Path]:
-        """The files of (trajectories, uses) that belong to the checkpoint at ``step``."""
-        folder = self.path / SHARDS
-        return folder / f"{step:06d}.trajectories.parquet", folder / f"{step:06d}.uses.parquet"
-
-    def trajectory_files(self) -> list[Path]:
-        """Every file of trajectories, in the order of steps."""
-        return sorted((self.path / SHARDS).glob("*.trajectories.parquet"))
-
-    def use_files(self) -> list[Path]:
-        """Every file of uses, in the order of steps."""
-        return sorted((self.path / SHARDS).glob("*.uses.parquet"))
-
-    def shards_after(self, step: int) -> list[Path]:
-        """Shards of checkpoints after ``step``."""
-        found = (self.path / SHARDS).glob("*.parquet")
-        return [p for p in found if int(p.name.partition(".")[0]) > step]
-
-    def record(self) -> StageRecord | None:
-        """The stage's identity and inputs; None when there is no stage.
-
-        Raises:
-            RunError: the file is damaged.
-        """
-        if not self.record_file.is_file():
-            return None
-        try:
-            return msgspec.json.decode(self.record_file.read_bytes(), type=StageRecord)
-        except msgspec.MsgspecError as error:
-            raise RunError(
-                f"{self.record_file} is damaged: {error}",
-                expected="the file that the stage wrote when it began",
-                fix=f"delete {self.path} to start this stage again",
-            ) from None
-
-    def progress(self) -> StageProgress | None:
-        """The progress of the last checkpoint; None when there is none yet.
-
-        Raises:
-            RunError: the checkpoint is damaged.
-        """
-        path = self.checkpoint / PROGRESS
-        if not path.is_file():
-            return None
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=StageProgress)
-        except msgspec.MsgspecError as error:
-            raise RunError(
-                f"{path} is damaged: {error}",
-                expected="the file that the last commit wrote",
-                fix=f"delete {path.parent} to start this stage again",
-            ) from None
-
-    def result(self) -> StageResult | None:
-        """The result of a finished stage; None before.
-
-        Raises:
-            RunError: the file is damaged, or the stage is finished and its model was removed.
-        """
-        if not self.result_file.is_file():
-            return None
-        again = f"delete {self.result_file} to export again from the last checkpoint"
-        if not self.model.is_dir():
-            raise RunError(
-                f"{self.path} is finished, and its model folder is gone",
-                expected=f"{self.model}",
-                fix=f"put it back, or {again}",
-            )
-        try:
-            return msgspec.json.decode(self.result_file.read_bytes(), type=StageResult)
-        except msgspec.MsgspecError as error:
-            raise RunError(f"{self.result_file} is damaged: {error}", fix=again) from None
-
-    def metrics(self) -> list[Mapping[str, float]]:
-        """The metrics of every step, in order, without an unfinished last line."""
-        return [json.loads(line) for line in self.metric_lines()]
-
-    def metric_lines(self) -> list[str]:
-        """The complete lines of the metrics file."""
-        if not self.metrics_file.is_file():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        return [line for line in lines if line.endswith("}")]  # a killed write leaves half a line
-
-
-@dataclass(frozen=True, slots=True)
-class StageWriter(StageFolder):
-    """A stage's folder, writable: for the process with the lock only. See :class:`RunWriter`."""
-
-    def has_started(self) -> bool:
-        """True when the stage has a checkpoint or a model."""
-        self.recover_checkpoint()
-        recover_folder(self.model)
-        return any(p.exists() for p in (self.checkpoint, self.model, self.result_file))
-
-    def recover_checkpoint(self) -> None:
-        """Finish or undo a commit that a kill interrupted."""
-        recover_folder(self.checkpoint)
-
-    def write_record(self, record: StageRecord) -> None:
-        """Write the stage's identity and inputs."""
-        write_atomic(self.record_file, msgspec.json.format(msgspec.json.encode(record)))
-
-    @contextmanager
-    def next_checkpoint(self, progress: StageProgress) -> Iterator[Path]:
-        """A folder to save into. It replaces the last checkpoint when the block succeeds."""
-        with atomic_folder(self.checkpoint) as partial:
-            yield partial
-            write_atomic(partial / PROGRESS, msgspec.json.encode(progress))
-
-    def write_metric_lines(self, lines: list[str]) -> None:
-        """Replace all metrics by these lines."""
-        write_atomic(self.metrics_file, "".join(line + "\n" for line in lines))
-
-    def export(self, write: Callable[[Path], Sequence[Proof]]) -> Sequence[Proof]:
-        """Let ``write`` fill the model folder, unless an earlier process exported it: the folder
-        is complete or absent, and its name has the stage's identity. Returns its proofs."""
-        recover_folder(self.model)
-        if self.model.is_dir():
-            return ()
-        with atomic_folder(self.model) as partial:
-            return write(partial)
-
-    def write_result(self, result: StageResult) -> None:
-        """Mark the stage as finished."""
-        write_atomic(self.result_file, msgspec.json.encode(result))
-
-    def remove(self) -> None:
-        """Delete the folder and its content."""
-        shutil.rmtree(self.path)
-
-
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """A run folder, finished or not, read-only but for the pages. :meth:`lock` opens it to write.
 
@@ -276,9 +93,9 @@ class RunFolder:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as out:
         ...     with RunFolder(Path(out)).lock() as writer:
-        ...         _ = writer.open_ledger()
-        ...     RunFolder(Path(out)).records(), RunFolder(Path(out)).measured()
-        ([], [])
+        ...         writer.write_diagnosis(0, "{}")
+        ...     [str(r.kind) for r in RunFolder(Path(out)).records()]
+        ['file']
     """
 
     path: Path
@@ -310,11 +127,15 @@ class RunFolder:
         """The decisions of a treatment so far; missing in other runs."""
         return self.path / TREATMENT
 
-    def recipe(self) -> Recipe:
+    def recipe(self, *, checked: bool = True) -> Recipe:
         """The resolved recipe of the run.
+
+        Args:
+            checked: against the ledger.
 
         Raises:
             ConfigError: this is not a run folder, or its recipe is invalid.
+            FileChanged: it is not what the ledger records.
         """
         if not self.is_run:
             raise ConfigError(
@@ -322,6 +143,8 @@ class RunFolder:
                 expected=f"a folder that `posttrain run` or `tour` wrote, with {RECIPE} in it",
                 fix="check the path: it is what --out said, or out/<recipe name>",
             )
+        if checked:
+            self.evidence().require(self.recipe_file)
         return load_recipe(self.recipe_file)
 
     def records(self) -> list[Record]:
@@ -332,6 +155,45 @@ class RunFolder:
         """
         return read(self.ledger_file)
 
+    def evidence(self) -> Evidence:
+        """What the ledger, and a commit that a kill kept from it, say of the files.
+
+        Raises:
+            LedgerBroken: the chain is broken; the message has the line.
+        """
+        records = self.records()
+        late = [r for s in self.stage_folders() for r in s.pending(records, root=self.path)]
+        return Evidence.of(self.path, records, late=late)
+
+    def stage_folders(self) -> list[StageFolder]:
+        """The folder of every stage, whatever its files are worth."""
+        found = sorted((self.path / STAGES).glob("*"))
+        return [StageFolder(p) for p in found if p.is_dir() and not p.name.startswith(".")]
+
+    def unrecorded(self, known: Evidence) -> list[Path]:
+        """Files that no row names, without those that need none.
+
+        These are the ledger and what lies beside it, pages, stages that were set aside, what a
+        stage leaves before its next commit, and the files of file managers.
+        """
+        free = {self.path / LOCK, self.report_file, self.ledger_file, head_file(self.ledger_file)}
+        torn, named = f"{LEDGER}.torn-", set(known.names)
+        stages = {stage.path: stage for stage in self.stage_folders()}
+        found = []
+        for file in files_below(self.path):
+            parts = file.relative_to(self.path).parts
+            at = self.path.joinpath(*parts[:2])
+            page = parts[0] == DIAGNOSES and file.suffix == ".html"
+            left = at in stages and stages[at].is_leftover(file)
+            if not (
+                "/".join(parts) in named
+                or file in free
+                or file.name in NOISE
+                or (parts[0].startswith(torn) or parts[0] == ASIDE or page or left)
+            ):
+                found.append(file)
+        return found
+
     def measurement_file(self, policy: str) -> Path:
         """Path of a policy's measurement, which may not exist yet."""
         return self.path / MEASUREMENTS / f"{policy}.json"
@@ -340,12 +202,17 @@ class RunFolder:
         """Names of the measured policies, sorted."""
         return sorted(p.stem for p in (self.path / MEASUREMENTS).glob("*.json"))
 
-    def measurement(self, policy: str) -> Measurement:
+    def measurement(self, policy: str, *, checked: bool = True) -> Measurement:
         """The measurement of a policy.
+
+        Args:
+            policy: its name.
+            checked: against the ledger.
 
         Raises:
             ConfigError: it was not measured.
             DataError: the file is damaged.
+            FileChanged: it is not what the ledger records.
         """
         path = self.measurement_file(policy)
         if not path.is_file():
@@ -353,10 +220,19 @@ class RunFolder:
                 f"{self.path} has no measured policy {policy!r}",
                 fix=nearest(policy, self.measured()),
             )
-        return read_measurement(path)
+        if checked:
+            self.evidence().require(path)
+        return _measurement_at(path)
 
     def stage(self, name: str, identity: str) -> StageFolder:
-        """The folder of a stage, which may not exist yet."""
+        """The folder of a stage, which may not exist yet.
+
+        A stage whose change was accepted keeps the folder that it started in.
+        """
+        for stage in self.stage_folders():
+            record = stage.whole_record()
+            if record is not None and (record.name, record.identity) == (name, identity):
+                return stage
         return StageFolder(self.path / STAGES / stage_folder_name(name, identity))
 
     def stages(self, name: str | None = None) -> list[StageFolder]:
@@ -374,8 +250,14 @@ class RunFolder:
         ]
 
     def models(self, name: str) -> list[Path]:
-        """The exported models of the stages of that name."""
-        return [stage.model for stage in self.stages(name) if stage.model.is_dir()]
+        """The exported models of the stages of that name.
+
+        Raises:
+            FileChanged: one is not what the ledger records.
+        """
+        found = [stage.model for stage in self.stages(name) if stage.model.is_dir()]
+        self.evidence().require(*found)
+        return found
 
     def treatment(self, kind: type[Treatment]) -> Treatment | None:
         """The decisions of a treatment so far; None in other runs.
@@ -390,7 +272,7 @@ class RunFolder:
             return msgspec.json.decode(path.read_bytes(), type=kind)
         except msgspec.MsgspecError as error:
             raise DataError(
-                f"{path} is damaged: {error}", fix=f"start again in another folder: {self.path}-2"
+                f"{path} is damaged: {error}", fix="put the file back, or choose another --out"
             ) from None
 
     def diagnoses(self) -> list[int]:
@@ -429,46 +311,99 @@ class RunFolder:
             RunError: the file system has no locks.
         """
         with folder_lock(self.path):
-            yield RunWriter(self.path)
+            writer = RunWriter(self.path, Ledger.open(self.ledger_file))
+            writer.recover()
+            yield writer
 
 
 @dataclass(frozen=True, slots=True)
 class RunWriter(RunFolder):
     """A run folder, writable: for the process with the lock only. See :meth:`RunFolder.lock`."""
 
-    def open_ledger(self) -> Ledger:
-        """The ledger, to append to.
+    ledger: Ledger
 
-        Raises:
-            LedgerBroken: the chain is broken; the message has the line.
-        """
-        return Ledger.open(self.ledger_file)
+    def recover(self) -> None:
+        """Put right what a kill interrupted, so that files and ledger agree again."""
+        if self.ledger.records:
+            last = self.ledger.records[-1].body
+            if "aside" in last:
+                self._move(Path(str(last["folder"])), Path(str(last["aside"])))
+            undone = Evidence.of(self.path, self.ledger.records).undone()
+            if undone is not None:
+                self.ledger.append(RecordKind.FILE, undone)
+        for stage in self.stage_folders():
+            StageWriter(stage.path, self.ledger).recover()
+        self._remove_partials()
 
     def stage_writer(self, name: str, identity: str) -> StageWriter:
         """The folder of a stage, writable. The first write creates it."""
-        return StageWriter(self.stage(name, identity).path)
+        return StageWriter(self.stage(name, identity).path, self.ledger)
 
     def stage_writers(self, name: str) -> list[StageWriter]:
         """The started stages of one name, writable."""
-        return [StageWriter(stage.path) for stage in self.stages(name)]
+        return [StageWriter(stage.path, self.ledger) for stage in self.stages(name)]
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Replace the run's recipe."""
-        write_atomic(self.recipe_file, msgspec.json.format(msgspec.json.encode(recipe)))
+        self._write(self.recipe_file, msgspec.json.format(msgspec.json.encode(recipe)))
 
     def write_measurement(self, policy: str, measurement: Measurement) -> None:
         """Replace the policy's measurement."""
-        write_atomic(self.measurement_file(policy), measurement.to_json())
+        self._write(self.measurement_file(policy), measurement.to_json())
 
     def write_treatment(self, record: Config) -> None:
         """Replace the treatment's record."""
-        write_atomic(self.treatment_file, msgspec.json.format(msgspec.json.encode(record)))
+        self._write(self.treatment_file, msgspec.json.format(msgspec.json.encode(record)))
 
     def write_diagnosis(self, number: int, content: str) -> None:
         """Write the diagnosis after ``number`` rounds, as JSON."""
-        write_atomic(self.diagnosis_file(number), content)
+        self._write(self.diagnosis_file(number), content)
 
-    def remove_partials(self) -> None:
+    def _write(self, path: Path, content: bytes | str) -> None:
+        write_recorded(self.ledger, path, content)
+
+    def remove_stage(self, stage: StageWriter) -> None:
+        """Delete the folder of a stage that has not started."""
+        announce(self.ledger, dict.fromkeys(files_below(stage.path)))
+        shutil.rmtree(stage.path)
+
+    def set_aside(self, name: str) -> list[Path]:
+        """Move the folders of a stage out of the way, whatever they hold; returns the new places.
+
+        Nothing is deleted. The ledger keeps the rows of its work.
+        """
+        own = re.compile(re.escape(name) + "-[0-9a-f]{8}")
+        moved = []
+        for stage in (s.path for s in self.stage_folders() if own.fullmatch(s.path.name)):
+            number = 1
+            while (to := self.path / ASIDE / f"{stage.name}-{number}").exists():
+                number += 1
+            places = [p.relative_to(self.path).as_posix() for p in (stage, to)]
+            known = [n for n in self.evidence().names if n.startswith(f"{places[0]}/")]
+            body = {"name": name, "event": "set aside", "folder": places[0], "aside": places[1]}
+            self.ledger.append(RecordKind.STAGE, {**body, "files": dict.fromkeys(known)})
+            self._move(Path(places[0]), Path(places[1]))
+            moved.append(to)
+        return moved
+
+    def _move(self, stage: Path, to: Path) -> None:
+        """Move a stage's folder, unless an earlier process did."""
+        if (self.path / stage).is_dir() and not (self.path / to).exists():
+            (self.path / to).parent.mkdir(exist_ok=True)
+            (self.path / stage).rename(self.path / to)
+            sync_folder((self.path / to).parent)
+            sync_folder((self.path / stage).parent)
+
+    def accept_files(self, faults: Sequence[Fault]) -> None:
+        """Go on with files as they are now: the ledger holds what they were and what they are."""
+        known = self.evidence().entries
+        names = [f.path for f in faults if f.path != head_file(self.ledger_file).name]
+        was = {n: known[n].plain if n in known else None for n in names}
+        now = {self.path / n: entry_at(self.path / n) for n in names}
+        files = plain_files(self.path, now)
+        self.ledger.append(RecordKind.ACCEPT, {"name": "files", "old": was, "files": files})
+
+    def _remove_partials(self) -> None:
         """Remove the partial files of killed writes; their names end in random digits."""
         flat = (self.path, self.path / MEASUREMENTS, self.path / DIAGNOSES)
         for folder in (*flat, *(self.path / STAGES).glob("**")):

@@ -7,13 +7,15 @@ run folder ──read_history──▶ RunHistory ──record──▶ StageHis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 from posttrain.core import config
 from posttrain.core.clock import NAMES, seconds_in
+from posttrain.core.errors import DataError, LedgerBroken, RunError
 from posttrain.core.proofs import Proof, Subject
 from posttrain.core.provenance import Regime
 from posttrain.core.trajectory import Column
@@ -23,9 +25,12 @@ from posttrain.measure.measurement import Measurement
 from posttrain.measure.retained import Retained, retained
 from posttrain.parts.registry import tag_of
 from posttrain.recipe import Recipe
-from posttrain.run.folder import RunFolder, StageFolder, StageResult
+from posttrain.run.audit import audit
+from posttrain.run.evidence import changed
+from posttrain.run.folder import RunFolder
 from posttrain.run.ledger import Record, RecordKind
 from posttrain.run.plan import PlannedStage
+from posttrain.run.stage_folder import StageFolder, StageResult
 from posttrain.run.store import ProducerTokens, tokens_by_producer
 
 Metrics = Mapping[str, float]
@@ -105,6 +110,8 @@ class RunHistory:
     measurements: tuple[Measurement, ...]  # base first, then in the recipe's order
     stages: tuple[PlannedStage, ...]  # started ones
     records: tuple[Record, ...]  # the ledger
+    alarms: tuple[str, ...] = ()  # files that are not what the ledger records, in words
+    unread: frozenset[Path] = frozenset()  # these files: nothing is taken from them
 
     def stage_folder(self, planned: PlannedStage) -> StageFolder:
         """The folder of a stage."""
@@ -113,13 +120,20 @@ class RunHistory:
     def record(self, planned: PlannedStage) -> StageHistory:
         """Everything that a stage wrote, without trajectories."""
         folder = self.stage_folder(planned)
+        uses = self.readable(folder.use_files())
+        metrics = _unless_damaged(folder.metrics) if self.readable([folder.metrics_file]) else None
+        done = _unless_damaged(folder.result) if self.readable([folder.result_file]) else None
         return StageHistory(
             planned=planned,
-            metrics=tuple(folder.metrics()),
-            done=folder.result(),
-            tokens=tuple(tokens_by_producer(folder.use_files())),
+            metrics=tuple(metrics or ()),
+            done=done,
+            tokens=tuple(_unless_damaged(lambda: tokens_by_producer(uses)) or ()),
             gates=tuple(self._gates(planned)),
         )
+
+    def readable(self, files: Sequence[Path]) -> list[Path]:
+        """Those of the files that are what the ledger records."""
+        return [file for file in files if file not in self.unread]
 
     def _gates(self, planned: PlannedStage) -> Iterator[GateRecord]:
         latest = {
@@ -219,28 +233,64 @@ class RunHistory:
         return attribute_changes(before, after, epsilon=spec.threshold, confidence=spec.confidence)
 
 
-def read_history(out: Path) -> RunHistory:
+def read_history(out: Path, *, lenient: bool = False) -> RunHistory:
     """Read a run folder, without its trajectories.
+
+    Args:
+        out: the run folder.
+        lenient: leave out files that are not what the ledger records, and name them in
+            ``alarms``. Where the ledger itself is broken nothing can be compared; what can be read
+            is then taken as it is.
 
     Raises:
         ConfigError: ``out`` is not a run folder.
-        LedgerBroken: the ledger's chain is broken.
+        LedgerBroken: the ledger is missing, cut, or its chain is broken; not if lenient.
+        FileChanged: a file is not what the ledger records; not if lenient.
     """
     folder = RunFolder(out)
-    recipe = folder.recipe()
-    known = folder.measured()
+    recipe = folder.recipe(checked=False)
+    try:
+        records, faults = folder.records(), audit(folder, weights=False)
+        alarms = [str(fault) for fault in faults]
+    except LedgerBroken as error:
+        if not lenient:
+            raise
+        records, faults, alarms = [], [], [error.found]
+    if faults and not lenient:
+        raise changed(out, faults)
+    unread = frozenset(out / fault.path for fault in faults)
+    known = [n for n in folder.measured() if folder.measurement_file(n) not in unread]
     names = [n for n in ("base", *(s.name for s in recipe.stages)) if n in known]
-    measurements = tuple(folder.measurement(name) for name in names)
-    stages = tuple(_started(folder, recipe))
-    return RunHistory(folder, recipe, measurements, stages, tuple(folder.records()))
+    taken = [_unless_damaged(partial(folder.measurement, n, checked=False)) for n in names]
+    return RunHistory(
+        folder,
+        recipe,
+        tuple(m for m in taken if m is not None),
+        tuple(_started(folder, recipe, unread)),
+        tuple(records),
+        tuple(alarms),
+        unread,
+    )
 
 
-def _started(folder: RunFolder, recipe: Recipe) -> Iterator[PlannedStage]:
+T = TypeVar("T")
+
+
+def _unless_damaged(read: Callable[[], T]) -> T | None:
+    """What a file holds; None when it is damaged, which the alarms of its ledger say already."""
+    try:
+        return read()
+    except (DataError, RunError):
+        return None
+
+
+def _started(folder: RunFolder, recipe: Recipe, unread: frozenset[Path]) -> Iterator[PlannedStage]:
     """Started stages. Their plans are read from their folders: data may have changed since."""
+    found = [s for s in folder.stage_folders() if s.record_file not in unread]
+    records = [r for s in found if (r := _unless_damaged(s.record)) is not None]
     for spec in recipe.stages:
-        for stage in folder.stages(spec.name):
-            record = stage.record()
-            if record is not None and record.name == spec.name:
+        for record in records:
+            if record.name == spec.name:
                 yield PlannedStage(
                     spec=spec,
                     composition=spec.method.compose(),

@@ -3,11 +3,13 @@
 A commit writes the shards, then swaps the checkpoint folder, then appends to the ledger. A crash
 in between loses and duplicates nothing: on resume, shards without a checkpoint are removed, and
 missing ledger rows, which the checkpoint's progress also holds, are appended. Until the first
-commit a stage has not started: its folder holds nothing to lose. ``folder.py`` shows the layout.
+commit a stage has not started: its folder holds nothing to lose. ``stage_folder.py`` shows the
+layout. A checkpoint is compared with its ledger row before it is loaded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -15,12 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
-from posttrain.core.files import as_disk_full
+from posttrain.core.files import as_write_error
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 from posttrain.parts.legality import Admission
 from posttrain.protocols import Learner, Stateful
-from posttrain.run.folder import StageProgress, StageWriter
-from posttrain.run.ledger import Ledger, RecordKind, read
+from posttrain.run.evidence import Entry, Evidence, entry_at, plain_files
+from posttrain.run.ledger import RecordKind
+from posttrain.run.stage_folder import StageProgress, StageWriter
 from posttrain.run.store import Use, UseRole, write_trajectories, write_uses
 
 
@@ -32,7 +35,6 @@ class Journal:
         self,
         folder: StageWriter,
         *,
-        ledger: Ledger,
         stage: str,
         identity: str,
         facts: Mapping[str, object],
@@ -40,33 +42,41 @@ class Journal:
         """
         Args:
             folder: of the stage; created if missing.
-            ledger: of the run.
             stage: its name.
             identity: its content hash.
             facts: fields of every ``update`` row (objective, input policy and others).
         """
-        self._folder, self._ledger = folder, ledger
+        self._folder, self._ledger = folder, folder.ledger
         self._stage, self._identity, self._facts = stage, identity, dict(facts)
         self._trajectories: dict[str, Trajectory] = {}
         self._uses: list[Use] = []
         self._step, self._seconds, self._since = 0, 0.0, time.monotonic()
+        self._lines, self._bytes = hashlib.sha256(), 0  # of the metrics file
         folder.path.mkdir(parents=True, exist_ok=True)
 
     def resume(self, learner: Learner, *also: Stateful) -> int:
-        """Load the last checkpoint, if there is one; returns the step to resume from."""
-        self._folder.recover_checkpoint()
+        """Load the last checkpoint, if there is one; returns the step to resume from.
+
+        Raises:
+            FileChanged: it is not what the ledger records.
+        """
+        self._folder.recover()
         progress = self._folder.progress()
         self._since = time.monotonic()
         self._remove_shards(after=progress.step if progress else 0)
         if progress is None:
             self._folder.metrics_file.unlink(missing_ok=True)
             return 0
+        root = self._ledger.path.parent
+        evidence = Evidence.of(root, self._ledger.records)
+        evidence.require(self._folder.checkpoint)
         learner.load(self._folder.checkpoint)
         for number, stateful in enumerate(also):
             stateful.load(state_folder(self._folder.checkpoint, number))
         self._step, self._seconds = progress.step, progress.seconds
-        self._cut_metrics(progress.step)
-        self._append_missing(progress)
+        metrics = self._folder.metrics_file
+        if (entry := evidence.entries.get(metrics.relative_to(root).as_posix())) is not None:
+            self._cut_metrics(entry)
         return progress.step
 
     def metrics(self) -> list[Mapping[str, float]]:
@@ -82,26 +92,29 @@ class Journal:
         for reason, groups in admission.discarded.items():
             for group in groups:
                 self._remember(group, step=step, role=UseRole.DISCARDED, reason=str(reason))
+        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
         try:
-            with self._folder.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            with self._folder.metrics_file.open("ab") as file:
+                file.write(line)
         except OSError as error:
-            full = as_disk_full(error, writing=self._folder.metrics_file)
-            if full is None:
+            failed = as_write_error(error, writing=self._folder.metrics_file)
+            if failed is None:
                 raise
-            raise full from error
+            raise failed from error
+        self._lines.update(line)
+        self._bytes += len(line)
 
     def commit(self, step: int, learner: Learner, *also: Stateful) -> None:
         """Make everything up to ``step`` durable."""
+        self._ledger.begin()  # else its first row would come between those of the commit
         files = self._folder.shard_files(step)
         digests = [
             write_trajectories(files[0], list(self._trajectories.values())),
             write_uses(files[1], self._uses),
         ]
-        names = [file.relative_to(self._folder.path).as_posix() for file in files]
         shard: dict[str, object] = {
             "stage": self._stage,
-            "files": dict(zip(names, digests, strict=True)),
+            "files": plain_files(self._ledger.path.parent, {f: entry_at(f) for f in files}),
             "rows": len(self._uses),
             "discarded": sum(u.role is UseRole.DISCARDED for u in self._uses),
             "completion_tokens": sum(u.completion_tokens for u in self._uses),
@@ -121,25 +134,18 @@ class Journal:
             seconds=seconds,
             rows=[(RecordKind.SHARD, shard), (RecordKind.UPDATE, update)],
             after=self._ledger.num_records,
+            head=self._ledger.head,
         )
         self._sync_metrics()
-        with self._folder.next_checkpoint(progress) as partial:
+        grown = Entry(bytes=self._bytes, digest=self._lines.hexdigest(), grows=True)
+        with self._folder.next_checkpoint(progress, metrics=grown) as partial:
             learner.save(partial)
             for number, stateful in enumerate(also):
                 own = state_folder(partial, number)
                 own.mkdir()
                 stateful.save(own)
-        for kind, body in progress.rows:
-            self._ledger.append(RecordKind(kind), body)
         self._step, self._seconds, self._since = step, seconds, now
         self._trajectories, self._uses = {}, []
-
-    def _append_missing(self, progress: StageProgress) -> None:
-        """Append the ledger rows of the checkpoint that a crash left out."""
-        recorded = read(self._ledger.path)[progress.after :]
-        for kind, body in progress.rows:
-            if not any(r.kind == kind and r.body == body for r in recorded):
-                self._ledger.append(RecordKind(kind), body)
 
     def _remove_shards(self, *, after: int) -> None:
         """Delete shards of a checkpoint that was not written."""
@@ -151,11 +157,11 @@ class Journal:
         with self._folder.metrics_file.open("rb") as file:
             os.fsync(file.fileno())
 
-    def _cut_metrics(self, step: int) -> None:
+    def _cut_metrics(self, entry: Entry) -> None:
         """Delete lines of steps after the checkpoint: these steps run again."""
-        if self._folder.metrics_file.is_file():
-            lines = self._folder.metric_lines()
-            self._folder.write_metric_lines([x for x in lines if json.loads(x)["step"] < step])
+        content = self._folder.metrics_file.read_bytes()[: entry.bytes]
+        self._folder.write_metrics(content)
+        self._lines, self._bytes = hashlib.sha256(content), len(content)
 
     def _remember(self, group: Group, *, step: int, role: UseRole, reason: str | None) -> None:
         for member in group.members:

@@ -9,8 +9,12 @@ One JSON object per line, appended by one writer and never changed::
 previous line, without its newline; 64 zeros (:data:`GENESIS`) on the first. The hash is over raw
 bytes, so that it does not depend on a JSON library. The digest of the last line is the *head*.
 
-The chain shows a partial edit. It does not show a complete rewrite, or an edit of the last line,
-unless the head is known from elsewhere: a child run, a signature, a published document.
+The number and the digest of the last record also stand in ``<ledger>.head`` beside it. It is
+written after the record, so a kill leaves it behind, never ahead: a ledger that was deleted, or cut
+at its end, no longer holds the record that its head names.
+
+Chain and head show every partial edit. They do not show a rewrite of both, unless the head is known
+from elsewhere: a child run, a signature, a published document.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -29,16 +33,16 @@ from types import MappingProxyType
 from typing import Final, final
 
 from posttrain.core.errors import DataError, LedgerBroken, nearest
-from posttrain.core.files import as_disk_full, sync_folder, write_all, write_atomic
+from posttrain.core.files import as_write_error, sync_folder, write_all, write_atomic
 
-__all__ = ["GENESIS", "Ledger", "Record", "RecordKind", "Verified", "read", "verify"]
+__all__ = ["GENESIS", "Ledger", "Record", "RecordKind", "Verified", "head_file", "read", "verify"]
 
 GENESIS: Final = "0" * 64  # the head of an empty ledger
 
 _KEYS = frozenset({"n", "t", "kind", "body", "prev"})
 _RESTORE = (
-    "put back a copy of the file made before the change; without one, keep this file as it is "
-    "and start a new run folder"
+    "put back a copy of the file made before the change; without one, keep this folder as it is "
+    "and choose another --out"
 )
 
 
@@ -51,12 +55,15 @@ class RecordKind(StrEnum):
     FILTER = "filter"  # a curation rule with counts in and out
     SHARD = "shard"  # a file of trajectories or of their uses, with its digest
     UPDATE = "update"  # optimiser steps: objective, policy in and out, shards, cost
-    CHECKPOINT = "checkpoint"  # a saved model: digest and parents
+    SAVED = "saved"  # a checkpoint to resume from: the digests of its files
+    CHECKPOINT = "checkpoint"  # an exported model: digest and parents
+    FILE = "file"  # files of the run folder as they are about to be written
     EVAL = "eval"  # one measured value with its uncertainty
     SAY = "say"  # a statement by a person
     SIGN = "sign"  # a signature over a head
     GATE = "gate"  # a gate on a stage's result, and its decision
-    STAGE = "stage"  # a stage started, ended or was skipped
+    STAGE = "stage"  # a stage started, ended, was skipped or was set aside
+    ACCEPT = "accept"  # a change that the user accepted by name: what was, and what is
     PROOF = "proof"  # a comparison that held: what, and what came out
 
 
@@ -102,11 +109,18 @@ class Ledger:
     """
 
     def __init__(
-        self, path: Path, *, head: str, num_records: int, size: int, clock: Callable[[], datetime]
+        self,
+        path: Path,
+        *,
+        records: list[Record],
+        size: int,
+        clock: Callable[[], datetime],
+        torn: Path | None,
     ) -> None:
         """Use :meth:`open`, which checks the chain first."""
-        self._path, self._head, self._num_records = path, head, num_records
-        self._size, self._clock = size, clock
+        self._path, self._records, self._size = path, records, size
+        self._clock, self._torn = clock, torn
+        self._first: tuple[RecordKind, Mapping[str, object]] | None = None
 
     @classmethod
     def open(cls, path: Path, *, clock: Callable[[], datetime] = utc_now) -> Ledger:
@@ -120,19 +134,19 @@ class Ledger:
             clock: gives the time of each record, in UTC.
 
         Raises:
-            LedgerBroken: the chain is broken; the message has the line.
+            LedgerBroken: the chain is broken, or was cut at its end; the message has the line.
         """
-        if not path.exists():
+        known = _known_head(path)
+        if not path.exists() and (known is None or known[0] == 0):
+            write_atomic(head_file(path), _head_line(0, GENESIS))
             write_atomic(path, b"")
-        raw = path.read_bytes()
-        records, torn = _parse(path, raw)
-        size = len(raw) - len(torn)
-        if torn:
-            write_atomic(_free_name(path), torn)
+        records, torn, size = _checked(path, known)
+        kept = _free_name(path) if torn else None
+        if kept is not None:
+            write_atomic(kept, torn)
             os.truncate(path, size)
             _sync_file(path)
-        head = records[-1].digest if records else GENESIS
-        return cls(path, head=head, num_records=len(records), size=size, clock=clock)
+        return cls(path, records=records, size=size, clock=clock, torn=kept)
 
     @property
     def path(self) -> Path:
@@ -142,12 +156,32 @@ class Ledger:
     @property
     def head(self) -> str:
         """Digest of the last record; :data:`GENESIS` while there is none."""
-        return self._head
+        return self._records[-1].digest if self._records else GENESIS
 
     @property
     def num_records(self) -> int:
         """Number of records."""
-        return self._num_records
+        return len(self._records)
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """Every record so far."""
+        return self._records
+
+    @property
+    def torn(self) -> Path | None:
+        """Where :meth:`open` moved an unfinished last line; None when there was none."""
+        return self._torn
+
+    def introduce(self, kind: RecordKind, body: Mapping[str, object]) -> None:
+        """Put this record before the next one; without a next one it is not written."""
+        self._first = (kind, body)
+
+    def begin(self) -> None:
+        """Write the introduction now, if there is one that is not written."""
+        if self._first is not None:
+            first, self._first = self._first, None
+            self.append(*first)
 
     def append(self, kind: RecordKind, body: Mapping[str, object]) -> Record:
         """Append a record. When this returns, it is on disk.
@@ -163,21 +197,35 @@ class Ledger:
             LedgerBroken: another process wrote to the file since it was opened.
         """
         content = {key: _plain(value, f"body.{key}") for key, value in _items(body, "body")}
+        self.begin()
         time = self._clock().astimezone(UTC).isoformat(timespec="milliseconds")
-        number, time = self._num_records + 1, time.replace("+00:00", "Z")
-        line = _line(number, time, kind, content, self._head)
+        number, time = self.num_records + 1, time.replace("+00:00", "Z")
+        line = _line(number, time, kind, content, self.head)
         self._write(line + b"\n")
         record = Record(
             n=number,
             time=time,
             kind=kind,
             body=MappingProxyType(content),
-            prev=self._head,
+            prev=self.head,
             digest=_sha256(line),
         )
-        self._head, self._num_records = record.digest, number
+        self._records.append(record)
         self._size += len(line) + 1
+        self._note_head()
         return record
+
+    def _note_head(self) -> None:
+        """Write the head beside the ledger: one write in place, which a kill cannot divide."""
+        line = _head_line(self.num_records, self.head)
+        if not head_file(self._path).is_file():
+            write_atomic(head_file(self._path), line)
+            return
+        fd = os.open(head_file(self._path), os.O_WRONLY)
+        try:
+            os.pwrite(fd, line, 0)
+        finally:
+            os.close(fd)
 
     def _write(self, content: bytes) -> None:
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)  # no O_CREAT: a lost file is an error
@@ -188,10 +236,10 @@ class Ledger:
                 os.fsync(fd)
             except BaseException as error:
                 os.ftruncate(fd, self._size)  # else the next record would continue a partial line
-                full = as_disk_full(error, writing=self._path)
-                if full is None:
+                failed = as_write_error(error, writing=self._path)
+                if failed is None:
                     raise
-                raise full from error
+                raise failed from error
         finally:
             os.close(fd)
 
@@ -210,9 +258,9 @@ def read(path: Path) -> list[Record]:
     Safe while another process appends.
 
     Raises:
-        LedgerBroken: the chain is broken; the message has the line.
+        LedgerBroken: the file is missing, its chain is broken, or it was cut at its end.
     """
-    return _parse(path, path.read_bytes())[0]
+    return _checked(path, _known_head(path))[0]
 
 
 def verify(path: Path, *, head: str | None = None) -> Verified:
@@ -225,21 +273,60 @@ def verify(path: Path, *, head: str | None = None) -> Verified:
             with ``Verified.head`` to check that no record came after.
 
     Raises:
-        LedgerBroken: the chain is broken, or ``head`` is not in it.
+        LedgerBroken: the chain is broken, or ``head`` or the head beside it is not in it.
     """
-    records, torn = _parse(path, path.read_bytes())
+    records, torn, _ = _checked(path, _known_head(path))
     last = records[-1].digest if records else GENESIS
     if head is not None and head != GENESIS and all(r.digest != head for r in records):
-        raise LedgerBroken(
-            f"{path} holds {len(records)} records up to {last}, and none with digest {head}",
-            expected=f"the record whose digest is {head}: it was there when that head was taken",
-            fix=f"records at the end were changed or removed since: {_RESTORE}",
-        )
+        raise _cut(path, records, head)
     return Verified(
         num_records=len(records),
         head=last,
         kinds=MappingProxyType(dict(Counter(r.kind for r in records))),
         torn_bytes=len(torn),
+    )
+
+
+def head_file(path: Path) -> Path:
+    """The file beside a ledger that names its last record: its number and its digest."""
+    return path.with_name(f"{path.name}.head")
+
+
+def _head_line(n: int, digest: str) -> bytes:
+    return f"{n:>12} {digest}\n".encode()
+
+
+def _known_head(path: Path) -> tuple[int, str] | None:
+    """The (number, digest) beside a ledger; None when there is none, or none to be read."""
+    beside = head_file(path)
+    if not beside.is_file():
+        return None
+    n, _, digest = beside.read_bytes()[:128].decode("ascii", "replace").strip().partition(" ")
+    return (int(n), digest) if n.isdecimal() and len(digest) == 64 else None
+
+
+def _checked(path: Path, known: tuple[int, str] | None) -> tuple[list[Record], bytes, int]:
+    """Records, unfinished last line, and bytes without it. ``known`` was read before the file."""
+    if not path.is_file():
+        raise LedgerBroken(
+            f"{path} is missing" + (f", and held {known[0]} records" if known else ""),
+            expected="the ledger beside the files that it records",
+            fix=_RESTORE,
+        )
+    raw = path.read_bytes()
+    records, torn = _parse(path, raw)
+    n, digest = known or (0, GENESIS)
+    if n > 0 and (n > len(records) or records[n - 1].digest != digest):
+        raise _cut(path, records, digest)
+    return records, torn, len(raw) - len(torn)
+
+
+def _cut(path: Path, records: Sequence[Record], head: str) -> LedgerBroken:
+    last = records[-1].digest if records else GENESIS
+    return LedgerBroken(
+        f"{path} holds {len(records)} records up to {last}, and none with digest {head}",
+        expected=f"the record whose digest is {head}: it was there when that head was taken",
+        fix=f"records at the end were changed or removed since: {_RESTORE}",
     )
 
 

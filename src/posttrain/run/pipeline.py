@@ -30,11 +30,12 @@ from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.models.files import model_digest
+from posttrain.parts.shelf import Shelf
 from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
 from posttrain.run.build import StageBuilder, learner_of
 from posttrain.run.check import check
-from posttrain.run.folder import RunFolder, RunWriter, StageRecord, StageResult, StageWriter
+from posttrain.run.folder import RunFolder, RunWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import (
@@ -47,7 +48,16 @@ from posttrain.run.plan import (
 )
 from posttrain.run.records import Records
 from posttrain.run.rehearsal import WORTH
-from posttrain.run.resume import check_resumable, earlier_measurement
+from posttrain.run.resume import (
+    NOTHING,
+    Consent,
+    accept_changes,
+    check_folder,
+    earlier_measurement,
+    unstarted,
+    versions,
+)
+from posttrain.run.stage_folder import StageRecord, StageResult, StageWriter
 from posttrain.training.stage import Parts, run_stage
 
 
@@ -69,6 +79,7 @@ def run(
     engine: Engine,
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    consent: Consent = NOTHING,
 ) -> Outcome:
     """Run a recipe, or resume it. Running a finished recipe again does nothing.
 
@@ -79,15 +90,19 @@ def run(
         engine: makes policies and learners.
         observe: called with every event.
         stop: called between draws; True commits and raises.
+        consent: changes of started stages that are accepted, and stages to start again.
 
     Raises:
-        ResumeRefused: the recipe or data of a started stage changed.
+        ResumeRefused: the recipe, data or libraries of a started stage changed.
+        FileChanged: a file of ``out`` is not what its ledger records.
         RunLocked: another process uses ``out``.
         Interrupted: ``stop`` returned True. Run again to resume.
         PosttrainError: any other error of the tree; what was committed stays.
     """
     with RunFolder(out).lock() as folder:
-        return run_in(folder, recipe, root=root, engine=engine, observe=observe, stop=stop)
+        return run_in(
+            folder, recipe, root=root, engine=engine, observe=observe, stop=stop, consent=consent
+        )
 
 
 def run_in(
@@ -98,9 +113,10 @@ def run_in(
     engine: Engine,
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    consent: Consent = NOTHING,
 ) -> Outcome:
     """As :func:`run`, in a folder that this process has locked already."""
-    return _Run.open(recipe, folder, root, engine, observe, stop).go()
+    return _Run.open(recipe, folder, root, engine, observe, stop, consent).go()
 
 
 @final
@@ -116,6 +132,7 @@ class _Run:
     ledger: Ledger
     records: Records
     tasksets: Mapping[str, TaskSet]
+    shelf: Shelf  # data files that were rendered
     protocol: str
     parts: Mapping[str, str]  # of the protocol
     policies: dict[str, Policy]
@@ -131,8 +148,10 @@ class _Run:
         engine: Engine,
         observe: Observer,
         stop: Callable[[], bool],
+        consent: Consent,
     ) -> _Run:
         """Check everything that can be checked before training; then write to the folder."""
+        check_folder(folder, consent, observe=observe)
 
         def has_started(planned: PlannedStage) -> bool:
             return folder.stage_writer(planned.spec.name, planned.identity).has_started()
@@ -148,7 +167,7 @@ class _Run:
         recipe, base = checked.recipe, checked.base
         protocol = protocol_of(recipe, checked.measured, root=root)
         parts = protocol_parts(recipe, checked.measured, root=root)
-        ledger = folder.open_ledger()
+        ledger = folder.ledger
         records = Records(ledger, recipe)
         run = cls(
             plan=checked.plans[0],
@@ -159,14 +178,16 @@ class _Run:
             ledger=ledger,
             records=records,
             tasksets=checked.tasksets,
+            shelf=checked.shelf,
             protocol=protocol,
             parts=parts,
             policies=dict(checked.policies),
         )
         run._replay()
-        for useless in check_resumable(run.plan, folder):
-            useless.remove()
-        folder.remove_partials()
+        while accept_changes(run.plan, folder, consent=consent, observe=observe):
+            run._replay()  # finished stages have the plan's identities now
+        for useless in unstarted(run.plan, folder):
+            folder.remove_stage(useless)
         folder.write_recipe(recipe)
         records.model(recipe.model, digest=base.producer.digest, role="base")
         for ref in sorted(checked.policies.keys() - {"base"}):
@@ -267,7 +288,9 @@ class _Run:
             return model_path(self.plan.recipe.model, root)
         if ref.startswith("path:"):
             return model_path(ref.removeprefix("path:"), root)
-        return str(self._stage_folder(self.plan.stage(ref)).model)
+        model = self._stage_folder(self.plan.stage(ref)).model
+        self.folder.evidence().require(model)
+        return str(model)
 
     # --- a stage -----------------------------------------------------------------------------
 
@@ -280,6 +303,7 @@ class _Run:
             seed=self.plan.recipe.seed,
             tasksets=self.tasksets,
             policy=self.policy,
+            shelf=self.shelf,
         )
 
     def _stage(self, planned: PlannedStage) -> StageResult:
@@ -289,12 +313,13 @@ class _Run:
         if result is not None:
             self._started(planned, step=result.steps, steps=result.steps, finished=True)
             return result
-        self.records.run()
+        self.ledger.begin()
         record = StageRecord(
             name=planned.spec.name,
             identity=planned.identity,
             init=planned.init,
             inputs=planned.inputs,
+            versions=versions(),
         )
         folder.write_record(record)
         steps = self._train(planned)
@@ -334,7 +359,6 @@ class _Run:
     def _journal(self, planned: PlannedStage, parts: Parts) -> Journal:
         return Journal(
             self._stage_folder(planned),
-            ledger=self.ledger,
             stage=planned.spec.name,
             identity=planned.identity,
             facts={
@@ -377,7 +401,7 @@ class _Run:
 
     def _measure_now(self, name: str) -> Measurement:
         recipe = self.plan.recipe
-        self.records.run()
+        self.ledger.begin()
         result = measure_policy(
             name,
             self.policy(name),

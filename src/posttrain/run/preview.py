@@ -7,17 +7,19 @@ Weights are not loaded: the model folder is checked as far as its files declare 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import cast
 
-import yaml
 from msgspec import structs
 
 from posttrain.chat import ChatRenderer, Tokenizer
 from posttrain.core import config
+from posttrain.core.documents import write_yaml
 from posttrain.core.errors import ModelError
+from posttrain.core.task import TaskSet
 from posttrain.core.trajectory import Column
 from posttrain.models.files import model_digest
 from posttrain.models.folder import ModelFolder, read_folder
@@ -25,9 +27,12 @@ from posttrain.models.library import ModelShape, read_ends, read_shape, read_tok
 from posttrain.parts.base import PlanFacts, Signal, Source
 from posttrain.parts.legality import compared_in_the_loss
 from posttrain.parts.registry import tag_of
+from posttrain.parts.shelf import Reader
+from posttrain.protocols import DataFile
 from posttrain.recipe import Recipe
-from posttrain.run.folder import stage_folder_name
+from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
+from posttrain.run.stage_folder import stage_folder_name
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -74,10 +79,12 @@ def preview(recipe: Recipe, *, root: Path) -> str:
             f"weights   {shape.num_weights:,} in {recipe.dtype}, context {shape.context}, "
             f"vocabulary {shape.vocab_size:,}"
         )
+    if facts:
+        lines += [f"material  {note}" for note in _material(plan, facts)]
     for number, planned in enumerate(plan.stages, start=1):
         lines += ["", *_stage_lines(number, planned, plan, shape, facts)]
     lines += _detours(plan, others)
-    resolved = yaml.safe_dump(config.plain(recipe), sort_keys=False, allow_unicode=True)
+    resolved = write_yaml(config.plain(recipe))
     return "\n".join([*lines, "", "resolved recipe:", "", resolved.rstrip()])
 
 
@@ -101,7 +108,8 @@ def _stage_lines(
         "   legality    ok: every column and author that the objective needs is provided",
     ]
     amount = volume(planned, facts) if facts else None
-    if amount:
+    if amount and facts:
+        lines += _data_lines(planned, facts)
         most = "" if amount.exact else "at most "
         lines.append(
             f"   steps       {amount.steps}  ({spec.groups_per_step} groups each"
@@ -170,10 +178,45 @@ def _teacher_memory(signal: Signal, planned: PlannedStage, shape: ModelShape) ->
     return f"distributions up to {_size(rows * (signal.num_entries or shape.vocab_size) * 4)}"
 
 
+def _data_lines(planned: PlannedStage, facts: PlanFacts) -> list[str]:
+    """What was found in the data files of a stage."""
+    lines = []
+    for file in _files(planned, facts):
+        lines += [f"   {proof.subject:<11} {file.name}: {proof.words}" for proof in file.proofs]
+        lines += [f"   {'':<11} {file.name}: {note}" for note in file.notes]
+    return lines
+
+
+def _files(planned: PlannedStage, facts: PlanFacts) -> Iterator[DataFile]:
+    for leaf in planned.composition.source.leaves:
+        rows = leaf.rows(facts.reader)
+        yield from rows.files if rows is not None else ()
+
+
+def _material(plan: Plan, facts: PlanFacts) -> Iterator[str]:
+    """What the task sets and the data files say about each other, in words.
+
+    Raises:
+        TaskError: a prompt leaves no room for its answer.
+    """
+    reader, recipe = facts.reader, plan.recipe
+    tasksets = {name: facts.taskset(name) for name in recipe.tasks}
+    for planned in plan.stages:
+        asked = asked_by(planned, recipe, tasksets)
+        check_fits(asked, renderer=reader.renderer, context=reader.context)
+    yield from notes_of(tasksets)
+    yield from overlaps(
+        tasksets,
+        measured=recipe.measured_tasks,
+        drawn=sorted({n for s in plan.stages for n in s.composition.source.draws_from}),
+        files=[file for planned in plan.stages for file in _files(planned, facts)],
+    )
+
+
 def volume(planned: PlannedStage, facts: PlanFacts) -> Volume:
-    """Count the steps and tokens of a stage; reads data files and the tokenizer."""
+    """Count the steps and tokens of a stage; reads data files."""
     source, spec = planned.composition.source, planned.spec
-    rows = source.rows(root=facts.root, renderer=facts.renderer, context=facts.context)
+    rows = source.rows(facts.reader)
     num_rows = None if rows is None else rows.num_groups
     steps = planned.steps(num_rows)
     if num_rows is not None:
@@ -200,18 +243,15 @@ def leaf_tokens(
 def facts_of(plan: Plan, folder: ModelFolder) -> PlanFacts:
     """Facts about a model folder and the task sets, without loading weights."""
     renderer = _renderer(folder)
+    context = read_shape(folder).context
 
-    def prompt_lengths(name: str) -> list[int]:
-        spec = plan.recipe.tasks[name]
-        tasks = spec.build(name, root=plan.root, chat=renderer.has_template).train
-        return [len(renderer.prompt(t).tokens) for t in tasks[:64]]
+    @cache
+    def taskset(name: str) -> TaskSet:
+        chat = renderer.has_template
+        return plan.recipe.tasks[name].build(name, root=plan.root, chat=chat)
 
-    return PlanFacts(
-        root=plan.root,
-        renderer=renderer,
-        context=read_shape(folder).context,
-        prompt_lengths=prompt_lengths,
-    )
+    reader = Reader(root=plan.root, renderer=renderer, context=context)
+    return PlanFacts(reader=reader, taskset=taskset)
 
 
 def _renderer(folder: ModelFolder) -> ChatRenderer:

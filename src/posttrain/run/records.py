@@ -1,6 +1,6 @@
 """The ledger rows of a run. Each is appended exactly once, also after a crash.
 
-A process that records nothing writes no row: the ``run`` row comes before its first other one.
+A process that records nothing writes no row: the ``run`` row comes before its next one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from posttrain.measure.measurement import Measurement
 from posttrain.measure.passk import pass_interval
 from posttrain.protocols import DataFile
 from posttrain.recipe import Recipe
-from posttrain.run.ledger import Ledger, RecordKind, read
+from posttrain.run.ledger import Ledger, RecordKind
 from posttrain.run.plan import PlannedStage
-
-LIBRARIES = ("posttrain", "torch", "transformers", "numpy")
+from posttrain.run.resume import versions
 
 
 @final
@@ -35,25 +34,16 @@ class Records:
 
     def __init__(self, ledger: Ledger, recipe: Recipe) -> None:
         self._ledger, self._recipe = ledger, recipe
-        self._has_run_row = False
-
-    def run(self) -> None:
-        """The software and the seed of this process; written before its other rows."""
-        if self._has_run_row:
-            return
-        self._has_run_row = True
-        self._ledger.append(
-            RecordKind.RUN,
-            {
-                "recipe": config.digest(self._recipe),
-                "name": self._recipe.name,
-                "seed": self._recipe.seed,
-                "python": platform.python_version(),
-                "libraries": {name: version(name) for name in LIBRARIES},
-                "machine": f"{platform.system()} {platform.machine()}",
-                "command": sys.argv[:1],
-            },
-        )
+        body = {
+            "recipe": config.digest(recipe),
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "python": platform.python_version(),
+            "libraries": {"posttrain": version("posttrain"), **versions()},
+            "machine": f"{platform.system()} {platform.machine()}",
+            "command": sys.argv[:1],
+        }
+        ledger.introduce(RecordKind.RUN, body)
 
     def model(self, name: str, *, digest: str | None, role: str) -> None:
         """A model from outside the run: the base, or a ``path:`` policy."""
@@ -70,6 +60,7 @@ class Records:
                 "licence": file.licence,
                 "rows": file.rows,
                 "skipped": file.skipped,
+                **({"notes": list(file.notes)} if file.notes else {}),
             },
         )
 
@@ -138,8 +129,7 @@ class Records:
 
     def _once(self, kind: RecordKind, body: Mapping[str, object]) -> None:
         same = msgspec.json.decode(msgspec.json.encode(body))
-        if not any(r.kind is kind and r.body == same for r in read(self._ledger.path)):
-            self.run()
+        if not any(r.kind is kind and r.body == same for r in self._ledger.records):
             self._ledger.append(kind, body)
 
 

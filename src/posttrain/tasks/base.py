@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, Union
 
+from posttrain.core.bounds import Number
 from posttrain.core.config import Config
 from posttrain.core.task import TaskSet
 from posttrain.parts.registry import known, snake_case
@@ -19,7 +20,7 @@ class TaskSetSpec(Config, tag=snake_case, tag_field="type"):
     role: ClassVar[str] = "task_set"
     declares: ClassVar[tuple[str, ...]] = ("identity", "build")
 
-    success: float = 1.0
+    success: Number = 1.0
 
     def identity(self, root: Path) -> dict[str, object]:
         """Its options as plain data, with the content of files in place of their paths.

@@ -15,10 +15,12 @@ from typing import final
 from msgspec.structs import replace
 
 from posttrain.chat.messages import messages_from
+from posttrain.core.bounds import Whole
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import DataError, TaskError
-from posttrain.core.files import content_of, read_jsonl
+from posttrain.core.files import content_of
 from posttrain.core.provenance import Role
+from posttrain.core.rows import read_jsonl
 from posttrain.core.task import Message, Task
 from posttrain.parts.registry import part
 from posttrain.tasks.base import TaskSetSpec
@@ -38,7 +40,7 @@ class JsonlTasks(TaskSetSpec, tag="jsonl"):
 
     path: str
     reward: str = "exact"
-    held_out: int = 32
+    held_out: Whole = 32
 
     def identity(self, root: Path) -> dict[str, object]:
         """Its options, with the content of the file and of the reward's file."""
@@ -107,6 +109,17 @@ class JsonlTaskSet:
     def num_duplicates(self) -> int:
         """Rows left out because their prompt occurred before."""
         return self._num_duplicates
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many rows were left out."""
+        if not self._num_duplicates:
+            return ()
+        kept = len(self._train) + len(self._held_out)
+        return (
+            f"{self._num_duplicates} of {kept + self._num_duplicates} rows left out: duplicates of "
+            "an earlier prompt, whatever their answer",
+        )
 
     @property
     def digest(self) -> str:

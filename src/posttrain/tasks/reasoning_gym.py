@@ -19,6 +19,7 @@ from typing import Any, Protocol, cast, final
 
 import msgspec
 
+from posttrain.core.bounds import Count, Integer, Number, Seed, Whole
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import TaskError, nearest
 from posttrain.core.provenance import Role
@@ -43,7 +44,7 @@ _LIBRARY_ERRORS = (
     ValueError,
 )
 
-PlainValue = str | int | float | bool | None
+PlainValue = str | Integer | Number | bool | None
 
 
 @part
@@ -52,9 +53,9 @@ class ReasoningGym(TaskSetSpec):
 
     dataset: str
     config: dict[str, PlainValue | list[PlainValue]] = msgspec.field(default_factory=dict)
-    train: int = 1000
-    held_out: int = 32
-    seed: int = 0
+    train: Count = 1000
+    held_out: Whole = 32
+    seed: Seed = 0
 
     def identity(self, root: Path) -> dict[str, object]:
         """Its options; the library's version is pinned by the installation, not here."""

@@ -88,7 +88,7 @@ def as_leaves(arrays):
 
 def attend(leaves, segments, window=None):
     plan = PackedPlan.of(segments, device=CPU)
-    return plan.attend(0, *leaves, scaling=SCALING, window=window)
+    return plan.attend(*leaves, scaling=SCALING, window=window)
 
 
 @pytest.mark.parametrize("segments", LAYOUTS.values(), ids=LAYOUTS)
@@ -151,7 +151,7 @@ def test_tiles_and_masks_give_the_same_gradients(segments):
             masks = tiling_masks(segments)
             out = masks.attend(*leaves, scaling=SCALING, window=10**9)
         else:
-            out = plan.attend(0, *leaves, scaling=SCALING, window=None)
+            out = plan.attend(*leaves, scaling=SCALING, window=None)
         both.append(torch.autograd.grad((out * direction).sum(), leaves))
     for ours, masked in zip(*both, strict=True):
         torch.testing.assert_close(ours, masked, atol=2e-5, rtol=1e-4)

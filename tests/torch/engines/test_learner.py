@@ -153,14 +153,3 @@ def test_bfloat16_training_keeps_small_steps(tiny_folder):
         live = dict(learner.policy.model.causal.named_parameters())
         assert all(torch.equal(live[n], w.to(live[n].dtype)) for n, w in after.items())
     assert moved["bfloat16"] == pytest.approx(moved["float32"], rel=0.2)
-
-
-def test_a_window_that_only_the_mask_knows_is_refused(tmp_path):
-    from posttrain.engines.local.model import _check_windows
-
-    windowed = load_model(str(tiny_model(tmp_path / "w", family="mistral")))
-    full = load_model(str(tiny_model(tmp_path / "f")))
-    _check_windows(windowed, {6})
-    _check_windows(full, {None})
-    with pytest.raises(ModelError, match="do not hand down"):
-        _check_windows(windowed, {None})

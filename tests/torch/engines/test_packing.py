@@ -8,12 +8,9 @@ import torch
 from material import gradients, largest_gap, on_policy, random_groups, trajectory, with_column
 from transformers import AutoModelForCausalLM
 
-from posttrain.core.errors import LegalityError, ModelError
+from posttrain.core.errors import LegalityError
 from posttrain.core.trajectory import Column, Group, Scored
-from posttrain.engines.local.attention import PackedPlan
-from posttrain.engines.local.loading import load_model
-from posttrain.engines.local.model import prove_packing
-from posttrain.numerics.batch import Segment, pack, pack_trajectories
+from posttrain.numerics.batch import pack, pack_trajectories
 from posttrain.parts.policy.losses import ClippedPolicyGradient
 from posttrain.parts.policy.regularisers import ReferenceKL
 from posttrain.parts.preference.pairs import Dpo
@@ -172,17 +169,3 @@ def test_missing_and_nan_columns_are_refused():
     groups = with_column(groups, Column.ADVANTAGE, lambda t: np.full(len(t), np.nan, np.float32))
     with pytest.raises(LegalityError, match="not finite"):
         pack(groups, needs=frozenset({Column.ADVANTAGE}), max_tokens=99)
-
-
-def test_a_model_that_packing_cannot_isolate_is_refused(tiny_folder, monkeypatch):
-    model = load_model(str(tiny_folder))
-    apart = PackedPlan.of
-
-    def leaking(segments, *, device):
-        """Everybody reads everything before."""
-        total = sum(s.length for s in segments)
-        return apart((Segment(0, total, None),), device=device)
-
-    monkeypatch.setattr(PackedPlan, "of", leaking)
-    with pytest.raises(ModelError, match="packed log-probs differ"):
-        prove_packing(model)

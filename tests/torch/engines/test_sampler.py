@@ -402,7 +402,9 @@ def test_a_recording_is_the_stock_forward_and_follows_the_weights(learner):
     # A model that was never recorded draws the same from the changed weights.
     fresh = replace(model)
     fresh.recording._refusal = "for this test"
-    same(generate(fresh, requests, end_tokens=learner.policy.renderer.end_tokens), second)
+    renderer = learner.policy.renderer
+    again = generate(fresh, requests, end_tokens=renderer.end_tokens, decode=renderer.text)
+    same(again, second)
 
 
 def test_adapters_are_not_recorded(engine, tiny_folder):
@@ -422,3 +424,59 @@ def test_a_branch_on_values_is_not_recorded(engine, tmp_path):
     policy = engine.policy(str(folder))
     policy.generate(requests_for(policy, count=2))
     assert "a branch depends on values" in policy.model.recording.refusal
+
+
+# --- ids that no token has ---
+
+
+class Holed:
+    """A tokenizer without some ids."""
+
+    def __init__(self, tokenizer, *holes):
+        self._vocab = {t: i for t, i in tokenizer.get_vocab().items() if i not in holes}
+
+    def get_vocab(self):
+        return self._vocab
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.5}, {"top_k": 5}, {"top_p": 0.9}, {"temperature": 0.0}]
+)
+def test_rows_of_the_head_without_a_token_are_never_drawn(engine, tiny_folder, sampling):
+    """Padding rows after the tokens, and a hole between them; the others keep their chances."""
+    policy = engine.policy(str(tiny_folder))
+    model, tokens = policy.model, len(policy.model.tokenizer)
+    assert model.unused_U.tolist() == [tokens, tokens + 1, tokens + 2]
+    bias = torch.zeros(model.vocab_size)
+    bias[[20, tokens, tokens + 2]] = 4.0  # where the model would go most of the time
+    hidden = torch.randn(300, model.causal.config.hidden_size)
+    logits = model.head(hidden) + bias
+    unused = replace(model, tokenizer=Holed(model.tokenizer, 20)).unused_U
+    uniform = torch.from_numpy(np.random.default_rng(0).random(300))
+    spec = Sampling(**sampling)
+    drawn, logprobs = sample(logits, spec, uniform, unused_U=unused)
+    assert not set(drawn.tolist()) & {20, tokens, tokens + 1, tokens + 2}
+    if spec.is_truncated or spec.temperature == 0:
+        narrowed = logits.clone()
+        narrowed[:, unused] = -float("inf")
+        among, expected = sample(narrowed, spec, uniform)
+        assert drawn.tolist() == among.tolist()
+    else:
+        # What training computes: the softmax over all rows, at the temperature.
+        expected = (logits / spec.temperature).log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected)
+
+
+def test_every_draw_is_a_token_and_on_policy_the_ratio_is_one(engine, tiny_folder):
+    policy = engine.policy(str(tiny_folder))
+    (prompt,) = [policy.renderer.prompt(Task(taskset="t", prompt="a"))]
+    requests = [
+        Request(prompt=prompt.tokens, sampling=Sampling(seed=i), max_new_tokens=20)
+        for i in range(100)
+    ]
+    drawn = policy.generate(requests)
+    assert max(int(c.tokens.max()) for c in drawn) < len(policy.model.tokenizer)
+    trajectories = [_completed(policy, prompt, c) for c in drawn]
+    for trajectory, values in zip(trajectories, policy.logprobs(trajectories), strict=True):
+        at = trajectory.trainable
+        np.testing.assert_allclose(values[at], trajectory.behaviour_logprobs[at], atol=1e-5)

@@ -42,11 +42,11 @@ def by_numpy(batch, leaves, scale):
     def log_softmax(x):
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
-    logp = log_softmax(z)
+    sampled = log_softmax(z / tau)
     return {
-        Stat.LOGPROB: logp[rows, y],
-        Stat.SAMPLED_LOGPROB: log_softmax(z / tau)[rows, y],
-        Stat.ENTROPY: -(np.exp(logp) * logp).sum(-1),
+        Stat.LOGPROB: log_softmax(z)[rows, y],
+        Stat.SAMPLED_LOGPROB: sampled[rows, y],
+        Stat.ENTROPY: -(np.exp(sampled) * sampled).sum(-1),
     }
 
 

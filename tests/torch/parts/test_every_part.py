@@ -38,7 +38,7 @@ OWN = Rollouts(tasks=("letters",), group_size=4, max_new_tokens=3)
 ROWS = Dataset(path="rows.jsonl")
 NEEDED = {
     ("term", "weighted_cross_entropy"): {"by": "weight"},
-    ("term", "adaptive_entropy_bonus"): {"target": 0.5},
+    ("term", "adaptive_entropy_bonus"): {"target": 0.5, "initial": 0.005},
     ("signal", "soft_length_penalty"): {"max_tokens": 3, "cache_tokens": 2},
     ("signal", "teacher_distribution"): {"routes": {"*": "teacher"}},
     ("signal", "teacher_logprobs"): {"routes": {"*": "teacher"}},

@@ -182,7 +182,7 @@ def test_self_distillation_from_an_average_resumes_exactly(world):
 
 
 def test_sdft_from_the_learner_or_from_a_frozen_policy_keeps_no_second_weights():
-    assert Sdft(tasks=("t",)).compose().moving == MovingReference(rate=0.05)
+    assert Sdft(tasks=("t",)).compose().moving == MovingReference(rate=0.01)
     for teacher in ("learner", "base"):
         assert Sdft(tasks=("t",), teacher=teacher).compose().moving is None
 

@@ -17,10 +17,10 @@ from posttrain.parts.policy.presets import Grpo
 from posttrain.protocols import PureStream
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import StageBuilder
-from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
+from posttrain.run.stage_folder import StageWriter
 from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
 from posttrain.tasks.reasoning_gym import ReasoningGymTaskSet
 from posttrain.training.stage import run_stage
@@ -106,8 +106,7 @@ def composed(folder, spec, taskset, settings, *, root, out) -> Trace:
         trace.rewards.append(event.metrics["reward"])
 
     journal = Journal(
-        StageWriter(out / "stage"),
-        ledger=Ledger.open(out / "ledger.jsonl"),
+        StageWriter(out / "stage", Ledger.open(out / "ledger.jsonl")),
         stage="same",
         identity=planned.identity,
         facts={},

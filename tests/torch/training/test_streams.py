@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from material import random_groups
 
+from posttrain.core.errors import Interrupted
 from posttrain.core.learner import Optimizer
 from posttrain.core.provenance import Kind
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.recipe import Budget, Stage
-from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
+from posttrain.run.stage_folder import StageWriter
 from posttrain.testing import tiny_model
 from posttrain.training.objective import StageObjective
-from posttrain.training.stage import Interrupted, Parts, run_stage
+from posttrain.training.stage import Parts, run_stage
 
 
 @dataclass
@@ -79,8 +80,7 @@ def take(folder, model, stream, *, stop_after=None, steps=6):
 
     folder.mkdir(exist_ok=True)
     journal = Journal(
-        StageWriter(folder / "stage"),
-        ledger=Ledger.open(folder / "ledger.jsonl"),
+        StageWriter(folder / "stage", Ledger.open(folder / "ledger.jsonl")),
         stage="streams",
         identity="0" * 64,
         facts={},

@@ -175,7 +175,7 @@ def test_grpo_explained():
     assert e.asks == ("a task set, with a scorer for its answers",)
     told = {o.name: (o.kind, o.default) for o in e.options}
     assert told["tasks"] == ("list of text", "required")
-    assert told["group_size"] == ("whole number", "8")
+    assert told["group_size"] == ("whole number, 1 or more", "8")
     assert told["reference"] == ("policy", "input")
     assert told["sampling"][1] == "{}", "a group of options at its own defaults"
     assert told["aggregate"][1] == "sequence_mean"

@@ -25,7 +25,9 @@ from posttrain.diagnosis.rounds import Round, TreatmentLog
 from posttrain.diagnosis.section import looks, treatment_section
 from posttrain.measure.reading import Reading
 from posttrain.recipe import Stage
-from posttrain.run.folder import RunFolder, StageRecord
+from posttrain.run.audit import audit
+from posttrain.run.folder import RunFolder
+from posttrain.run.stage_folder import StageRecord
 
 EVIL = "<script>alert(1)</script>"
 
@@ -120,6 +122,8 @@ def out(tmp_path):
     (tmp_path / "stages/1-x-abc/stage.json").write_bytes(msgspec.json.encode(record))
     lines = [json.dumps({"step": i, "tokens": 7}) for i in range(3)]
     (tmp_path / "stages/1-x-abc/metrics.jsonl").write_text("\n".join(lines))
+    with RunFolder(tmp_path).lock() as run:
+        run.accept_files(audit(run))
     return tmp_path
 
 

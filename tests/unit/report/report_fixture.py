@@ -24,10 +24,10 @@ from posttrain.measure.spec import Measure
 from posttrain.measure.support import Label
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.report.view import PolicyReport, RunReport, Sample, StageReport
-from posttrain.run.folder import StageResult
 from posttrain.run.history import GateRecord, Metrics, StageHistory
 from posttrain.run.ledger import Record, RecordKind, Verified
 from posttrain.run.plan import PlannedStage
+from posttrain.run.stage_folder import StageResult
 from posttrain.run.store import ProducerTokens, UseRole
 
 POLICIES = ("lab-base", "expand", "reshape", "prefer", "consolidate")

@@ -9,9 +9,9 @@ import pytest
 
 from posttrain.core.errors import RunError
 from posttrain.parts.legality import Admission
-from posttrain.run.folder import StageFolder, StageRecord, StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger, read, verify
+from posttrain.run.stage_folder import StageFolder, StageRecord, StageWriter
 from posttrain.run.store import read_uses
 from posttrain.testing import as_group, example_trajectory
 
@@ -33,33 +33,33 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
-class Cut:
-    """A ledger whose process dies before the n-th append."""
+def die_before(ledger: Ledger, left: int) -> Ledger:
+    """The ledger of a process that dies before its n-th append from now."""
+    append = ledger.append
 
-    def __init__(self, ledger: Ledger, after: int) -> None:
-        self._ledger, self._left = ledger, after
-        self.path = ledger.path
-
-    @property
-    def num_records(self) -> int:
-        return self._ledger.num_records
-
-    def append(self, kind, body):
-        if self._left == 0:
+    def counted(kind, body):
+        nonlocal left
+        if left == 0:
             raise Killed
-        self._left -= 1
-        return self._ledger.append(kind, body)
+        left -= 1
+        return append(kind, body)
+
+    ledger.append = counted
+    return ledger
 
 
 def journal(out, *, cut=None, ledger=None):
     real = ledger or Ledger.open(out / "ledger.jsonl")
     return Journal(
-        StageWriter(out / "stages" / "s-1"),
-        ledger=real if cut is None else Cut(real, cut),
+        StageWriter(out / "stages" / "s-1", real if cut is None else die_before(real, cut)),
         stage="s",
         identity="1" * 64,
         facts={"objective": ({"type": "cross_entropy"},), "policy_in": "base"},
     )
+
+
+def writer_of(out):
+    return StageWriter(out / "stages" / "s-1", Ledger.open(out / "ledger.jsonl"))
 
 
 def take(book, learner, steps):
@@ -74,10 +74,11 @@ def kinds(out):
     return [(str(r.kind), r.body.get("steps")) for r in read(out / "ledger.jsonl")]
 
 
-WHOLE = [("shard", None), ("update", [0, 2]), ("shard", None), ("update", [2, 4])]
+FIRST = [("shard", None), ("update", [0, 2]), ("saved", None)]
+WHOLE = [*FIRST, ("shard", None), ("update", [2, 4]), ("saved", None)]
 
 
-@pytest.mark.parametrize("cut", [0, 1])
+@pytest.mark.parametrize("cut", [0, 1, 2])
 def test_rows_cut_off_are_appended_once(tmp_path, cut):
     learner = FakeLearner()
     book = journal(tmp_path)
@@ -89,7 +90,7 @@ def test_rows_cut_off_are_appended_once(tmp_path, cut):
     take(book, learner, range(2, 4))
     with pytest.raises(Killed):
         book.commit(4, learner)
-    assert kinds(tmp_path) == WHOLE[: 2 + cut]
+    assert kinds(tmp_path) == WHOLE[: 3 + cut]
 
     for _ in range(3):
         again = FakeLearner()
@@ -108,7 +109,7 @@ def test_a_stage_started_again_records_its_work_again(tmp_path):
         book.resume(learner)
         take(book, learner, range(2))
         book.commit(2, learner)
-    assert kinds(tmp_path) == WHOLE[:2] * 2
+    assert kinds(tmp_path) == FIRST * 2
     # And the same, with the rows of the second life cut off.
     shutil.rmtree(tmp_path / "stages")
     learner = FakeLearner()
@@ -118,7 +119,7 @@ def test_a_stage_started_again_records_its_work_again(tmp_path):
     with pytest.raises(Killed):
         book.commit(2, learner)
     assert journal(tmp_path).resume(learner) == 2
-    assert kinds(tmp_path) == WHOLE[:2] * 3
+    assert kinds(tmp_path) == FIRST * 3
 
 
 def test_steps_after_the_checkpoint_are_forgotten(tmp_path):
@@ -184,31 +185,30 @@ def test_a_commit_between_its_two_renames(tmp_path):
     book.commit(4, learner)
     (folder / "checkpoint").rename(folder / ".checkpoint.partial")
     (tmp_path / "first").rename(folder / ".checkpoint.old")
-    assert StageWriter(folder).has_started()
+    assert writer_of(tmp_path).has_started()
     assert journal(tmp_path).resume(learner) == 4
     assert kinds(tmp_path) == WHOLE
 
 
 def test_what_counts_as_started(tmp_path):
     folder = tmp_path / "stages" / "s-1"
-    stage = StageWriter(folder)
     learner = FakeLearner()
     book = journal(tmp_path)
     book.resume(learner)
     take(book, learner, range(1))
-    assert not stage.has_started(), "metrics alone are no work that is kept"
+    assert not writer_of(tmp_path).has_started(), "metrics alone are no work that is kept"
     book.commit(1, learner)
-    assert stage.has_started()
+    assert writer_of(tmp_path).has_started()
     (folder / "checkpoint").rename(folder / "model")
-    assert stage.has_started(), "a finished stage whose checkpoint was cleaned away"
+    assert writer_of(tmp_path).has_started(), "a finished stage whose checkpoint was cleaned away"
 
 
 @pytest.mark.parametrize(
     ("name", "reader", "fix"),
     [
-        ("checkpoint/progress.json", StageFolder.progress, "to start this stage again"),
-        ("stage.json", StageFolder.record, "to start this stage again"),
-        ("done.json", StageFolder.result, "to export again"),
+        ("checkpoint/progress.json", StageFolder.progress, "run --restart STAGE"),
+        ("stage.json", StageFolder.record, "run --restart STAGE"),
+        ("done.json", StageFolder.result, "run --restart STAGE"),
     ],
 )
 def test_damaged_files_say_what_to_do(tmp_path, name, reader, fix):
@@ -230,7 +230,8 @@ def test_a_finished_stage_without_its_model(tmp_path):
 
 def test_a_stage_record_is_read_as_it_was_written(tmp_path):
     record = StageRecord(name="s", identity="1", init="base", inputs={"a": 1})
-    StageWriter(tmp_path).write_record(record)
+    ledger = Ledger.open(tmp_path / "ledger.jsonl")
+    StageWriter(tmp_path, ledger).write_record(record)
     assert json.loads((tmp_path / "stage.json").read_text()) == {
         "name": "s",
         "identity": "1",

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from posttrain.core.errors import DataError, DiskFull, LedgerBroken
+from posttrain.core.errors import DataError, DiskFull, LedgerBroken, RunError
 from posttrain.run import ledger as module
 from posttrain.run.ledger import GENESIS, Ledger, RecordKind, read, verify
 
@@ -79,9 +79,12 @@ def test_the_exact_bytes_of_a_ledger(tmp_path: Path) -> None:
     assert ledger.head == hashlib.sha256(second).hexdigest()
 
 
-def test_the_kinds_are_those_of_the_reference_and_three_more() -> None:
-    names = "run model source filter shard update checkpoint eval say sign gate stage proof"
-    assert " ".join(RecordKind) == names
+def test_the_kinds_are_those_of_the_reference_and_six_more() -> None:
+    reference = "run model source filter shard update checkpoint eval say sign"
+    assert set(RecordKind) == {
+        *reference.split(),
+        *["gate", "stage", "proof", "saved", "file", "accept"],
+    }
 
 
 @settings(max_examples=60, deadline=None)
@@ -269,7 +272,7 @@ def fail_half_way(number: int) -> Callable[[int, bytes], None]:
     return half
 
 
-@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, DiskFull), (errno.EIO, OSError)])
+@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, DiskFull), (errno.EIO, RunError)])
 def test_a_failed_append_leaves_the_ledger_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[Exception]
 ) -> None:

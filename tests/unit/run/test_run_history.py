@@ -19,6 +19,8 @@ from posttrain.core.trajectory import Trajectory
 from posttrain.lab.tour import BASE
 from posttrain.measure.attribution import MeasuredRole
 from posttrain.recipe import Recipe
+from posttrain.run.audit import audit
+from posttrain.run.folder import RunFolder
 from posttrain.run.history import RunHistory, read_history
 from posttrain.run.ledger import Ledger, RecordKind
 from posttrain.run.store import Use, UseRole, write_trajectories, write_uses
@@ -70,7 +72,14 @@ def out(tmp_path) -> Path:
             ledger.append(RecordKind.GATE, body)
     for name, init in (("learn", "base"), ("spoil", "learn")):
         write_stage(folder / "stages" / f"{name}-{'0' * 8}", name, init)
-    return folder
+    return entered(folder)
+
+
+def entered(out: Path) -> Path:
+    """The folder, with every file as it is now in its ledger."""
+    with RunFolder(out).lock() as run:
+        run.accept_files(audit(run))
+    return out
 
 
 def write_stage(folder: Path, name: str, init: str) -> None:
@@ -142,7 +151,7 @@ def test_without_the_gate_the_loss_is_kept_account_of(out):
 def test_nothing_measured_is_nothing_claimed(out):
     for file in (out / "measurements").iterdir():
         file.unlink()
-    run = read_history(out)
+    run = read_history(entered(out))
     assert (run.final, run.changes, run.whole(), run.retained()) == ("base", (), None, ())
     assert run.roles(run.stages[0]) == ()
 
@@ -152,7 +161,7 @@ def test_a_stage_on_a_mix_is_called_mixed(out):
     plain["stages"][0]["method"] = MIX
     recipe = config.convert(plain, Recipe, origin="test")
     (out / "recipe.json").write_bytes(msgspec.json.encode(recipe))
-    run = read_history(out)
+    run = read_history(entered(out))
     assert run.record(run.stages[0]).regime is Regime.MIXED
 
 
@@ -168,6 +177,7 @@ def test_reading_a_run_and_rendering_its_report_loads_no_torch(out):
     (out / "treat.json").write_text(json.dumps({"ground": "g", "budget": 9}))
     for file in out.glob("stages/*/metrics.jsonl"):  # spent tokens are counted off whole lines
         file.write_text(file.read_text().rpartition("\n")[0])
+    entered(out)
     code = (
         "import sys; from pathlib import Path; "
         "from posttrain.cli.pages import write_run_report; "

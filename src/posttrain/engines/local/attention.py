@@ -5,17 +5,19 @@ Models stay stock: they are loaded with ``attn_implementation="posttrain"`` and 
 which tokens attend to which.
 
     model(tokens, position_ids, posttrain_plan=plan)
-      └─ layer i: q, k, v ──▶ attend() ──▶ plan.attend(layer i, q, k, v) ──▶ output
+      └─ layer: q, k, v ──▶ attend() ──▶ plan.attend(q, k, v) ──▶ output
 
 Three plans exist: :class:`PackedPlan` here (training, scoring), and the two phases of the local
-sampler (prefill, decode) in ``sampler.py``.
+sampler (prefill, decode) in ``decoding.py``.
 
-Shape legend: ``T`` packed tokens, ``H`` query heads, ``J`` key/value heads, ``D`` head size.
+Shape legend: ``T`` packed tokens, ``H`` query heads, ``J`` key/value heads, ``D`` head size
+(``E`` that of values, where it differs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, final
 
 import torch
@@ -31,15 +33,16 @@ from posttrain.numerics.batch import Segment
 
 IMPLEMENTATION = "posttrain"
 PLAN = "posttrain_plan"
+OTHER_FAMILY = "use a model of another family; docs/families.md lists those that are exact"
 
 
 class AttentionPlan(Protocol):
     """Which tokens attend to which, for one forward pass."""
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
     ) -> Tensor:
-        """q [T, H, D], k and v [T, J, D] -> [T, H, D]."""
+        """q [T, H, D], k [T, J, D], v [T, J, E] -> [T, H, E]. Called in the order of the layers."""
         ...
 
 
@@ -65,13 +68,12 @@ def attend(
             else f"its attention uses {', '.join(unsupported) or 'a batch axis or dropout'}"
         )
         raise ModelError(
-            f"{type(module).__name__} cannot run packed: {why}",
+            f"{type(module).__name__}: {why}",
             expected="a decoder with plain softmax attention",
-            fix="use another model family",
+            fix=OTHER_FAMILY,
         )
     window = kwargs.get("sliding_window")
     out = plan.attend(  # type: ignore[attr-defined]
-        module.layer_idx,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -82,6 +84,25 @@ def attend(
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+@contextmanager
+def choosing(what: str) -> Iterator[None]:
+    """Turn a family's failure to find this attention into words, while a model is built.
+
+    Raises:
+        ModelError: the family chooses its attention from a list of its own.
+    """
+    try:
+        yield
+    except KeyError as error:
+        if error.args != (IMPLEMENTATION,):
+            raise
+        raise ModelError(
+            f"{what} cannot run packed: it chooses its attention from a list of its own",
+            expected="a family that asks the library's attention interface",
+            fix=OTHER_FAMILY,
+        ) from error
 
 
 @final
@@ -106,9 +127,9 @@ class PackedPlan:
         return cls(segments, device=device)
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
     ) -> Tensor:
-        """q [T, H, D], k and v [T, J, D] -> [T, H, D]."""
+        """q [T, H, D], k [T, J, D], v [T, J, E] -> [T, H, E]."""
         limit = None if window is None or window >= self._longest else window
         if self._device.type == "cuda":
             if self._blocks is None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.engines.local.attention import IMPLEMENTATION
+from posttrain.engines.local.rounding import rounded_anew
 
 NOISES = 16.0
 """Largest difference of log-probs, in units of the measured noise."""
@@ -122,29 +123,8 @@ def stock_attention(causal: PreTrainedModel) -> Iterator[None]:
 
 def noise_floor(causal: PreTrainedModel, rows: Tensor, expected: Tensor) -> float:
     """Largest |Δ log-prob| when the output of every module has one more rounding error."""
-    with _rounding(causal):
+    with rounded_anew(causal):
         return float((log_probs(causal, rows) - expected).abs().max())
-
-
-@contextmanager
-def _rounding(causal: PreTrainedModel) -> Iterator[None]:
-    """Multiply the output of every innermost module by 1 + ε u, with u from [-1, 1]."""
-    draw = torch.Generator(device=causal.device).manual_seed(0)
-    step = torch.finfo(causal.dtype).eps / 2
-
-    def rounded(module: nn.Module, inputs: object, out: object) -> object:
-        if not isinstance(out, Tensor) or not out.is_floating_point():
-            return out
-        u = torch.rand(out.shape, generator=draw, device=out.device) * 2 - 1
-        return (out.float() * (1 + step * u)).to(out.dtype)
-
-    leaves = [m for m in causal.modules() if next(m.children(), None) is None]
-    hooks = [module.register_forward_hook(rounded) for module in leaves]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +148,7 @@ class Gap:
 
     @property
     def words(self) -> str:
-        """Such as ``to the bit``, or ``to 3e-06 (rounding: 1e-06)``."""
+        """Such as ``to the bit``, or ``to 3e-06``."""
         return f"to {self.largest:.1g}" if self.largest else "to the bit"
 
 

@@ -14,8 +14,8 @@ changes between two calls of ``arrange`` and no number comes from the host, as a
 (:func:`capture`). The static form is tested on a CPU; :func:`capture` itself has never run.
 
 Shape legend: ``S`` row slots, ``P`` prompt slots, ``G`` rows of the prompt with most, ``H`` query
-heads, ``J`` key/value heads, ``I`` query heads per key/value head, ``D`` head size, ``L`` prefix
-columns, ``C`` own columns, ``X`` hidden size.
+heads, ``J`` key/value heads, ``I`` query heads per key/value head, ``D`` head size
+(``E`` that of values), ``L`` prefix columns, ``C`` own columns, ``X`` hidden size.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ class PrefillPlan:
     """Packed attention over prompts that stores every layer's keys and values."""
 
     packed: PackedPlan
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
     ) -> Tensor:
-        self.kept[layer] = (k, v)
-        return self.packed.attend(layer, q, k, v, scaling=scaling, window=window)
+        self.kept.append((k, v))
+        return self.packed.attend(q, k, v, scaling=scaling, window=window)
 
 
 @dataclass(slots=True, eq=False)
 class _Layer:
-    """Storage of one layer."""
+    """Storage of one layer: of one call of attention, since a layer may attend twice."""
 
     prefix_k: Tensor  # [P, J, L, D]
-    prefix_v: Tensor
+    prefix_v: Tensor  # [P, J, L, E]
     own_k: Tensor  # [S, J, C, D]
-    own_v: Tensor
+    own_v: Tensor  # [S, J, C, E]
 
 
 @dataclass(slots=True, eq=False)
@@ -66,12 +66,13 @@ class DecodePlan:
     """One new token per row slot. :meth:`arrange` assigns a prompt slot to each row slot.
 
     ``age`` of a row is the number of its tokens whose keys and values are stored; the token of
-    this step goes to that column.
+    this step goes to that column. Layers are known by the order in which they attend, which is
+    that of the prefill.
     """
 
     most_columns: int
     static: bool = False
-    layers: dict[int, _Layer] = field(default_factory=dict)
+    layers: list[_Layer] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # of each prompt slot
     num_rows: int = 0
     age_S: Tensor = field(init=False)
@@ -80,6 +81,7 @@ class DecodePlan:
     _row_PG: Tensor = field(init=False)
     _place_S: Tensor = field(init=False)  # of each row, in P·G
     _folds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _next: int = 0  # layer that attends next
     _oldest: int = 0
     _same_age: bool = True
     _padding: Tensor | None = None
@@ -89,7 +91,7 @@ class DecodePlan:
 
     def store(self, slots: Sequence[int], lengths: Sequence[int], prefill: PrefillPlan) -> None:
         """Store the keys and values of newly prefilled prompts, packed one after the other."""
-        device = next(iter(prefill.kept.values()))[0].device
+        device = prefill.kept[0][0].device
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         width = max(lengths)
         gather = np.minimum(np.arange(width), np.array(lengths)[:, None] - 1) + starts[:, None]
@@ -99,8 +101,8 @@ class DecodePlan:
         self.lengths += [0] * (num - len(self.lengths))
         for slot, length in zip(slots, lengths, strict=True):
             self.lengths[slot] = length
-        for index, (k, v) in prefill.kept.items():
-            layer = self.layers.setdefault(index, _empty(k))
+        self.layers = self.layers or [_Layer(*map(_empty, (k, v, k, v))) for k, v in prefill.kept]
+        for layer, (k, v) in zip(self.layers, prefill.kept, strict=True):
             layer.prefix_k = _grown(layer.prefix_k, num, width)
             layer.prefix_v = _grown(layer.prefix_v, num, width)
             layer.prefix_k[:, :, :width].index_copy_(0, slots_P, k[gather_PL].transpose(1, 2))
@@ -109,7 +111,7 @@ class DecodePlan:
     def keep(self, prompts: Sequence[int], rows: Sequence[int]) -> None:
         """Drop every prompt and row slot but these; they are renumbered in this order."""
         self.lengths = [self.lengths[p] for p in prompts]
-        for layer in self.layers.values():
+        for layer in self.layers:
             if len(prompts) < layer.prefix_k.shape[0]:
                 at = torch.tensor(prompts, device=layer.prefix_k.device)
                 width = max(self.lengths, default=0)
@@ -127,7 +129,7 @@ class DecodePlan:
         by one per :meth:`advance`. Every slot, empty or not, needs an age of 0 or more.
         """
         assert ages.min() >= 0, "a slot without a token in front"
-        device = next(iter(self.layers.values())).prefix_k.device
+        device = self.layers[0].prefix_k.device
         self.num_rows = len(prompt_of_row)
         members = [np.flatnonzero(prompt_of_row == p) for p in range(len(self.lengths))]
         grid = np.zeros((len(members), max(len(m) for m in members)), np.int64)
@@ -148,7 +150,7 @@ class DecodePlan:
         if self.static or lengths.min() < lengths.max():
             beyond_PL = np.arange(lengths.max()) >= lengths[:, None]
             self._padding = self._hidden(torch.from_numpy(beyond_PL).to(device))[:, None, None]
-        for stored in self.layers.values():
+        for stored in self.layers:
             stored.own_k = _grown(stored.own_k, self.num_rows, 0)
             stored.own_v = _grown(stored.own_v, self.num_rows, 0)
         self._reserve()
@@ -156,6 +158,7 @@ class DecodePlan:
     def begin(self) -> None:
         """Start a step: clear the masks, which depend on ages."""
         self._masks.clear()
+        self._next = 0
 
     def advance(self) -> None:
         """End a step: every row has stored one more token."""
@@ -170,22 +173,23 @@ class DecodePlan:
 
     def _reserve(self) -> None:
         """Allocate this step's column, in every layer."""
-        held = next(iter(self.layers.values())).own_k.shape[2]
+        held = self.layers[0].own_k.shape[2]
         if self._oldest >= held:
             columns = min(max(2 * held, self._oldest + 1, COLUMNS), self.most_columns)
-            for layer in self.layers.values():
+            for layer in self.layers:
                 layer.own_k = _grown(layer.own_k, 0, columns)
                 layer.own_v = _grown(layer.own_v, 0, columns)
 
     # --- attention ---
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
     ) -> Tensor:
-        """q [S, H, D], k and v [S, J, D] -> [S, H, D]."""
-        store = self.layers[layer]
+        """q [S, H, D], k [S, J, D], v [S, J, E] -> [S, H, E]."""
+        store = self.layers[self._next]
+        self._next += 1
         num_rows, heads, size = q.shape
-        heads_kv = k.shape[1]
+        heads_kv, size_v = v.shape[1:]
         per_kv = heads // heads_kv
         num_prompts, width = len(self.lengths), max(self.lengths)
         self._write(store, k, v)
@@ -200,7 +204,7 @@ class DecodePlan:
             mask=prefix_mask,
             scaling=scaling,
         )
-        read = read.reshape(-1, per_kv * size).index_select(0, unfold)
+        read = read.reshape(-1, per_kv * size_v).index_select(0, unfold)
         mass = mass.reshape(-1, per_kv).index_select(0, unfold)
 
         columns = self._read_columns()
@@ -212,8 +216,8 @@ class DecodePlan:
         both = torch.cat([scores.float(), mass[..., None]], -1)
         weights = both.softmax(-1).to(q.dtype)
         out = weights[..., :columns].bmm(own_v)
-        out.addcmul_(weights[..., columns:], read.view(-1, per_kv, size))
-        return out.view(num_rows, heads, size)
+        out.addcmul_(weights[..., columns:], read.view(-1, per_kv, size_v))
+        return out.view(num_rows, heads, size_v)
 
     def _write(self, store: _Layer, k: Tensor, v: Tensor) -> None:
         if self._same_age:
@@ -259,14 +263,14 @@ class DecodePlan:
 
     def _read_columns(self) -> int:
         if self.static:
-            return next(iter(self.layers.values())).own_k.shape[2]
+            return self.layers[0].own_k.shape[2]
         return self._oldest + 1
 
     def _columns(self, num: int) -> Tensor:
         return torch.arange(num, device=self.age_S.device)
 
     def _hidden(self, hidden: Tensor) -> Tensor:
-        dtype = next(iter(self.layers.values())).own_k.dtype
+        dtype = self.layers[0].own_k.dtype
         return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, HIDDEN)
 
 
@@ -275,7 +279,7 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [P, J, Q, D] over k, v [P, J, L, D]: outputs, and the log of the softmax's
     denominator [P, J, Q]."""
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
         # The kernel behind F.scaled_dot_product_attention, which does not return the log-sum-exp.
         out, mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=mask, scale=scaling
@@ -295,11 +299,8 @@ def _read_plainly(
     return (scores - mass[..., None]).exp().to(q.dtype) @ v, mass
 
 
-def _empty(k_TJD: Tensor) -> _Layer:
-    def make() -> Tensor:
-        return k_TJD.new_empty(0, k_TJD.shape[1], 0, k_TJD.shape[2])
-
-    return _Layer(make(), make(), make(), make())
+def _empty(like_TJD: Tensor) -> Tensor:
+    return like_TJD.new_empty(0, like_TJD.shape[1], 0, like_TJD.shape[2])
 
 
 def _grown(stored: Tensor, num: int, columns: int) -> Tensor:

@@ -178,7 +178,9 @@ class LocalLearner:
             for name, share in shares.items():
                 metrics[name] = metrics.get(name, 0.0) + share
         with clock.timed("optimizer"):
+            before = self._masters.sample()
             norm, *critic = self._update(lr_scale, loss=total)
+            metrics["moved"] = float((self._masters.sample() - before).norm())
             metrics |= {f"{CRITIC}/grad_norm": n for n in critic}
         self._state = objective.after(metrics)
         return StepReport(

@@ -2,13 +2,14 @@
 
 A model is used through two of its modules: the decoder (token ids -> hidden states) and the output
 head (hidden states -> logits). What a family does to logits after its head, and whether packed,
-prefix-shared tokens attend correctly, is *checked* when the model is loaded: packed and stock
-log-probs of a short probe must agree.
+prefix-shared tokens attend correctly, is *compared* when the model is loaded (``proving.py``).
+
+The policy is the model's own softmax, over all rows of the head. Heads often have more rows than
+the tokenizer has tokens, padded to a round number: those are never sampled (``unused_U``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,15 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.core.errors import ModelError
-from posttrain.core.proofs import Proof, Subject
-from posttrain.engines.local.attention import IMPLEMENTATION, AttentionPlan, PackedPlan
+from posttrain.core.proofs import Proof
+from posttrain.engines.local.attention import AttentionPlan, PackedPlan
 from posttrain.engines.local.recording import Recording, stock_hidden
-from posttrain.numerics.batch import PackedBatch, Segment
+from posttrain.numerics.batch import PackedBatch
 from posttrain.numerics.logits import Head, LinearHead
-
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""Largest |Δ log-prob| allowed between packed and stock computation."""
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -42,10 +39,15 @@ class Model:
     speaks: bool = True  # False where the folder has no output head: a classifier
     logit_scale: float = 1.0
     logit_cap: float | None = None
+    only: int | None = None  # rows of the head that its distributions are over; None for all
     proofs: tuple[Proof, ...] = ()  # what was compared when it was loaded
+    unused_U: Tensor | None = field(init=False)  # rows of the head that no token has; None: none
     recording: Recording = field(init=False)  # the decoder's forward, for sampling
 
     def __post_init__(self) -> None:
+        unused = sorted(set(range(self.vocab_size)) - set(self.tokenizer.get_vocab().values()))
+        found = torch.tensor(unused, device=self.device) if unused else None
+        object.__setattr__(self, "unused_U", found)
         object.__setattr__(self, "recording", Recording(self.causal))
 
     @classmethod
@@ -74,12 +76,29 @@ class Model:
     @property
     def vocab_size(self) -> int:
         """Rows of the output head, padding rows included."""
-        return int(self.causal.get_output_embeddings().weight.shape[0])
+        rows = int(self.causal.get_output_embeddings().weight.shape[0])
+        return rows if self.only is None else min(rows, self.only)
+
+    def over(self, rows: int) -> Model:
+        """The same weights, with a head of the first rows only."""
+        return replace(self, only=rows)
 
     @property
     def context(self) -> int:
-        """Longest sequence of the model, in tokens."""
-        return int(self.causal.config.get_text_config().max_position_embeddings)
+        """Longest sequence that is computed alone as it is beside others, in tokens.
+
+        A ``longrope`` model has other frequencies for sequences beyond its original context, and
+        takes one set for a whole batch; the original context is the limit for it.
+        """
+        settings = self.causal.config.get_text_config()
+        rope = settings.to_dict().get("rope_parameters") or {}
+        kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]  # or one per layer type
+        whole = [
+            int(k["original_max_position_embeddings"])
+            for k in kinds
+            if k.get("rope_type") == "longrope" and k.get("original_max_position_embeddings")
+        ]
+        return min([int(settings.max_position_embeddings), *whole])
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -104,107 +123,15 @@ class Model:
     def head(self) -> Head:
         """Hidden states [N, X] to logits [N, V], with a family's scaling and soft-capping."""
         module = self.causal.get_output_embeddings()
-        scale, cap = self.logit_scale, self.logit_cap
+        scale, cap, rows = self.logit_scale, self.logit_cap, self.vocab_size
         if type(module) is nn.Linear and cap is None:
-            return LinearHead(module.weight, module.bias, scale)
+            if self.only is None:
+                return LinearHead(module.weight, module.bias, scale)
+            bias = None if module.bias is None else module.bias[:rows]
+            return LinearHead(module.weight[:rows], bias, scale)
 
         def head(hidden_NX: Tensor) -> Tensor:
-            logits: Tensor = module(hidden_NX).float() * scale
+            logits: Tensor = module(hidden_NX)[..., :rows].float() * scale
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
         return head
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, special tokens left out."""
-        ids = [int(t) for t in tokens]
-        return str(
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
-
-
-def prove_packing(model: Model) -> Proof:
-    """Check that packed, prefix-shared log-probs equal the model's own on a short probe.
-
-    Raises:
-        ModelError: they differ by more than the tolerance of the dtype.
-    """
-    vocab = min(model.vocab_size, len(model.tokenizer))
-    prompt, first, second = (
-        [i * 7919 % vocab for i in range(3, 12)],
-        [5 % vocab] * 3,
-        [2, 9 % vocab],
-    )
-    segments = (Segment(0, 9, None), Segment(9, 3, 0), Segment(12, 2, 0))
-    tokens = torch.tensor(prompt + first + second, device=model.device)
-    positions = torch.tensor([*range(9), *range(9, 12), *range(9, 11)], device=model.device)
-    plan = _WindowsSeen(PackedPlan.of(segments, device=model.device))
-    with torch.inference_mode():
-        try:
-            packed = model.head(model.hidden(tokens, positions, plan)).log_softmax(-1)
-        except (AttributeError, TypeError, RuntimeError) as error:
-            raise ModelError(
-                f"{model.name} ({model.causal.config.model_type}) cannot run packed: {error}",
-                expected="a decoder with plain softmax attention",
-                fix="use another model family",
-            ) from error
-        gap = 0.0
-        for rest, start in ((first, 9), (second, 12)):
-            own = _stock_logprobs(model, prompt + rest)
-            ours = torch.cat([packed[:9], packed[start : start + len(rest)]])
-            gap = max(gap, float((own - ours).abs().max()))
-    _check_windows(model, plan.windows)
-    limit = TOLERANCE[model.causal.dtype]
-    if not gap <= limit:
-        raise ModelError(
-            f"{model.name}: packed log-probs differ from the model's own by {gap:.2g}",
-            expected=f"at most {limit} in {model.causal.dtype}",
-            fix="this family mixes tokens in a way that packing cannot isolate; use another",
-        )
-    words = f"packed rows give the model's own log-probs, to {gap:.1g}"
-    return Proof(subject=Subject.SAMPLER, of=model.name, words=words, figures={"gap": gap})
-
-
-@dataclass(slots=True, eq=False)
-class _WindowsSeen:
-    """A plan that records which sliding windows the layers pass on."""
-
-    packed: PackedPlan
-    windows: set[int | None] = field(default_factory=set)
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
-    ) -> Tensor:
-        self.windows.add(window)
-        return self.packed.attend(layer, q, k, v, scaling=scaling, window=window)
-
-
-def _check_windows(model: Model, seen: set[int | None]) -> None:
-    """Raise a ModelError for families whose window is only in the mask, which packing does not use.
-
-    The probe cannot show it: it is shorter than any real window.
-    """
-    config = model.causal.config.get_text_config().to_dict()
-    kinds = config.get("layer_types")
-    limited = ("sliding_attention", "chunked_attention")
-    if kinds is not None:
-        has_window = any(kind in limited for kind in kinds)
-    else:
-        has_window = bool(config.get("sliding_window") or config.get("attention_chunk_size"))
-    if has_window and seen == {None}:
-        raise ModelError(
-            f"{model.name} ({model.causal.config.model_type}) limits attention to a window or "
-            "chunk that its attention layers do not hand down",
-            expected="layers that pass sliding_window to the attention function",
-            fix="use another model family",
-        )
-
-
-def _stock_logprobs(model: Model, tokens: Sequence[int]) -> Tensor:
-    """[T, V] log-probs by the stock model: the library's attention, no packing."""
-    ids = torch.tensor([tokens], device=model.device)
-    model.causal.set_attn_implementation("eager")
-    try:
-        logits: Tensor = model.causal(input_ids=ids, use_cache=False).logits[0]
-    finally:
-        model.causal.set_attn_implementation(IMPLEMENTATION)
-    return logits.float().log_softmax(-1)

@@ -38,15 +38,13 @@ _NO_WINDOW = -1
 _CURRENT: ContextVar[AttentionPlan] = ContextVar("plan")
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, layer: int, scaling: float, window: int) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
     limit = None if window == _NO_WINDOW else window
-    return _CURRENT.get().attend(layer, q, k, v, scaling=scaling, window=limit)
+    return _CURRENT.get().attend(q, k, v, scaling=scaling, window=limit)
 
 
 _LIBRARY = library.Library("posttrain", "DEF")
-_LIBRARY.define(
-    "attend(Tensor q, Tensor k, Tensor v, int layer, float scaling, int window) -> Tensor"
-)
+_LIBRARY.define("attend(Tensor q, Tensor k, Tensor v, float scaling, int window) -> Tensor")
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 
 
@@ -55,10 +53,10 @@ class _CurrentPlan:
     """The plan of a recorded graph: calls the plan that is current when the graph runs."""
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None
     ) -> Tensor:
         limit = _NO_WINDOW if window is None else window
-        out: Tensor = torch.ops.posttrain.attend(q, k, v, layer, scaling, limit)
+        out: Tensor = torch.ops.posttrain.attend(q, k, v, scaling, limit)
         return out
 
 

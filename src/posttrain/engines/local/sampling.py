@@ -1,6 +1,7 @@
 """Sampling tokens: one uniform number per row, through the inverse CDF of its distribution.
 
-Shape legend: ``R`` rows, ``V`` vocabulary, ``B`` blocks of it, ``W`` tokens of a block.
+Shape legend: ``R`` rows, ``V`` vocabulary, ``B`` blocks of it, ``W`` tokens of a block,
+``U`` ids that no token has.
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ BLOCK = 128
 """Neighbouring tokens whose probabilities are summed before the exact sums in double precision."""
 
 
-def sample(logits_RV: Tensor, sampling: Sampling, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+def sample(
+    logits_RV: Tensor,
+    sampling: Sampling,
+    uniform_R: Tensor,
+    *,
+    unused_U: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Sample a token per row by inverting its CDF at ``uniform_R`` (double) in [0, 1).
 
     Log-probs are those of the sampled distribution: after temperature and truncation. A token of
     probability 0 is never sampled. Greedy rows (temperature 0) have log-prob 0, since that
     distribution is one point.
+
+    Ids in ``unused_U`` are never sampled, and are no part of what truncation keeps. Without
+    truncation the log-prob is still the softmax's over all ids: the one that training computes.
 
     Returns:
         token ids [R] int64, and their log-probs [R] float32.
@@ -32,17 +42,23 @@ def sample(logits_RV: Tensor, sampling: Sampling, uniform_R: Tensor) -> tuple[Te
         ([0, 1], [-0.6931, -0.6931])
     """
     if sampling.temperature == 0:
-        return logits_RV.argmax(-1), torch.zeros_like(logits_RV[:, 0])
+        return _without(logits_RV, unused_U).argmax(-1), torch.zeros_like(logits_RV[:, 0])
     scaled_RV = logits_RV if sampling.temperature == 1 else logits_RV / sampling.temperature
     if sampling.is_truncated:
-        scaled_RV = _truncate(scaled_RV.log_softmax(-1), sampling)
+        scaled_RV = _truncate(_without(scaled_RV, unused_U).log_softmax(-1), sampling)
     prob_RV = scaled_RV.softmax(-1)
+    if unused_U is not None:
+        prob_RV.index_fill_(-1, unused_U, 0.0)  # the others keep theirs
     token_R = _invert(prob_RV, uniform_R)
     return token_R, prob_RV.gather(-1, token_R[:, None])[:, 0].log()
 
 
+def _without(logits_RV: Tensor, unused_U: Tensor | None) -> Tensor:
+    return logits_RV if unused_U is None else logits_RV.index_fill(-1, unused_U, -float("inf"))
+
+
 def _invert(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The token at which each row's CDF exceeds its uniform number.
+    """The token at which each row's CDF exceeds its uniform number, as a share of the row's sum.
 
     Two levels. A CDF over all tokens in single precision would lose unlikely tokens, and in
     double precision it costs more than the softmax. So blocks are summed in single precision,

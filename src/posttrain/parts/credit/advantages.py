@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
+from posttrain.core.bounds import Number, Positive, Size
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.trajectory import Array, Column, Group, Scored
 from posttrain.parts.base import Columns, Signal
@@ -63,7 +64,7 @@ class GroupAdvantage(Signal):
     """  # noqa: E501
 
     baseline: Baseline = "group_mean"
-    value: float | None = None
+    value: Number | None = None
     scale: Scale = "std"
     credit: Literal["outcome", "to_go"] = "outcome"
     kept_only: bool = False
@@ -204,7 +205,7 @@ class BestOfKAdvantage(Signal):
     the best member has credit: its margin over the second best. ``k: null`` is the group's size.
     """
 
-    k: int | None = None
+    k: Size | None = None
 
     formula: ClassVar[str] = "A = mean of max R_S - max R_(S without i) over k-sets S with i"
     paper: ClassVar[str] = "2503.19595"
@@ -245,17 +246,13 @@ class DecoupledAdvantage(Signal):
     If they were summed first, the one of larger variance would dominate.
     """
 
-    weights: tuple[float, float] = (1.0, 1.0)
+    weights: tuple[Positive, Positive] = (1.0, 1.0)
 
     formula: ClassVar[str] = "A = normalised sum of w_k (r_k - mean_k) / std_k"
     paper: ClassVar[str] = "2601.05242"
     needs: ClassVar[Columns] = frozenset({Column.REWARD, Column.TOKEN_REWARD})
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
     min_group: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        if min(self.weights) <= 0:
-            raise ConfigError(f"weights {self.weights}", expected="two numbers above 0")
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``ADVANTAGE`` [T] on every member."""

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from posttrain.core.errors import ConfigError, LegalityError
+from posttrain.core.bounds import Positive, Share
+from posttrain.core.errors import LegalityError
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Array, Column, Group, Scored
 from posttrain.parts.base import Columns, Signal, StageContext
@@ -41,26 +42,16 @@ class Gae(Signal):
     deviation 1. Values come from the weights before the update.
     """
 
-    gamma: float = 1.0
-    lam: float = 0.95
-    value_lam: float | None = None
-    length_alpha: float | None = None
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    value_lam: Share | None = None
+    length_alpha: Positive | None = None
     whiten: bool = True
 
     formula: ClassVar[str] = "A_t = sum_k (gamma lam)^k (r + gamma V' - V)_(t+k)"
     paper: ClassVar[str] = "1506.02438"
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE, Column.OLD_VALUE, Column.RETURN})
-
-    def __post_init__(self) -> None:
-        shares = [self.gamma, self.lam, self.lam if self.value_lam is None else self.value_lam]
-        if not all(0 <= s <= 1 for s in shares):
-            raise ConfigError(
-                f"gae with gamma={self.gamma}, lam={self.lam}, value_lam={self.value_lam}",
-                expected="each between 0 and 1",
-            )
-        if self.length_alpha is not None and self.length_alpha <= 0:
-            raise ConfigError(f"gae with length_alpha={self.length_alpha}", expected="above 0")
 
     def lam_of(self, length: int) -> float:
         """The λ of the advantages of an answer with ``length`` trained tokens.

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from posttrain.core.bounds import Inner, Number, Whole
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.trajectory import Array, Column, Discard, End, Group, Scored
@@ -88,9 +89,9 @@ class ClipCovariance(Signal):
     ``share`` of all tokens (at least one) gets advantage 0, and still counts in every mean.
     """
 
-    share: float = 2e-4
-    low: float = 1.0
-    high: float = 5.0
+    share: Inner = 2e-4
+    low: Number = 1.0
+    high: Number = 5.0
 
     formula: ClassVar[str] = "A = 0 at a random share of tokens with low < covariance < high"
     paper: ClassVar[str] = "2505.22617"
@@ -124,15 +125,11 @@ class MarkCovariance(Signal):
     reads the marks.
     """
 
-    share: float = 2e-4
+    share: Inner = 2e-4
 
     paper: ClassVar[str] = "2505.22617"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE, Column.BEHAVIOUR_LOGPROB})
     provides: ClassVar[Columns] = frozenset({Column.MARK})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ConfigError(f"mark_covariance with share={self.share}", expected="0 < share < 1")
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``MARK`` on every member."""
@@ -145,19 +142,17 @@ class MarkCovariance(Signal):
 class MarkEntropy(Signal):
     """Marks the ⌈share · N⌉ of a draw's N trained tokens with the highest entropy.
 
+    Entropies are those of the sampled distribution, at its temperature.
+
     For terms with ``limit: {marked: true}`` (arXiv 2506.01939, which takes a fifth of a batch).
     One more pass over the draw, with the weights before the update. Discarded answers neither
     count nor are marked. Of equal entropies the earlier token is marked.
     """
 
-    share: float = 0.2
+    share: Inner = 0.2
 
     paper: ClassVar[str] = "2506.01939"
     provides: ClassVar[Columns] = frozenset({Column.MARK})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ConfigError(f"mark_entropy with share={self.share}", expected="0 < share < 1")
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``MARK`` on every member."""
@@ -183,17 +178,13 @@ class ImitateFailures(Signal):
     members by ``author`` and discards the rollouts; any other group does the opposite.
     """
 
-    gate: int = 0
-    success: float = 1.0
+    gate: Whole = 0
+    success: Number = 1.0
     author: Kind = Kind.EXTERNAL
 
     paper: ClassVar[str] = "2509.04419"
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
     provides: ClassVar[Columns] = frozenset({Column.DISCARD})
-
-    def __post_init__(self) -> None:
-        if self.gate < 0:
-            raise ConfigError(f"imitate_failures with gate={self.gate}", expected="0 or more")
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with ``DISCARD`` on every member."""

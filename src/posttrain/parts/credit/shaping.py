@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from posttrain.core.bounds import NonNegative, Positive, Tokens
 from posttrain.core.errors import ConfigError
 from posttrain.core.trajectory import Array, Column, Group, Scored
 from posttrain.parts.base import Columns, Signal
@@ -30,16 +31,12 @@ class KLPenalty(Signal):
     exactly (RLOO, REINFORCE++; survey section 5, trap 11).
     """
 
-    beta: float = 0.05
+    beta: Positive = 0.05
 
     formula: ClassVar[str] = "-beta (log pi_behaviour - log pi_ref) per token"
     needs: ClassVar[Columns] = frozenset({Column.BEHAVIOUR_LOGPROB, Column.REFERENCE_LOGPROB})
     provides: ClassVar[Columns] = frozenset({Column.TOKEN_REWARD})
     untempered: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ConfigError(f"kl_penalty with beta={self.beta}", expected="above 0")
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with the penalty added to ``TOKEN_REWARD``."""
@@ -62,9 +59,9 @@ class SoftLengthPenalty(Signal):
     ``max_tokens`` and beyond.
     """
 
-    max_tokens: int
-    cache_tokens: int
-    weight: float = 1.0
+    max_tokens: Tokens
+    cache_tokens: Tokens
+    weight: NonNegative = 1.0
 
     formula: ClassVar[str] = "-weight min(max(0, l - (max_tokens - cache)) / cache, 1)"
     paper: ClassVar[str] = "2503.14476"

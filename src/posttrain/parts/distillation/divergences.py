@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from posttrain.core.bounds import NonNegative, Positive, Share
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Divergence, DivergenceKind, Wanted
@@ -38,18 +39,12 @@ LEAST_REST = 1e-10
 class TeacherDivergence(TokenTerm):
     """Base class of losses that compare the next-token distribution with a teacher's."""
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
     kind: ClassVar[DivergenceKind]
     needs: ClassVar[Columns] = TEACHER
     by_divergence: ClassVar[bool] = True
     name_shown: ClassVar[str] = "divergence"
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ConfigError(
-                f"temperature={self.temperature}", expected="above 0; 1 changes nothing"
-            )
 
     @property
     def coefficient(self) -> float:
@@ -119,18 +114,13 @@ class TeacherJensenShannon(TeacherDivergence):
     scale jumps there, so a learning rate tuned at β = 0.1 does not transfer to β = 0.
     """
 
-    beta: float = 0.5
+    beta: Share = 0.5
 
     formula: ClassVar[str] = (
         "beta KL(pi_T || M) + (1-beta) KL(pi || M), M = beta pi_T + (1-beta) pi"
     )
     paper: ClassVar[str] = "2306.13649"
     kind: ClassVar[DivergenceKind] = DivergenceKind.JENSEN_SHANNON
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.beta <= 1:
-            raise ConfigError(f"beta={self.beta}", expected="from 0 (forward KL) to 1 (reverse KL)")
 
     @property
     def coefficient(self) -> float:
@@ -141,13 +131,12 @@ class TeacherJensenShannon(TeacherDivergence):
 class SkewedKL(TeacherDivergence):
     """A KL to a mixture with a share α of its first argument."""
 
-    alpha: float = 0.1
+    alpha: Share = 0.1
 
     at_zero: ClassVar[str]  # the term that it equals at α = 0
     paper: ClassVar[str] = "2402.03898"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 < self.alpha < 1:
             raise ConfigError(
                 f"alpha={self.alpha}",
@@ -196,16 +185,12 @@ class EntropyAwareKL(TokenTerm):
     (arXiv 2603.07079). With a top-k the entropy is that of the merged outcomes.
     """
 
-    threshold: float = 0.8
+    threshold: NonNegative = 0.8
 
     formula: ClassVar[str] = "KL(pi || pi_T) + [H(pi_T) > threshold] KL(pi_T || pi)"
     paper: ClassVar[str] = "2603.07079"
     needs: ClassVar[Columns] = TEACHER
     reads: ClassVar[frozenset[Wanted]] = frozenset({FORWARD, REVERSE})
-
-    def __post_init__(self) -> None:
-        if self.threshold < 0:
-            raise ConfigError(f"threshold={self.threshold}", expected="0 nats or more")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] reverse KL, plus forward KL where the teacher's entropy is high."""
@@ -227,7 +212,7 @@ class TeacherSortedL1(TokenTerm):
     mean. The paper pairs the i-th tokens even if different text precedes them.
     """
 
-    weight: float = 1.5
+    weight: NonNegative = 1.5
 
     formula: ClassVar[str] = "sum_i |pi_(i) - pi_T(i)|, both sorted"
     paper: ClassVar[str] = "2402.12030"

@@ -12,7 +12,8 @@ from typing import ClassVar
 import numpy as np
 
 from posttrain.core import clock
-from posttrain.core.errors import ConfigError, TaskError
+from posttrain.core.bounds import Count
+from posttrain.core.errors import TaskError
 from posttrain.core.provenance import IntArray, Role, Span
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Array, Column, End, Group, Scored, Trajectory
@@ -47,15 +48,11 @@ class ForeignTeacher(AcrossTokenizers):
     next-token distributions can be compared by rank; other tokens are not aligned.
     """
 
-    top_k: int = 100
+    top_k: Count = 100
 
     formula: ClassVar[str] = "pi_T(.), sorted, at boundaries of both tokenizers"
     paper: ClassVar[str] = "2402.12030"
     provides: ClassVar[Columns] = frozenset({Column.TEACHER_SORTED, Column.TEACHER_ALIGNED})
-
-    def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ConfigError(f"top_k={self.top_k}", expected="at least 1")
 
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with both columns on every member."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from posttrain.core.bounds import Count, NonNegative, Positive, Size
 from posttrain.core.errors import ConfigError
 from posttrain.core.sampling import SamplingSpec
 from posttrain.parts.base import Aggregate, PolicyRef, Signal, Term
@@ -22,7 +23,7 @@ from posttrain.parts.registry import part
 class Sampled(OnTasks):
     """Methods with an advantage per sampled token; ``aggregate`` averages the token losses."""
 
-    group_size: int = 4
+    group_size: Size = 4
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "on-policy"
@@ -59,7 +60,7 @@ class IwOpd(Sampled):
     """
 
     teachers: dict[str, PolicyRef]
-    early: float = 0.5
+    early: NonNegative = 0.5
 
     formula: ClassVar[str] = "-r w A, w_t = 1 + early (1 - sum_{s<t} |A_s| / sum_s |A_s|)"
     paper: ClassVar[str] = "2606.22600"
@@ -86,7 +87,7 @@ class GOpd(Sampled):
     """
 
     teachers: dict[str, PolicyRef]
-    extrapolation: float = 1.25
+    extrapolation: Positive = 1.25
     reference: PolicyRef = "input"
 
     formula: ClassVar[str] = "-r A, A = lambda log(pi_T / pi_ref) - log(pi / pi_ref)"
@@ -119,11 +120,11 @@ class Opd2(Sampled):
 
     teacher: PolicyRef
     teacher_base: PolicyRef
-    scale: float = 0.1
-    group_size: int = 1
+    scale: Positive = 0.1
+    group_size: Size = 1
     sampling: SamplingSpec = SamplingSpec(temperature=0.7)
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
 
     formula: ClassVar[str] = "-min(r A, clip(r) A), A = centred log(pi_T / pi_base) if OPD agrees"
     paper: ClassVar[str] = "2607.15161"
@@ -162,12 +163,14 @@ class Minillm(Sampled):
     The exact part is the next-token reverse KL; the rest credits a token with the mean log-ratio
     of later tokens, the paper's length normalisation. Not implemented: sampling from a mixture of
     teacher and learner, and a pre-training loss (mix in a data set for that).
+
+    The authors' code also whitens the rewards, and discounts them by 0.95 per token.
     """
 
     teachers: dict[str, PolicyRef]
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    top_k: int | None = None
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
+    top_k: Count | None = None
 
     formula: ClassVar[str] = "KL(pi || pi_T) per token, - clip(r) mean_{s>t} log(pi_T / pi)(y_s)"
     paper: ClassVar[str] = "2306.08543"

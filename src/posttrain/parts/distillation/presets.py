@@ -6,6 +6,17 @@ from typing import ClassVar
 
 from msgspec.structs import replace
 
+from posttrain.core.bounds import (
+    Count,
+    Inner,
+    NonNegative,
+    Number,
+    Positive,
+    Rate,
+    Share,
+    Size,
+    Tokens,
+)
 from posttrain.core.errors import ConfigError
 from posttrain.core.learner import MOVING, MovingReference
 from posttrain.core.provenance import Kind
@@ -48,8 +59,8 @@ class OnTasks(Method):
     """Methods on task sets: prompts, group size and decoding."""
 
     tasks: tuple[str, ...]
-    group_size: int = 1
-    max_new_tokens: int = 64
+    group_size: Size = 1
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
 
     tendency: ClassVar[str] = "reshaping or consolidation"
@@ -83,8 +94,8 @@ class Kd(Method):
 
     data: Dataset
     teachers: dict[str, PolicyRef]
-    temperature: float = 1.0
-    top_k: int | None = None
+    temperature: Positive = 1.0
+    top_k: Count | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "off-policy"
@@ -106,7 +117,7 @@ class OnOwnRollouts(OnTasks):
     """Methods in which teachers score the learner's rollouts with their distributions."""
 
     teachers: dict[str, PolicyRef]
-    top_k: int | None = None
+    top_k: Count | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "on-policy"
@@ -141,8 +152,8 @@ class EntropyAwareOpd(OnOwnRollouts):
     Unconfirmed: read at second hand; the threshold's unit and the second part's weight are ours.
     """
 
-    top_k: int | None = 16
-    threshold: float = 0.8
+    top_k: Count | None = 16
+    threshold: NonNegative = 0.8
 
     formula: ClassVar[str] = "KL(pi || pi_T) + [H(pi_T) > threshold] KL(pi_T || pi)"
     paper: ClassVar[str] = "2603.07079"
@@ -156,6 +167,8 @@ class EntropyAwareOpd(OnOwnRollouts):
 @part
 class TvDistillation(OnOwnRollouts):
     """Total variation to a teacher on the learner's own rollouts: a bounded loss per token.
+
+    The paper adds a second half on the teacher's own samples; here there is the learner's only.
 
     Unconfirmed: the divergence is standard; its use in the paper is from general knowledge.
     """
@@ -176,8 +189,8 @@ class OnMix(OnTasks):
 
     teachers: dict[str, PolicyRef]
     data: Dataset | None = None
-    own: float = 0.5
-    top_k: int | None = None
+    own: Share = 0.5
+    top_k: Count | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "mixed"
@@ -205,7 +218,7 @@ class Gkd(OnMix):
     reverse KL at 1; between them the loss is smaller, see teacher_jensen_shannon.
     """
 
-    beta: float = 0.5
+    beta: Share = 0.5
 
     formula: ClassVar[str] = (
         "beta KL(pi_T || M) + (1-beta) KL(pi || M), M = beta pi_T + (1-beta) pi"
@@ -225,7 +238,7 @@ class Distillm(OnMix):
     the share is fixed.
     """
 
-    alpha: float = 0.1
+    alpha: Inner = 0.1
     reverse: bool = True
 
     formula: ClassVar[str] = "KL(pi || (1-alpha) pi_T + alpha pi); or KL(pi_T || alpha pi_T + ...)"
@@ -245,14 +258,17 @@ class Distillm2(OnTasks):
     and β changing from ``beta`` to ``beta_end``. The paper also adapts α per sample; here it is
     constant. Each half is averaged over its own tokens.
 
+    In the authors' code no gradient flows through the mixture of the skew reverse KL; here one
+    does, as its definition has it. β goes to 1.5 there too.
+
     Unconfirmed: the formula is that of the authors' code; the paper was not opened.
     """
 
     teacher: PolicyRef
-    alpha: float = 0.1
-    beta: float = 1.0
-    beta_end: float = 1.5
-    top_k: int | None = None
+    alpha: Inner = 0.1
+    beta: Positive = 1.0
+    beta_end: Positive = 1.5
+    top_k: Count | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "mixed"
@@ -308,18 +324,14 @@ class Uld(OnTasks):
 
     teacher: PolicyRef
     data: Dataset
-    own: float = 0.5
-    top_k: int = 100
-    weight: float = 1.5
+    own: Share = 0.5
+    top_k: Count = 100
+    weight: NonNegative = 1.5
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "mixed"
     formula: ClassVar[str] = "-log pi(y_t) on data, + weight sum_i |pi_(i) - pi_T(i)| on rollouts"
     paper: ClassVar[str] = "2402.12030"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.own < 1:
-            raise ConfigError(f"uld with own={self.own}", expected="above 0 and below 1")
 
     def compose(self) -> Composition:
         """Data and live rollouts; a foreign teacher on the rollouts; both losses."""
@@ -338,7 +350,7 @@ class Privileged(OnTasks):
     """Methods whose teacher has a privileged context."""
 
     teacher: PolicyRef = "input"
-    top_k: int | None = None
+    top_k: Count | None = None
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "on-policy"
@@ -369,11 +381,11 @@ class Opsd(Privileged):
 
     The teacher is the frozen input of the stage; ``teacher: learner`` uses the current weights.
 
-    Unconfirmed: the divergence and its ``beta`` are those of ``sdft``, the paper was not opened.
+    Unconfirmed: the divergence and its ``beta``, the paper was not opened.
     """
 
     context: str = ANSWER_SHOWN
-    beta: float = 0.5
+    beta: Share = 0.5
 
     formula: ClassVar[str] = "JSD_beta(pi_teacher(. | x, answer), pi(. | x)), on samples of pi"
     paper: ClassVar[str] = "2601.18734"
@@ -392,19 +404,23 @@ class Sdft(Privileged):
     (``rate`` per step); ``teacher: learner`` is the learner at every draw, and any other policy
     is frozen.
 
-    Unconfirmed: the default of ``rate``.
+    The divergence is the paper's reverse KL, over the whole vocabulary: ``beta`` 1 of the
+    Jensen-Shannon family. A fork of the authors' code has the forward KL (``beta: 0``), and leaves
+    out the first 3 tokens of an answer, which is not offered; TRL has ``beta`` 0.5, ``rate`` 0.05.
+
+    Unconfirmed: the default of ``rate``, which is that fork's.
     """
 
     teacher: PolicyRef = MOVING
-    rate: float = 0.05
+    rate: Rate = 0.01
     context: str = DEMONSTRATION_SHOWN
-    beta: float = 0.5
+    beta: Share = 1.0
 
-    formula: ClassVar[str] = "JSD_beta(pi(. | x, demonstration), pi(. | x)), on samples of pi"
+    formula: ClassVar[str] = "KL(pi(. | x) || pi_ema(. | x, demonstration)), on samples of pi"
     paper: ClassVar[str] = "2601.19897"
 
     def compose(self) -> Composition:
-        """Live rollouts; the learner's own distribution after a demonstration; Jensen-Shannon."""
+        """Live rollouts; the learner's own distribution after a demonstration; reverse KL."""
         term = TeacherJensenShannon(beta=self.beta, aggregate=self.aggregate)
         return _privileged(self, self.context, term, rate=self.rate)
 
@@ -416,15 +432,18 @@ class Sdpo(Privileged):
     The teacher, a moving average of the learner, reads the first other answer of the group with a
     reward of at least ``success``; answers without one are left out. The paper also shows textual
     feedback of an environment; here there are only rewards.
+
+    The authors' code compares the learner's 100 likeliest tokens, and bounds the importance ratio
+    by 2. Here they are the teacher's, and there is no ratio, which is 1 at a draw's first update.
     """
 
     teacher: PolicyRef = MOVING
-    rate: float = 0.05
-    group_size: int = 8
-    success: float = 1.0
-    top_k: int | None = 100
+    rate: Rate = 0.05
+    group_size: Size = 8
+    success: Number = 1.0
+    top_k: Count | None = 100
     context: str = SUCCESS_SHOWN
-    beta: float = 0.5
+    beta: Share = 0.5
 
     interface: ClassVar[str] = "verifier reward, then teacher targets"
     formula: ClassVar[str] = "JSD_beta(pi_ema(. | x, a sibling that succeeded), pi(. | x))"

@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.core import clock
+from posttrain.core.bounds import NonNegative, Positive
 from posttrain.core.errors import ConfigError
 from posttrain.core.trajectory import Column, Group, Scored
 from posttrain.parts.base import Columns, PolicyRef, Signal
 from posttrain.parts.columns import attach, trajectories_of
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
+from posttrain.protocols import over_shared_rows
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,8 +45,8 @@ class TeacherAdvantage(Signal):
     """
 
     credit: Literal["token", "to_go", "future_mean"] = "token"
-    extrapolation: float = 1.0
-    early: float = 0.0
+    extrapolation: Positive = 1.0
+    early: NonNegative = 0.0
 
     formula: ClassVar[str] = "log pi_T(y_t) - log pi(y_t), or what follows of it"
     paper: ClassVar[str] = (
@@ -52,13 +54,6 @@ class TeacherAdvantage(Signal):
     )
     untempered: ClassVar[bool] = True
     provides: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
-
-    def __post_init__(self) -> None:
-        if self.extrapolation <= 0 or self.early < 0:
-            raise ConfigError(
-                f"teacher_advantage with extrapolation={self.extrapolation}, early={self.early}",
-                expected="extrapolation above 0 (1 is the teacher itself), early 0 or more",
-            )
 
     @property
     def needs(self) -> Columns:
@@ -101,7 +96,7 @@ class DeltaAdvantage(Signal):
 
     teacher: PolicyRef
     base: PolicyRef
-    scale: float = 0.1
+    scale: Positive = 0.1
 
     formula: ClassVar[str] = (
         "scale (log pi_T - log pi_base - E_pi), where of one sign with log pi_T - log pi - E_pi"
@@ -129,7 +124,7 @@ class DeltaAdvantage(Signal):
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with the column on every member, NaN where nothing is trained."""
         trajectories = trajectories_of(groups)
-        asked = (tools.live, *(tools.policy(r) for r in self.references()))
+        asked = over_shared_rows([tools.live, *(tools.policy(r) for r in self.references())])
         with clock.timed("teacher"):
             logps = [p.distributions(trajectories, top_k=None) for p in asked]
         columns = []

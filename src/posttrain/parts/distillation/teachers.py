@@ -23,6 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from posttrain.core import clock
+from posttrain.core.bounds import Count, Number
 from posttrain.core.errors import ConfigError, TaskError, nearest
 from posttrain.core.learner import MOVING
 from posttrain.core.provenance import Span
@@ -140,17 +141,12 @@ class TeacherDistribution(RoutedTeacher):
     ``TEACHER_STATES`` [T, X] and ``TEACHER_HEAD``.
     """
 
-    top_k: int | None = None
-    success: float = 1.0
+    top_k: Count | None = None
+    success: Number = 1.0
 
     formula: ClassVar[str] = "log pi_T(v | context, y_<t) of every v, or of the K likeliest"
     paper: ClassVar[str] = "2209.15189, 2601.18734, 2601.19897 (contexts), 2601.20802 (success)"
     shown: ClassVar[tuple[str, ...]] = ("answer", "success")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k={self.top_k}", expected="at least 1, or null")
 
     @property
     def shows_success(self) -> bool:

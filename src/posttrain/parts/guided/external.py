@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from posttrain.core.errors import ConfigError
+from posttrain.core.bounds import NonNegative, Positive
 from posttrain.core.lazy import torch
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat
@@ -39,20 +39,13 @@ class AssumedCertainGradient(TokenTerm):
     not have under p ∇log π. No clip (LUFFY, arXiv 2504.14945).
     """
 
-    gamma: float = 0.1
+    gamma: Positive = 0.1
     where: tuple[Kind, ...] = (Kind.EXTERNAL,)
 
     formula: ClassVar[str] = "-pi / (pi + gamma) A"
     paper: ClassVar[str] = "2504.14945"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
     accepts: ClassVar[frozenset[Kind]] = OTHERS
-
-    def __post_init__(self) -> None:
-        if self.gamma <= 0:
-            raise ConfigError(
-                f"assumed_certain_gradient with gamma={self.gamma}",
-                expected="above 0: at 0 the shaped ratio is constant, and has no gradient",
-            )
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −p / (p + γ) A."""
@@ -71,8 +64,8 @@ class AssumedOwnGradient(TokenTerm):
     the fifth of the tokens of highest entropy.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
     where: tuple[Kind, ...] = (Kind.EXTERNAL,)
 
     formula: ClassVar[str] = "-min(r A, clip(r) A), r = pi / pi when the text was drawn"
@@ -104,19 +97,12 @@ class ExplorationBonus(Term):
     """
 
     aggregate: Aggregate = "sequence_sum"
-    weight: float = 1e-5
+    weight: Positive = 1e-5
     where: tuple[Kind, ...] = (Kind.TEACHER,)
 
     formula: ClassVar[str] = "log pi(y), y of the reference"
     paper: ClassVar[str] = "2405.21046"
     accepts: ClassVar[frozenset[Kind]] = frozenset({Kind.TEACHER})
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ConfigError(
-                f"exploration_bonus with weight={self.weight}",
-                expected="above 0: a negative one would imitate the reference",
-            )
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] log π(y)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from posttrain.core.bounds import Inner, NonNegative, Size, Tokens
 from posttrain.core.errors import ConfigError
 from posttrain.core.sampling import SamplingSpec
 from posttrain.parts.base import Term, WeightSchedule
@@ -27,12 +28,12 @@ class OnDemonstrationsAndRollouts(Method):
 
     data: Dataset
     tasks: tuple[str, ...]
-    expert: float = 0.2
-    group_size: int = 8
-    max_new_tokens: int = 64
+    expert: Inner = 0.2
+    group_size: Size = 8
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
 
     provenance: ClassVar[str] = "mixed"
     interface: ClassVar[str] = "verifier reward and token targets"
@@ -59,8 +60,8 @@ class Chord(OnDemonstrationsAndRollouts):
     The paper's variant with token weights p (1 − p) is ``chord_phi``.
     """
 
-    mu: float = 0.9
-    mu_end: float = 0.05
+    mu: Inner = 0.9
+    mu_end: Inner = 0.05
 
     formula: ClassVar[str] = "(1-mu) GRPO on own rollouts + mu (-log pi) on demonstrations"
 
@@ -91,7 +92,7 @@ class ChordPhi(OnDemonstrationsAndRollouts):
     demonstrations need not be faded out.
     """
 
-    mu: float = 0.1
+    mu: Inner = 0.1
 
     formula: ClassVar[str] = "(1-mu) GRPO on own rollouts + mu (-sg(p (1-p)) log p), p = pi(y_t)"
 

@@ -13,6 +13,17 @@ from typing import ClassVar, Literal
 
 from msgspec.structs import replace
 
+from posttrain.core.bounds import (
+    Count,
+    Inner,
+    NonNegative,
+    Number,
+    Positive,
+    Share,
+    Size,
+    Tokens,
+    Whole,
+)
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 from posttrain.core.sampling import SamplingSpec
@@ -41,8 +52,8 @@ class OnGuided(Method):
     tasks: tuple[str, ...]
     demonstration: str = "answer"
     author: Kind = Kind.EXTERNAL
-    group_size: int = 8
-    max_new_tokens: int = 64
+    group_size: Size = 8
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
     rewards: tuple[unions.AnyJudge, ...] = (Verify(),)
 
@@ -99,12 +110,12 @@ class GuidedGrpo(OnGuided):
     Unconfirmed: the papers were read at second hand, the schedule is ours.
     """
 
-    start: float = 0.75
-    end: float = 0.0
-    draws: int = 100
+    start: Share = 0.75
+    end: Share = 0.0
+    draws: Count = 100
     length: Literal["share", "binomial"] = "share"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
 
     provenance: ClassVar[str] = "on-policy, after the beginning of a demonstration"
     formula: ClassVar[str] = "GRPO on y_{>L} given y*_{<=L}, L = floor(share |y*|)"
@@ -122,14 +133,17 @@ class Uft(OnGuided):
 
     The number of given slices is drawn per prompt. A slice is a fifth of the demonstration's
     tokens; the paper cuts at steps of the solution. Its KL term is left out.
+
+    The authors' code averages over tokens, and adds an entropy bonus of 0.001; here every sequence
+    counts alike, and there is none.
     """
 
-    group_size: int = 4
-    start: float = 0.95
-    end: float = 0.05
-    draws: int = 300
-    slices: int = 5
-    nll_weight: float = 0.001
+    group_size: Size = 4
+    start: Share = 0.95
+    end: Share = 0.05
+    draws: Count = 300
+    slices: Count = 5
+    nll_weight: NonNegative = 0.001
 
     provenance: ClassVar[str] = "mixed"
     formula: ClassVar[str] = "GRPO on y_{>L} - nll_weight log pi(y*_{<=L}), L by Binomial(5, p)"
@@ -150,14 +164,17 @@ class PrefixRft(OnGuided):
     The prefix's tokens are treated as if sampled by the learner, at the fifth of highest entropy.
     Both terms are sums over tokens divided by the same constant.
 
+    In the authors' code members with a prefix are compared among themselves, so that one alone is
+    its own mean; here all members of a group share the mean.
+
     Unconfirmed: read from the authors' code and notes; the constant is ours.
     """
 
-    start: float = 0.95
-    draws: int = 100
-    entropy_share: float = 0.2
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    start: Share = 0.95
+    draws: Count = 100
+    entropy_share: Inner = 0.2
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
 
     provenance: ClassVar[str] = "mixed"
     formula: ClassVar[str] = "-min(r A, clip(r) A), also on y*_{<=L}, L ~ U(low, .95) |y*|"
@@ -185,12 +202,15 @@ class Luffy(OnGuided):
 
     Its ratio assumes a behaviour probability of 1, and is shaped so that unlikely tokens keep a
     gradient. Both terms are sums over tokens divided by the same constant.
+
+    The authors' runs do not clip, and have the entropy bonus on the demonstration too; here own
+    tokens are clipped, and the bonus is theirs alone.
     """
 
-    gamma: float = 0.1
-    entropy_weight: float = 0.001
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    gamma: Positive = 0.1
+    entropy_weight: NonNegative = 0.001
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
 
     provenance: ClassVar[str] = "mixed"
     formula: ClassVar[str] = "-min(r A, clip(r) A) on own, -pi / (pi + gamma) A on given tokens"
@@ -218,15 +238,17 @@ class Hpt(OnGuided):
     Where at most ``gate`` of a group's rollouts are right, the demonstration is trained on and the
     rollouts are left out; elsewhere the opposite.
 
+    The authors' scripts weigh demonstrations by 0.3 for a model of 1.5B, and by 1 elsewhere.
+
     Unconfirmed: that the policy gradient is Dr.GRPO's.
     """
 
-    group_size: int = 8
-    gate: int = 0
-    success: float = 1.0
-    nll_weight: float = 1.0
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    group_size: Size = 8
+    gate: Whole = 0
+    success: Number = 1.0
+    nll_weight: NonNegative = 1.0
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
 
     provenance: ClassVar[str] = "mixed"
     formula: ClassVar[str] = "-log pi(y*) where at most gate rollouts are right, else Dr.GRPO"

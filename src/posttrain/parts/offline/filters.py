@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from posttrain.core.bounds import Number, Size
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.trajectory import Column, Discard, Group, Scored
 from posttrain.parts.base import Columns, Signal
@@ -28,8 +29,8 @@ class KeepRewards(Signal):
     has the same tokens. The tests apply in the order threshold, duplicates, best.
     """
 
-    at_least: float | None = None
-    best: int | None = None
+    at_least: Number | None = None
+    best: Size | None = None
     distinct: bool = False
 
     sieves: ClassVar[bool] = True
@@ -42,8 +43,6 @@ class KeepRewards(Signal):
                 "keep_rewards that keeps everything",
                 expected="at_least, best or distinct",
             )
-        if self.best is not None and self.best < 1:
-            raise ConfigError(f"keep_rewards with best={self.best}", expected="at least 1")
 
     def trained_share(self, members: int) -> float:
         """The best of the group, where only so many stay."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from posttrain.core.bounds import Inner, NonNegative, Number, Positive, Share
 from posttrain.parts.base import Aggregate, PolicyRef, Signal
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.credit.advantages import GroupAdvantage
@@ -29,13 +30,16 @@ def logged_advantage(baseline: float | None) -> GroupAdvantage:
 class Awr(Method):
     """Advantage-weighted regression on logged answers.
 
+    The paper's experiments standardise the advantages first, and subtract a value function. Here
+    they are differences of rewards: choose ``beta`` on their scale.
+
     Unconfirmed: the formula and its defaults are from general knowledge.
     """
 
     data: Dataset
-    beta: float = 1.0
-    max_weight: float = 20.0
-    baseline: float | None = None  # null: the mean reward of the draw
+    beta: Positive = 1.0
+    max_weight: Positive = 20.0
+    baseline: Number | None = None  # null: the mean reward of the draw
     aggregate: Aggregate = "token_mean"
 
     provenance: ClassVar[str] = "off-policy"
@@ -65,9 +69,9 @@ class ALol(Method):
 
     data: Dataset
     ratio: Literal["sequence", "token", "none"] = "sequence"
-    clip: float = 0.9
-    kl_weight: float = 0.0
-    baseline: float | None = None  # null: the mean reward of the draw
+    clip: Inner = 0.9
+    kl_weight: NonNegative = 0.0
+    baseline: Number | None = None  # null: the mean reward of the draw
     reference: PolicyRef = "input"
     aggregate: Aggregate = "sequence_sum"
 
@@ -93,7 +97,7 @@ class RGold(Method):
     """GOLD with rewards: likely tokens of well-paid answers, no reference and no baseline."""
 
     data: Dataset
-    floor: float = 0.1
+    floor: Share = 0.1
     aggregate: Aggregate = "sequence_sum"
 
     provenance: ClassVar[str] = "off-policy"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import Inner, NonNegative, Positive, Share
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat
@@ -28,18 +29,12 @@ class AdvantageWeighted(TokenTerm):
     The weight is a constant. β → ∞ is cross-entropy. Weights are not normalised over the batch.
     """
 
-    beta: float = 1.0
-    max_weight: float = 20.0
+    beta: Positive = 1.0
+    max_weight: Positive = 20.0
 
     formula: ClassVar[str] = "-min(exp(A / beta), max_weight) log pi(y_t)"
     paper: ClassVar[str] = "1910.00177"
     needs: ClassVar[Columns] = frozenset({Column.ADVANTAGE})
-
-    def __post_init__(self) -> None:
-        if self.beta <= 0 or self.max_weight <= 0:
-            raise ConfigError(
-                f"beta={self.beta}, max_weight={self.max_weight}", expected="both above 0"
-            )
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −min(e^{A/β}, w_max) log π(y)."""
@@ -59,19 +54,14 @@ class LeftoverLunch(TokenTerm):
     """
 
     ratio: Literal["sequence", "token", "none"] = "sequence"
-    clip: float = 0.9
-    kl_weight: float = 0.0
+    clip: Inner = 0.9
+    kl_weight: NonNegative = 0.0
     aggregate: Aggregate = "sequence_sum"
 
     formula: ClassVar[str] = "-sg(clip(pi(y) / pi_ref(y))) max(A, 0) log pi(y_t)"
     paper: ClassVar[str] = "2305.14718"
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip < 1 or self.kl_weight < 0:
-            raise ConfigError(
-                f"clip={self.clip}, kl_weight={self.kl_weight}",
-                expected="0 < clip < 1 and kl_weight >= 0",
-            )
         if self.kl_weight and self.ratio != "none":
             raise ConfigError(
                 f"kl_weight={self.kl_weight} with ratio={self.ratio}",
@@ -111,16 +101,12 @@ class RewardGold(TokenTerm):
     tokens learnable. An answer's tokens are summed, as in the code of arXiv 2305.14718.
     """
 
-    floor: float = 0.1
+    floor: Share = 0.1
     aggregate: Aggregate = "sequence_sum"
 
     formula: ClassVar[str] = "-sg(max(pi(y_t), floor)) R log pi(y_t)"
     paper: ClassVar[str] = "2009.07839"
     needs: ClassVar[Columns] = frozenset({Column.REWARD})
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 1:
-            raise ConfigError(f"floor={self.floor}", expected="a probability, from 0 to 1")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −sg(max(π(y), floor)) R log π(y)."""

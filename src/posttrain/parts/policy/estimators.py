@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from posttrain.core.bounds import NonNegative, Number, Positive, Size, Tokens
 from posttrain.parts.base import PolicyRef
 from posttrain.parts.composition import Composition
 from posttrain.parts.credit.advantages import BestOfKAdvantage, DecoupledAdvantage, GroupAdvantage
@@ -23,8 +24,8 @@ EXPECTED_REWARD = PolicyGradient(aggregate="sequence_sum")
 class Reinforce(OnRollouts):
     """The vanilla policy gradient, with the mean reward of the draw or a constant as baseline."""
 
-    group_size: int = 1
-    baseline: float | None = None  # null: the mean of the draw
+    group_size: Size = 1
+    baseline: Number | None = None  # null: the mean of the draw
 
     formula: ClassVar[str] = "-(R - b) log pi, summed over tokens"
     paper: ClassVar[str] = "Williams 1992"
@@ -42,8 +43,8 @@ class Reinforce(OnRollouts):
 class Rloo(OnRollouts):
     """REINFORCE with the mean of the siblings as baseline, and the KL in the reward."""
 
-    group_size: int = 4
-    kl_beta: float = 0.03  # 0: no reference
+    group_size: Size = 4
+    kl_beta: NonNegative = 0.03  # 0: no reference
     reference: PolicyRef = "input"
 
     formula: ClassVar[str] = "-(R - mean of the others' R) log pi, R with -beta log pi/pi_ref"
@@ -63,10 +64,10 @@ class ReinforcePlusPlus(OnRollouts):
     Unconfirmed: the paper's KL weight depends on the task; the default here is ours.
     """
 
-    group_size: int = 1
-    kl_beta: float = 0.01  # 0: no reference
+    group_size: Size = 1
+    kl_beta: NonNegative = 0.01  # 0: no reference
     reference: PolicyRef = "input"
-    clip: float = 0.2
+    clip: NonNegative = 0.2
 
     formula: ClassVar[str] = "-min(r A, clip(r) A), A = whitened return to go with token KL"
     paper: ClassVar[str] = "2501.03262"
@@ -93,9 +94,9 @@ class ReinforcePlusPlusBaseline(OnRollouts):
     Unconfirmed: that the paper's KL is k2 in the loss.
     """
 
-    kl_weight: float = 0.0
+    kl_weight: NonNegative = 0.0
     reference: PolicyRef = "input"
-    clip: float = 0.2
+    clip: NonNegative = 0.2
 
     formula: ClassVar[str] = "-min(r A, clip(r) A), A = whitened (R - group mean)"
     paper: ClassVar[str] = "2501.03262"
@@ -114,8 +115,8 @@ class ReinforcePlusPlusBaseline(OnRollouts):
 class Remax(OnRollouts):
     """REINFORCE with the reward of the greedy answer as baseline."""
 
-    group_size: int = 1
-    kl_beta: float = 0.0
+    group_size: Size = 1
+    kl_beta: NonNegative = 0.0
     reference: PolicyRef = "input"
 
     formula: ClassVar[str] = "-(R - R of the greedy answer) log pi"
@@ -161,7 +162,7 @@ class Gpg(OnRollouts):
 class LitePpo(OnRollouts):
     """GRPO with two changes: the group's mean with the draw's std, and a token mean."""
 
-    clip: float = 0.2
+    clip: NonNegative = 0.2
 
     formula: ClassVar[str] = "-min(r A, clip(r) A), A = (R - group mean) / std of the draw"
     paper: ClassVar[str] = "2508.08221"
@@ -181,9 +182,9 @@ class Gdpo(OnRollouts):
     Unconfirmed: the formula was read at second hand.
     """
 
-    length_cache: int  # the last tokens of max_new_tokens, over which the penalty falls to -1
-    weights: tuple[float, float] = (1.0, 1.0)  # of correctness, of length
-    clip: float = 0.2
+    length_cache: Tokens  # the last tokens of max_new_tokens, over which the penalty falls to -1
+    weights: tuple[Positive, Positive] = (1.0, 1.0)  # of correctness, of length
+    clip: NonNegative = 0.2
 
     formula: ClassVar[str] = "-min(r A, clip(r) A), A = normalised sum of w_k (r_k - mean) / std"
     paper: ClassVar[str] = "2601.05242"
@@ -204,7 +205,7 @@ class PassAtK(OnRollouts):
     Unconfirmed: k below the group's size is derived, and proven to be unbiased by enumeration.
     """
 
-    k: int | None = None  # null: the whole group
+    k: Size | None = None  # null: the whole group
 
     formula: ClassVar[str] = "-A log pi, A = what an answer adds to the best of k"
     paper: ClassVar[str] = "2503.19595"

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
+from posttrain.core.bounds import NonNegative, Positive
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat
@@ -75,10 +76,10 @@ class ClippedPolicyGradient(RatioTerm):
     """
 
     aggregate: Aggregate = "token_mean"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    sequence_mask: float | None = None
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
+    dual_clip: NonNegative | None = None
+    sequence_mask: NonNegative | None = None
 
     formula: ClassVar[str] = "-min(r A, clip(r) A)"
     paper: ClassVar[str] = "1707.06347"
@@ -90,8 +91,6 @@ class ClippedPolicyGradient(RatioTerm):
                 f"dual_clip={self.dual_clip}, clip_high={self.clip_high}",
                 expected="dual_clip above 1 + clip_high",
             )
-        if self.sequence_mask is not None and self.sequence_mask < 0:
-            raise ConfigError(f"sequence_mask={self.sequence_mask}", expected="0 or more, in nats")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −min(r A, clip(r) A), with the second bound and the sequence mask if set."""
@@ -153,8 +152,8 @@ class Gspo(RatioTerm):
     advantage must be the same at all tokens of a sequence.
     """
 
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
+    clip_low: NonNegative = 3e-4
+    clip_high: NonNegative = 4e-4
     aggregate: SequenceAggregate = "sequence_mean"
 
     formula: ClassVar[str] = "-min(s A, clip(s) A), s = exp(mean log r)"
@@ -187,19 +186,14 @@ class Gmpo(RatioTerm):
     The advantage is one per sequence.
     """
 
-    clip_low: float = 0.4
-    clip_high: float = 0.4
+    clip_low: Positive = 0.4
+    clip_high: Positive = 0.4
     aggregate: SequenceAggregate = "sequence_mean"
 
     formula: ClassVar[str] = "-A exp(mean of one-sided clipped log r)"
     paper: ClassVar[str] = "2507.20673"
 
     def __post_init__(self) -> None:
-        if self.clip_low <= 0 or self.clip_high <= 0:
-            raise ConfigError(
-                f"clip_low={self.clip_low}, clip_high={self.clip_high}",
-                expected="both above 0: they are in nats",
-            )
         check_level(self.mismatch)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
@@ -226,8 +220,8 @@ class Cispo(RatioTerm):
     """
 
     aggregate: Aggregate = "token_mean"
-    ratio_low: float = 0.0
-    ratio_high: float = 5.0
+    ratio_low: NonNegative = 0.0
+    ratio_high: NonNegative = 5.0
 
     formula: ClassVar[str] = "-sg(clamp(r, low, high)) A log pi"
     paper: ClassVar[str] = "2506.13585"
@@ -258,19 +252,12 @@ class Sapo(RatioTerm):
     larger one lets go sooner. The slope in r is 4 σ(1 − σ): 1 at r = 1, and towards 0 away from it.
     """
 
-    temperature_up: float = 1.0
-    temperature_down: float = 1.05
+    temperature_up: Positive = 1.0
+    temperature_down: Positive = 1.05
     aggregate: Aggregate = "sequence_mean"
 
     formula: ClassVar[str] = "-(4 / tau) sigmoid(tau (r - 1)) A"
     paper: ClassVar[str] = "2511.20347"
-
-    def __post_init__(self) -> None:
-        if self.temperature_up <= 0 or self.temperature_down <= 0:
-            raise ConfigError(
-                f"temperatures {self.temperature_up} and {self.temperature_down}",
-                expected="both above 0",
-            )
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −(4/τ) σ(τ (r − 1)) A."""
@@ -291,15 +278,11 @@ class Vespo(RatioTerm):
     """
 
     aggregate: Aggregate = "token_mean"
-    up: tuple[float, float] = (2.0, 3.0)
-    down: tuple[float, float] = (3.0, 2.0)
+    up: tuple[Positive, Positive] = (2.0, 3.0)
+    down: tuple[Positive, Positive] = (3.0, 2.0)
 
     formula: ClassVar[str] = "-sg(W^k exp(lambda (1 - W))) A log pi, W the sequence ratio"
     paper: ClassVar[str] = "2602.10693"
-
-    def __post_init__(self) -> None:
-        if min(*self.up, *self.down) <= 0:
-            raise ConfigError(f"up={self.up}, down={self.down}", expected="four numbers above 0")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] −sg(W^k e^{λ(1−W)}) A log π."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from posttrain.core.errors import ConfigError
+from posttrain.core.bounds import NonNegative, Positive, Share, Size
 from posttrain.core.learner import ScalarHead
 from posttrain.core.provenance import Kind
 from posttrain.parts.base import Limit, PolicyRef
@@ -27,18 +27,18 @@ class Ppo(OnRollouts):
     into ``updates_per_draw`` updates; each token is used once.
     """
 
-    group_size: int = 1
-    gamma: float = 1.0
-    lam: float = 0.95
+    group_size: Size = 1
+    gamma: Share = 1.0
+    lam: Share = 0.95
     whiten: bool = True
-    clip: float = 0.2
-    value_clip: float | None = 0.2
-    value_weight: float = 0.1
-    kl_beta: float = 0.05
+    clip: NonNegative = 0.2
+    value_clip: NonNegative | None = 0.2
+    value_weight: NonNegative = 0.1
+    kl_beta: NonNegative = 0.05
     reference: PolicyRef = "input"
     critic: Literal["separate", "shared"] = "separate"
     critic_start: PolicyRef = "input"
-    critic_lr: float | None = None
+    critic_lr: NonNegative | None = None
 
     formula: ClassVar[str] = (
         "-min(r A, clip(r) A) + value_weight/2 max((V - R)^2, (clip(V) - R)^2), A by GAE"
@@ -68,16 +68,16 @@ class Vapo(OnRollouts):
     Unconfirmed: formulas and defaults were read at second hand.
     """
 
-    group_size: int = 16
-    length_alpha: float = 0.05
+    group_size: Size = 16
+    length_alpha: Positive = 0.05
     whiten: bool = True
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    value_clip: float | None = 0.2
-    value_weight: float = 1.0
-    imitation_weight: float = 0.1
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.28
+    value_clip: NonNegative | None = 0.2
+    value_weight: NonNegative = 1.0
+    imitation_weight: NonNegative = 0.1
     critic_start: PolicyRef = "input"
-    critic_lr: float | None = None
+    critic_lr: NonNegative | None = None
 
     formula: ClassVar[str] = (
         "PPO with lambda 1 - 1/(alpha l) for the policy, 1 for the critic, - mu log pi where R > 0"
@@ -105,17 +105,13 @@ class ValuePretraining(OnRollouts):
     Unconfirmed: read at second hand, like ``vapo``.
     """
 
-    group_size: int = 1
-    gamma: float = 1.0
+    group_size: Size = 1
+    gamma: Share = 1.0
     critic_start: PolicyRef = "input"
 
     tendency: ClassVar[str] = "none: the policy does not change"
     formula: ClassVar[str] = "(V - R)^2 / 2, R the return that was really earned"
     paper: ClassVar[str] = "2504.05118"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise ConfigError(f"gamma={self.gamma}", expected="between 0 and 1")
 
     def compose(self) -> Composition:
         """Live rollouts; verifier; GAE with λ = 1; value loss alone."""

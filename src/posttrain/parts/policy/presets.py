@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from posttrain.core.bounds import Count, Inner, NonNegative, Positive, Size
 from posttrain.core.errors import ConfigError
 from posttrain.parts.base import Aggregate, Limit, PolicyRef, Signal
 from posttrain.parts.composition import Composition
@@ -32,9 +33,9 @@ class Grpo(OnRollouts):
     With ``group_size: 2`` it is 2-GRPO (arXiv 2510.00977).
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_weight: float = 0.0
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
+    kl_weight: NonNegative = 0.0
     reference: PolicyRef = "input"
     aggregate: Aggregate = "sequence_mean"
     mismatch: Mismatch | None = None
@@ -63,8 +64,8 @@ class Grpo(OnRollouts):
 class DrGrpo(OnRollouts):
     """GRPO without its two biases: no std, and token sums divided by a constant length."""
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
 
     formula: ClassVar[str] = "-min(r A, clip(r) A) summed / max_new_tokens, A = R - group mean"
     paper: ClassVar[str] = "2503.20783"
@@ -85,11 +86,11 @@ class Dapo(OnRollouts):
     replaced.
     """
 
-    group_size: int = 16
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    group_size: Size = 16
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.28
     overlong: Literal["penalty", "filter", "ignore"] = "penalty"
-    max_draws: int = 10
+    max_draws: Count = 10
     mismatch: Mismatch | None = None
 
     formula: ClassVar[str] = "-min(r A, clip(r) A) per token, over groups of unequal rewards"
@@ -117,8 +118,8 @@ class Dapo(OnRollouts):
 class Luspo(OnRollouts):
     """GSPO times the sequence's length, so that long answers do not lose weight."""
 
-    clip_low: float = 2e-3
-    clip_high: float = 2.5e-3
+    clip_low: NonNegative = 2e-3
+    clip_high: NonNegative = 2.5e-3
 
     formula: ClassVar[str] = "-|y| min(s A, clip(s) A), s = exp(mean log r)"
     paper: ClassVar[str] = "2602.05261"
@@ -131,10 +132,14 @@ class Luspo(OnRollouts):
 
 @part
 class ClipCov(OnRollouts):
-    """GRPO without a gradient at a few tokens of high covariance, to keep entropy."""
+    """GRPO without a gradient at a few tokens of high covariance, to keep entropy.
 
-    share: float = 2e-4
-    clip: float = 0.2
+    The authors' code chooses them among the tokens of a micro-batch; here among those of a draw, so
+    that the cut of a step changes nothing.
+    """
+
+    share: Inner = 2e-4
+    clip: NonNegative = 0.2
 
     formula: ClassVar[str] = "-min(r A, clip(r) A), A = 0 at some tokens of high covariance"
     paper: ClassVar[str] = "2505.22617"
@@ -153,8 +158,8 @@ class KlCov(OnRollouts):
     It differs from the unclipped gradient from the second update on a draw.
     """
 
-    share: float = 2e-4
-    penalty: float = 1.0
+    share: Inner = 2e-4
+    penalty: NonNegative = 1.0
 
     formula: ClassVar[str] = "-r A + |log r| at tokens of the highest covariance"
     paper: ClassVar[str] = "2505.22617"
@@ -174,9 +179,9 @@ class HighEntropy(OnRollouts):
     """
 
     over: Literal["draw", "sequence"] = "draw"
-    entropy_share: float = 0.2
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    entropy_share: Inner = 0.2
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.28
 
     formula: ClassVar[str] = "-min(r A, clip(r) A) at the tokens of highest entropy"
     paper: ClassVar[str] = "2506.01939"
@@ -195,16 +200,16 @@ class AdaptiveEntropy(OnRollouts):
     """GRPO with an entropy bonus of adaptive weight that keeps a target entropy.
 
     The loss of Skywork-OR1: a token mean, no KL, and no length normalisation. The right target
-    depends on the policy.
-
-    Unconfirmed: the target of 0.2 nats is from memory.
+    depends on the policy. Defaults are those of the authors' scripts, where c starts at 0; the
+    report also tries steps of 0.005.
     """
 
-    target: float = 0.2
-    initial: float = 0.01
-    step: float = 0.005
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    target: Positive = 0.2
+    initial: NonNegative = 0.0
+    step: Positive = 1e-4
+    cap: NonNegative = 0.005
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
 
     formula: ClassVar[str] = "GRPO - c H [H <= target]; c + step where H < target, else c - step"
     paper: ClassVar[str] = "2505.22312"
@@ -212,5 +217,7 @@ class AdaptiveEntropy(OnRollouts):
     def compose(self) -> Composition:
         """Group advantage; clipped policy gradient and adaptive entropy bonus."""
         term = clipped(self)
-        bonus = AdaptiveEntropyBonus(target=self.target, initial=self.initial, step=self.step)
+        bonus = AdaptiveEntropyBonus(
+            target=self.target, initial=self.initial, step=self.step, cap=self.cap
+        )
         return on_rollouts(self, (GroupAdvantage(),), (term, bonus))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import NonNegative, Positive
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.lazy import torch
@@ -38,8 +39,8 @@ class Mismatch(Config):
 
     level: Literal["token", "sequence", "geometric"] = "token"
     outside: Literal["truncate", "mask", "reject"] = "truncate"
-    low: float | None = None
-    high: float = 2.0
+    low: NonNegative | None = None
+    high: Positive = 2.0
 
     def __post_init__(self) -> None:
         bounded = self.outside != "truncate"

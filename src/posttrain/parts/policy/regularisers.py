@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import NonNegative, Positive
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat, Wanted
@@ -41,7 +42,7 @@ class ReferenceKL(TokenTerm):
     """
 
     estimator: Literal["k3", "k2", "k3_without_ratio"] = "k3"
-    weight: float = 0.001
+    weight: NonNegative = 0.001
     where: tuple[Kind, ...] = (Kind.LEARNER,)
 
     formula: ClassVar[str] = "r (exp(-u) + u - 1), u = log pi/pi_ref"
@@ -78,9 +79,12 @@ class ReferenceKL(TokenTerm):
 
 @part
 class EntropyBonus(TokenTerm):
-    """−H(π) of the next token, at the learner's own tokens (arXiv 1602.01783)."""
+    """−H(π) of the next token, at the learner's own tokens (arXiv 1602.01783).
 
-    weight: float = 0.01
+    π is taken at the temperature that the token was sampled at, as in the ratio beside it.
+    """
+
+    weight: NonNegative = 0.01
     where: tuple[Kind, ...] = (Kind.LEARNER,)
 
     formula: ClassVar[str] = "-H(pi)"
@@ -98,18 +102,20 @@ class AdaptiveEntropyBonus(TokenTerm):
     """−c H(π), c adapted to keep the entropy at ``target`` (Skywork-OR1, arXiv 2505.22312).
 
     c starts at ``initial``. After each update with mean entropy H, c grows by ``step`` where
-    H < ``target`` and shrinks by it elsewhere, never below 0. The bonus is active only while the
-    last measured H is at most ``target``, and at the first update; the paper compares the H of the
-    same update. c and H are saved with the learner.
+    H < ``target`` and shrinks by it elsewhere, never below 0 or above ``cap``. The bonus is active
+    only while the last measured H is at most ``target``, and at the first update; the paper
+    compares the H of the same update. c and H are saved with the learner.
 
-    Entropies are in nats per token. Choose the target a little below the policy's initial entropy:
-    c grows without bound when the target cannot be reached.
+    Entropies are in nats per token, at the sampling temperature. Choose the target a little below
+    the policy's initial entropy: one that cannot be reached drives c to its cap. The defaults are
+    those of the authors' scripts.
     """
 
-    target: float
-    initial: float = 0.01
-    step: float = 0.005
-    weight: float = 1.0  # of c H, for a schedule; c itself is adapted
+    target: Positive
+    initial: NonNegative = 0.0
+    step: Positive = 1e-4
+    cap: NonNegative = 0.005
+    weight: NonNegative = 1.0  # of c H, for a schedule; c itself is adapted
     where: tuple[Kind, ...] = (Kind.LEARNER,)
 
     formula: ClassVar[str] = "-c H [H <= target]; c + step where H < target, else c - step"
@@ -118,11 +124,10 @@ class AdaptiveEntropyBonus(TokenTerm):
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.ENTROPY})
 
     def __post_init__(self) -> None:
-        if self.target <= 0 or self.initial < 0 or self.step <= 0:
+        if self.initial > self.cap:
             raise ConfigError(
-                f"adaptive_entropy_bonus with target={self.target}, initial={self.initial}, "
-                f"step={self.step}",
-                expected="target and step above 0, initial 0 or more",
+                f"adaptive_entropy_bonus with initial={self.initial}, cap={self.cap}",
+                expected="initial between 0 and the cap",
             )
 
     @property
@@ -135,8 +140,9 @@ class AdaptiveEntropyBonus(TokenTerm):
 
         Example:
             >>> bonus = AdaptiveEntropyBonus(target=0.5)
-            >>> bonus.factor({}), bonus.factor({"coefficient": 0.02, "entropy": 0.6})
-            (0.01, 0.0)
+            >>> low, high = ({"coefficient": 0.002, "entropy": h} for h in (0.4, 0.6))
+            >>> bonus.factor({}), bonus.factor(low), bonus.factor(high)
+            (0.0, 0.002, 0.0)
         """
         entropy = memory.get("entropy")
         acts = entropy is None or entropy <= self.target
@@ -149,16 +155,17 @@ class AdaptiveEntropyBonus(TokenTerm):
 
         Example:
             >>> bonus = AdaptiveEntropyBonus(target=0.5)
-            >>> round(bonus.remember({"coefficient": 0.01}, {"entropy": 0.4})["coefficient"], 3)
-            0.015
-            >>> bonus.remember({"coefficient": 0.002}, {"entropy": 0.6})["coefficient"]
-            0.0
+            >>> round(bonus.remember({"coefficient": 0.001}, {"entropy": 0.4})["coefficient"], 5)
+            0.0011
+            >>> bonus.remember({"coefficient": 0.005}, {"entropy": 0.4})["coefficient"]
+            0.005
         """
         entropy = metrics.get("entropy")
         if entropy is None:
             return memory
         change = self.step if entropy < self.target else -self.step
-        coefficient = max(memory.get("coefficient", self.initial) + change, 0.0)
+        coefficient = memory.get("coefficient", self.initial) + change
+        coefficient = min(max(coefficient, 0.0), self.cap)
         return {"coefficient": coefficient, "entropy": entropy}
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:

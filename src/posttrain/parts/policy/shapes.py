@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 
 from msgspec.structs import replace
 
+from posttrain.core.bounds import Size, Tokens
 from posttrain.core.learner import ScalarHead
 from posttrain.core.provenance import Kind
 from posttrain.core.sampling import SamplingSpec
@@ -58,8 +59,8 @@ class OnRollouts(Method):
     """Methods on the learner's rollouts: prompts, decoding and reward signals."""
 
     tasks: tuple[str, ...]
-    group_size: int = 8
-    max_new_tokens: int = 64
+    group_size: Size = 8
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
     rewards: tuple[unions.AnyJudge, ...] = (Verify(),)
 

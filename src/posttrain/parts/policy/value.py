@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from posttrain.core.errors import ConfigError
+from posttrain.core.bounds import Positive
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column
@@ -33,16 +33,12 @@ class ValueLoss(TokenTerm):
     PPO's reference code; ``clip: null`` is the plain squared error.
     """
 
-    clip: float | None = 0.2
+    clip: Positive | None = 0.2
 
     formula: ClassVar[str] = "max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2"
     paper: ClassVar[str] = "1707.06347"
     needs: ClassVar[Columns] = frozenset({Column.RETURN, Column.OLD_VALUE})
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.VALUE})
-
-    def __post_init__(self) -> None:
-        if self.clip is not None and self.clip <= 0:
-            raise ConfigError(f"value_loss with clip={self.clip}", expected="above 0, or null")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[N] ½ max((V − R)², (clip(V, V_old ± ε) − R)²)."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import Decay, Inner, Positive, Share
 from posttrain.core.lazy import F, torch
 from posttrain.core.statistics import Stat, Wanted
 from posttrain.core.trajectory import Column
@@ -29,7 +30,6 @@ from posttrain.parts.preference.sides import (
     log_ratio_N,
     means,
     paired,
-    positive,
     require,
     shared_sums,
     sums,
@@ -53,17 +53,17 @@ class Dpo(PairTerm):
     Unconfirmed: cDPO's smoothing is from general knowledge of a note; DPO itself is confirmed.
     """
 
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    beta: Positive = 0.1
+    label_smoothing: Decay = 0.0
 
     formula: ClassVar[str] = "-log sigmoid(beta (rho_chosen - rho_rejected)), rho = log pi/pi_ref"
     paper: ClassVar[str] = "2305.18290"
 
     def __post_init__(self) -> None:
         require(
-            0 < self.beta < math.inf and 0 <= self.label_smoothing < 0.5,
-            f"beta={self.beta}, label_smoothing={self.label_smoothing}",
-            "beta > 0 and 0 <= label_smoothing < 0.5",
+            self.label_smoothing < 0.5,
+            f"label_smoothing={self.label_smoothing}",
+            "below 0.5: at one half labels say nothing",
         )
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
@@ -81,14 +81,13 @@ class RobustDpo(PairTerm):
     of the second term never vanishes. It grows without limit as ε approaches 1/2.
     """
 
-    beta: float = 0.1
-    flip_rate: float = 0.1
+    beta: Positive = 0.1
+    flip_rate: Decay = 0.1
 
     formula: ClassVar[str] = "(-(1-e) log sigmoid(z) + e log sigmoid(-z)) / (1-2e), z = beta gap"
     paper: ClassVar[str] = "2403.00409"
 
     def __post_init__(self) -> None:
-        positive("beta", self.beta)
         require(
             0 <= self.flip_rate < 0.5,
             f"flip_rate={self.flip_rate}",
@@ -113,13 +112,10 @@ class Ipo(PairTerm):
     Its tau applies to means over tokens and is not comparable with a beta on sums, such as DPO's.
     """
 
-    tau: float = 0.1
+    tau: Positive = 0.1
 
     formula: ClassVar[str] = "(rho_chosen/n - rho_rejected/m - 1/(2 tau))^2"
     paper: ClassVar[str] = "2310.12036"
-
-    def __post_init__(self) -> None:
-        positive("tau", self.tau)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] (ρ̄_w − ρ̄_l − 1/(2τ))²."""
@@ -134,13 +130,10 @@ class Hinge(PairTerm):
     Pairs beyond the margin have no gradient.
     """
 
-    beta: float = 0.05
+    beta: Positive = 0.05
 
     formula: ClassVar[str] = "max(0, 1 - beta (rho_chosen - rho_rejected))"
     paper: ClassVar[str] = "2309.06657"
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] max(0, 1 − βΔ)."""
@@ -157,14 +150,13 @@ class Exo(PairTerm):
     smoothing it would be infinite, so ε = 0 is refused.
     """
 
-    beta: float = 0.1
-    label_smoothing: float = 1e-3
+    beta: Positive = 0.1
+    label_smoothing: Decay = 1e-3
 
     formula: ClassVar[str] = "KL(q || (1-e, e)), q = sigmoid(beta (rho_chosen - rho_rejected))"
     paper: ClassVar[str] = "2402.00856"
 
     def __post_init__(self) -> None:
-        positive("beta", self.beta)
         require(
             0 < self.label_smoothing < 0.5,
             f"label_smoothing={self.label_smoothing}",
@@ -189,13 +181,10 @@ class Nca(PairTerm):
     one's.
     """
 
-    beta: float = 0.01
+    beta: Positive = 0.01
 
     formula: ClassVar[str] = "-log s(r_w) - log s(-r_w)/2 - log s(-r_l)/2, r = beta rho"
     paper: ClassVar[str] = "2402.05369"
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l)."""
@@ -212,13 +201,10 @@ class Sppo(PairTerm):
     The paper's β of 0.001 has targets of ±500 for log-ratios and needs tiny learning rates.
     """
 
-    beta: float = 1e-3
+    beta: Positive = 1e-3
 
     formula: ClassVar[str] = "(rho_chosen - 1/(2 beta))^2 + (rho_rejected + 1/(2 beta))^2"
     paper: ClassVar[str] = "2405.00675"
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] (ρ_w − 1/(2β))² + (ρ_l + 1/(2β))²."""
@@ -238,13 +224,10 @@ class Apo(PairTerm):
     """
 
     direction: Literal["zero", "down"] = "zero"
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     formula: ClassVar[str] = "zero: 1 - s(r_w) + s(r_l); down: s(r_w) + 1 - s(r_w - r_l)"
     paper: ClassVar[str] = "2408.06266"
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] zero: 1 − σ(r_w) + σ(r_l); down: σ(r_w) + 1 − σ(r_w − r_l)."""
@@ -268,14 +251,13 @@ class FDpo(PairTerm):
     """
 
     divergence: Literal["forward_kl", "js", "alpha"] = "js"
-    alpha: float | None = None  # only for the alpha divergence
-    beta: float = 0.1
+    alpha: Inner | None = None  # only for the alpha divergence
+    beta: Positive = 0.1
 
     formula: ClassVar[str] = "-log s(beta f'(exp rho_chosen) - beta f'(exp rho_rejected))"
     paper: ClassVar[str] = "2309.16240"
 
     def __post_init__(self) -> None:
-        positive("beta", self.beta)
         named = self.divergence == "alpha"
         require(
             (self.alpha is not None) == named and (self.alpha is None or 0 < self.alpha < 1),
@@ -304,13 +286,10 @@ class LnDpo(PairTerm):
     At equal lengths n it is DPO with β/n, so its beta is not comparable with DPO's.
     """
 
-    beta: float = 5.0
+    beta: Positive = 5.0
 
     formula: ClassVar[str] = "-log sigmoid(beta (rho_chosen/n - rho_rejected/m))"
     paper: ClassVar[str] = "2411.15124"
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(β(ρ̄_w − ρ̄_l))."""
@@ -328,14 +307,13 @@ class LdDpo(PairTerm):
     in the margin; here the margin is 0 when both policies are equal.)
     """
 
-    beta: float = 0.1
-    tail: float = 0.5
+    beta: Positive = 0.1
+    tail: Share = 0.5
 
     formula: ClassVar[str] = "DPO, tokens beyond the shorter answer's length weighted by tail"
     paper: ClassVar[str] = "2409.06411"
 
     def __post_init__(self) -> None:
-        positive("beta", self.beta)
         require(0 <= self.tail < 1, f"tail={self.tail}", "0 <= tail < 1: 1 is dpo")
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
@@ -353,14 +331,11 @@ class Wpo(PairTerm):
     through the weight. The upper bound 1 is that of the authors' code.
     """
 
-    beta: float = 0.01
+    beta: Positive = 0.01
 
     formula: ClassVar[str] = "min(1, w_w w_l) DPO, w = exp(mean(log pi(y) - log sum_v pi(v)^2))"
     paper: ClassVar[str] = "2406.11827"
     reads: ClassVar[frozenset[Wanted]] = frozenset({Stat.LOGPROB, Stat.LOG_COLLISION})
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] min(1, w_w w_l) · −log σ(βΔ)."""
@@ -387,15 +362,11 @@ class Discopop(PairTerm):
     raise tau above 0.11, or start from a policy that already prefers the chosen answers.
     """
 
-    beta: float = 0.05
-    tau: float = 0.05
+    beta: Positive = 0.05
+    tau: Positive = 0.05
 
     formula: ClassVar[str] = "(1-m) (-log s(z)) + m exp(-z), m = s(z/tau), z = beta gap"
     paper: ClassVar[str] = "2406.08414"
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-        positive("tau", self.tau)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] (1−m) · −log σ(z) + m e^{−z}, z = βΔ, m = σ(z/τ)."""
@@ -417,14 +388,11 @@ class Aot(PairTerm):
     Ranks are taken over a whole draw: larger ``groups_per_step`` help.
     """
 
-    beta: float = 0.01
+    beta: Positive = 0.01
 
     formula: ClassVar[str] = "-log s(beta (m_(i) - m_ref_(i))), m_(i) the i-th smallest margin"
     paper: ClassVar[str] = "2406.05882"
     needs: ClassVar[Columns] = frozenset({Column.PREFERENCE, Column.QUANTILE})
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
         """Ranks of margins."""

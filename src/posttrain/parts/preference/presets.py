@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from posttrain.core.bounds import NonNegative, Number, Positive, Size, Tokens
 from posttrain.core.errors import ConfigError
 from posttrain.core.sampling import SamplingSpec
 from posttrain.parts import unions
@@ -43,8 +44,8 @@ class Irpo(PairMethod):
     """
 
     reference: PolicyRef = "input"
-    beta: float = 0.1
-    nll_weight: float = 1.0
+    beta: Positive = 0.1
+    nll_weight: NonNegative = 1.0
     aggregate: Aggregate = "sequence_mean"
 
     formula: ClassVar[str] = "DPO - nll_weight log pi(chosen)/n"
@@ -60,7 +61,7 @@ class Irpo(PairMethod):
 class Orpo(PairMethod):
     """Cross-entropy on chosen answers plus an odds ratio, without a reference."""
 
-    odds_weight: float = 0.1
+    odds_weight: NonNegative = 0.1
     aggregate: Aggregate = "sequence_mean"
 
     formula: ClassVar[str] = "-log pi(chosen)/n - odds_weight log s(log odds_w - log odds_l)"
@@ -76,8 +77,8 @@ class Orpo(PairMethod):
 class Cpo(PairMethod):
     """Contrastive preference optimisation: DPO with a uniform reference, plus cross-entropy."""
 
-    beta: float = 0.1
-    nll_weight: float = 1.0
+    beta: Positive = 0.1
+    nll_weight: NonNegative = 1.0
     aggregate: Aggregate = "token_mean"
 
     formula: ClassVar[str] = "-log s(beta (log pi(chosen) - log pi(rejected))) - w log pi(chosen)"
@@ -96,9 +97,9 @@ class Alphapo(PairMethod):
     Unconfirmed: the shape is derived from a description and from TRL's option of that name.
     """
 
-    alpha: float = 0.25
-    beta: float = 2.5
-    gamma: float = 0.1
+    alpha: Number = 0.25
+    beta: Positive = 2.5
+    gamma: NonNegative = 0.1
 
     formula: ClassVar[str] = "SimPO with reward (1 - p^-alpha)/alpha, p = exp(log pi(y)/n)"
     paper: ClassVar[str] = "2501.03884"
@@ -116,11 +117,11 @@ class OnRankedRollouts(Method):
     """Base class of methods that rank rollouts into pairs."""
 
     tasks: tuple[str, ...]
-    group_size: int = 2
-    max_new_tokens: int = 64
+    group_size: Size = 2
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
     rewards: tuple[unions.AnyJudge, ...] = (Verify(),)
-    beta: float = 0.1
+    beta: Positive = 0.1
     reference: PolicyRef = "input"
 
     interface: ClassVar[str] = "verifier reward"
@@ -166,7 +167,7 @@ class IterativeDpo(OnRankedRollouts):
     the reference.
     """
 
-    nll_weight: float = 1.0
+    nll_weight: NonNegative = 1.0
     aggregate: Aggregate = "sequence_mean"
 
     provenance: ClassVar[str] = "off-policy"

@@ -9,15 +9,15 @@ Throughout, w is the chosen and l the rejected answer. Shape legend: ``P`` pairs
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
+from posttrain.core.bounds import NonNegative, Number, Positive
 from posttrain.core.lazy import F, torch
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
 from posttrain.parts.base import Columns, Stats, Values
 from posttrain.parts.preference.shapes import OnPairsWithoutReference
-from posttrain.parts.preference.sides import PairTerm, means, paired, positive, require, sums
+from posttrain.parts.preference.sides import PairTerm, means, paired, sums
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import capped_exp
 
@@ -35,7 +35,7 @@ class OddsRatio(PairTerm):
     chosen answers with weight 1; the paper's λ is this term's weight.
     """
 
-    weight: float = 0.1
+    weight: NonNegative = 0.1
 
     formula: ClassVar[str] = "-log s(log odds_w - log odds_l), odds = p/(1-p), p = exp(log pi/n)"
     paper: ClassVar[str] = "2403.07691"
@@ -57,14 +57,11 @@ class ContrastiveLogistic(PairTerm):
     DPO with a uniform reference. The method adds cross-entropy on the chosen answers.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
 
     formula: ClassVar[str] = "-log s(beta (log pi(chosen) - log pi(rejected)))"
     paper: ClassVar[str] = "2401.08417"
     needs: ClassVar[Columns] = frozenset({Column.PREFERENCE})
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(β(log π(y_w) − log π(y_l)))."""
@@ -83,21 +80,13 @@ class Simpo(PairTerm):
     Its beta multiplies means over tokens and is not comparable with one on sums, such as DPO's.
     """
 
-    beta: float = 2.5
-    gamma: float = 1.375
-    alpha: float = 0.0
+    beta: Positive = 2.5
+    gamma: NonNegative = 1.375
+    alpha: Number = 0.0
 
     formula: ClassVar[str] = "-log s(beta (log pi(chosen)/n - log pi(rejected)/m) - gamma)"
     paper: ClassVar[str] = "2405.14734"
     needs: ClassVar[Columns] = frozenset({Column.PREFERENCE})
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-        require(
-            0 <= self.gamma < math.inf and math.isfinite(self.alpha),
-            f"gamma={self.gamma}, alpha={self.alpha}",
-            "gamma >= 0, and both finite",
-        )
 
     def values(self, stats: Stats, batch: PackedBatch) -> Values:
         """[P] −log σ(β(r_w − r_l) − γ), r the mean log-prob m, or (1 − e^{−αm})/α."""

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from msgspec.structs import replace
 
+from posttrain.core.bounds import Count, NonNegative, Positive, Rate, Size, Tokens
 from posttrain.core.learner import MOVING, MovingReference
 from posttrain.core.provenance import Kind
 from posttrain.core.sampling import SamplingSpec
@@ -36,9 +37,9 @@ class TrDpo(Method):
     """
 
     data: Dataset
-    beta: float = 0.05
-    every: int = 512
-    rate: float = 0.6
+    beta: Positive = 0.05
+    every: Count = 512
+    rate: Rate = 0.6
 
     provenance: ClassVar[str] = "off-policy"
     interface: ClassVar[str] = "preference pairs"
@@ -70,9 +71,9 @@ class Spin(Method):
     tasks: tuple[str, ...]
     demonstration: str = "answer"
     author: Kind = Kind.EXTERNAL
-    every: int | None = None
-    beta: float = 0.1
-    max_new_tokens: int = 64
+    every: Count | None = None
+    beta: Positive = 0.1
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
 
     provenance: ClassVar[str] = "off-policy: demonstrations, and an earlier self's answers"
@@ -107,11 +108,11 @@ class Xpo(Method):
     """
 
     tasks: tuple[str, ...]
-    beta: float = 0.1
-    bonus: float = 1e-5
+    beta: Positive = 0.1
+    bonus: NonNegative = 1e-5
     reference: PolicyRef = "input"
-    group_size: int = 2
-    max_new_tokens: int = 64
+    group_size: Size = 2
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
     rewards: tuple[unions.AnyJudge, ...] = (Verify(),)
 

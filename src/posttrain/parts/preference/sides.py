@@ -5,7 +5,6 @@ Shape legend: ``N`` trained tokens, ``S`` sequences, ``P`` pairs, ``E`` tokens o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -98,11 +97,6 @@ def require(ok: bool, found: str, expected: str) -> None:
     """Raise ConfigError unless ``ok``."""
     if not ok:
         raise ConfigError(found, expected=expected)
-
-
-def positive(name: str, value: float) -> None:
-    """Raise ConfigError for an option that is not above 0 and finite."""
-    require(0 < value < math.inf, f"{name}={value}", f"{name} > 0, and finite")
 
 
 class PairTerm(Term):

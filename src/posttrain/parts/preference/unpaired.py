@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from posttrain.core.bounds import Positive
 from posttrain.core.lazy import F
 from posttrain.core.trajectory import Column
 from posttrain.parts.base import Columns, PolicyRef, Signal, Stats, Term, Unit, Values
 from posttrain.parts.preference.ranking import LogRatioCentre, MatchQuantiles, MismatchedKL
 from posttrain.parts.preference.shapes import OnLabels, OnPairs
-from posttrain.parts.preference.sides import judged, log_ratio_N, positive
+from posttrain.parts.preference.sides import judged, log_ratio_N
 from posttrain.parts.registry import part
 from posttrain.parts.tensors import sequence_sums
 
@@ -42,20 +43,15 @@ class Kto(UnpairedTerm):
     Draws need at least two prompts: the zero point is over answers to other prompts.
     """
 
-    beta: float = 0.1
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    beta: Positive = 0.1
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
 
     formula: ClassVar[str] = "w (1 - s(beta label (rho - z0))), z0 = max(0, mismatched rho)"
     paper: ClassVar[str] = "2402.01306"
     needs: ClassVar[Columns] = frozenset(
         {Column.REFERENCE_LOGPROB, Column.LABEL, Column.MISMATCHED_KL}
     )
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
-        positive("desirable_weight", self.desirable_weight)
-        positive("undesirable_weight", self.undesirable_weight)
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
         """The signal of the zero point."""
@@ -80,21 +76,19 @@ class Bco(UnpairedTerm):
 
     −log σ(r − δ) on good answers, −log σ(δ − r) on bad ones, r = βρ. δ/β comes from the
     ``log_ratio_centre`` signal: half the sum of the mean ρ of good and of bad answers of the draw.
-    TRL smooths δ over steps, which would need state across a resume.
+    TRL keeps a running mean of δ over steps, which would need state across a resume; here it is
+    that of the draw alone, and noisier on small draws.
 
     Unconfirmed: a library's document and its code disagree on the formula; this is the code's.
     """
 
-    beta: float = 0.01
+    beta: Positive = 0.01
 
     formula: ClassVar[str] = "-log s(label (beta rho - delta)), delta between good and bad"
     paper: ClassVar[str] = "2404.04656"
     needs: ClassVar[Columns] = frozenset(
         {Column.REFERENCE_LOGPROB, Column.LABEL, Column.LOG_RATIO_CENTRE}
     )
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
         """The signal of the classifier's threshold."""
@@ -118,16 +112,13 @@ class AotUnpaired(UnpairedTerm):
     pairs of −log σ(β(ρ_w − ρ_l)): the gradient is doubled, since each side moves one of the two.
     """
 
-    beta: float = 0.01
+    beta: Positive = 0.01
 
     formula: ClassVar[str] = "-log s(beta (rho_w_(i) - rho_l_(i))), rho_(i) the i-th smallest"
     paper: ClassVar[str] = "2406.05882"
     needs: ClassVar[Columns] = frozenset(
         {Column.PREFERENCE, Column.QUANTILE, Column.REFERENCE_LOGPROB}
     )
-
-    def __post_init__(self) -> None:
-        positive("beta", self.beta)
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
         """Ranks of rewards."""

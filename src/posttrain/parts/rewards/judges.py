@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from posttrain.core.bounds import Number
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.trajectory import Array, Column, Group, Scored
 from posttrain.parts.base import NONE, Columns, PolicyRef, Signal
@@ -26,7 +27,7 @@ class LearntJudge(Signal):
     """
 
     model: PolicyRef
-    weight: float = 1.0
+    weight: Number = 1.0
     add: bool = False
 
     judges: ClassVar[bool] = True

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from msgspec.structs import replace
 
+from posttrain.core.bounds import Size, Tokens
 from posttrain.core.sampling import SamplingSpec
 from posttrain.parts.base import PolicyRef, Signal, Term
 from posttrain.parts.composition import Composition, Method
@@ -52,8 +53,8 @@ class OrmOnRollouts(Method):
     tasks: tuple[str, ...]
     generator: PolicyRef = "input"
     at: Literal["last", "every"] = "last"
-    group_size: int = 8
-    max_new_tokens: int = 64
+    group_size: Size = 8
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
 
     provenance: ClassVar[str] = "off-policy: a frozen policy's answers"
@@ -100,10 +101,11 @@ class MathShepherd(Method):
     """A process reward model without human labels: steps are labelled by roll-outs from them.
 
     A frozen policy answers; from the end of every step ``completer`` samples ``samples``
-    continuations, and the label is the share that the verifier accepts.
+    continuations. The label is 1 if the verifier accepts any of them, the paper's hard
+    estimation; ``soft`` labels are the share that it accepts.
 
-    Soft labels are success rates, below 1 also for a correct first step: their ``min`` or
-    ``product`` over an answer's steps prefers answers with few steps. Use ``last``, or hard labels.
+    Soft labels are below 1 also for a correct first step: their ``min`` or ``product`` over an
+    answer's steps prefers answers with few steps. Use ``last`` with them.
 
     Unconfirmed: the formula was read at second hand; the number of samples is ours.
     """
@@ -111,17 +113,17 @@ class MathShepherd(Method):
     tasks: tuple[str, ...]
     generator: PolicyRef = "input"
     completer: PolicyRef = "input"
-    samples: int = 8
-    labels: Literal["soft", "hard"] = "soft"
+    samples: Size = 8
+    labels: Literal["soft", "hard"] = "hard"
     steps: Steps = Steps()
-    group_size: int = 4
-    max_new_tokens: int = 256
+    group_size: Size = 4
+    max_new_tokens: Tokens = 256
     sampling: SamplingSpec = SamplingSpec()
 
     provenance: ClassVar[str] = "off-policy: a frozen policy's answers"
     interface: ClassVar[str] = "process labels from verified roll-outs"
     tendency: ClassVar[str] = NO_ROLE
-    formula: ClassVar[str] = "prm with y_k = share of continuations from step k that succeed"
+    formula: ClassVar[str] = "prm with y_k = 1 if any continuation from step k succeeds"
     paper: ClassVar[str] = "2312.08935"
 
     def compose(self) -> Composition:

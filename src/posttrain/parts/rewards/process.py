@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from posttrain.core.bounds import Size, Tokens
 from posttrain.core.errors import ConfigError, LegalityError
 from posttrain.core.provenance import IntArray, Role, Sampling, Span
 from posttrain.core.trajectory import Array, Column, Group, Scored, Trajectory
@@ -112,28 +113,21 @@ class StepLabels(Signal):
     """``STEP_LABEL`` by roll-outs from prefixes: Math-Shepherd (arXiv 2312.08935).
 
     From the end of every step but the last, ``policy`` samples ``samples`` continuations, which
-    the verifier scores. ``soft`` is the share that succeeded, ``hard`` 1 if any did. The last
+    the verifier scores. ``hard`` is 1 if any succeeded, ``soft`` the share that did. The last
     step's label is whether the answer itself succeeded. Success is a score of at least the task
     set's ``success``.
     """
 
     policy: PolicyRef = "input"
-    samples: int = 8
-    labels: Literal["soft", "hard"] = "soft"
+    samples: Size = 8
+    labels: Literal["soft", "hard"] = "hard"
     steps: Steps = Steps()
-    max_new_tokens: int = 64
+    max_new_tokens: Tokens = 64
 
-    formula: ClassVar[str] = "share of continuations from step k that succeed; hard: if any does"
+    formula: ClassVar[str] = "1 if any continuation from step k succeeds; soft: the share that does"
     paper: ClassVar[str] = "2312.08935"
     may_ask_learner: ClassVar[bool] = True
     provides: ClassVar[Columns] = frozenset({Column.STEP_LABEL})
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.max_new_tokens < 1:
-            raise ConfigError(
-                f"step_labels with samples={self.samples}, max_new_tokens={self.max_new_tokens}",
-                expected="at least 1 of each",
-            )
 
     def references(self) -> tuple[PolicyRef, ...]:
         """The policy that samples the continuations."""

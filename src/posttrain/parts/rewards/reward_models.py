@@ -13,9 +13,9 @@ Shape legend: ``N`` trained tokens, ``S`` sequences, ``P`` pairs.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import NonNegative
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import F, torch
 from posttrain.core.statistics import Stat, Wanted
@@ -46,22 +46,14 @@ class BradleyTerry(Term):
     reward_model signal. Pairs may have their own margins: name their column in the data set.
     """
 
-    margin: float | Literal["column"] = 0.0
-    centring: float = 0.01
+    margin: NonNegative | Literal["column"] = 0.0
+    centring: NonNegative = 0.01
 
     formula: ClassVar[str] = "-log sigmoid(s_w - s_l - margin) + centring (s_w + s_l)^2"
     paper: ClassVar[str] = "2203.02155, 2307.09288 (margin), 2312.09244 (centring)"
     unit: ClassVar[Unit] = "pair"
     aggregate: ClassVar[str] = "pair_mean"
     reads: ClassVar[frozenset[Wanted]] = SCORE
-
-    def __post_init__(self) -> None:
-        margin = 0.0 if self.margin == "column" else self.margin
-        if not (0 <= margin < math.inf and 0 <= self.centring < math.inf):
-            raise ConfigError(
-                f"bradley_terry with margin={self.margin}, centring={self.centring}",
-                expected="both 0 or more, and finite; or margin: column",
-            )
 
     @property
     def needs(self) -> Columns:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import isfinite
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
@@ -11,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.chat.messages import messages_from
+from posttrain.core.bounds import MOST
 from posttrain.core.errors import DataError
 from posttrain.core.provenance import Role
+from posttrain.core.rows import Row
 from posttrain.core.task import Message
 from posttrain.core.trajectory import Array, Column, Trajectory
 from posttrain.parts.rewards.steps import NO_STEP, Steps, step_ends
 from posttrain.protocols import Renderer
-
-Row = Mapping[str, object]
 
 Format = Literal["text", "completion", "messages", "preference", "unpaired", "steps"]
 """Formats of rows."""
@@ -37,6 +36,20 @@ COLUMNS: Mapping[Format, frozenset[str]] = MappingProxyType(
     }
 )
 """Columns that each format needs. ``preference`` may have a ``prompt`` too."""
+
+TELLING = frozenset(
+    {"tools", "functions", "images", "image", "videos", "video", "audio", "audios", "documents"}
+    | {"chat_template_kwargs", "system", "system_prompt", "input", "history"}
+)
+"""Columns by which the field gives a model more to read than the messages."""
+
+EMPTY: tuple[object, ...] = (None, "", [], {})
+"""Values that say nothing."""
+
+_JUDGEMENTS = frozenset(
+    {"true", "false", "yes", "no", "0", "1", "good", "bad", "correct", "incorrect", "chosen"}
+    | {"rejected", "right", "wrong", "positive", "negative", "desirable", "undesirable"}
+)
 
 KNOWN_FORMATS = (
     "text, prompt + completion, messages, or (for preference methods) prompt + chosen + rejected "
@@ -82,8 +95,8 @@ def format_of(first: Row, *, named: Format | Literal["auto"], wants: Wants, path
             )
     if not fitting:
         raise DataError(place, expected=KNOWN_FORMATS, fix="rename the columns")
-    if named == "auto" and wants in ("answers", "steps"):
-        _refuse_labels(first, fitting, place=place)
+    if wants == "answers" and named == "auto" and is_judgement(first.get("label")):
+        raise judged(place)
     usable = [f for f in fitting if f in READABLE[wants]]
     if not usable:
         raise _misfit(wants, fitting, place=place)
@@ -95,15 +108,67 @@ def format_of(first: Row, *, named: Format | Literal["auto"], wants: Wants, path
     return usable[0]
 
 
-def _refuse_labels(first: Row, fitting: Sequence[Format], *, place: str) -> None:
-    """Refuse labelled answers as demonstrations: bad ones would be imitated."""
-    if "unpaired" in fitting and isinstance(first["label"], bool):
-        raise DataError(
-            f"{place} with a label that is true or false, and the stage learns from demonstrations",
-            expected="answers that are all worth imitating",
-            fix="use a method that learns from labelled answers (kto, bco), or set "
-            "`format: completion` to learn from every row whatever its label",
-        )
+def unread_columns(
+    rows: Iterable[tuple[int, Row]],
+    form: Format,
+    *,
+    wants: Wants,
+    named: Format | Literal["auto"],
+    numbers: Iterable[str],
+    path: object,
+) -> tuple[str, ...]:
+    """Columns with values that the stage does not read, in alphabetical order.
+
+    Args:
+        rows: the rows, with their numbers.
+        form: the format that is read.
+        wants: the supervision of the stage.
+        named: the format that the recipe names, or ``auto``.
+        numbers: columns of numbers that the recipe names.
+        path: of the file, for the message.
+
+    Raises:
+        DataError: a column without which a row means something else: tools, images, or labels
+            that say which answers are bad.
+    """
+    read = COLUMNS[form] | {"prompt"} | set(numbers)
+    unread: set[str] = set()
+    for number, row in rows:
+        others = {k for k, v in row.items() if k not in read and v not in EMPTY}
+        if telling := sorted(others & TELLING):
+            raise DataError(
+                f"{path}, row {number}: a value in {', '.join(telling)}, which is not read: the "
+                "answers would be trained as if it were not there",
+                expected="columns that the stage reads",
+                fix="write what it says into the messages, or set "
+                f"`ignore: [{', '.join(telling)}]` on the data set to train without it",
+            )
+        if wants == "answers" and named == "auto" and is_judgement(row.get("label")):
+            raise judged(f"{path}, row {number}")
+        unread |= others
+    return tuple(sorted(unread))
+
+
+def is_judgement(label: object) -> bool:
+    """Whether a value says that an answer is good or bad: true or false, or 0 or 1.
+
+    Example:
+        >>> is_judgement(0), is_judgement("Bad"), is_judgement("geometry"), is_judgement(None)
+        (True, True, False, False)
+    """
+    if isinstance(label, str):
+        return label.strip().lower() in _JUDGEMENTS
+    return isinstance(label, bool | int | float)
+
+
+def judged(place: str) -> DataError:
+    """The error of labelled answers as demonstrations: bad ones would be imitated."""
+    return DataError(
+        f"{place} with a label, such as true or false, and the stage learns from demonstrations",
+        expected="answers that are all worth imitating",
+        fix="use a method that learns from labelled answers (kto, bco), or set "
+        "`format: completion` (or messages) to learn from every row whatever its label",
+    )
 
 
 def _misfit(wants: Wants, fitting: Sequence[Format], *, place: str) -> DataError:
@@ -186,8 +251,12 @@ def row_numbers(
         if name is None:
             continue
         value = row.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise DataError(f"{column} {name}={value!r}", expected="a finite number in every row")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -MOST <= value <= MOST:  # NaN is in no range
+            raise DataError(
+                f"{column} {name}={value!r:.60}",
+                expected=f"a finite number in every row, of at most {MOST:g}",
+            )
         if column is Column.WEIGHT and value < 0:
             raise DataError(
                 f"{column} {name}={value!r}",

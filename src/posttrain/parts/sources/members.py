@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from posttrain.core.bounds import Count, Share, Size
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, TaskError
 from posttrain.core.provenance import IntArray, Kind, Producer, Role, Span
@@ -47,7 +48,7 @@ class Opening:
 class Member(Config, tag_field="type"):
     """How the last members of a group are made. ``count`` of them; null means all."""
 
-    count: int | None = 1
+    count: Size | None = 1
 
     @property
     def rival(self) -> PolicyRef | None:
@@ -109,12 +110,12 @@ class Guided(Member, tag="guided"):
 
     column: str = "answer"
     author: Kind = Kind.EXTERNAL
-    count: int | None = None
-    start: float = 0.75
-    end: float = 0.0
-    draws: int = 100
+    count: Size | None = None
+    start: Share = 0.75
+    end: Share = 0.0
+    draws: Count = 100
     length: Literal["share", "binomial", "uniform"] = "share"
-    slices: int = 5
+    slices: Count = 5
     learn: bool = False
 
     def __post_init__(self) -> None:
@@ -199,7 +200,7 @@ class Rival(Member, tag="rival"):
     """Another, frozen policy answers the same question."""
 
     policy: PolicyRef = "input"
-    count: int | None = 1
+    count: Size | None = 1
 
     def __post_init__(self) -> None:
         if self.policy == LEARNER:
@@ -231,7 +232,7 @@ class Hinted(Member, tag="hinted"):
     """
 
     context: str
-    count: int | None = 1
+    count: Size | None = 1
 
     def __post_init__(self) -> None:
         try:

@@ -12,6 +12,7 @@ from math import floor
 from pathlib import Path
 from typing import ClassVar, final
 
+from posttrain.core.bounds import Inner
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
@@ -42,7 +43,7 @@ class Mix(Source):
     """
 
     parts: tuple[unions.AnySource, ...]
-    shares: tuple[float, ...]
+    shares: tuple[Inner, ...]
 
     mixed: ClassVar[bool] = True
 

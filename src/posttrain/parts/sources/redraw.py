@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from posttrain.core.bounds import Count
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError
 from posttrain.core.provenance import Kind
@@ -42,7 +43,7 @@ class Redraw(Source):
 
     source: Rollouts
     keep: tuple[unions.AnySieve, ...] = (Verify(), KeepInformative())
-    max_draws: int = 10
+    max_draws: Count = 10
 
     def __post_init__(self) -> None:
         if self.max_draws < 2 or not any(Column.DISCARD in s.provides for s in self.keep):

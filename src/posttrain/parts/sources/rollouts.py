@@ -12,6 +12,7 @@ from typing import ClassVar, final
 
 import numpy as np
 
+from posttrain.core.bounds import Size, Tokens
 from posttrain.core.config import plain
 from posttrain.core.errors import ConfigError, TaskError
 from posttrain.core.provenance import Kind, Role, Sampling, Span
@@ -35,19 +36,18 @@ class Rollouts(Source):
 
     tasks: tuple[str, ...]
     policy: PolicyRef = "learner"
-    group_size: int = 8
-    max_new_tokens: int = 64
+    group_size: Size = 8
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
     members: AnyMember | None = None
 
     may_ask_learner: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.group_size < 1 or self.max_new_tokens < 1 or not self.tasks:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(
-                f"rollouts over tasks={list(self.tasks)} with group_size={self.group_size}, "
-                f"max_new_tokens={self.max_new_tokens}",
-                expected="at least one task set, one member and one token",
+                f"rollouts over tasks={list(self.tasks)}",
+                expected="at least one task set, and each once",
             )
         if self.members is not None:
             self._check_members(self.members)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.core.bounds import Decay, NonNegative, Positive
 from posttrain.core.errors import ConfigError
 from posttrain.core.lazy import torch
 from posttrain.core.statistics import Stat
@@ -114,18 +115,13 @@ class ProbabilitySft(TokenTerm):
     Unconfirmed: the family was derived from a description at second hand.
     """
 
-    alpha: float = 1.0
-    at_least: float = 0.0
+    alpha: NonNegative = 1.0
+    at_least: Decay = 0.0
 
     formula: ClassVar[str] = "(1 - pi(y_t)^alpha) / alpha where pi(y_t) >= at_least"
     paper: ClassVar[str] = "2510.00526"
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or not 0 <= self.at_least < 1:
-            raise ConfigError(
-                f"alpha={self.alpha}, at_least={self.at_least}",
-                expected="alpha >= 0 and 0 <= at_least < 1",
-            )
         if self.alpha == self.at_least == 0:
             raise ConfigError(
                 "alpha=0 without a threshold, which is plain cross-entropy",
@@ -155,15 +151,11 @@ class Psft(TokenTerm):
     option here.
     """
 
-    clip_high: float = 0.28
+    clip_high: Positive = 0.28
 
     formula: ClassVar[str] = "-min(r, 1 + clip_high), r = pi(y_t) / pi_old(y_t)"
     paper: ClassVar[str] = "2508.17784"
     needs: ClassVar[Columns] = frozenset({Column.TRAINER_LOGPROB})
-
-    def __post_init__(self) -> None:
-        if self.clip_high <= 0:
-            raise ConfigError(f"clip_high={self.clip_high}", expected="above 0")
 
     def signals(self, reference: PolicyRef) -> tuple[Signal, ...]:
         """The learner's log-probs when the demonstrations were drawn."""

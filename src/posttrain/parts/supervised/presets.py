@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from posttrain.core.errors import ConfigError
+from posttrain.core.bounds import NonNegative
 from posttrain.parts.base import Aggregate, Limit, PolicyRef
 from posttrain.parts.composition import Composition, Method
 from posttrain.parts.distillation.divergences import TeacherForwardKL
@@ -68,7 +68,7 @@ class Asft(Method):
     """
 
     data: Dataset
-    kl_weight: float = 0.1
+    kl_weight: NonNegative = 0.1
     anchor: PolicyRef = "input"
     aggregate: Aggregate = "token_mean"
 
@@ -77,10 +77,6 @@ class Asft(Method):
     tendency: ClassVar[str] = "reshaping, with little drift"
     formula: ClassVar[str] = "-sg(pi(y_t)) log pi(y_t) + kl_weight KL(pi_anchor || pi)"
     paper: ClassVar[str] = "2509.23753"
-
-    def __post_init__(self) -> None:
-        if self.kl_weight < 0:
-            raise ConfigError(f"asft with kl_weight={self.kl_weight}", expected="0 or more")
 
     def compose(self) -> Composition:
         """Data set; the anchor's distributions; DFT and a forward KL."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from posttrain.core.bounds import Number, Size, Tokens
 from posttrain.core.errors import ConfigError
 from posttrain.core.sampling import SamplingSpec
 from posttrain.parts.base import Aggregate, PolicyRef
@@ -42,15 +43,18 @@ def check_best(method: Method, best: int, group_size: int) -> None:
 class Rft(Method):
     """Rejection-sampling fine-tuning: distinct right answers of a frozen policy.
 
+    Answers are distinct by their text. The authors compare the equations in them, and keep one
+    answer of each list of equations.
+
     Unconfirmed: from general knowledge, the paper was not opened.
     """
 
     tasks: tuple[str, ...]
     sampler: PolicyRef = "input"
-    at_least: float = 1.0
+    at_least: Number = 1.0
     distinct: bool = True
-    group_size: int = 8
-    max_new_tokens: int = 64
+    group_size: Size = 8
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
     aggregate: Aggregate = "token_mean"
 
@@ -77,10 +81,10 @@ class Raft(Method):
 
     tasks: tuple[str, ...]
     sampler: PolicyRef = "learner"
-    best: int = 1
-    at_least: float | None = None
-    group_size: int = 8
-    max_new_tokens: int = 64
+    best: Size = 1
+    at_least: Number | None = None
+    group_size: Size = 8
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec()
     aggregate: Aggregate = "token_mean"
 
@@ -113,8 +117,8 @@ class Star(Method):
     tasks: tuple[str, ...]
     sampler: PolicyRef = "input"
     hint: str | None = None
-    at_least: float = 1.0
-    max_new_tokens: int = 64
+    at_least: Number = 1.0
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec(temperature=0.0)
     aggregate: Aggregate = "token_mean"
 
@@ -152,10 +156,10 @@ class RestEm(Method):
 
     tasks: tuple[str, ...]
     sampler: PolicyRef = "input"
-    at_least: float = 1.0
-    best: int = 10
-    group_size: int = 32
-    max_new_tokens: int = 64
+    at_least: Number = 1.0
+    best: Size = 10
+    group_size: Size = 32
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec(temperature=0.7, top_k=40)
     aggregate: Aggregate = "token_mean"
 
@@ -182,8 +186,8 @@ class Ssd(Method):
 
     tasks: tuple[str, ...]
     sampler: PolicyRef = "input"
-    group_size: int = 1
-    max_new_tokens: int = 64
+    group_size: Size = 1
+    max_new_tokens: Tokens = 64
     sampling: SamplingSpec = SamplingSpec(temperature=0.6, top_k=20, top_p=0.95)
     aggregate: Aggregate = "token_mean"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from material import random_groups, trajectory, with_column
 
-from posttrain.core.errors import ConfigError, DataError, LegalityError
+from posttrain.core.errors import ConfigError, DataError, Interrupted, LegalityError
 from posttrain.core.learner import Optimizer
 from posttrain.core.trajectory import Column, Discard, Group, Scored
 from posttrain.engines.local.engine import LocalEngine
@@ -22,14 +22,14 @@ from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.parts.supervised.rejection import Raft, RestEm, Rft, Ssd, Star
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.build import StageBuilder
-from posttrain.run.folder import StageWriter
 from posttrain.run.journal import Journal
 from posttrain.run.ledger import Ledger
 from posttrain.run.plan import make_plan
+from posttrain.run.stage_folder import StageWriter
 from posttrain.run.store import UseRole, read_uses
 from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
 from posttrain.testing import check_signal, fake_tools
-from posttrain.training.stage import Interrupted, run_stage
+from posttrain.training.stage import run_stage
 
 
 def group(rewards, answers=None):
@@ -201,8 +201,7 @@ def world(tmp_path, tiny_folder):
 
         folder = tmp_path / out
         journal = Journal(
-            StageWriter(folder / "stage"),
-            ledger=Ledger.open(folder / "ledger.jsonl"),
+            StageWriter(folder / "stage", Ledger.open(folder / "ledger.jsonl")),
             stage="s",
             identity=planned.identity,
             facts={},

@@ -352,10 +352,10 @@ def test_mismatch_metrics_by_hand():
         (lambda: GroupAdvantage(baseline="greedy", scale="informative"), "scale=informative"),
         (lambda: BestOfKAdvantage(k=1), "k=1"),
         (lambda: DecoupledAdvantage(weights=(1.0, 0.0)), "weights"),
-        (lambda: KLPenalty(beta=0.0), "beta=0"),
+        (lambda: KLPenalty(beta=0.0), "beta is 0.0"),
         (lambda: SoftLengthPenalty(max_tokens=4, cache_tokens=5), "cache_tokens=5"),
         (lambda: ClipCovariance(low=5.0, high=1.0), "low=5.0"),
-        (lambda: MarkCovariance(share=0.0), "share=0.0"),
+        (lambda: MarkCovariance(share=0.0), "share is 0.0"),
     ],
 )
 def test_options_that_cannot_work_are_refused(make, words):

@@ -223,13 +223,13 @@ def test_a_critic_may_learn_from_logged_rewards():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Gae(lam=1.5), "between 0 and 1"),
-        (lambda: Gae(gamma=-0.1), "between 0 and 1"),
+        (lambda: Gae(lam=1.5), "from 0 to 1"),
+        (lambda: Gae(gamma=-0.1), "from 0 to 1"),
         (lambda: Gae(length_alpha=0.0), "above 0"),
         (lambda: ValueLoss(clip=0.0), "or null"),
         (lambda: ScalarHead(trunk="shared", lr=1e-3), "separate trunk"),
         (lambda: ScalarHead(lr=-1.0), "0 or more"),
-        (lambda: ValuePretraining(tasks=("t",), gamma=2.0), "between 0 and 1"),
+        (lambda: ValuePretraining(tasks=("t",), gamma=2.0), "from 0 to 1"),
     ],
 )
 def test_options_that_mean_nothing(make, words):

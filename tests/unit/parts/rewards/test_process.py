@@ -32,6 +32,7 @@ from posttrain.parts.rewards.verify import Verify
 from posttrain.parts.sources.dataset import Dataset
 from posttrain.parts.sources.formats import joined, step_labels
 from posttrain.parts.sources.rollouts import Rollouts
+from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run.plan import make_plan
 from posttrain.tasks.jsonl import JsonlTasks
@@ -265,11 +266,17 @@ def labelled(text, *, policy=None, **options):
 
 
 def test_soft_labels_are_shares_of_continuations_that_succeed():
-    labels = labelled("a\nx\nb", samples=400)
+    labels = labelled("a\nx\nb", samples=400, labels="soft")
     assert labels[[2, 4, 6]].tolist()[1:] == [0.0, 0.0], "nothing mends an x"
     assert labels[2] == pytest.approx(0.25, abs=0.08)
     assert labels[[0, 1, 3, 5]].tolist() == [NO_STEP] * 4
     assert labelled("a\nb", samples=4)[-1] == 1.0, "the last label is the answer's own"
+
+
+def test_hard_estimation_is_the_default():
+    assert labelled("a\nx\nb", samples=400)[[2, 4, 6]].tolist() == [1.0, 0.0, 0.0]
+    signal, *_ = MathShepherd(tasks=("t",)).compose().signals
+    assert signal == StepLabels(labels="hard", max_new_tokens=256)
 
 
 def test_hard_labels_ask_whether_any_did():
@@ -411,8 +418,8 @@ def test_dense_process_rewards_feed_a_critic():
         (lambda: OutcomeBCE(aggregate="token_mean"), "sequence_mean"),
         (lambda: RewardModel(model="m", weight=0.0), "other than 0"),
         (lambda: ProcessReward(model="m", use="dense", add=True), "add up by themselves"),
-        (lambda: StepLabels(samples=0), "at least 1"),
-        (lambda: Dataset(path="x", margin="m"), "margins on pairs"),
+        (lambda: StepLabels(samples=0), "1 or more"),
+        (lambda: Dataset(path="x", margin="m", unpaired=True), "margins on pairs"),
         (lambda: Dataset(path="x", steps=Steps(), preference=True), "labels of steps"),
         (lambda: ScalarHead(start="learner"), "stands still"),
         (lambda: Dapo(tasks=("t",), rewards=(RewardModel(model="m"),)).compose(), "max_draws: 1"),
@@ -423,9 +430,15 @@ def test_options_that_mean_nothing(make, words):
         make()
 
 
+def test_margins_that_nobody_reads_are_refused():
+    pairs = Dataset(path="x.jsonl", margin="m", preference=True)
+    with pytest.raises(LegalityError, match="no term reads margins"):
+        check_composition(Composition(source=pairs, terms=(CrossEntropy(),)), stage="s")
+
+
 def test_methods_spelt_out():
     data = Dataset(path="x.jsonl")
-    pairs = Dataset(path="x.jsonl", margin="m", preference=True)
+    pairs = Dataset(path="x.jsonl", margin="m")
     assert method("bradley_terry", data=data).compose() == Composition(
         source=Dataset(path="x.jsonl", preference=True),
         terms=(BradleyTerry(margin=0.0, centring=0.01),),

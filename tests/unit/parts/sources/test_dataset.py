@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.chat import ChatRenderer
 from posttrain.core.errors import ConfigError, DataError, ModelError
-from posttrain.core.files import read_jsonl
 from posttrain.core.provenance import Kind, Producer, Role
+from posttrain.core.rows import read_jsonl
 from posttrain.core.trajectory import Column
 from posttrain.parts.sources.dataset import Dataset, DatasetRows
 
@@ -225,12 +225,12 @@ def test_too_long_names_row_length_and_limit(tmp_path):
     message = refused(tmp_path, LONG, context=24)
     assert "d.jsonl, row 6: 25 tokens" in message
     assert "at most 24" in message
-    assert source(tmp_path, LONG, context=25).skipped == 0
+    assert source(tmp_path, LONG, context=25).files[0].skipped == 0
 
 
 def test_too_long_rows_can_be_skipped_and_are_counted(tmp_path):
     s = source(tmp_path, LONG, context=24, too_long="skip")
-    assert (s.skipped, s.num_groups, s.num_tokens) == (1, 5, 30)
+    assert (s.files[0].skipped, s.num_groups, s.num_tokens) == (1, 5, 30)
     assert "all 6 rows are longer than 3" in refused(tmp_path, LONG, context=3, too_long="skip")
 
 
