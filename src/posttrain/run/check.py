@@ -25,6 +25,7 @@ from posttrain.run.build import StageBuilder, learner_of
 from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
 from posttrain.run.plan import Plan, PlannedStage, all_plans, model_path
 from posttrain.run.rehearsal import rehearse
+from posttrain.tasks.trial import try_rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,6 +84,8 @@ def check(
     ahead = {s.identity: (s, plan) for plan in plans for s in plan.stages if not has_started(s)}
     path = Path(model_path(recipe.model, root)).expanduser()
     check_adapters([planned for planned, _ in ahead.values()], base=path)
+    if ahead or not recipe.stages:
+        trial.prove(try_rewards(tasksets.values()))
     for planned, _ in ahead.values():
         trial.outside(planned)
     trial.note(notes_of(tasksets))

@@ -10,7 +10,7 @@ the tokenizer has tokens, padded to a round number: those are never sampled (``u
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
