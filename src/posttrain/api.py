@@ -4,6 +4,8 @@ from posttrain import Recipe
 from posttrain.api import run
 
 run(Recipe(...), out=Path("out/mine"))
+
+Paths are made absolute here, once: code that a recipe calls may change the working folder.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ def run(
     check_trust(recipe, root=root, trust_code=trust_code)
     return pipeline.run(
         recipe,
-        out=out,
-        root=root,
+        out=out.absolute(),
+        root=root.absolute(),
         engine=engine_for(recipe),
         observe=observe,
         stop=stop,
@@ -89,7 +91,7 @@ def check(
         PosttrainError: what would stop the run.
     """
     check_trust(recipe, root=root, trust_code=trust_code)
-    return check_recipe(recipe, root=root, engine=engine_for(recipe), observe=observe)
+    return check_recipe(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
 
 
 def measure(
@@ -101,7 +103,7 @@ def measure(
 ) -> Measurement:
     """Measure the recipe's model on its task sets; its stages are ignored."""
     check_trust(recipe, root=root, trust_code=trust_code)
-    return measure_model(recipe, root=root, engine=engine_for(recipe), observe=observe)
+    return measure_model(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
 
 
 def compare(
@@ -116,7 +118,7 @@ def compare(
     """Compare two models, measured on the recipe's task sets; its model and stages are ignored."""
     check_trust(recipe, root=root, trust_code=trust_code)
     return compare_models(
-        recipe, before, after, root=root, engine=engine_for(recipe), observe=observe
+        recipe, before, after, root=root.absolute(), engine=engine_for(recipe), observe=observe
     )
 
 
@@ -144,7 +146,7 @@ def diagnose(
     check_trust(recipe, root=root, trust_code=trust_code)
     return find_bottleneck(
         recipe,
-        root=root,
+        root=root.absolute(),
         engine=engine_for(recipe),
         supplies=supplies,
         practice=Practice(book=book) if book else None,
@@ -181,8 +183,8 @@ def treat(
     check_trust(recipe, root=root, trust_code=trust_code)
     return run_treatment(
         recipe,
-        out=out,
-        root=root,
+        out=out.absolute(),
+        root=root.absolute(),
         engine=engine_for(recipe),
         budget=budget,
         supplies=supplies,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from posttrain.cli.ends import GOES_ON, INTERRUPTED
+from posttrain.cli.targets import OUT_FOLDER
 from posttrain.cli.trust import is_trusted, trusting
 from posttrain.core.errors import ConfigError, nearest
 
@@ -16,11 +17,7 @@ if TYPE_CHECKING:
     from posttrain.diagnosis.prescribe import Supplies
     from posttrain.recipe import Recipe
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
-
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -56,7 +53,7 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @_shared_options
 @click.option("--budget", type=click.IntRange(min=1), help="Rollouts to spend.  [default: 60000]")
-@click.option("--out", type=FOLDER, default=Path("out/diagnosis"), show_default=True)
+@click.option("--out", type=OUT_FOLDER, default=Path("out/diagnosis"), show_default=True)
 def diagnose(
     model: str,
     tasks: Path,
@@ -113,7 +110,7 @@ def diagnose(
     required=True,
     help="Tokens to sample and train, looking included.",
 )
-@click.option("--out", type=FOLDER, default=Path("out/treatment"), show_default=True)
+@click.option("--out", type=OUT_FOLDER, default=Path("out/treatment"), show_default=True)
 def treat(
     model: str,
     tasks: Path,
@@ -160,8 +157,8 @@ def treat(
                 trust_code=is_trusted(),
             )
     except KeyboardInterrupt:
-        click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
-        sys.exit(INTERRUPTED)
+        click.echo(GOES_ON, err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
     Terminal(highlight=False).print(course(done))
     for page in write_cards(out):
         click.echo(f"diagnosis: {page.resolve()}")
