@@ -37,7 +37,7 @@ TABLE = """
 OPENING = (
     "# Silent failures",
     "<!-- Written by benchmarks/silent_failures: run it instead of editing. -->",
-    "Known failures of the field, planted one by one into runs of a tiny trained model, each beside "
+    "Known failures of the field, planted one by one into runs of a tiny trained model, each with "
     "a clean twin: what is refused, what raises an alarm, and what nobody says? The list was "
     "written before anything that detects them. Most follow public reports; the others were found "
     "by trying.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import re
@@ -65,34 +64,29 @@ def _while_trl_generates(around: Callable[[Any], Any]) -> None:
 
 
 def _stale(side: Side) -> None:
-    """The sampler reads a copy made before the first step."""
+    """The sampler reads the weights of before the first step."""
     kept: list[Any] = []
 
+    @contextmanager
+    def old_weights(model: Any) -> Iterator[Any]:
+        now = {name: w.detach().clone() for name, w in model.state_dict().items()}
+        kept[:] = kept or [now]
+        model.load_state_dict(kept[0])
+        yield model
+        model.load_state_dict(now)
+
     if side == "trl":
-
-        @contextmanager
-        def first(model: Any) -> Iterator[Any]:
-            if not kept:
-                kept.append(copy.deepcopy(model))
-            yield kept[0]
-
-        _while_trl_generates(first)
+        _while_trl_generates(old_weights)
         return
     from posttrain.engines.local import policy
 
     plain = policy.generate
 
-    def old(model: Any, *rest: Any, **options: Any) -> Any:
-        if not kept:
-            kept.append({n: w.detach().clone() for n, w in model.causal.state_dict().items()})
-        now = {n: w.detach().clone() for n, w in model.causal.state_dict().items()}
-        model.causal.load_state_dict(kept[0])
-        try:
+    def generate(model: Any, *rest: Any, **options: Any) -> Any:
+        with old_weights(model.causal):
             return plain(model, *rest, **options)
-        finally:
-            model.causal.load_state_dict(now)
 
-    policy.generate = old
+    policy.generate = generate
 
 
 def _noisy(logits: Any) -> Any:
