@@ -4,6 +4,8 @@ from posttrain import Recipe
 from posttrain.api import run
 
 run(Recipe(...), out=Path("out/mine"))
+
+Paths are made absolute here, once: code that a recipe calls may change the working folder.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from posttrain.run.check import check as check_recipe
 from posttrain.run.measuring import measure_model
 from posttrain.run.pipeline import Outcome
 from posttrain.run.resume import Consent
+from posttrain.run.trust import check_trust
 
 
 def run(
@@ -41,6 +44,7 @@ def run(
     root: Path = Path(),
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    trust_code: bool = False,
     accept: Sequence[str] = (),
     restart: Sequence[str] = (),
 ) -> Outcome:
@@ -52,13 +56,15 @@ def run(
         root: folder that the recipe's paths are relative to.
         observe: called with every event.
         stop: called between draws; True commits and raises ``Interrupted``.
+        trust_code: allow code from outside ``root``.
         accept: changes under started stages to go on with, by the names that a refusal lists.
         restart: stages to set aside and start again, with what builds on them.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return pipeline.run(
         recipe,
-        out=out,
-        root=root,
+        out=out.absolute(),
+        root=root.absolute(),
         engine=engine_for(recipe),
         observe=observe,
         stop=stop,
@@ -66,31 +72,53 @@ def run(
     )
 
 
-def check(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Checked:
+def check(
+    recipe: Recipe,
+    *,
+    root: Path = Path(),
+    observe: Observer = ignore,
+    trust_code: bool = False,
+) -> Checked:
     """Load and try everything that a run of the recipe relies on; trains and writes nothing.
 
     Args:
         recipe: the configuration.
         root: folder that the recipe's paths are relative to.
         observe: called with every proof.
+        trust_code: allow code from outside ``root``.
 
     Raises:
         PosttrainError: what would stop the run.
     """
-    return check_recipe(recipe, root=root, engine=engine_for(recipe), observe=observe)
+    check_trust(recipe, root=root, trust_code=trust_code)
+    return check_recipe(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
 
 
-def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Measurement:
+def measure(
+    recipe: Recipe,
+    *,
+    root: Path = Path(),
+    observe: Observer = ignore,
+    trust_code: bool = False,
+) -> Measurement:
     """Measure the recipe's model on its task sets; its stages are ignored."""
-    return measure_model(recipe, root=root, engine=engine_for(recipe), observe=observe)
+    check_trust(recipe, root=root, trust_code=trust_code)
+    return measure_model(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
 
 
 def compare(
-    recipe: Recipe, before: str, after: str, *, root: Path = Path(), observe: Observer = ignore
+    recipe: Recipe,
+    before: str,
+    after: str,
+    *,
+    root: Path = Path(),
+    observe: Observer = ignore,
+    trust_code: bool = False,
 ) -> Between:
     """Compare two models, measured on the recipe's task sets; its model and stages are ignored."""
+    check_trust(recipe, root=root, trust_code=trust_code)
     return compare_models(
-        recipe, before, after, root=root, engine=engine_for(recipe), observe=observe
+        recipe, before, after, root=root.absolute(), engine=engine_for(recipe), observe=observe
     )
 
 
@@ -102,6 +130,7 @@ def diagnose(
     book: RuleBook | None = None,
     budget: int | None = None,
     observe: Observer = ignore,
+    trust_code: bool = False,
 ) -> Diagnosis:
     """Find what holds the recipe's model back on its task sets; its stages are ignored.
 
@@ -112,10 +141,12 @@ def diagnose(
         book: the rules; None for the default ones.
         budget: most rollouts to sample; None for the default.
         observe: called with every event.
+        trust_code: allow code from outside ``root``.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return find_bottleneck(
         recipe,
-        root=root,
+        root=root.absolute(),
         engine=engine_for(recipe),
         supplies=supplies,
         practice=Practice(book=book) if book else None,
@@ -134,6 +165,7 @@ def treat(
     book: RuleBook | None = None,
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    trust_code: bool = False,
 ) -> Treated:
     """Diagnose, prescribe, run and compare, until nothing helps or the budget is used up.
 
@@ -146,11 +178,13 @@ def treat(
         book: the rules; None for the default ones.
         observe: called with every event.
         stop: called between draws; True commits and raises ``Interrupted``.
+        trust_code: allow code from outside ``root``.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return run_treatment(
         recipe,
-        out=out,
-        root=root,
+        out=out.absolute(),
+        root=root.absolute(),
         engine=engine_for(recipe),
         budget=budget,
         supplies=supplies,

@@ -7,6 +7,7 @@ model ──▶ [measure] ──▶ stage 1 ──▶ [measure, gate] ──▶ 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from posttrain.parts import composition
 from posttrain.parts.base import PolicyRef
 from posttrain.tasks import base as task_sets
 
+_NAME = re.compile(r"\w[\w .+-]{0,98}[\w.+-]|\w")
 RESERVED = frozenset({"base", "learner", "input", "moving", "previous", "end"})
 
 
@@ -75,10 +77,11 @@ class Stage(Config):
     intends: Literal["expansion", "reshaping", "consolidation"] | None = None
 
     def __post_init__(self) -> None:
-        if not self.name.replace("-", "").replace("_", "").isalnum() or self.name in RESERVED:
+        letters = self.name.replace("-", "").replace("_", "").isalnum()
+        if not letters or len(self.name) > 100 or self.name in RESERVED:
             raise ConfigError(
-                f"stage name {self.name!r}",
-                expected=f"letters, digits, - and _, and none of {sorted(RESERVED)}",
+                f"stage name {self.name[:120]!r}",
+                expected=f"1 to 100 letters, digits, - and _, and none of {sorted(RESERVED)}",
             )
         if self.updates_per_draw > self.groups_per_step:
             raise ConfigError(
@@ -111,6 +114,12 @@ class Recipe(Config):
     remote_code: str | None = None
 
     def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"recipe name {self.name!r}",
+                expected="1 to 100 letters, digits, spaces and . _ + -, the first a letter, digit "
+                "or _: it names a folder",
+            )
         names = [s.name for s in self.stages]
         if doubled := sorted({n for n in names if names.count(n) > 1}):
             raise ConfigError(f"stages named twice: {doubled}", expected="one name per stage")
@@ -119,6 +128,9 @@ class Recipe(Config):
                 f"remote_code={self.remote_code!r} for model {self.model!r}",
                 expected="null, or exactly the model's name",
             )
+        for name in self.tasks:
+            if not name.strip() or not name.isprintable() or len(name) > 100:
+                raise ConfigError(f"task set {name[:120]!r}", expected="1 to 100 printable letters")
         if unknown := sorted(set(self.measure.tasks) - set(self.tasks)):
             raise ConfigError(
                 f"measure.tasks names {unknown[0]!r}", fix=nearest(unknown[0], self.tasks)

@@ -11,7 +11,7 @@ from world import listing, unnamed
 
 from posttrain import api
 from posttrain.core import config
-from posttrain.core.errors import RunLocked
+from posttrain.core.errors import Interrupted, RunLocked
 from posttrain.diagnosis.card import Diagnosis
 from posttrain.diagnosis.prescribe import Supplies
 from posttrain.lab.settings import PRODUCTS, REVERSE
@@ -20,7 +20,6 @@ from posttrain.measure.measurement import Measurement
 from posttrain.measure.spec import Measure
 from posttrain.recipe import Recipe
 from posttrain.run.folder import RunFolder
-from posttrain.training.stage import Interrupted
 
 BUDGET = 60_000
 GROUND = Recipe(

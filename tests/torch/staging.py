@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.core.errors import Interrupted
 from posttrain.core.events import StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.recipe import Budget, Recipe, Stage
@@ -78,7 +79,7 @@ class World:
                 observe=lambda event: seen.append(event) if isinstance(event, StepDone) else None,
                 stop=lambda: stop_after is not None and len(seen) >= stop_after,
             )
-        except KeyboardInterrupt:
+        except Interrupted:
             assert stop_after is not None
         return learner, [event.metrics for event in seen]
 

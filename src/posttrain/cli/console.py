@@ -75,8 +75,9 @@ class Console:
 
     def headline(self, name: str, out: Path) -> None:
         """The first line: the name of the run, and its folder."""
+        here = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
         self._terminal.print(
-            f"[bold]posttrain[/bold] {escape(name)} → {escape(str(out))}  (loading …)"
+            f"[bold]posttrain[/bold] {escape(name)} → {escape(str(here))}  (loading …)"
         )
 
     def note(self, text: str) -> None:
@@ -199,7 +200,11 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def interrupts(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Yield a function that is True after the first Ctrl-C; the second one raises at once."""
+    """Yield a function that is True once the process was asked to end; asked again, it raises.
+
+    Ctrl-C, SIGTERM (what a scheduler sends) and SIGHUP (a closed terminal) ask. A signal that is
+    ignored already stays so: under ``nohup`` a run goes on without its terminal.
+    """
     asked = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -209,8 +214,13 @@ def interrupts(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
         asked = True
         say("stopping after this step; Ctrl-C again stops at once (the last checkpoint is safe)")
 
-    before = signal.signal(signal.SIGINT, handle)
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    heard = [kind for kind in kinds if before[kind] is not signal.SIG_IGN]
+    for kind in heard:
+        signal.signal(kind, handle)
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind in heard:
+            signal.signal(kind, before[kind])

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from posttrain.cli.ends import GOES_ON, INTERRUPTED
+from posttrain.cli.targets import OUT_FOLDER
+from posttrain.cli.trust import is_trusted, trusting
 from posttrain.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from posttrain.diagnosis.prescribe import Supplies
     from posttrain.recipe import Recipe
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
-
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,6 +43,7 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="Only watched: must stay trainable.",
             ),
             click.option("--rules", type=FILE, help="Your changes to the rules."),
+            trusting,
         ]
     ):
         command = option(command)
@@ -54,7 +53,7 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @_shared_options
 @click.option("--budget", type=click.IntRange(min=1), help="Rollouts to spend.  [default: 60000]")
-@click.option("--out", type=FOLDER, default=Path("out/diagnosis"), show_default=True)
+@click.option("--out", type=OUT_FOLDER, default=Path("out/diagnosis"), show_default=True)
 def diagnose(
     model: str,
     tasks: Path,
@@ -70,7 +69,8 @@ def diagnose(
     """What holds a model back, with the evidence, and the recipe of the next stage.
 
     Writes OUT/diagnosis.html (the card), OUT/diagnosis.json and OUT/next.yaml.
-    `posttrain run OUT/next.yaml` does what it says.
+    `posttrain run OUT/next.yaml` does what it says; with --trust-code if a reward of yours is in
+    it, which then lies outside the recipe's folder.
     """
     from rich.console import Console as Terminal
 
@@ -96,6 +96,7 @@ def diagnose(
             book=book,
             budget=budget,
             observe=console.observe,
+            trust_code=is_trusted(),
         )
     written = write_diagnosis(found, out)
     Terminal(highlight=False).print(card(found, written=tuple(written)))
@@ -109,7 +110,7 @@ def diagnose(
     required=True,
     help="Tokens to sample and train, looking included.",
 )
-@click.option("--out", type=FOLDER, default=Path("out/treatment"), show_default=True)
+@click.option("--out", type=OUT_FOLDER, default=Path("out/treatment"), show_default=True)
 def treat(
     model: str,
     tasks: Path,
@@ -153,10 +154,11 @@ def treat(
                 book=book,
                 observe=console.observe,
                 stop=stop,
+                trust_code=is_trusted(),
             )
     except KeyboardInterrupt:
-        click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
-        sys.exit(INTERRUPTED)
+        click.echo(GOES_ON, err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
     Terminal(highlight=False).print(course(done))
     for page in write_cards(out):
         click.echo(f"diagnosis: {page.resolve()}")

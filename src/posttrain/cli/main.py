@@ -2,12 +2,11 @@
 
 Heavy libraries are imported inside the commands that need them, so ``--help`` is instant.
 
-exit codes   0 done · 2 a mistake that the message explains · 3 a gate stopped the run · 130 Ctrl-C
+Exit codes are those of :mod:`posttrain.cli.ends`.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,16 +15,17 @@ from typing import TYPE_CHECKING
 import click
 
 from posttrain.cli.diagnosis import diagnose, treat
-from posttrain.core.errors import ConfigError, PosttrainError, nearest
+from posttrain.cli.ends import CODES, GOES_ON, INTERRUPTED, STOPPED_BY_GATE, end
+from posttrain.cli.targets import OUT_FILE, OUT_FOLDER, out_folder
+from posttrain.cli.trust import is_trusted, trusting
+from posttrain.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from posttrain.measure.measurement import Measurement
     from posttrain.measure.spec import Measure
     from posttrain.run.pipeline import Outcome
 
-MISTAKE, STOPPED_BY_GATE, INTERRUPTED = 2, 3, 130
-
-OUT = click.Path(file_okay=False, path_type=Path)
+RUN = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -42,8 +42,9 @@ class Commands(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=CODES)
 @click.version_option(package_name="posttrain")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def cli() -> None:
     """LLM post-training as structured intervention on model behaviour.
 
@@ -53,7 +54,9 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--out", type=OUT, default=Path("out/tour"), show_default=True, help="Run folder.")
+@click.option(
+    "--out", type=OUT_FOLDER, default=Path("out/tour"), show_default=True, help="Run folder."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the whole tour.")
 def tour(out: Path, seed: int) -> None:
     """The embedded lab: expand, reshape, prefer, consolidate, in minutes on a CPU."""
@@ -64,7 +67,7 @@ def tour(out: Path, seed: int) -> None:
 
 @cli.command()
 @click.argument("recipe", type=FILE)
-@click.option("--out", type=OUT, help="Run folder.  [default: out/<recipe name>]")
+@click.option("--out", type=OUT_FOLDER, help="Run folder.  [default: out/<recipe name>]")
 @click.option(
     "--accept",
     multiple=True,
@@ -77,6 +80,7 @@ def tour(out: Path, seed: int) -> None:
     metavar="STAGE",
     help="Set this stage's work aside, with what builds on it, and start it again.",
 )
+@trusting
 def run(recipe: Path, out: Path | None, accept: tuple[str, ...], restart: tuple[str, ...]) -> None:
     """Run a recipe, or go on with it. A finished recipe is not run again."""
     _go(recipe, out, accept=accept, restart=restart)
@@ -89,7 +93,7 @@ def _go(
     from posttrain.recipe import load_recipe
 
     recipe = load_recipe(recipe_path)
-    out = out or Path("out") / recipe.name
+    out = out or out_folder(Path("out") / recipe.name)
     console = Console()
     console.headline(recipe.name, out)
     # Imported after the first line is on the screen: torch takes seconds.
@@ -105,10 +109,11 @@ def _go(
                 stop=stop,
                 accept=accept,
                 restart=restart,
+                trust_code=is_trusted(),
             )
     except KeyboardInterrupt:
-        click.echo("stopped. The same command goes on from the last checkpoint.", err=True)
-        sys.exit(INTERRUPTED)
+        click.echo(GOES_ON, err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
     _finish(outcome, console.summary)
 
 
@@ -117,12 +122,13 @@ def _finish(outcome: Outcome, say: Callable[[Outcome, Path], None]) -> None:
 
     say(outcome, write_run_report(outcome.out))
     if outcome.stopped_by:
-        sys.exit(STOPPED_BY_GATE)
+        raise click.exceptions.Exit(STOPPED_BY_GATE)
 
 
 @cli.command()
 @click.argument("recipe", type=FILE)
 @click.option("--check", "checks", is_flag=True, help="Load and try what the run relies on.")
+@trusting
 def plan(recipe: Path, checks: bool) -> None:
     """Print the resolved recipe, its legality, memory, tokens and steps. Touches nothing.
 
@@ -140,16 +146,19 @@ def plan(recipe: Path, checks: bool) -> None:
 
         click.echo("")
         with Console() as console:
-            checked = check(content, root=recipe.parent, observe=console.observe)
+            checked = check(
+                content, root=recipe.parent, observe=console.observe, trust_code=is_trusted()
+            )
         click.echo(f"checked: {len(checked.proofs)} proofs, nothing was trained or written")
 
 
 @cli.command()
 @click.argument("model")
 @click.option("--tasks", type=FILE, required=True, help="A recipe, or any YAML with `tasks`.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the measurement here (JSON).")
+@click.option("--out", type=OUT_FILE, help="Write the measurement here (JSON).")
 @click.option("--samples", type=click.IntRange(min=2), help="Samples per prompt.")
 @click.option("--details", is_flag=True, help="Every reading, with a sentence each.")
+@trusting
 def probe(model: str, tasks: Path, out: Path | None, samples: int | None, details: bool) -> None:
     """Measure a model on task sets: success, support, signal, variety, form; with intervals."""
     from posttrain.api import measure
@@ -159,7 +168,9 @@ def probe(model: str, tasks: Path, out: Path | None, samples: int | None, detail
 
     recipe = measuring_recipe(tasks, model=model, samples=samples)
     with Console() as console:
-        result = measure(recipe, root=tasks.parent, observe=console.observe)
+        result = measure(
+            recipe, root=tasks.parent, observe=console.observe, trust_code=is_trusted()
+        )
     if out:
         from posttrain.core.files import write_atomic
 
@@ -180,6 +191,7 @@ cli.add_command(treat)
     help="Task sets to compare, with commas between; for two models a recipe.  [default: all]",
 )
 @click.option("--samples", type=click.IntRange(min=2), help="Samples per prompt, of two models.")
+@trusting
 def compare(before: str, after: str | None, tasks: str | None, samples: int | None) -> None:
     """What changed between two policies: expanded, sharpened, kept, weakened, lost.
 
@@ -205,13 +217,14 @@ def compare(before: str, after: str | None, tasks: str | None, samples: int | No
         first, second = first.only(chosen), second.only(chosen)
     require_comparable(first, second)
     require_prompts(first)
-    click.echo(_comparison(first, second, spec))
+    blocks = [_comparison(first, second, spec)]
     if run is not None:
         from posttrain.cli.tables import retention_table
         from posttrain.run.history import read_history
 
-        if kept := read_history(run).retained():
-            click.echo(f"\n{retention_table(kept)}")
+        kept = read_history(run).retained()
+        blocks += [retention_table(kept)] if kept else []
+    click.echo("\n\n".join(blocks))
 
 
 def _comparison(first: Measurement, second: Measurement, spec: Measure) -> str:
@@ -239,7 +252,9 @@ def _between(before: str, after: str | None, tasks: Path, samples: int | None) -
     sides = [_model_of(name) for name in (before, after)]
     recipe = measuring_recipe(tasks, model=sides[0], samples=samples)
     with Console() as console:
-        found = compare_models(recipe, *sides, root=tasks.parent, observe=console.observe)
+        found = compare_models(
+            recipe, *sides, root=tasks.parent, observe=console.observe, trust_code=is_trusted()
+        )
     blocks = [_comparison(found.before, found.after, recipe.measure)]
     for task in recipe.measured_tasks:
         distances = [r for r in found.readings if r.task == task]
@@ -327,7 +342,7 @@ def _how_to_name(path: Path) -> str:
 
 
 @cli.command()
-@click.argument("run_folder", metavar="RUN", type=OUT)
+@click.argument("run_folder", metavar="RUN", type=RUN)
 def report(run_folder: Path) -> None:
     """Write RUN/report.html again: one self-contained page."""
     from posttrain.run.folder import RunFolder
@@ -358,9 +373,9 @@ def ledger() -> None:
 def verify(path: Path, head: str | None) -> None:
     """Check a run: its hash chain, and every file against it. PATH is a run folder or a ledger."""
     from posttrain.run.audit import audit
-    from posttrain.run.evidence import changed
     from posttrain.run.folder import RunFolder
     from posttrain.run.ledger import verify as verify_ledger
+    from posttrain.run.recorded import changed
 
     folder = RunFolder(path)
     if path.is_dir() and not folder.is_run and not folder.ledger_file.is_file():
@@ -380,40 +395,13 @@ def verify(path: Path, head: str | None) -> None:
         click.echo(str(fault))
     if faults:
         raise changed(path, faults)
-    click.echo(f"{len(folder.evidence().entries)} files are what it records")
+    click.echo(f"{len(folder.recorded().entries)} files are what it records")
 
 
 def main() -> None:
-    """Entry point: errors of the tree become messages, not tracebacks."""
-    try:
-        cli(standalone_mode=False, prog_name="posttrain")
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except PosttrainError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(MISTAKE)
-    except BrokenPipeError:  # `posttrain … | head` closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        click.echo(f"{_system_words(error)}", err=True)
-        sys.exit(MISTAKE)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped.", err=True)
-        sys.exit(INTERRUPTED)
-
-
-def _system_words(error: OSError) -> str:
-    """The message of an operating system error, with its file."""
-    from posttrain.core.files import as_disk_full
-
-    if full := as_disk_full(error):
-        return f"DiskFull: {full}"
-    where = f": {error.filename}" if error.filename else ""
-    return f"{error.strerror or error}{where}"
+    """Entry point: every error becomes a message and an exit code."""
+    debug = "--debug" in sys.argv
+    sys.exit(end(lambda: cli(standalone_mode=False, prog_name="posttrain"), debug=debug))
 
 
 if __name__ == "__main__":

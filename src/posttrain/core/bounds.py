@@ -30,20 +30,22 @@ from typing import Annotated, TypeAlias
 
 from msgspec import Meta
 
-_MOST = 1e12
-_MOST_STEPS = 10**9
+MOST = 1e12
+"""The largest number that is read, of an option or of a row."""
 
-Number: TypeAlias = Annotated[float, Meta(ge=-_MOST, le=_MOST)]
-NonNegative: TypeAlias = Annotated[float, Meta(ge=0, le=_MOST)]
-Positive: TypeAlias = Annotated[float, Meta(gt=0, le=_MOST)]
+MOST_STEPS = 10**9
+
+Number: TypeAlias = Annotated[float, Meta(ge=-MOST, le=MOST)]
+NonNegative: TypeAlias = Annotated[float, Meta(ge=0, le=MOST)]
+Positive: TypeAlias = Annotated[float, Meta(gt=0, le=MOST)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Rate: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
 Inner: TypeAlias = Annotated[float, Meta(gt=0, lt=1)]
 
 Integer: TypeAlias = Annotated[int, Meta(ge=-(10**12), le=10**12)]
-Whole: TypeAlias = Annotated[int, Meta(ge=0, le=_MOST_STEPS)]
-Count: TypeAlias = Annotated[int, Meta(ge=1, le=_MOST_STEPS)]
+Whole: TypeAlias = Annotated[int, Meta(ge=0, le=MOST_STEPS)]
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=MOST_STEPS)]
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=65_536)]
 Tokens: TypeAlias = Annotated[int, Meta(ge=1, le=2**24)]
 Threads: TypeAlias = Annotated[int, Meta(ge=1, le=1024)]

@@ -11,6 +11,7 @@
         ├── ResumeRefused  the recipe or its data changed under a started stage
         ├── FileChanged    a file of a run folder is not what the ledger recorded
         ├── LedgerBroken   the hash chain of a ledger does not hold
+        ├── Interrupted    ``stop`` returned True; what was committed stays
         └── DiskFull       the disk is full; earlier writes are intact
 
 A message has up to three parts: what was found, what was expected, and what to do.
@@ -78,6 +79,10 @@ class FileChanged(RunError):
 
 class LedgerBroken(RunError):
     """The hash chain of a ledger does not hold."""
+
+
+class Interrupted(RunError):
+    """The caller asked to stop. Everything up to the last draw is committed; run again to go on."""
 
 
 class DiskFull(RunError):

@@ -19,7 +19,7 @@ from typing import final
 import msgspec
 
 from posttrain.chat import ChatRenderer
-from posttrain.core.errors import ConfigError, ModelError
+from posttrain.core.errors import ConfigError, Interrupted, ModelError
 from posttrain.core.events import Note, Observer, ignore
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.task import Message, Task, TaskSet, with_context
@@ -163,7 +163,7 @@ class Examination:
 
         Raises:
             ConfigError: too few prompts, or a budget too small for the measurement.
-            KeyboardInterrupt: ``stop`` returned True.
+            Interrupted: ``stop`` returned True.
         """
         self._check()
         now = self._sampled(self.policy, self.measured)
@@ -233,7 +233,7 @@ class Examination:
         self, taskset: TaskSet, now: TaskMeasurement, was: TaskMeasurement | None
     ) -> Evidence:
         if self.stop():
-            raise KeyboardInterrupt
+            raise Interrupted(f"while {taskset.name} was examined")
         missing = list(not_taken(now))
         how = Estimation(confidence=self.spec.confidence, epsilon=self.spec.threshold)
         found = [*take(now, how)]

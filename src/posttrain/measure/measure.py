@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from posttrain.core.errors import DataError
+from posttrain.core.errors import DataError, Interrupted
 from posttrain.core.events import Measuring, Note, Observer
 from posttrain.core.provenance import Kind
 from posttrain.core.task import ReadsAnswers, TaskSet
@@ -47,13 +47,13 @@ def measure_policy(
         parts: the protocol part by part, see :class:`Measurement`; the template is added here.
 
     Raises:
-        KeyboardInterrupt: ``stop`` returned True; the measurement is discarded.
+        Interrupted: ``stop`` returned True; the measurement is discarded.
     """
     tasks: list[TaskMeasurement] = []
     for done, taskset in enumerate(tasksets):
         observe(Measuring(policy=name, done=done, total=len(tasksets)))
         if stop():
-            raise KeyboardInterrupt
+            raise Interrupted(f"while {name} was measured")
         tasks.append(_measure_task(policy, taskset, spec=spec, base=base))
         if warning := verifier_words(tasks[-1]):
             observe(Note(text=warning))

@@ -29,6 +29,8 @@ class Measure(Config):
                 f"measure with samples={self.samples}, confidence={self.confidence}",
                 expected="samples >= 2 and 0.5 < confidence < 1",
             )
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"measure.tasks: {list(self.tasks)}", expected="each task set once")
         if self.epsilon is not None and self.epsilon < self.decidable:
             raise ConfigError(
                 f"epsilon={self.epsilon} with {self.samples} samples per prompt",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from posttrain.core.bounds import MOST_STEPS
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import ConfigError, nearest
 from posttrain.core.learner import MOVING
@@ -72,7 +73,13 @@ class PlannedStage:
                 expected="a budget in steps: rollouts have no end, nor has a mix",
             )
         draws = budget.epochs * num_rows / spec.groups_per_step
-        return max(1, math.ceil(draws * spec.updates_per_draw))
+        steps = max(1, math.ceil(draws * spec.updates_per_draw))
+        if steps > MOST_STEPS:
+            raise ConfigError(
+                f"stage {self.spec.name}: {budget.epochs:g} epochs are {steps:,} steps",
+                expected=f"at most {MOST_STEPS:,}",
+            )
+        return steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +112,11 @@ def make_plan(
         LegalityError: a composition that cannot work.
         DataError: a data file that does not exist.
     """
+    if not recipe.stages and not recipe.tasks:
+        raise ConfigError(
+            f"recipe {recipe.name} has nothing to do: no stages, and no task sets to measure on",
+            expected="stages, or tasks, or both",
+        )
     _check_gates(recipe)
     identities = {"base": base}
     planned: list[PlannedStage] = []
@@ -339,7 +351,11 @@ def protocol_parts(recipe: Recipe, tasksets: Sequence[TaskSet], *, root: Path) -
     """
     spec = recipe.measure
     usual = plain(SamplingSpec())
-    words = [f"{k} {v:g}" for k, v in plain(spec.sampling).items() if v != usual[k]]
+    words = [
+        f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in plain(spec.sampling).items()
+        if v != usual[k]
+    ]
     words = words or ["the policy's own distribution"]
     parts = {
         "decoding": ", ".join([*words, f"at most {spec.max_new_tokens} tokens"]),

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from posttrain.core.errors import DataError, ModelError
+from posttrain.core.errors import DataError, Interrupted, ModelError
 from posttrain.core.events import Event, Note, Observer, StepDone, ignore
 from posttrain.core.proofs import Proof, Subject
 from posttrain.parts.legality import Admission
 from posttrain.protocols import Learner, Stateful
 from posttrain.run.build import StageBuilder
 from posttrain.run.plan import Plan, PlannedStage
-from posttrain.training.stage import Interrupted, run_stage
+from posttrain.training.stage import run_stage
 
 WORTH = 20
 """A run rehearses stages of at least this many draws: a rehearsal is at most 5 % of a stage."""

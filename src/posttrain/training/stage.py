@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from posttrain.core import clock
+from posttrain.core.errors import Interrupted
 from posttrain.core.events import AlarmRaised, Observer, StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.core.monitors import Watch
@@ -72,10 +73,6 @@ class StageLog(Protocol):
         ...
 
 
-class Interrupted(KeyboardInterrupt):
-    """The user interrupted the run. Everything up to the last draw is committed."""
-
-
 def run_stage(
     stage: Stage,
     parts: Parts,
@@ -93,7 +90,7 @@ def run_stage(
         steps: the budget in optimiser steps.
         journal: checkpoints, trajectories and ledger rows of this stage.
         observe: called with every event.
-        stop: called after every draw; True commits and raises :class:`Interrupted`.
+        stop: called after every draw; True commits and raises ``Interrupted``.
     """
     run = _Run(stage, parts, steps, journal, observe, Watch(stage.monitors))
     updates = stage.updates_per_draw

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from material import random_groups
 
+from posttrain.core.errors import Interrupted
 from posttrain.core.learner import Optimizer
 from posttrain.core.provenance import Kind
 from posttrain.engines.local.engine import LocalEngine
@@ -17,7 +18,7 @@ from posttrain.run.ledger import Ledger
 from posttrain.run.stage_folder import StageWriter
 from posttrain.testing import tiny_model
 from posttrain.training.objective import StageObjective
-from posttrain.training.stage import Interrupted, Parts, run_stage
+from posttrain.training.stage import Parts, run_stage
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
 from types import MappingProxyType
 from typing import Literal
 
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.chat.messages import messages_from
+from posttrain.core.bounds import MOST
 from posttrain.core.errors import DataError
 from posttrain.core.provenance import Role
 from posttrain.core.rows import Row
@@ -251,8 +251,12 @@ def row_numbers(
         if name is None:
             continue
         value = row.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise DataError(f"{column} {name}={value!r}", expected="a finite number in every row")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -MOST <= value <= MOST:  # NaN is in no range
+            raise DataError(
+                f"{column} {name}={value!r:.60}",
+                expected=f"a finite number in every row, of at most {MOST:g}",
+            )
         if column is Column.WEIGHT and value < 0:
             raise DataError(
                 f"{column} {name}={value!r}",

@@ -320,6 +320,13 @@ class _RowRenderer:
                 expected="good answers and bad ones",
                 fix="add rows of the other kind; to learn from good ones alone, use sft",
             )
+        weights = [m.scalar(Column.WEIGHT) for group in groups for m in group.members]
+        if all(weight == 0 for weight in weights):
+            raise DataError(
+                f"{self._how.path}: every row has the weight 0",
+                expected="a row to learn from: at weight 0 there is nothing to learn",
+                fix="check the column of the weights",
+            )
         trained = [t.tokens[t.trainable] for t in (m.trajectory for g in groups for m in g.members)]
         how = self._how.assistant_mask
         if not any(len(tokens) for tokens in trained):

@@ -44,11 +44,10 @@ class Rollouts(Source):
     may_ask_learner: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.group_size < 1 or self.max_new_tokens < 1 or not self.tasks:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(
-                f"rollouts over tasks={list(self.tasks)} with group_size={self.group_size}, "
-                f"max_new_tokens={self.max_new_tokens}",
-                expected="at least one task set, one member and one token",
+                f"rollouts over tasks={list(self.tasks)}",
+                expected="at least one task set, and each once",
             )
         if self.members is not None:
             self._check_members(self.members)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from material import random_groups, trajectory, with_column
 
-from posttrain.core.errors import ConfigError, DataError, LegalityError
+from posttrain.core.errors import ConfigError, DataError, Interrupted, LegalityError
 from posttrain.core.learner import Optimizer
 from posttrain.core.trajectory import Column, Discard, Group, Scored
 from posttrain.engines.local.engine import LocalEngine
@@ -29,7 +29,7 @@ from posttrain.run.stage_folder import StageWriter
 from posttrain.run.store import UseRole, read_uses
 from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
 from posttrain.testing import check_signal, fake_tools
-from posttrain.training.stage import Interrupted, run_stage
+from posttrain.training.stage import run_stage
 
 
 def group(rewards, answers=None):

@@ -1,0 +1,279 @@
+"""Model folders with one seeded mutation each: refused by name, or loaded; never a traceback.
+
+PYTHONPATH=src python benchmarks/fuzz/folders.py [number] [first seed]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from posttrain.core.errors import PosttrainError
+
+LIMIT = 60  # seconds until a folder counts as a hang
+DEEP = 100_000
+VALUES: tuple[object, ...] = (
+    *(0, -1, 1, 7, 2**31, 2**63, 10**400, -(10**30), 1e-300, 1e300, 0.5, True, False, None),
+    *("", "four", "../x", "\x00", "a" * 5000, [], {}, [1, "a"], {"a": {}}, float("inf")),
+    *(float("nan"), [[]] * 50, [10**9], {"type": "yarn"}, {"rope_type": "x", "factor": "y"}),
+)
+KEYS = (
+    *(
+        "quantization_config",
+        "auto_map",
+        "configuration_files",
+        "transformers_weights",
+        "rope_scaling",
+    ),
+    *("rope_parameters", "text_config", "layer_types", "architectures", "torch_dtype", "dtype"),
+    *("model_type", "num_nextn_predict_layers", "sliding_window", "tie_word_embeddings"),
+    *("eos_token_id", "pad_token_id", "attn_implementation", "id2label", "num_labels", "head_dim"),
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    *("max_position_embeddings", "_attn_implementation", "is_encoder_decoder", "chunk_size"),
+    *("chat_template", "added_tokens_decoder", "extra_special_tokens", "tokenizer_class"),
+    *("eos_token", "model_max_length", "bos_token", "use_cache", "experts_implementation"),
+)
+
+
+def mutate(folder: Path, draw: random.Random) -> str:
+    """Change one thing in a model folder. Returns what was done."""
+    kind: Callable[[Path, random.Random], str] = draw.choice(
+        [_json, _json, _json, _bytes, _header, _tensors, _files, _index]
+    )
+    return kind(folder, draw)
+
+
+def _json(folder: Path, draw: random.Random) -> str:
+    """A value of a JSON file replaced, added or removed."""
+    path = folder / draw.choice(
+        ["config.json"] * 4 + ["generation_config.json", "tokenizer_config.json", "tokenizer.json"]
+    )
+    content = json.loads(path.read_text())
+    if draw.random() < 0.05:
+        path.write_text('{"a":' * DEEP + "1" + "}" * DEEP)
+        return f"{path.name} nested {DEEP} deep"
+    at = content
+    while True:
+        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+        known = draw.choice(KEYS) if at is content and draw.random() < 0.5 else None
+        key = known or (draw.choice(keys) if keys else "x")
+        inner = at.get(key) if isinstance(at, dict) else at[key]
+        if known is None and isinstance(inner, dict | list) and inner and draw.random() < 0.7:
+            at = inner
+            continue
+        break
+    if draw.random() < 0.15 and keys and key in keys:
+        del at[key]
+        value: object = "gone"
+    else:
+        value = draw.choice(VALUES)
+        at[key] = value
+    path.write_text(json.dumps(content))
+    return f"{path.name} {key} = {value!r:.30}"
+
+
+def _bytes(folder: Path, draw: random.Random) -> str:
+    """Bytes of any file cut, changed or added."""
+    path = draw.choice(sorted(p for p in folder.iterdir() if p.is_file()))
+    raw = bytearray(path.read_bytes())
+    how = draw.choice(["cut", "empty", "flip", "noise", "more"])
+    if how == "cut":
+        raw = raw[: draw.randrange(len(raw))]
+    elif how == "empty":
+        raw = bytearray()
+    elif how == "flip":
+        for _ in range(draw.randint(1, 20)):
+            raw[draw.randrange(min(len(raw), 4000))] = draw.randrange(256)
+    elif how == "noise":
+        raw = bytearray(draw.randbytes(draw.randrange(1, 5000)))
+    else:
+        raw += draw.randbytes(100)
+    path.write_bytes(raw)
+    return f"{path.name} {how}"
+
+
+def _header(folder: Path, draw: random.Random) -> str:
+    """An entry of a safetensors header."""
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    name = draw.choice([n for n in header if n != "__metadata__"])
+    field = draw.choice(["dtype", "shape", "data_offsets", "name", "length", "metadata", "entry"])
+    value = draw.choice([*VALUES, "F8_E4M3", "I32", "F16", [2**40, 2**40], [0, 0], [-1, 4]])
+    if field == "name":
+        new = draw.choice(
+            [f"module.{name}", f"_orig_mod.{name}", "x", "", "model..weight", "\u0000"]
+        )
+        header[new] = header.pop(name)
+    elif field == "metadata":
+        header["__metadata__"] = value
+    elif field == "entry":
+        header[name] = value
+    elif field != "length":
+        header[name][field] = value
+    text = json.dumps(header).encode()
+    size = draw.choice([0, 1, 2**40, 2**64 - 1, length - 1]) if field == "length" else len(text)
+    path.write_bytes(size.to_bytes(8, "little") + text + raw[8 + length :])
+    return f"header {field} {value!r:.30}"
+
+
+def _tensors(folder: Path, draw: random.Random) -> str:
+    """Tensors removed, added, renamed, reshaped, not finite, or of another number type."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    name = draw.choice(sorted(held))
+    how = draw.choice(["drop", "drop layer", "add", "wrap", "reshape", "nan", "inf", "type", "cut"])
+    weight = held[name]
+    if how == "drop":
+        del held[name]
+    elif how == "drop layer":
+        held = {n: w for n, w in held.items() if ".0." not in n}
+    elif how == "add":
+        held[draw.choice(["extra", "model.layers.9.x", "lm_head.weight", "v_head.weight"])] = (
+            weight.clone()
+        )
+    elif how == "wrap":
+        mark = draw.choice(["module.", "_orig_mod.", "base_model.model.", "transformer."])
+        held = {f"{mark}{n}": w for n, w in held.items()}
+    elif how == "reshape":
+        held[name] = weight.reshape(-1).clone()
+    elif how in ("nan", "inf"):
+        weight.view(-1)[draw.randrange(weight.numel())] = float(how)
+    elif how == "type":
+        to = draw.choice([torch.int8, torch.float16, torch.bfloat16, torch.float64, torch.bool])
+        held[name] = weight.to(to)
+    else:
+        held[name] = weight[:1].clone()
+    save_file(held, path, metadata={"format": "pt"})
+    return f"tensor {how} {name}"
+
+
+def _files(folder: Path, draw: random.Random) -> str:
+    """A file missing, replaced by something else, or added."""
+    path = draw.choice(sorted(p for p in folder.iterdir() if p.is_file()))
+    how = draw.choice(["gone", "pipe", "folder", "device", "dangling", "outside", "add", "loop"])
+    if how == "add":
+        name = draw.choice(
+            ["adapter_config.json", "pytorch_model.bin", "README.md", "vocab.json", "merges.txt"]
+            + ["shard-00001-model-00001-of-00001.safetensors", "modeling_x.py", "tokenizer.model"]
+            + ["scalar_head.safetensors", "added_tokens.json", "chat_template.json"]
+        )
+        (folder / name).write_text(draw.choice(["", "{}", "[]", "x", '{"a": 1}']))
+        return f"added {name}"
+    if how == "outside":
+        target = folder.parent / f"outside-{path.name}"
+        shutil.copy(path, target)
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "folder":
+        path.mkdir()
+    elif how != "gone":
+        targets = {"device": "/dev/zero", "dangling": "nowhere", "loop": path.name}
+        path.symlink_to(targets.get(how) or target)
+    return f"{path.name} {how}"
+
+
+def _index(folder: Path, draw: random.Random) -> str:
+    """An index in place of the single file, with something wrong in it, or nothing."""
+    from safetensors import safe_open
+
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    with safe_open(folder / "one.safetensors", framework="pt") as content:
+        names: dict[str, object] = dict.fromkeys(content.keys(), "one.safetensors")
+    name = draw.choice(sorted(names))
+    how = draw.choice(
+        ["right", "outside", "absolute", "missing", "number", "extra", "list", "none"]
+    )
+    wrong: dict[str, object] = {
+        "outside": "../one.safetensors",
+        "absolute": str(folder / "one.safetensors"),
+        "missing": "two.safetensors",
+        "number": 3,
+    }
+    if how in wrong:
+        names[name] = wrong[how]
+    elif how == "extra":
+        names["model.more.weight"] = "one.safetensors"
+    whole: object = {"metadata": {}, "weight_map": names}
+    if how in ("list", "none"):
+        whole = [names] if how == "list" else {"metadata": {}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(whole))
+    return f"index {how}"
+
+
+def outcome(folder: Path) -> str:
+    """What planning and loading make of a folder: ``loaded``, ``refused``, or what is wrong."""
+    from posttrain.chat import ChatRenderer
+    from posttrain.engines.local.loading import load_model
+    from posttrain.models.files import model_digest
+    from posttrain.models.folder import read_folder
+    from posttrain.models.library import read_ends, read_shape, read_tokenizer
+
+    def planned() -> None:
+        found = read_folder(folder)
+        model_digest(folder)
+        read_shape(found)
+        ChatRenderer(read_tokenizer(found), end_tokens=read_ends(found))  # type: ignore[arg-type]
+
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("hang")))
+    found = []
+    for act in (planned, lambda: load_model(str(folder))):
+        signal.alarm(LIMIT)
+        try:
+            act()
+            found.append("loaded")
+        except PosttrainError as error:
+            timed_out = "TimeoutError" in str(error)
+            found.append("HANG" if timed_out else "refused")
+            message = str(error).splitlines()[0]
+        except BaseException as error:
+            return f"TRACEBACK {type(error).__name__}: {str(error)[:200]}"
+        finally:
+            signal.alarm(0)
+    if "HANG" in found:
+        return "HANG"
+    if found[-1] == "loaded":
+        return "loaded" if found[0] == "loaded" else f"PLAN ONLY {message}"
+    return "refused by plan" if found[0] == "refused" else f"refused at load: {message}"
+
+
+def main() -> None:
+    """Print what became of a number of folders."""
+    number = int(sys.argv[1]) if len(sys.argv) > 1 else 300
+    first = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    from posttrain.testing import tiny_model
+
+    counts, slowest = Counter[str](), 0.0
+    with tempfile.TemporaryDirectory() as top:
+        clean = tiny_model(Path(top, "clean"))
+        for seed in range(first, first + number):
+            folder = Path(top, f"{seed}", "model")
+            shutil.copytree(clean, folder)
+            did = mutate(folder, random.Random(seed))
+            began = time.perf_counter()
+            what = outcome(folder)
+            slowest = max(slowest, time.perf_counter() - began)
+            counts[
+                what.split(":")[0].split(" ")[0] if what.isupper() else what.split(":")[0][:15]
+            ] += 1
+            print(seed, did, "->", what[:200])
+            shutil.rmtree(folder.parent)
+    print(dict(counts), f"slowest {slowest:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
