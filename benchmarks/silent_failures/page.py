@@ -32,6 +32,7 @@ TABLE = """
 | alarmed | within 20 steps: an error, an alarm, or a line that names it and that the twin lacks |
 | final score | only a measurement at the end is worse, and does not say why |
 | never | nothing shows |
+| wrongly refused | the inputs are right, and were turned away |
 """
 
 OPENING = (

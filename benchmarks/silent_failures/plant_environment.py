@@ -36,7 +36,7 @@ def _sampler_logits(change: Callable[[Any], Any]) -> Callable[[Side], None]:
             from posttrain.engines.local import sampler
 
             plain = sampler.sample
-            sampler.sample = lambda z, *rest: plain(change(z), *rest)  # type: ignore[assignment]
+            sampler.sample = lambda z, *rest, **options: plain(change(z), *rest, **options)  # type: ignore[assignment]
         else:
             _while_trl_generates(lambda model: _hooked(model, change))
 
@@ -186,7 +186,9 @@ def _with_adapters(setup: Setup) -> None:
 
 PLANTERS["export-is-another-model"] = Planter(patch=_while_saving(_rolled), names="export")
 PLANTERS["export-lacks-a-tensor"] = Planter(patch=_while_saving(_one_less), names="export|missing")
-PLANTERS["export-loses-template"] = Planter(patch=_no_template, names="template")
+PLANTERS["export-loses-template"] = Planter(
+    patch=_no_template, names="template", right=same_as_twin
+)
 PLANTERS["adapter-merged-at-wrong-scale"] = Planter(
     fault=_with_adapters, twin=_with_adapters, patch=_double_merge, names="export|merge"
 )
@@ -318,7 +320,7 @@ def _stray(setup: Setup) -> None:
 
 
 PLANTERS["stray-file-in-model"] = Planter(
-    stop="interrupt", between=_stray, names="stray", right=same_as_twin
+    stop="interrupt", between=_stray, right=same_as_twin, must_work=True
 )
 
 
@@ -372,8 +374,8 @@ def leaves(setup: Setup) -> None:
 
 
 PLANTERS["stopped-and-resumed"] = Planter(
-    stop="interrupt", twin_stops=False, right=same_as_twin, names="never"
+    stop="interrupt", twin_stops=False, right=same_as_twin, must_work=True
 )
 PLANTERS["terminated"] = Planter(
-    stop="terminate", twin_stops=False, right=same_as_twin, names="never"
+    stop="terminate", twin_stops=False, right=same_as_twin, must_work=True
 )
