@@ -54,7 +54,8 @@ SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "dim"), 32),
     **dict.fromkeys(("word_embed_proj_dim", "text_embed_dim"), 32),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "d_ff", "d_inner", "encoder_ffn_dim", "decoder_ffn_dim"), 48
+        ("intermediate_size", "ffn_dim", "d_ff", "d_inner", "encoder_ffn_dim", "decoder_ffn_dim"),
+        48,
     ),
     **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size", "block_ff_dim"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4),
@@ -136,7 +137,9 @@ def write_tiny(family: str, folder: Path) -> None:
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
                 wide = 2.0 if any(k in name for k in ("q_", "k_", "qkv", "query", "key")) else 1.2
-                weight.copy_(torch.randn(weight.shape, generator=draw) * wide / weight.shape[-1] ** 0.5)
+                weight.copy_(
+                    torch.randn(weight.shape, generator=draw) * wide / weight.shape[-1] ** 0.5
+                )
             elif "bias" in name or "sink" in name:
                 weight.copy_(torch.randn(weight.shape, generator=draw) * 0.3)
         model.set_attn_implementation("eager")
@@ -266,7 +269,9 @@ def outcomes(families: Sequence[str]) -> Iterator[Outcome]:
 
 def page(rows: Sequence[Outcome]) -> str:
     """The table as a page of the documents."""
-    count = {v: sum(r.verdict == v for r in rows) for v in ("exact", "refused", "wrong", "not built")}
+    count = {
+        v: sum(r.verdict == v for r in rows) for v in ("exact", "refused", "wrong", "not built")
+    }
     lines = [
         "# Families of models",
         "",

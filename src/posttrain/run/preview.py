@@ -32,7 +32,7 @@ from posttrain.parts.shelf import Reader
 from posttrain.protocols import DataFile
 from posttrain.recipe import Recipe
 from posttrain.run.adaptable import check_adapters
-from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
+from posttrain.run.material import PromptLengths, notes_of, overlaps, sampled_by
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
 from posttrain.run.stage_folder import stage_folder_name
 
@@ -207,9 +207,10 @@ def _material(plan: Plan, facts: PlanFacts) -> Iterator[str]:
     """
     reader, recipe = facts.reader, plan.recipe
     tasksets = {name: facts.taskset(name) for name in recipe.tasks}
+    lengths = PromptLengths()
     for planned in plan.stages:
-        asked = asked_by(planned, recipe, tasksets)
-        check_fits(asked, renderer=reader.renderer, context=reader.context)
+        sampled = sampled_by(planned, recipe, tasksets)
+        lengths.check_fit(sampled, renderer=reader.renderer, context=reader.context)
     yield from notes_of(tasksets)
     yield from overlaps(
         tasksets,
