@@ -56,10 +56,14 @@ def mutated(tree: object, rng: random.Random, *, times: int) -> tuple[object, st
 
 
 def _change(parent: object, key: object, whole: object, rng: random.Random) -> str:
-    kind = rng.choice(("value", "value", "value", "number", "delete", "rename", "double", "move"))
+    kind = rng.choice(
+        ("value", "value", "number", "scale", "scale", "delete", "rename", "double", "move")
+    )
     found = parent[key]  # type: ignore[index]
     if kind == "number" and isinstance(found, int | float):
         parent[key] = value = rng.choice(NUMBERS)  # type: ignore[index]
+    elif kind == "scale" and isinstance(found, int | float) and not isinstance(found, bool):
+        parent[key] = value = rng.choice((found + 1, found * 2, found / 2, found - 1))  # type: ignore[index]
     elif kind == "delete":
         del parent[key]  # type: ignore[attr-defined]
         value = "gone"

@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from posttrain.catalogue.example import FILES, MODEL, TASKS, TEACHER, legal_example
+from posttrain.catalogue.example import FILES, TASKS, TEACHER, legal_example
 from posttrain.core.documents import read_yaml
 from posttrain.core.errors import PosttrainError
 from posttrain.parts.registry import known
@@ -33,6 +33,7 @@ def build(folder: Path) -> None:
     """Write the model, the data and the task sets."""
     with as_file(files("posttrain.lab") / "base") as base:
         shutil.copytree(base, folder / "base")
+        shutil.copytree(base, folder / "other")
     shutil.copytree(RECIPES / "data", folder / "data")
     for columns, row in _ROWS.items():
         _write(folder / FILES[columns], columns, row)
@@ -80,15 +81,15 @@ def recipe(method: Mapping[str, object], **stage: object) -> Tree:
 
 def small(options: Mapping[str, object], kind: type[Any]) -> Tree:
     """Options of a method with the names of this folder, and few tokens."""
-    text = json.dumps(options).replace(TEACHER, "path:base").replace(f'"{MODEL}"', '"base"')
-    text = text.replace("path:org/", "path:base#")
-    made: Tree = json.loads(text)
-    made = _named(made)
+    made: Tree = _named(json.loads(json.dumps(options)))
     fields = kind.__struct_fields__
     if "max_new_tokens" in fields:
         made.setdefault("max_new_tokens", 2)
     if "group_size" in fields:
         made.setdefault("group_size", 2)
+    for option, value in (("length_cache", 1), ("best", 1)):
+        if option in fields:
+            made[option] = value
     return made
 
 
@@ -97,7 +98,9 @@ def _named(tree: Any) -> Any:
         return {key: _named(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_named(value) for value in tree]
-    return "path:base" if isinstance(tree, str) and tree.startswith("path:base#") else tree
+    if isinstance(tree, str) and tree.startswith("path:org/"):
+        return "path:base" if tree == TEACHER else "path:other"
+    return tree
 
 
 def methods() -> dict[str, Tree]:
