@@ -13,6 +13,7 @@ from posttrain.catalogue.example import FILES, TASKS, TEACHER, legal_example
 from posttrain.core.documents import read_yaml
 from posttrain.core.errors import PosttrainError
 from posttrain.parts.registry import known
+from posttrain.testing import tiny_model
 
 Tree = dict[str, Any]
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -34,6 +35,7 @@ def build(folder: Path) -> None:
     with as_file(files("posttrain.lab") / "base") as base:
         shutil.copytree(base, folder / "base")
         shutil.copytree(base, folder / "other")
+    tiny_model(folder / "clean")
     shutil.copytree(RECIPES / "data", folder / "data")
     for columns, row in _ROWS.items():
         _write(folder / FILES[columns], columns, row)

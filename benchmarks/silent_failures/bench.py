@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from silent_failures import ours, theirs
+from silent_failures.clean import VARIANTS, Clean
 from silent_failures.environment import ENVIRONMENT
 from silent_failures.faults import Fault
 from silent_failures.inputs import INPUTS
-from silent_failures.planting import PLANTERS, Planter, Side, nothing
+from silent_failures.planters import ALL
+from silent_failures.planting import Planter, Side, nothing
 from silent_failures.processes import preload
 from silent_failures.result import Result
 from silent_failures.score import Judged, Verdict, judge
@@ -32,6 +34,7 @@ class Bench:
 
     def __init__(self, side: Side, *, keep: Path | None = None) -> None:
         self.side = side
+        _import_all()
         self._home = keep or Path(tempfile.mkdtemp(prefix="silent-"))
         self._kept = keep is not None
         self._world = self._home / "world"
@@ -51,8 +54,26 @@ class Bench:
         with ThreadPoolExecutor(WORKERS) as pool:
             yield from pool.map(self._one, ids)
 
+    def clean(self, runs: Iterable[tuple[str, int]]) -> Iterator[Clean]:
+        """Runs with nothing wrong, in their order."""
+        with ThreadPoolExecutor(WORKERS) as pool:
+            yield from pool.map(self._clean, runs)
+
+    def _clean(self, run: tuple[str, int]) -> Clean:
+        name, seed = run
+        base, change = VARIANTS[name]
+        folder = self._home / f"clean-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        inputs = setup(self._world, folder, base, seed=seed)
+        found = self._run(inputs, "", Planter(twin=change), faulty=False)
+        if not self._kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        failed = None if found.end == "finished" else found.words or found.end
+        alarms = [f"step {step + 1}: {words}" for step, words in found.alarms]
+        return Clean(name=name, seed=seed, alarms=alarms, failure=failed)
+
     def _one(self, name: str) -> Judged:
-        fault, planter = FAULTS[name], PLANTERS[name]
+        fault, planter = FAULTS[name], ALL[name]
         reason = fault.not_ours if self.side == "posttrain" else fault.not_trl
         if reason is not None:
             return Judged(id=name, side=self.side, verdict=Verdict.LEFT_OUT, words=reason)
@@ -87,3 +108,11 @@ class Bench:
         if not self._kept:
             shutil.rmtree(folder, ignore_errors=True)
         return found
+
+
+def _import_all() -> None:
+    """Import what planters use, before threads race to it: transformers loads its parts on use."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    assert all((LoraConfig, get_peft_model, AutoConfig, AutoModelForCausalLM, AutoTokenizer))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from silent_failures.planting import PLANTERS, Planter
+from silent_failures.planting import Planter
 from silent_failures.processes import in_process
 from silent_failures.result import Result
 from silent_failures.world import STEPS, Setup
@@ -105,8 +105,9 @@ def _see(result: Result, setup: Setup, out: Path) -> None:
 def _work(command: list[str], name: str, stop: str) -> None:
     """`posttrain COMMAND`, with the fault's patch and an observer of what is trained on."""
     from posttrain.cli import main as cli
+    from silent_failures.planters import ALL
 
-    if name and (patch := PLANTERS[name].patch):
+    if name and (patch := ALL[name].patch):
         patch("posttrain")
     _observe(stop)
     sys.argv = ["posttrain", *command]

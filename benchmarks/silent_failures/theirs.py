@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from silent_failures.planting import PLANTERS, Planter
+from silent_failures.planting import Planter
 from silent_failures.processes import in_process
 from silent_failures.result import Result
 from silent_failures.world import HELD_OUT, STEPS, Setup, demonstration, turn
@@ -141,7 +141,9 @@ def _work(name: str, stop: str) -> None:
     from transformers import TrainerCallback
 
     logging.basicConfig(level=logging.WARNING)
-    if name and (patch := PLANTERS[name].patch):
+    from silent_failures.planters import ALL
+
+    if name and (patch := ALL[name].patch):
         patch("trl")
     sys.path.insert(0, os.getcwd())
     job = json.loads(Path("job.json").read_text())

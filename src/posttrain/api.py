@@ -34,6 +34,7 @@ from posttrain.run.check import check as check_recipe
 from posttrain.run.measuring import measure_model
 from posttrain.run.pipeline import Outcome
 from posttrain.run.resume import Consent
+from posttrain.run.trust import check_trust
 
 
 def run(
@@ -43,6 +44,7 @@ def run(
     root: Path = Path(),
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    trust_code: bool = False,
     accept: Sequence[str] = (),
     restart: Sequence[str] = (),
 ) -> Outcome:
@@ -54,9 +56,11 @@ def run(
         root: folder that the recipe's paths are relative to.
         observe: called with every event.
         stop: called between draws; True commits and raises ``Interrupted``.
+        trust_code: allow code from outside ``root``.
         accept: changes under started stages to go on with, by the names that a refusal lists.
         restart: stages to set aside and start again, with what builds on them.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return pipeline.run(
         recipe,
         out=out.absolute(),
@@ -68,29 +72,51 @@ def run(
     )
 
 
-def check(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Checked:
+def check(
+    recipe: Recipe,
+    *,
+    root: Path = Path(),
+    observe: Observer = ignore,
+    trust_code: bool = False,
+) -> Checked:
     """Load and try everything that a run of the recipe relies on; trains and writes nothing.
 
     Args:
         recipe: the configuration.
         root: folder that the recipe's paths are relative to.
         observe: called with every proof.
+        trust_code: allow code from outside ``root``.
 
     Raises:
         PosttrainError: what would stop the run.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return check_recipe(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
 
 
-def measure(recipe: Recipe, *, root: Path = Path(), observe: Observer = ignore) -> Measurement:
+def measure(
+    recipe: Recipe,
+    *,
+    root: Path = Path(),
+    observe: Observer = ignore,
+    trust_code: bool = False,
+) -> Measurement:
     """Measure the recipe's model on its task sets; its stages are ignored."""
+    check_trust(recipe, root=root, trust_code=trust_code)
     return measure_model(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
 
 
 def compare(
-    recipe: Recipe, before: str, after: str, *, root: Path = Path(), observe: Observer = ignore
+    recipe: Recipe,
+    before: str,
+    after: str,
+    *,
+    root: Path = Path(),
+    observe: Observer = ignore,
+    trust_code: bool = False,
 ) -> Between:
     """Compare two models, measured on the recipe's task sets; its model and stages are ignored."""
+    check_trust(recipe, root=root, trust_code=trust_code)
     return compare_models(
         recipe, before, after, root=root.absolute(), engine=engine_for(recipe), observe=observe
     )
@@ -104,6 +130,7 @@ def diagnose(
     book: RuleBook | None = None,
     budget: int | None = None,
     observe: Observer = ignore,
+    trust_code: bool = False,
 ) -> Diagnosis:
     """Find what holds the recipe's model back on its task sets; its stages are ignored.
 
@@ -114,7 +141,9 @@ def diagnose(
         book: the rules; None for the default ones.
         budget: most rollouts to sample; None for the default.
         observe: called with every event.
+        trust_code: allow code from outside ``root``.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return find_bottleneck(
         recipe,
         root=root.absolute(),
@@ -136,6 +165,7 @@ def treat(
     book: RuleBook | None = None,
     observe: Observer = ignore,
     stop: Callable[[], bool] = lambda: False,
+    trust_code: bool = False,
 ) -> Treated:
     """Diagnose, prescribe, run and compare, until nothing helps or the budget is used up.
 
@@ -148,7 +178,9 @@ def treat(
         book: the rules; None for the default ones.
         observe: called with every event.
         stop: called between draws; True commits and raises ``Interrupted``.
+        trust_code: allow code from outside ``root``.
     """
+    check_trust(recipe, root=root, trust_code=trust_code)
     return run_treatment(
         recipe,
         out=out.absolute(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 
 from posttrain.core.learner import Lora, MovingReference, Optimizer
 from posttrain.core.proofs import Proof
@@ -184,6 +184,18 @@ class Scorer(Author, Protocol):
         """([T, K] ids, [T, K] log-probs), most likely first; NaN where nothing is trained.
 
         ``top_k=None`` gives the whole vocabulary: ids [T, 0] and log-probs [T, V].
+        """
+        ...
+
+    @property
+    def rows(self) -> int:
+        """V, the ids of its distributions: those of tokens, and of padding behind them."""
+        ...
+
+    def over(self, rows: int) -> Self:
+        """The same policy, its distributions over the first ids only; itself if it has no more.
+
+        Models of a family share a tokenizer, and pad their heads to different numbers of rows.
         """
         ...
 
@@ -431,6 +443,12 @@ class Engine(Protocol):
         ``activation_checkpointing`` recomputes activations in the backward pass.
         """
         ...
+
+
+def over_shared_rows(policies: Sequence[Policy]) -> list[Policy]:
+    """Policies with one tokenizer, their distributions over the ids that all of them have."""
+    shared = min(policy.rows for policy in policies)
+    return [policy.over(shared) for policy in policies]
 
 
 def provided(group: Group) -> frozenset[Column]:

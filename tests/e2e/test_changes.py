@@ -1,5 +1,6 @@
 """What may change under a run, and what is refused: a started stage never becomes another one."""
 
+import hashlib
 import json
 
 import pytest
@@ -72,12 +73,15 @@ CHANGES = {
         "stage grpo",
         "tasks.say.reward: ",
     ),
-    "model": (
-        lambda w: (w / "model" / "notes.txt").write_text("other"),
-        "stage sft",
-        "init: ",
-    ),
+    "model": (lambda w: change_model(w), "stage sft", "init: "),
 }
+NAMES = {"option": "optimizer", "later stage": "method"}
+"""Under which a change is accepted, where that is not its own name."""
+
+
+def change_model(world):
+    config = world / "model" / "generation_config.json"
+    config.write_text(config.read_text().replace("{", '{"note": 1,', 1))
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -98,18 +102,127 @@ def test_a_started_stage_does_not_become_another(base, tmp_path, posttrain, name
         assert line.endswith("(the content changed)")
         assert " -> " in line
         assert len(line) < 90
-    assert "to mend:  undo the change; or choose another --out" in errors
-    assert {k: v for k, v in before.items() if k != "lock"} == {
-        k: v for k, v in listing(world / "out").items() if k != "lock"
+    named = f"run --accept {NAMES.get(name, name)}"
+    assert f"undo the change; or go on from its last checkpoint all the same: {named}" in errors
+    assert "choose another --out" in errors
+    assert "rm " not in errors
+    unchanged = {"lock", "ledger.jsonl", "ledger.jsonl.head"}  # a kill's last row is put right
+    assert {k: v for k, v in before.items() if k not in unchanged} == {
+        k: v for k, v in listing(world / "out").items() if k not in unchanged
     }
 
-    # The message says what to do. Do it.
-    command = errors.partition("rm -r ")[2].splitlines()[0]
-    for folder in command.split():
-        shutil.rmtree(folder)
-    code, _, errors = posttrain("run", world / "recipe.yaml", "--out", world / "out")
+    # The message says what to do. Do it, in both ways.
+    shutil.copytree(world, tmp_path / "again")
+    for place, words in ((world, ["--accept", NAMES.get(name, name)]),
+                         (tmp_path / "again", ["--restart", stage.split()[1]])):  # fmt: skip
+        command = ["run", place / "recipe.yaml", "--out", place / "out"]
+        code, _, errors = posttrain(*command, *words)
+        assert code == 0, errors
+        assert (stage_folder(place / "out", "grpo") / "done.json").is_file()
+        assert posttrain("ledger", "verify", place / "out")[0] == 0
+        before = listing(place / "out")
+        assert posttrain(*command)[0] == 0, "once is enough"
+        ledgers = [x["ledger.jsonl"] for x in (before, listing(place / "out"))]
+        assert ledgers[0] == ledgers[1]
+    kinds = [kind for kind, _ in rows(world / "out")]
+    assert kinds.count("accept") == (1 if stage == "stage grpo" else 2), "what builds on it too"
+
+
+def test_a_mended_reward_goes_on_from_the_last_checkpoint(tmp_path, posttrain):
+    """Steps that were taken are not taken again; the ledger says what changed, and when."""
+    world = make_world(tmp_path / "world")
+    path, out = write_recipe(world, recipe(grpo(checkpoint_every=1))), world / "out"
+    assert run_recipe(path, out, Fault(before_file="000003.uses.parquet"))[0] < 0
+    reward = world / "reward.py"
+    old, new = reward.read_text(), reward.read_text().replace("0.1", "0.2")
+    reward.write_text(new)
+    code, _, errors = posttrain("run", path, "--out", out)
+    assert code == 2
+    assert "run --accept reward" in errors
+    assert posttrain("run", path, "--out", out, "--accept", "data")[0] == 2, "another name"
+    assert run_recipe(path, out, Fault(before_file="000004.uses.parquet"), accept=["reward"])[0] < 0
+    code, _, errors = posttrain("run", path, "--out", out)  # no word is needed any more
     assert code == 0, errors
-    assert (stage_folder(world / "out", "grpo") / "done.json").is_file()
+    assert intervals(out, "grpo") == [[0, 1], [1, 2], [2, 3], [3, 4]]
+    (body,) = (b for kind, b in rows(out) if kind == "accept")
+    assert (body["name"], body["parts"], body["step"]) == ("grpo", ["reward"], 2)
+    (line,) = body["changes"]
+    assert [digest(text) in line for text in (old, new)] == [True, True]
+    identities = [b["identity"] for kind, b in rows(out) if kind == "update"]
+    assert identities == [body["old"]] * 2 + [body["new"]] * 2
+
+    reward.write_text(old)  # what it was at first is another change now
+    code, _, errors = posttrain("run", path, "--out", out)
+    assert code == 2
+    assert "run --accept reward" in errors
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_bad_row_is_taken_out_and_nothing_is_lost(world, posttrain):
+    path, out = write_recipe(world, recipe(sft(), dpo())), world / "out"
+    assert run_recipe(path, out, Fault(before_row="checkpoint"))[0] < 0
+    good = [json.loads(x) for x in (world / "demos.jsonl").read_text().splitlines()]
+    write_rows(world / "demos.jsonl", good[:-1])
+    code, _, errors = posttrain("run", path, "--out", out)
+    assert code == 2
+    assert "run --accept data" in errors
+    code, _, errors = posttrain("run", path, "--out", out, "--accept", "data")
+    assert code == 0, errors
+    assert intervals(out, "sft") == [[0, 2], [2, 4]]
+
+
+def test_other_versions_are_named_and_gone_on_with(base, tmp_path, monkeypatch, posttrain):
+    import shutil
+
+    from posttrain.run import resume
+
+    world = tmp_path / "world"
+    shutil.copytree(base, world)
+    path, out = world / "recipe.yaml", world / "out"
+    here = resume.versions()
+    monkeypatch.setattr(resume, "versions", lambda: {**here, "numpy": "9.9.9"})
+    code, _, errors = posttrain("run", path, "--out", out)
+    assert code == 2
+    assert f"stage grpo has started in {out}" in errors, "the first one is finished"
+    assert f"versions.numpy: {here['numpy']} -> 9.9.9" in errors
+    assert "run --accept versions" in errors
+    assert posttrain("run", path, "--out", out, "--accept", "versions")[0] == 0
+    monkeypatch.undo()
+    assert posttrain("run", path, "--out", out)[0] == 0, "finished stages depend on none"
+
+
+def test_another_meaning_of_a_configuration_leaves_finished_stages_alone(
+    base, tmp_path, monkeypatch, posttrain
+):
+    import shutil
+
+    from posttrain.run import plan
+
+    world = tmp_path / "world"
+    shutil.copytree(base, world)
+    path, out = world / "recipe.yaml", world / "out"
+    monkeypatch.setattr(plan, "SEMANTICS", plan.SEMANTICS + 1)
+    code, _, errors = posttrain("run", path, "--out", out)
+    assert code == 2
+    assert "stage grpo" in errors
+    assert "run --accept versions" in errors
+    code, _, errors = posttrain("run", path, "--out", out, "--accept", "versions")
+    assert code == 0, errors
+    assert len(intervals(out, "sft")) == 2, "not trained again"
+
+
+def test_adapters_of_another_shape_cannot_be_accepted(world, posttrain):
+    path, out = write_recipe(world, recipe(sft(lora={"rank": 2}))), world / "out"
+    assert run_recipe(path, out, Fault(before_row="checkpoint"))[0] < 0
+    write_recipe(world, recipe(sft(lora={"rank": 3})))
+    code, _, errors = posttrain("run", path, "--out", out)
+    assert code == 2
+    assert "lora.rank: 2 -> 3" in errors
+    assert "--accept" not in errors
+    assert "run --restart sft" in errors
 
 
 def test_what_does_not_touch_the_weights_may_change(base, tmp_path, posttrain):

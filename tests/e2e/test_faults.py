@@ -14,7 +14,6 @@ from world import (
     rows,
     run_recipe,
     sft,
-    stage_folder,
     tiles,
     trace,
     write_recipe,
@@ -84,12 +83,12 @@ def fill_metrics(monkeypatch, disk):
     opened = Path.open
 
     def refuse(self, mode="r", *args, **kwargs):
-        if self.name == "metrics.jsonl" and mode == "a":
-            with opened(self, "a") as file:
+        if self.name == "metrics.jsonl" and mode == "ab":
+            with opened(self, "ab") as file:
                 try:
                     disk.check()
                 except OSError:
-                    file.write('{"step": 1, "lo')
+                    file.write(b'{"step": 1, "lo')
                     raise
         return opened(self, mode, *args, **kwargs)
 
@@ -187,7 +186,6 @@ WRONGS = {
 def test_a_reward_function_that_misbehaves(world, posttrain, name):
     """It works while the base is measured (scored twice, to see that it is steady) and for two
     steps, and fails at the third."""
-    import shutil
 
     bad, words = WRONGS[name]
     path = write_recipe(world, recipe(grpo(checkpoint_every=1)))
@@ -207,11 +205,9 @@ def test_a_reward_function_that_misbehaves(world, posttrain, name):
     assert code == 2
     assert "ResumeRefused: stage grpo has started" in errors
     assert "tasks.say.reward: " in errors
-    folder = errors.partition("rm -r ")[2].strip()
-    assert folder == str(stage_folder(out, "grpo"))
-    shutil.rmtree(folder)
-    code, _, errors = posttrain("run", path, "--out", out)
+    code, _, errors = posttrain("run", path, "--out", out, "--accept", "reward")
     assert code == 0, errors
+    assert tiles(intervals(out, "grpo"), 4), "from its last checkpoint"
     verify(out / "ledger.jsonl")
     judged = [b for kind, b in rows(out) if kind == "eval"]
     assert len(judged) == 3, "the base was measured again: the scorer is another one"

@@ -179,7 +179,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run_recipe(path: Path, out: Path, fault: Fault, report: Path) -> None:
+def _run_recipe(path: Path, out: Path, fault: Fault, report: Path, accept: list[str]) -> None:
     import torch
 
     from posttrain import api
@@ -199,7 +199,8 @@ def _run_recipe(path: Path, out: Path, fault: Fault, report: Path) -> None:
     Ledger.append = watched
     sys.addaudithook(moments.audit)
     try:
-        api.run(load_recipe(path), out=out, root=path.parent, observe=moments.tick)
+        known = load_recipe(path)
+        api.run(known, out=out, root=path.parent, observe=moments.tick, accept=accept)
     except PosttrainError as error:
         report.write_text(f"{type(error).__name__}: {error}")
         os._exit(2)
@@ -209,11 +210,11 @@ def _run_recipe(path: Path, out: Path, fault: Fault, report: Path) -> None:
     report.write_text(str(moments.count))
 
 
-def run_recipe(path: Path, out: Path, fault: Fault = NEVER) -> tuple[int, str]:
+def run_recipe(path: Path, out: Path, fault: Fault = NEVER, *, accept=()) -> tuple[int, str]:
     """One process that runs a recipe; returns its exit code and last words."""
     report = path.parent / "last-words"
     report.unlink(missing_ok=True)
-    process = SERVER.Process(target=_run_recipe, args=(path, out, fault, report))
+    process = SERVER.Process(target=_run_recipe, args=(path, out, fault, report, list(accept)))
     process.start()
     process.join()
     words = report.read_text() if report.exists() else ""
@@ -290,6 +291,7 @@ def unnamed(out: Path) -> set[str]:
         named |= {stage.record_file, stage.metrics_file, stage.result_file}
         named |= {*stage.trajectory_files(), *stage.use_files()}
         whole |= {stage.checkpoint, stage.model}
+    whole.add(out / "aside")
     files = (p for p in out.rglob("*") if p.is_file() and not whole & set(p.parents))
     return {str(p.relative_to(out)) for p in files} - {str(p.relative_to(out)) for p in named}
 

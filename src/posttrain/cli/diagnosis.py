@@ -10,6 +10,7 @@ import click
 
 from posttrain.cli.ends import GOES_ON, INTERRUPTED
 from posttrain.cli.targets import OUT_FOLDER
+from posttrain.cli.trust import is_trusted, trusting
 from posttrain.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="Only watched: must stay trainable.",
             ),
             click.option("--rules", type=FILE, help="Your changes to the rules."),
+            trusting,
         ]
     ):
         command = option(command)
@@ -67,7 +69,8 @@ def diagnose(
     """What holds a model back, with the evidence, and the recipe of the next stage.
 
     Writes OUT/diagnosis.html (the card), OUT/diagnosis.json and OUT/next.yaml.
-    `posttrain run OUT/next.yaml` does what it says.
+    `posttrain run OUT/next.yaml` does what it says; with --trust-code if a reward of yours is in
+    it, which then lies outside the recipe's folder.
     """
     from rich.console import Console as Terminal
 
@@ -93,6 +96,7 @@ def diagnose(
             book=book,
             budget=budget,
             observe=console.observe,
+            trust_code=is_trusted(),
         )
     written = write_diagnosis(found, out)
     Terminal(highlight=False).print(card(found, written=tuple(written)))
@@ -150,6 +154,7 @@ def treat(
                 book=book,
                 observe=console.observe,
                 stop=stop,
+                trust_code=is_trusted(),
             )
     except KeyboardInterrupt:
         click.echo(GOES_ON, err=True)

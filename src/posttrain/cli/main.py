@@ -17,6 +17,7 @@ import click
 from posttrain.cli.diagnosis import diagnose, treat
 from posttrain.cli.ends import CODES, GOES_ON, INTERRUPTED, STOPPED_BY_GATE, end
 from posttrain.cli.targets import OUT_FILE, OUT_FOLDER, out_folder
+from posttrain.cli.trust import is_trusted, trusting
 from posttrain.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def tour(out: Path, seed: int) -> None:
     metavar="STAGE",
     help="Set this stage's work aside, with what builds on it, and start it again.",
 )
+@trusting
 def run(recipe: Path, out: Path | None, accept: tuple[str, ...], restart: tuple[str, ...]) -> None:
     """Run a recipe, or go on with it. A finished recipe is not run again."""
     _go(recipe, out, accept=accept, restart=restart)
@@ -107,6 +109,7 @@ def _go(
                 stop=stop,
                 accept=accept,
                 restart=restart,
+                trust_code=is_trusted(),
             )
     except KeyboardInterrupt:
         click.echo(GOES_ON, err=True)
@@ -125,6 +128,7 @@ def _finish(outcome: Outcome, say: Callable[[Outcome, Path], None]) -> None:
 @cli.command()
 @click.argument("recipe", type=FILE)
 @click.option("--check", "checks", is_flag=True, help="Load and try what the run relies on.")
+@trusting
 def plan(recipe: Path, checks: bool) -> None:
     """Print the resolved recipe, its legality, memory, tokens and steps. Touches nothing.
 
@@ -142,7 +146,9 @@ def plan(recipe: Path, checks: bool) -> None:
 
         click.echo("")
         with Console() as console:
-            checked = check(content, root=recipe.parent, observe=console.observe)
+            checked = check(
+                content, root=recipe.parent, observe=console.observe, trust_code=is_trusted()
+            )
         click.echo(f"checked: {len(checked.proofs)} proofs, nothing was trained or written")
 
 
@@ -152,6 +158,7 @@ def plan(recipe: Path, checks: bool) -> None:
 @click.option("--out", type=OUT_FILE, help="Write the measurement here (JSON).")
 @click.option("--samples", type=click.IntRange(min=2), help="Samples per prompt.")
 @click.option("--details", is_flag=True, help="Every reading, with a sentence each.")
+@trusting
 def probe(model: str, tasks: Path, out: Path | None, samples: int | None, details: bool) -> None:
     """Measure a model on task sets: success, support, signal, variety, form; with intervals."""
     from posttrain.api import measure
@@ -161,7 +168,9 @@ def probe(model: str, tasks: Path, out: Path | None, samples: int | None, detail
 
     recipe = measuring_recipe(tasks, model=model, samples=samples)
     with Console() as console:
-        result = measure(recipe, root=tasks.parent, observe=console.observe)
+        result = measure(
+            recipe, root=tasks.parent, observe=console.observe, trust_code=is_trusted()
+        )
     if out:
         from posttrain.core.files import write_atomic
 
@@ -182,6 +191,7 @@ cli.add_command(treat)
     help="Task sets to compare, with commas between; for two models a recipe.  [default: all]",
 )
 @click.option("--samples", type=click.IntRange(min=2), help="Samples per prompt, of two models.")
+@trusting
 def compare(before: str, after: str | None, tasks: str | None, samples: int | None) -> None:
     """What changed between two policies: expanded, sharpened, kept, weakened, lost.
 
@@ -207,13 +217,14 @@ def compare(before: str, after: str | None, tasks: str | None, samples: int | No
         first, second = first.only(chosen), second.only(chosen)
     require_comparable(first, second)
     require_prompts(first)
-    click.echo(_comparison(first, second, spec))
+    blocks = [_comparison(first, second, spec)]
     if run is not None:
         from posttrain.cli.tables import retention_table
         from posttrain.run.history import read_history
 
-        if kept := read_history(run).retained():
-            click.echo(f"\n{retention_table(kept)}")
+        kept = read_history(run).retained()
+        blocks += [retention_table(kept)] if kept else []
+    click.echo("\n\n".join(blocks))
 
 
 def _comparison(first: Measurement, second: Measurement, spec: Measure) -> str:
@@ -241,7 +252,9 @@ def _between(before: str, after: str | None, tasks: Path, samples: int | None) -
     sides = [_model_of(name) for name in (before, after)]
     recipe = measuring_recipe(tasks, model=sides[0], samples=samples)
     with Console() as console:
-        found = compare_models(recipe, *sides, root=tasks.parent, observe=console.observe)
+        found = compare_models(
+            recipe, *sides, root=tasks.parent, observe=console.observe, trust_code=is_trusted()
+        )
     blocks = [_comparison(found.before, found.after, recipe.measure)]
     for task in recipe.measured_tasks:
         distances = [r for r in found.readings if r.task == task]
@@ -360,9 +373,9 @@ def ledger() -> None:
 def verify(path: Path, head: str | None) -> None:
     """Check a run: its hash chain, and every file against it. PATH is a run folder or a ledger."""
     from posttrain.run.audit import audit
-    from posttrain.run.evidence import changed
     from posttrain.run.folder import RunFolder
     from posttrain.run.ledger import verify as verify_ledger
+    from posttrain.run.recorded import changed
 
     folder = RunFolder(path)
     if path.is_dir() and not folder.is_run and not folder.ledger_file.is_file():
@@ -382,7 +395,7 @@ def verify(path: Path, head: str | None) -> None:
         click.echo(str(fault))
     if faults:
         raise changed(path, faults)
-    click.echo(f"{len(folder.evidence().entries)} files are what it records")
+    click.echo(f"{len(folder.recorded().entries)} files are what it records")
 
 
 def main() -> None:

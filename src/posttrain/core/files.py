@@ -27,6 +27,7 @@ from posttrain.core.errors import DataError, DiskFull, PosttrainError, RunError,
 
 __all__ = [
     "as_disk_full",
+    "as_write_error",
     "atomic_folder",
     "file_target",
     "folder_lock",
@@ -44,6 +45,7 @@ _FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 # torch.save writes through a C++ stream and loses the errno; these texts also come from other
 # causes, so they count only while the disk is nearly full.
 _STREAM_TEXTS = ("PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
+_WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 _NEXT_TO_NOTHING = 1 << 20  # bytes
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS})
@@ -80,12 +82,13 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
-        full = as_disk_full(error, writing=path)
-        if full is None:
+        failed = as_write_error(error, writing=path)
+        if failed is None:
             raise
-        raise full from error
+        raise failed from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the error above says more; the next writer removes it
+            partial.unlink(missing_ok=True)
 
 
 def file_target(path: Path) -> Path:
@@ -155,6 +158,49 @@ def as_disk_full(error: BaseException, *, writing: Path | None = None) -> DiskFu
     return None
 
 
+def as_write_error(error: BaseException, *, writing: Path) -> RunError | None:
+    """The error for a write that failed: :class:`DiskFull`, or the disk's own words with the path.
+
+    None for errors that are no failed writes, such as a path that leads nowhere.
+
+    Args:
+        error: the caught exception.
+        writing: the file or folder being written.
+
+    Example:
+        >>> print(as_write_error(OSError(errno.EIO, "Input/output error"), writing=Path("/a")))
+        cannot write /a: Input/output error
+          expected: a disk that takes the write; everything committed before it is intact
+          to mend:  see to the disk, its limits and permissions, then run the same command again
+    """
+    full = as_disk_full(error, writing=writing)
+    if full is not None:
+        return full
+    if isinstance(error, PosttrainError):
+        return None
+    words = _write_words(error)
+    if words is None:
+        return None
+    return RunError(
+        f"cannot write {writing}: {words}",
+        expected="a disk that takes the write; everything committed before it is intact",
+        fix="see to the disk, its limits and permissions, then run the same command again",
+    )
+
+
+def _write_words(error: BaseException) -> str | None:
+    """What an operating system or a library said of a failed write; None for another error."""
+    if isinstance(error, _WRONG_PATH):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror or str(error)
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(t in text for t in _STREAM_TEXTS):
+        return "the write ended early (a limit on file sizes, a quota, or the disk)"
+    # safetensors and tokenizers, which are written in Rust, end so.
+    return text if "(os error " in text else None
+
+
 def _says_full(error: BaseException, writing: Path | None) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
@@ -218,10 +264,10 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         _sync_tree(partial)
         _swap(partial, final=final, old=old)
     except Exception as error:
-        full = as_disk_full(error, writing=final)
-        if full is None or full is error:
+        failed = as_write_error(error, writing=final)
+        if failed is None or failed is error:
             raise
-        raise full from error
+        raise failed from error
     finally:
         _remove_quietly(partial)
 
@@ -396,10 +442,10 @@ def _sign(fd: int, path: Path) -> None:
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(holder).encode(), 0)
     except OSError as error:
-        full = as_disk_full(error, writing=path)
-        if full is None:
+        failed = as_write_error(error, writing=path)
+        if failed is None:
             raise
-        raise full from error
+        raise failed from error
 
 
 def _locked(content: bytes, folder: Path) -> RunLocked:

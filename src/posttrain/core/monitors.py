@@ -17,6 +17,12 @@ from posttrain.core.bounds import Inner, Positive, Size
 from posttrain.core.config import Config
 from posttrain.core.provenance import Kind
 
+NO_GRADIENT = 1e-7
+"""A gradient below it is none: rounding leaves about this much of a sum that cancels."""
+
+LEAST_LOSS = 0.1
+"""A first loss below it counts as this much: three times nearly nothing is no divergence."""
+
 CALM = 0.8
 """An alarm resets, and may be raised again, below this share of the way to its bound."""
 
@@ -29,11 +35,16 @@ class Monitors(Config):
 
     window: Size = 5  # steps
     zero_variance: Inner | None = 0.8  # share of groups with equal rewards
-    entropy_left: Inner | None = 0.2  # share of the first window's entropy, on the learner's tokens
+    entropy_left: Inner | None = 0.2  # share of the first step's entropy, on the learner's tokens
     effective_share: Inner | None = 0.3  # of importance weights, per kind of author (verl's alarm)
     stale_share: Inner | None = 0.2  # of groups too old to train on
     truncated_share: Inner | None = 0.3  # of completions that the token budget cut off
     kl: Positive | None = 1.0  # nats per token from the reference
+    entropy_risen: Positive | None = 2.0  # nats per token above the first step's
+    fresh_share: Inner | None = 0.95  # effective share of the weights of rollouts of age 0
+    unlikely_share: Inner | None = 0.5  # of given tokens rarer than by chance, at the first step
+    loss_risen: Positive | None = 3.0  # times the first step's, on given text only
+    still: bool = True  # no gradient, or weights that do not move
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +80,8 @@ class Watch:
     def see(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """The alarms that are raised at this step."""
         self._window.append(metrics)
+        for name, value in metrics.items():
+            self._first.setdefault(name, value)
         if len(self._window) < self.bounds.window:
             return []
         raised: list[Alarm] = []
@@ -92,6 +105,9 @@ class Watch:
         yield from self._ratios(step)
         yield from self._waste(step)
         yield from self._drift(step)
+        yield from self._fresh(step)
+        yield from self._diverging(step)
+        yield from self._standing(step)
 
     def _no_signal(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
         share, bound = self._mean("zero_variance"), self.bounds.zero_variance
@@ -117,9 +133,12 @@ class Watch:
     def _entropy(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
         name = f"authors/{Kind.LEARNER}/entropy"
         now, bound = self._mean(name), self.bounds.entropy_left
-        if now is None or bound is None:
+        if now is None:
             return
-        start = self._first.setdefault(name, now)
+        yield from self._exploding(step, now, start=self._first[name])
+        if bound is None:
+            return
+        start = self._first[name]
         if start <= 0:
             return
         left = now / start
@@ -133,6 +152,25 @@ class Watch:
                 f"({now:.3f} of {start:.3f} nats per token): it hardly explores any more",
                 advice="an entropy bonus, a higher upper clip, a KL term, or fewer steps; pass@k "
                 "at a large k will show what was given up",
+            ),
+        )
+
+    def _exploding(
+        self, step: int, now: float, *, start: float
+    ) -> Iterable[tuple[str, float, Alarm]]:
+        """Entropy that grows: the policy comes apart."""
+        bound = self.bounds.entropy_risen
+        if bound is None:
+            return
+        yield (
+            "entropy_risen",
+            (now - start) / bound,
+            Alarm(
+                name="entropy_risen",
+                step=step,
+                words=f"entropy on the learner's own tokens rose from {start:.2f} to {now:.2f} "
+                "nats per token: its answers come apart",
+                advice="a lower learning rate, a smaller entropy bonus, or a KL term",
             ),
         )
 
@@ -195,6 +233,99 @@ class Watch:
                     advice="raise max_new_tokens, or use an overlong penalty or filter",
                 ),
             )
+
+    def _fresh(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
+        """Rollouts that no update followed: their weights are 1, or sampler and learner differ."""
+        bound, name = self.bounds.fresh_share, f"authors/{Kind.LEARNER}"
+        fresh = [m for m in self._window if m.get("age") == 0 and f"{name}/ratio" in m]
+        if bound is None or not fresh:
+            return
+        share = sum(m[f"{name}/effective_share"] for m in fresh) / len(fresh)
+        ratio = sum(m[f"{name}/ratio"] for m in fresh) / len(fresh)
+        yield (
+            "fresh",
+            max(1 - share, abs(ratio - 1)) / (1 - bound),
+            Alarm(
+                name="fresh",
+                step=step,
+                words=f"on fresh rollouts the weights are worth {share:.0%} of their number (mean "
+                f"ratio {ratio:.2f}), and would be 1 each: the sampler is not the learner",
+                advice="check that the sampler has the learner's weights, its temperature and its "
+                "number type; correct what remains (truncated importance weights)",
+            ),
+        )
+
+    def _diverging(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
+        """On given text: a loss that grows, or text that the policy cannot read."""
+        given = [k for k in Kind if k is not Kind.LEARNER and f"authors/{k}/nll" in self._first]
+        if not given or f"authors/{Kind.LEARNER}/nll" in self._first:
+            return  # the loss of a policy gradient may have any value
+        yield from self._unreadable(step, given)
+        now, bound, start = self._mean("loss"), self.bounds.loss_risen, self._first.get("loss")
+        if now is None or bound is None or start is None:
+            return
+        yield (
+            "loss",
+            now / (bound * max(abs(start), LEAST_LOSS)),
+            Alarm(
+                name="loss",
+                step=step,
+                words=f"the loss is {now:.3g}, and was {start:.3g} at the first step: it diverges",
+                advice="a lower learning rate, a warm-up, or a smaller max_grad_norm; and look at "
+                "the rows of these steps",
+            ),
+        )
+
+    def _unreadable(self, step: int, given: list[Kind]) -> Iterable[tuple[str, float, Alarm]]:
+        """Text that was less likely than by chance before anything was learnt."""
+        bound = self.bounds.unlikely_share
+        if bound is None:
+            return
+        for kind in given:
+            share = self._first.get(f"authors/{kind}/unlikely", 0.0)
+            yield (
+                f"unlikely/{kind}",
+                share / bound,
+                Alarm(
+                    name="unlikely",
+                    step=step,
+                    words=f"at the first step {share:.0%} of the {kind} tokens were less likely "
+                    "than by chance: the model does not read this text as it is written",
+                    advice="check that tokenizer and weights belong together, and the chat "
+                    "template; text in a language that the model never saw looks alike",
+                ),
+            )
+
+    def _standing(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
+        """Steps that teach nothing, whatever the reason."""
+        steps = [m for m in self._window if "grad_norm" in m and m.get("lr", 0) > 0]
+        if not self.bounds.still or len(steps) < self.bounds.window:
+            return
+        gradient = max(m["grad_norm"] for m in steps)
+        moved = max(m.get("moved", 1.0) for m in steps)
+        yield (
+            "no_gradient",
+            float(gradient < NO_GRADIENT),
+            Alarm(
+                name="no_gradient",
+                step=step,
+                words=f"no gradient above {NO_GRADIENT:g} in {len(steps)} steps: nothing is learnt",
+                advice="look at what is compared: equal answers, equal rewards, a weight of 0, or "
+                "a mask that leaves nothing",
+            ),
+        )
+        yield (
+            "still",
+            float(moved == 0 and gradient >= NO_GRADIENT),
+            Alarm(
+                name="still",
+                step=step,
+                words=f"the weights did not move in {len(steps)} steps, with gradients up to "
+                f"{gradient:.3g}",
+                advice="the optimiser does not hold the model's weights, or the learning rate is "
+                "lost to rounding",
+            ),
+        )
 
     def _drift(self, step: int) -> Iterable[tuple[str, float, Alarm]]:
         """KL divergence of the policy from the reference, on the policy's own completions."""

@@ -38,7 +38,7 @@ from posttrain.diagnosis.drawing import (
 )
 from posttrain.measure.bootstrap import Interval, mean_interval, ratio_interval, student_quantile
 from posttrain.measure.reading import Reading, reading
-from posttrain.protocols import Policy
+from posttrain.protocols import Policy, over_shared_rows
 
 Floats = npt.NDArray[np.float64]
 WHY_PLAIN = "prefixes are those of the policies' own distributions"
@@ -216,6 +216,7 @@ def exposure_to_teacher(
 
 def _judged(policy: Policy, teacher: Policy, groups: Sequence[Sequence[Trajectory]]) -> Paths:
     """Errors and agreement at every position of every answer, summed by prompt and depth."""
+    policy, teacher = over_shared_rows([policy, teacher])
     owners = [row for row, group in enumerate(groups) for _ in group]
     flat = [t for group in groups for t in group]
     deepest = max(int(t.trainable.sum()) for t in flat)
@@ -241,9 +242,8 @@ def _judged(policy: Policy, teacher: Policy, groups: Sequence[Sequence[Trajector
 
 
 def _portions(policy: Policy, flat: Sequence[Trajectory]) -> Iterator[Sequence[Trajectory]]:
-    """Chunks whose full distributions fit into memory; the first answer gives the vocabulary."""
-    width = policy.distributions(flat[:1], top_k=None)[0][1].shape[1]
-    size = max(1, ELEMENTS // (width * max(len(t) for t in flat)))
+    """Chunks whose full distributions fit into memory."""
+    size = max(1, ELEMENTS // (policy.rows * max(len(t) for t in flat)))
     for start in range(0, len(flat), size):
         yield flat[start : start + size]
 

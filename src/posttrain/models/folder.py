@@ -253,8 +253,8 @@ def _check_names(folder: ModelFolder) -> None:
                 expected="a plain model",
                 fix="merge them (peft: merge_and_unload), then save_pretrained",
             )
-        integer = tensor.dtype not in _FLOATS and len(tensor.shape) > 1
-        if tensor.dtype.startswith(("F8", "F4", "F6")) or (integer and name.endswith(".weight")):
+        whole = tensor.dtype in _FLOATS or not name.endswith(".weight")
+        if not whole or tensor.dtype.startswith(("F8", "F4", "F6")):
             raise _quantised(folder.path, f"{name} is {tensor.dtype}")
 
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2  # naïve 数学 🙂"
+"""A text on which different tokenizers give different tokens, and broken ones fail."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """Sizes of a model, from the headers and the settings of its folder."""
@@ -107,6 +111,7 @@ def read_tokenizer(folder: ModelFolder, *, remote_code: bool = False) -> PreTrai
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=remote_code)
         by_id = {i: text for text, i in tokenizer.get_vocab().items()}
         special = frozenset(tokenizer.all_special_ids) | folder.tokens.special
+        tokenizer.decode(tokenizer(PROBE)["input_ids"])
         lacks_merges = not (folder.path / TOKENIZER).exists() and _lacks_merges(tokenizer)
     if lacks_merges:
         raise ModelError(

@@ -154,7 +154,10 @@ def _mixed(
 def outcomes(logp_NV: Tensor, ids_NK: Tensor, teacher_NK: Tensor) -> tuple[Tensor, Tensor]:
     """([N, W], [N, W]) log-probs of policy and teacher over one set of outcomes."""
     if ids_NK.shape[1] == 0:
-        return logp_NV, teacher_NK
+        width = teacher_NK.shape[1]
+        # The teacher has the first ids only: the policy, given that the token is one of them.
+        own_NV = logp_NV if width == logp_NV.shape[1] else logp_NV[:, :width].log_softmax(-1)
+        return own_NV, teacher_NK
     seen_NK = logp_NV.gather(-1, ids_NK)
     if ids_NK.shape[1] == logp_NV.shape[1]:
         return seen_NK, teacher_NK

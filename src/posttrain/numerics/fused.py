@@ -192,7 +192,10 @@ class _Work:
     ) -> Tensor:
         """[n] a divergence, and its gradient in ``out_nV``; ``p_nV`` at temperature 1 if known."""
         assert self._rooms_RnV is not None
-        own_nV, room_nV, spare_nV = self._rooms_RnV[1:, : len(z_nV)]
+        if (width := t_nV.shape[1]) < z_nV.shape[1]:  # given that the token is one of the first
+            out_nV[:, width:] = 0
+            z_nV, out_nV, p_nV = z_nV[:, :width], out_nV[:, :width], None
+        own_nV, room_nV, spare_nV = self._rooms_RnV[1:, : len(z_nV), :width]
         if wanted.temperature != 1:
             z_nV, t_nV, p_nV = z_nV / wanted.temperature, t_nV / wanted.temperature, None
         p_nV = torch.softmax(z_nV, -1, out=own_nV) if p_nV is None else p_nV[: len(z_nV)]

@@ -65,10 +65,13 @@ class Teachers:
     """The teachers of a batch with log-probs over the whole vocabulary. No gradient.
 
     A token's teacher is given by its log-probs, by its hidden state and head, or not at all.
+    All have the same ids, ``width`` of them. They may be the first of the policy's: then the two
+    are compared given that the token is one of these.
     """
 
     known_N: Tensor  # bool: the token has a teacher
     everywhere: bool  # whether all tokens have one
+    width: int
     logp_NV: Tensor | None
     states_NX: Tensor | None  # as wide as the widest teacher
     number_N: Tensor | None  # index of the head that reads them, -1 where there is none
@@ -94,15 +97,17 @@ class Teachers:
             for number in set(number_N.tolist()) - {-1}:
                 one_X = states_NX[(number_N == number).nonzero()[0, 0]]
                 readers[number] = heads[number], int((~one_X.isnan()).sum())
-        return cls(known_N, bool(known_N.all()), logp_NV, states_NX, number_N, readers)
+        width = _width(logp_NV, states_NX, number_N, readers)
+        everywhere = bool(known_N.all())
+        return cls(known_N, everywhere, width, logp_NV, states_NX, number_N, readers)
 
     @torch.no_grad()
     def logits(self, part: slice, room_nV: Tensor) -> Tensor:
-        """[n, V] of a chunk, each row up to a constant; 0 where a token has no teacher.
+        """[n, ``width``] of a chunk, each row up to a constant; 0 where a token has no teacher.
 
         Do not write to the result. It may be a view of ``room_nV``.
         """
-        known_n = self.known_N[part]
+        known_n, room_nV = self.known_N[part], room_nV[:, : self.width]
         if self.everywhere and self.logp_NV is not None and not self.readers:
             return self.logp_NV[part]
         if self.everywhere and self.logp_NV is None and len(self.readers) == 1:
@@ -130,6 +135,25 @@ class Teachers:
             return head(states_mX).float()
         states_mX = states_mX.to(head.weight_VX.dtype)
         return head(states_mX) if room_nV is None else head.into(room_nV, states_mX)
+
+
+def _width(
+    logp_NV: Tensor | None,
+    states_NX: Tensor | None,
+    number_N: Tensor | None,
+    readers: Mapping[int, tuple[Head, int]],
+) -> int:
+    """Ids of a batch's teachers."""
+    if logp_NV is not None:
+        return logp_NV.shape[1]
+    if states_NX is None or number_N is None or not readers:
+        return 0
+    number, (head, size) = next(iter(readers.items()))
+    if isinstance(head, LinearHead):
+        return len(head.weight_VX)
+    with torch.no_grad():
+        one_1X = states_NX[(number_N == number).nonzero()[0, 0], :size][None]
+        return head(one_1X).shape[-1]
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:

@@ -230,7 +230,9 @@ def _load(point: EntryPoint) -> None:
             _check_options(cls)
     except ConfigError as error:
         raise _broken(point, error.found, error.expected) from error
-    except Exception as error:  # an import may fail in any way, and the package must be named
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an import may fail or exit, and the package must be named
         found = f"cannot be loaded: {type(error).__name__}: {error}"
         raise _broken(point, found, "a module that imports, and registers its parts") from error
     if not mine:
@@ -241,7 +243,7 @@ def _check_options(cls: type[Config]) -> None:
     """Refuse a part whose options have types that a recipe cannot have."""
     try:
         msgspec.inspect.type_info(cls)
-    except Exception as error:  # an annotation is code: it may fail in any way
+    except (Exception, SystemExit) as error:  # an annotation is code: it may fail in any way
         raise ConfigError(
             f"the options of {cls.__name__} in {cls.__module__}: {type(error).__name__}: {error}",
             expected="types that a recipe can have",

@@ -18,20 +18,18 @@ from posttrain.core.learner import MOVING
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import Group
+from posttrain.models.library import PROBE
 from posttrain.numerics.logits import Head
 from posttrain.parts.base import LEARNER, Source, bound
 from posttrain.parts.legality import compared_in_the_loss, scopes
 from posttrain.parts.memory import Memory
 from posttrain.parts.shelf import Shelf
 from posttrain.parts.tools import Score, Tools
-from posttrain.protocols import Author, Engine, Learner, Policy, ScalarStart, Scorer
+from posttrain.protocols import Author, Engine, Learner, Policy, Sampler, ScalarStart, Scorer
 from posttrain.recipe import Recipe
 from posttrain.run.plan import PlannedStage
 from posttrain.training.objective import StageObjective
 from posttrain.training.stage import Parts
-
-PROBE = "The 3 quick-brown foxes don't cost $1,234.50!\n\tdef f(x):  return x**2  # naïve 数学 🙂"
-"""A text on which different tokenizers give different tokens."""
 
 
 def learner_of(
@@ -77,13 +75,15 @@ class StageBuilder:
         composition, source = planned.composition, planned.composition.source
         memory = Memory() if _rereads_data(planned) else None
         policy = self._finder(planned, learner)
-        heads = _teacher_heads(planned, policy)
         name, live = planned.spec.name, learner.policy
         # Cached: signals ask for their policies at every draw.
         scoring = functools.cache(lambda ref: _scoring(ref, policy(ref), stage=name))
+        rows = _shared_rows(planned, policy, live)
+        same = functools.cache(lambda ref: _same_tokens(scoring(ref), live).over(rows))
+        heads = _teacher_heads(planned, same)
         tools = Tools(
             live=live,
-            policy=functools.cache(lambda ref: _same_tokens(scoring(ref), live)),
+            policy=same,
             any_policy=scoring,
             sampler=functools.cache(lambda ref: _same_tokens(policy(ref), live)),
             tasksets=self.tasksets,
@@ -178,10 +178,17 @@ def _teacher_heads(planned: PlannedStage, policy: Callable[[str], Policy]) -> Ma
     """Heads of the teachers that give hidden states, by reference and in order."""
     heads = dict[str, Head]()
     for ref in compared_in_the_loss(planned.composition):
-        hidden = _scoring(ref, policy(ref), stage=planned.spec.name).hidden
+        hidden = policy(ref).hidden
         if hidden is not None:
             heads[ref] = hidden.head
     return heads
+
+
+def _shared_rows(planned: PlannedStage, policy: Callable[[str], Sampler], live: Policy) -> int:
+    """Ids that the distributions of the learner and of all policies with its tokens have."""
+    asked = map(policy, sorted(planned.composition.references()))
+    alike = [p.rows for p in asked if isinstance(p, Scorer) and p.vocabulary == live.vocabulary]
+    return min([live.rows, *alike])
 
 
 def _rereads_data(planned: PlannedStage) -> bool:
@@ -200,9 +207,10 @@ def _same_tokens(judge: Policy, live: Policy) -> Policy:
 def check_same_tokens(judge: Author, live: Author) -> None:
     """Check that a policy has the learner's vocabulary and tokenizer.
 
+    The number of output rows may differ: padding behind the tokens is no token.
+
     Raises:
-        ModelError: another vocabulary, another number of output rows, or a tokenizer that splits
-            a probe text differently.
+        ModelError: another vocabulary, or a tokenizer that splits a probe text differently.
     """
     probe = Task(taskset="probe", prompt=PROBE)
     ours, theirs = (p.renderer.prompt(probe).tokens.tolist() for p in (live, judge))
@@ -211,7 +219,7 @@ def check_same_tokens(judge: Author, live: Author) -> None:
         alike = "the same ids" if ours == theirs else "other ids"
         raise ModelError(
             f"{name} and the learner have different vocabularies; they give a probe text {alike}",
-            expected="the same token ids and the same number of output rows",
+            expected="the same token ids",
             fix="use a teacher or reference of the same family, or the foreign_teacher signal",
         )
     if ours != theirs:

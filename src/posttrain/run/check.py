@@ -24,6 +24,7 @@ from posttrain.run.build import StageBuilder, learner_of
 from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
 from posttrain.run.plan import Plan, PlannedStage, all_plans, model_path
 from posttrain.run.rehearsal import rehearse
+from posttrain.tasks.trial import try_rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,6 +81,8 @@ def check(
     trial = _Trial(recipe, root, engine, tasksets, observe, {"base": base})
     trial.prove(replace(proof, of="base") for proof in base.proofs)
     ahead = {s.identity: (s, plan) for plan in plans for s in plan.stages if not has_started(s)}
+    if ahead or not recipe.stages:
+        trial.prove(try_rewards(tasksets.values()))
     for planned, _ in ahead.values():
         trial.outside(planned)
     trial.note(notes_of(tasksets))

@@ -33,7 +33,7 @@ from types import MappingProxyType
 from typing import Final, final
 
 from posttrain.core.errors import DataError, LedgerBroken, nearest
-from posttrain.core.files import as_disk_full, sync_folder, write_all, write_atomic
+from posttrain.core.files import as_write_error, sync_folder, write_all, write_atomic
 
 __all__ = ["GENESIS", "Ledger", "Record", "RecordKind", "Verified", "head_file", "read", "verify"]
 
@@ -236,10 +236,10 @@ class Ledger:
                 os.fsync(fd)
             except BaseException as error:
                 os.ftruncate(fd, self._size)  # else the next record would continue a partial line
-                full = as_disk_full(error, writing=self._path)
-                if full is None:
+                failed = as_write_error(error, writing=self._path)
+                if failed is None:
                     raise
-                raise full from error
+                raise failed from error
         finally:
             os.close(fd)
 

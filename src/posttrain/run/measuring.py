@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.core.events import Observer, ignore
+from posttrain.core.events import Observer, Proved, ignore
 from posttrain.core.task import TaskSet
 from posttrain.measure.measure import measure_policy
 from posttrain.measure.measurement import Measurement
 from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
 from posttrain.run.plan import model_path, protocol_of, protocol_parts
+from posttrain.tasks.trial import try_rewards
 
 
 def measure_model(
@@ -36,6 +37,8 @@ def measure_for_recipe(
 ) -> Measurement:
     """Measure any policy on the recipe's task sets; the recipe's model and stages are ignored."""
     tasksets = measured_tasksets(recipe, policy, root=root)
+    for proof in try_rewards(tasksets):
+        observe(Proved(proof=proof))
     return measure_policy(
         policy.producer.name,
         policy,

@@ -289,7 +289,7 @@ class _Run:
         if ref.startswith("path:"):
             return model_path(ref.removeprefix("path:"), root)
         model = self._stage_folder(self.plan.stage(ref)).model
-        self.folder.evidence().require(model)
+        self.folder.recorded().require(model)
         return str(model)
 
     # --- a stage -----------------------------------------------------------------------------

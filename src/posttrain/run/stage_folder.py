@@ -8,7 +8,7 @@
       model/                      the export, written once, after the last step
       done.json                   the stage is finished
 
-Every file has its row in the ledger (evidence.py). The rows of a commit follow its files, since a
+Every file has its row in the ledger (recorded.py). The rows of a commit follow its files, since a
 checkpoint must not be announced before it is whole; until they are appended, ``progress.json``
 holds them, sealed by a digest of its own.
 """
@@ -28,8 +28,9 @@ from posttrain.core import config
 from posttrain.core.errors import RunError
 from posttrain.core.files import atomic_folder, recover_folder, write_atomic
 from posttrain.core.proofs import Proof
-from posttrain.run.evidence import (
-    Entry,
+from posttrain.run.ledger import GENESIS, Ledger, Record, RecordKind
+from posttrain.run.recorded import (
+    FileEntry,
     announce,
     entry_at,
     entry_of,
@@ -37,7 +38,6 @@ from posttrain.run.evidence import (
     plain_files,
     write_recorded,
 )
-from posttrain.run.ledger import GENESIS, Ledger, Record, RecordKind
 
 STAGE, METRICS, RESULT, PROGRESS = "stage.json", "metrics.jsonl", "done.json", "progress.json"
 SHARDS, CHECKPOINT, MODEL = "shards", "checkpoint", "model"
@@ -292,7 +292,7 @@ class StageWriter(StageFolder):
         write_recorded(self.ledger, self.record_file, content)
 
     @contextmanager
-    def next_checkpoint(self, progress: StageProgress, *, metrics: Entry) -> Iterator[Path]:
+    def next_checkpoint(self, progress: StageProgress, *, metrics: FileEntry) -> Iterator[Path]:
         """A folder to save into. It replaces the last checkpoint when the block succeeds.
 
         The rows of ``progress``, and one for the files of the checkpoint and for the metrics so

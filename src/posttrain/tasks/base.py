@@ -5,6 +5,7 @@ tasks: {sums: {type: jsonl, path: ...}} ──build(name)──▶ TaskSet: trai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, Union
 
@@ -29,6 +30,14 @@ class TaskSetSpec(Config, tag=snake_case, tag_field="type"):
             DataError: a file does not exist.
         """
         raise NotImplementedError
+
+    def code(self, root: Path) -> Sequence[Path]:
+        """Files of Python code that scoring runs, links resolved; none but the user's own.
+
+        Raises:
+            TaskError: a file is missing or is not Python.
+        """
+        return ()
 
     def located(self, root: Path) -> TaskSetSpec:
         """The same with absolute paths, for a recipe in another folder."""

@@ -5,8 +5,9 @@ rows ──distinct prompts──▶ tasks ──▶ train: all but the last, he
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from typing import final
 from msgspec.structs import replace
 
 from posttrain.chat.messages import messages_from
-from posttrain.core.bounds import Whole
+from posttrain.core.bounds import Positive, Whole
 from posttrain.core.config import digest, plain
 from posttrain.core.errors import DataError, TaskError
 from posttrain.core.files import content_of
@@ -24,9 +25,13 @@ from posttrain.core.rows import read_jsonl
 from posttrain.core.task import Message, Task
 from posttrain.parts.registry import part
 from posttrain.tasks.base import TaskSetSpec
-from posttrain.tasks.rewards import BUILTINS, call_reward, is_number, last_number, load_reward
+from posttrain.tasks.numerals import last_number, read_whole, written
+from posttrain.tasks.rewards import BUILTINS, Reward, find_reward, shown
 
 _RESERVED = frozenset({"prompts", "completions"})
+# How tables write a whole number in a column with gaps, and how they write a gap.
+_FLOAT_LIKE = re.compile(r"[-+]?[0-9]+\.0")
+_GAPS = frozenset({"nan", "none", "null", "<na>"})
 
 
 @part
@@ -34,21 +39,31 @@ class JsonlTasks(TaskSetSpec, tag="jsonl"):
     """Rows of prompt (text or messages) and answer, scored by a reward function.
 
     ``reward`` is a built-in name (``exact``, ``number``) or ``file.py:function``, a function
-    ``(prompts, completions, **columns) -> list[float]``. The last ``held_out`` rows, after
-    removing duplicates, are held out for measuring.
+    ``(prompts, completions, **columns) -> list[float]``, which may import modules beside it. The
+    last ``held_out`` rows, after removing duplicates, are held out for measuring. A reward may take
+    ``reward_seconds`` per completion.
     """
 
     path: str
     reward: str = "exact"
     held_out: Whole = 32
+    reward_seconds: Positive = 60.0
 
     def identity(self, root: Path) -> dict[str, object]:
-        """Its options, with the content of the file and of the reward's file."""
+        """Its options, with the content of the file, and of the reward's file and modules.
+
+        The patience with a reward does not count: it changes no score.
+        """
         resolved = {**plain(self), "path": content_of(self.path, root)}
-        file, _, function = self.reward.rpartition(":")
-        if file:
-            resolved["reward"] = f"{content_of(file, root)}:{function}"
-        return resolved
+        del resolved["reward_seconds"]
+        return {**resolved, "reward": self._reward(root).identity}
+
+    def code(self, root: Path) -> Sequence[Path]:
+        """The reward's file and the modules that it imports beside it."""
+        return self._reward(root).files
+
+    def _reward(self, root: Path) -> Reward:
+        return find_reward(self.reward, root, seconds=self.reward_seconds)
 
     def located(self, root: Path) -> JsonlTasks:
         """The same with absolute paths."""
@@ -74,12 +89,9 @@ class JsonlTaskSet:
     """
 
     def __init__(self, name: str, spec: JsonlTasks, *, root: Path, chat: bool) -> None:
-        self._name, self._spec, self._chat = name, spec, chat
+        self._name, self._spec, self._chat, self._root = name, spec, chat, root
         self._path = root / spec.path
-        self._reward = load_reward(spec.reward, root)
-        self._reward_file = (
-            None if spec.reward in BUILTINS else root / spec.reward.rpartition(":")[0]
-        )
+        self._reward = find_reward(spec.reward, root, seconds=spec.reward_seconds)
         self._columns: tuple[str, ...] = ()
         self._prompts: dict[str, object] = {}  # by task key, in the form they have in the file
         tasks = self._read()
@@ -111,22 +123,37 @@ class JsonlTaskSet:
         return self._num_duplicates
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """How many rows were left out."""
-        if not self._num_duplicates:
-            return ()
-        kept = len(self._train) + len(self._held_out)
-        return (
-            f"{self._num_duplicates} of {kept + self._num_duplicates} rows left out: duplicates of "
-            "an earlier prompt, whatever their answer",
-        )
+    def digest(self) -> str:
+        """Identity of the set: its options, the file, and the reward with its modules."""
+        return digest(self._spec.identity(self._root))
 
     @property
-    def digest(self) -> str:
-        """Identity of the set: its specification, the file, and the reward's file."""
-        files = [self._path] if self._reward_file is None else [self._path, self._reward_file]
-        hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
-        return digest({"spec": plain(self._spec), "files": hashes})
+    def changed(self) -> Sequence[str]:
+        """What the reward changed in this process; all of it was put back."""
+        return self._reward.changed
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader should know about the rows: what is left out or probably not meant."""
+        kept = (*self._train, *self._held_out)
+        answers = [task.answer for task in kept if task.answer is not None]
+        said = []
+        if self._num_duplicates:
+            said.append(
+                f"{self._num_duplicates} of {len(kept) + self._num_duplicates} rows left out: "
+                "duplicates of an earlier prompt"
+                + (f", {self._num_disputed} with another answer" if self._num_disputed else "")
+            )
+        if self._spec.reward == "exact":
+            floats = Counter(bool(_FLOAT_LIKE.fullmatch(a.strip())) for a in answers)[True]
+            if floats:
+                said.append(
+                    f"{floats} answers are texts such as '12.0', which `exact` never finds equal "
+                    "to 12: write whole numbers, or use the reward `number`"
+                )
+        if gaps := sum(a.strip().lower() in _GAPS for a in answers):
+            said.append(f"{gaps} answers are texts such as 'nan' or 'None', as of an empty cell")
+        return said
 
     def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
         """The reward function's score of each completion, in one call.
@@ -143,23 +170,22 @@ class JsonlTaskSet:
         columns: dict[str, list[object]] = {
             column: [task.columns.get(column) for task in tasks] for column in self._columns
         }
-        return call_reward(
-            self._reward,
-            name=self._spec.reward,
-            prompts=[self._prompts[task.key] for task in tasks],
-            completions=list(completions),
-            columns={**columns, "answer": [task.answer for task in tasks]},
+        return self._reward.score(
+            [self._prompts[task.key] for task in tasks],
+            completions,
+            {**columns, "answer": [task.answer for task in tasks]},
         )
 
     def final_answer(self, completion: str) -> str:
         """The last number, for the reward ``number``; else the text with single spaces."""
         if self._spec.reward == "number" and (found := last_number(completion)) is not None:
-            return f"{found.normalize():f}"
+            return written(found)
         return " ".join(completion.split())
 
     def _read(self) -> list[Task]:
         tasks: list[Task] = []
-        seen: set[object] = set()
+        seen: dict[object, str | None] = {}
+        self._num_disputed = 0
         columns: dict[str, None] = {}
         rows = read_jsonl(self._path)
         for number, row in rows:
@@ -167,8 +193,9 @@ class JsonlTaskSet:
             columns.update(dict.fromkeys(task.columns))
             # Keys are short hashes: two prompts with one key would be indistinguishable.
             if task.prompt in seen or task.key in self._prompts:
+                self._num_disputed += seen.get(task.prompt, task.answer) != task.answer
                 continue
-            seen.add(task.prompt)
+            seen[task.prompt] = task.answer
             self._prompts[task.key] = row["prompt"]
             tasks.append(task)
         self._columns = tuple(columns)
@@ -186,14 +213,15 @@ class JsonlTaskSet:
                 expected="other names: the reward function is called with prompts and completions",
             )
         answer = _answer(row.get("answer"), place=place)
-        if self._spec.reward in BUILTINS and answer is None:
+        if self._spec.reward in BUILTINS and not (answer or "").strip():
             raise DataError(
                 f"{place}: no answer", expected=f"one, for the reward {self._spec.reward!r}"
             )
-        if self._spec.reward == "number" and not is_number(answer or ""):
+        reading = read_whole(answer or "") if self._spec.reward == "number" else None
+        if reading is not None and reading.value is None:
             raise DataError(
-                f"{place}: the answer {answer!r}",
-                expected="a number, for the reward 'number'",
+                f"{place}: the answer {shown(answer)}: {reading.reason}",
+                expected="one number, for the reward 'number'",
                 fix="keep only the number, or use another reward",
             )
         others = {k: v for k, v in row.items() if k not in ("prompt", "answer")}
@@ -243,10 +271,16 @@ class JsonlTaskSet:
 
 
 def _answer(value: object, *, place: str) -> str | None:
+    """An answer as text. A whole number is written without a point: tables turn 12 into 12.0
+    where a row has no value."""
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return json.dumps(value)
-    raise DataError(
-        f"{place}: an answer of type {type(value).__name__}", expected="text or a number"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    kind = type(value).__name__
+    found = (
+        f"the answer {shown(value)}" if kind in ("int", "float") else f"an answer of type {kind}"
     )
+    raise DataError(f"{place}: {found}", expected="text or a finite number")

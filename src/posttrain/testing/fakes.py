@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, final
+from typing import Any, Literal, Self, final
 
 import numpy as np
 import numpy.typing as npt
@@ -134,6 +134,7 @@ class FakePolicy:
     context: int = 1024
     vocabulary: str = "code points"
     judgement: Callable[[str], float] | None = None  # its scalar head, of a text
+    rows: int = 128  # ASCII codes
     hidden: None = None
     proofs: tuple[Proof, ...] = ()
 
@@ -185,6 +186,10 @@ class FakePolicy:
             for t in trajectories
         ]
 
+    def over(self, rows: int) -> Self:
+        """The same policy, its distributions over the first codes only."""
+        return replace(self, rows=min(rows, self.rows))
+
     def distributions(
         self, trajectories: Sequence[Trajectory], *, top_k: int | None
     ) -> list[tuple[IntArray, FloatArray]]:
@@ -198,7 +203,7 @@ class FakePolicy:
             for at in np.flatnonzero(trajectory.trainable):
                 values[at] = letters if trajectory.tokens[at] else end
             full.append(values)
-        return [_likeliest(values, top_k) for values in full]
+        return [_likeliest(_first(values, self.rows), top_k) for values in full]
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """``judgement`` of the text before each trained token."""
@@ -216,6 +221,14 @@ class FakePolicy:
             for at in np.flatnonzero(t.trainable):
                 values[at] = self.judgement(self.renderer.text(t.tokens[: at + after]))
         return out
+
+
+def _first(values: FloatArray, rows: int) -> FloatArray:
+    """Log-probs [T, V] over the first ids only."""
+    if rows == values.shape[1]:
+        return values
+    kept = values[:, :rows]
+    return np.asarray(kept - np.logaddexp.reduce(kept, -1, keepdims=True), np.float32)
 
 
 def _likeliest(values_TV: FloatArray, top_k: int | None) -> tuple[IntArray, FloatArray]:
@@ -252,6 +265,7 @@ class TablePolicy:
     context: int = 1024
     vocabulary: str = "code points"
     version: int | None = None
+    rows: int = 128  # ASCII codes
     hidden: None = None
     proofs: tuple[Proof, ...] = ()
     _seen: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict, init=False, repr=False)
@@ -342,6 +356,10 @@ class TablePolicy:
         full = self.distributions(trajectories, top_k=None)
         return [-(np.exp(v) * np.where(np.isneginf(v), 0.0, v)).sum(-1) for _, v in full]
 
+    def over(self, rows: int) -> Self:
+        """The same policy, its distributions over the first codes only."""
+        return replace(self, rows=min(rows, self.rows))
+
     def distributions(
         self, trajectories: Sequence[Trajectory], *, top_k: int | None
     ) -> list[tuple[IntArray, FloatArray]]:
@@ -355,7 +373,7 @@ class TablePolicy:
                 values[at] = -np.inf
                 with np.errstate(divide="ignore"):
                     values[at, codes] = np.log(self._row(whole[:at]))
-            out.append(_likeliest(values, top_k))
+            out.append(_likeliest(_first(values, self.rows), top_k))
         return out
 
     values = scores = no_scalar_head

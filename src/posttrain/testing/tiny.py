@@ -38,7 +38,13 @@ def tiny_tokenizer():  # type: ignore[no-untyped-def]  # transformers is importe
 
 
 def tiny_model(
-    folder: Path, *, seed: int = 0, family: Family = "qwen3", tied: bool = True, context: int = 128
+    folder: Path,
+    *,
+    seed: int = 0,
+    family: Family = "qwen3",
+    tied: bool = True,
+    context: int = 128,
+    padding: int = 3,
 ) -> Path:
     """Save a random two-layer model (about 30 k weights) and its tokenizer; returns the folder.
 
@@ -50,7 +56,7 @@ def tiny_model(
     tokenizer = tiny_tokenizer()
     config = AutoConfig.for_model(
         family,
-        vocab_size=len(tokenizer) + 3,  # padding rows, as real models have
+        vocab_size=len(tokenizer) + padding,  # rows behind the tokens, as real models have
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -9,6 +9,7 @@ disagree. Shape legend: ``N`` trained tokens, ``K`` kinds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -21,14 +22,26 @@ from posttrain.numerics.batch import KINDS, PackedBatch
 PREFIX = "authors/"
 """Prefix of the metrics per kind of author, as in ``authors/learner/nll``."""
 
-_SUMS = ("tokens", "nll", "entropies", "entropy", "ratios", "ratio", "ratio_squared")
+_SUMS = (
+    "tokens",
+    "nll",
+    "unlikely",
+    "entropies",
+    "entropy",
+    "ratios",
+    "ratio",
+    "ratio_squared",
+)
 MAX_LOG_RATIO = 30.0  # log-ratios are clamped to it, so that squares of ratios stay finite
 
 
-def author_sums(batch: PackedBatch, stats: Mapping[Wanted, torch.Tensor]) -> dict[str, float]:
+def author_sums(
+    batch: PackedBatch, stats: Mapping[Wanted, torch.Tensor], *, vocab_size: int
+) -> dict[str, float]:
     """Sums over the trained tokens of each kind; sums of micro-batches add up.
 
-    The ratio is π / π_behaviour at the sampling temperature, where the behaviour log-prob is known.
+    A token is unlikely when it is less likely than one of ``vocab_size`` drawn by chance. The ratio
+    is π / π_behaviour at the sampling temperature, where the behaviour log-prob is known.
     """
     logprob_N = stats.get(Stat.LOGPROB, stats.get(Stat.SAMPLED_LOGPROB))
     if logprob_N is None or not len(batch.target_N):
@@ -42,10 +55,11 @@ def author_sums(batch: PackedBatch, stats: Mapping[Wanted, torch.Tensor]) -> dic
         log_ratio_N = (stats[Stat.SAMPLED_LOGPROB] - behaviour_N).clamp(max=MAX_LOG_RATIO)
         known_N = log_ratio_N.isfinite().to(ones_N.dtype)
         ratio_N = torch.where(known_N > 0, log_ratio_N, -torch.inf).exp()
-    values_N7 = torch.stack(
+    values_N8 = torch.stack(
         [
             ones_N,
             -logprob_N,
+            (logprob_N < -math.log(vocab_size)).to(ones_N.dtype),
             zeros_N if entropy_N is None else ones_N,
             zeros_N if entropy_N is None else entropy_N,
             known_N,
@@ -54,9 +68,9 @@ def author_sums(batch: PackedBatch, stats: Mapping[Wanted, torch.Tensor]) -> dic
         ],
         dim=1,
     ).detach()
-    by_kind_K7 = torch.zeros(len(KINDS), len(_SUMS), device=values_N7.device)
-    by_kind_K7.index_add_(0, batch.kind_N, values_N7)
-    rows = by_kind_K7.tolist()  # one transfer from the device
+    by_kind_K8 = torch.zeros(len(KINDS), len(_SUMS), device=values_N8.device)
+    by_kind_K8.index_add_(0, batch.kind_N, values_N8)
+    rows = by_kind_K8.tolist()  # one transfer from the device
     return {
         f"{PREFIX}{kind}/{name}": value
         for kind, row in zip(KINDS, rows, strict=True)
@@ -68,13 +82,15 @@ def author_sums(batch: PackedBatch, stats: Mapping[Wanted, torch.Tensor]) -> dic
 def author_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """The metrics per kind of author, from the sums of a step.
 
-    ``share`` of the trained tokens; ``nll``, minus the mean log-prob in nats; ``entropy``, where it
-    was computed; and where behaviour log-probs are known the mean ratio w and the effective share
-    (Σw)² / (n Σw²), 1 when all weights are equal. Other entries are not changed.
+    ``share`` of the trained tokens; ``nll``, minus the mean log-prob in nats; ``unlikely``, the
+    share of tokens less likely than by chance; ``entropy``, where it was computed; and where
+    behaviour log-probs are known the mean ratio w and the effective share (Σw)² / (n Σw²), 1 when
+    all weights are equal. Other entries are not changed.
 
     Example:
         >>> author_metrics({"loss": 2.0, "authors/human/tokens": 4.0, "authors/human/nll": 2.0})
-        {'loss': 2.0, 'authors/human/share': 1.0, 'authors/human/nll': 0.5}
+        {'loss': 2.0, 'authors/human/share': 1.0, 'authors/human/nll': 0.5, \
+'authors/human/unlikely': 0.0}
     """
     shown = {k: v for k, v in sums.items() if not k.startswith(PREFIX)}
     kinds = [k for k in Kind if f"{PREFIX}{k}/tokens" in sums]
@@ -84,6 +100,7 @@ def author_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         part = {name: sums.get(at + name, 0.0) for name in _SUMS}
         shown[f"{at}share"] = part["tokens"] / total
         shown[f"{at}nll"] = part["nll"] / part["tokens"]
+        shown[f"{at}unlikely"] = part["unlikely"] / part["tokens"]
         if part["entropies"]:
             shown[f"{at}entropy"] = part["entropy"] / part["entropies"]
         if part["ratios"]:

@@ -140,7 +140,7 @@ class StageObjective:
         )
         stats = {**by_logits, **scalars}
         total = hidden_NX.new_zeros((), dtype=torch.float32)
-        metrics: dict[str, float] = author_sums(batch, stats)
+        metrics: dict[str, float] = author_sums(batch, stats, vocab_size=vocab_size)
         parts = zip(self.names, self.terms, self.weights, counts, strict=True)
         for name, term, weight, count in parts:
             seen, seen_stats = as_read(term, batch, stats)

@@ -402,7 +402,9 @@ def test_a_recording_is_the_stock_forward_and_follows_the_weights(learner):
     # A model that was never recorded draws the same from the changed weights.
     fresh = replace(model)
     fresh.recording._refusal = "for this test"
-    same(generate(fresh, requests, end_tokens=learner.policy.renderer.end_tokens), second)
+    renderer = learner.policy.renderer
+    again = generate(fresh, requests, end_tokens=renderer.end_tokens, decode=renderer.text)
+    same(again, second)
 
 
 def test_adapters_are_not_recorded(engine, tiny_folder):

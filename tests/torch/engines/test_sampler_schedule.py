@@ -101,13 +101,17 @@ ends = st.frozensets(st.integers(0, 46), max_size=8)
 def alone(request, engine, tmp_path_factory):
     """A model, and what each request gets from it alone."""
     folder = tiny_model(tmp_path_factory.mktemp("m") / "m", family=request.param, context=20)
-    model = engine.policy(str(folder)).model
+    policy = engine.policy(str(folder))
+    model, text = policy.model, policy.renderer.text
 
     @cache
     def drawn(group, end_tokens):
-        return [generate(model, [r], end_tokens=end_tokens)[0] for r in group.requests()]
+        return [draw([r], end_tokens)[0] for r in group.requests()]
 
-    return model, drawn
+    def draw(requests, end_tokens):
+        return generate(model, requests, end_tokens=end_tokens, decode=text)
+
+    return draw, drawn
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
@@ -116,13 +120,13 @@ def alone(request, engine, tmp_path_factory):
 @example([Many(3, count=6, budget=1), Many(5, count=3)], Limits(), frozenset(), None)
 @example([Many(3, count=9), Many(3, count=2, budget=7)], Limits(look=8), frozenset({9}), None)
 def test_a_request_gets_what_it_gets_alone(alone, groups, limits, ends, order):
-    model, drawn = alone
+    draw, drawn = alone
     pairs = [p for g in groups for p in zip(g.requests(), drawn(g, ends), strict=True)]
     if order is not None:
         order.shuffle(pairs)
     schedule, storage = limits.applied()
     with schedule, storage:
-        found = generate(model, [r for r, _ in pairs], end_tokens=ends)
+        found = draw([r for r, _ in pairs], ends)
     for (_, expected), completion in zip(pairs, found, strict=True):
         assert completion.tokens.tolist() == expected.tokens.tolist()
         assert completion.end is expected.end

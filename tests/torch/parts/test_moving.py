@@ -6,7 +6,7 @@ import torch
 from material import random_groups, trajectory, with_column
 from staging import check_resume, make_world, untimed
 
-from posttrain.core.errors import ConfigError, LegalityError, ModelError
+from posttrain.core.errors import ConfigError, LegalityError, RunError
 from posttrain.core.learner import MOVING, Lora, MovingReference, Optimizer
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Discard
@@ -135,7 +135,7 @@ def test_save_and_load_go_on_bit_for_bit(engine, tiny_folder, tmp_path, lora):
 
 def test_a_checkpoint_without_it_is_refused(engine, tiny_folder, tmp_path):
     make(engine, tiny_folder, None).save(tmp_path)
-    with pytest.raises(ModelError, match="moving reference"):
+    with pytest.raises(RunError, match="moving reference"):
         make(engine, tiny_folder, MovingReference()).load(tmp_path)
 
 

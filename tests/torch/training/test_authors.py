@@ -43,16 +43,19 @@ def stats_of(batch):
 NEEDS = {Column.BEHAVIOUR_LOGPROB: frozenset({Kind.LEARNER, Kind.TEACHER})}
 
 
+V = 4  # tokens above 27 are less likely than by chance
+
+
 def metrics(groups, *, max_tokens):
     total = {}
     for batch in pack(groups, needs=NEEDS, max_tokens=max_tokens):
-        for name, value in author_sums(batch, stats_of(batch)).items():
+        for name, value in author_sums(batch, stats_of(batch), vocab_size=V).items():
             total[name] = total.get(name, 0.0) + value
     return author_metrics(total)
 
 
 def metrics_of(batch, stats):
-    return author_metrics(author_sums(batch, stats))
+    return author_metrics(author_sums(batch, stats, vocab_size=V))
 
 
 def test_by_hand(groups):
@@ -65,6 +68,8 @@ def test_by_hand(groups):
         at = f"authors/{kind}/"
         assert seen[f"{at}share"] == pytest.approx(own.mean(), rel=1e-6)
         assert seen[f"{at}nll"] == pytest.approx(-stats[Stat.LOGPROB][own].mean(), rel=1e-5)
+        unlikely = stats[Stat.LOGPROB][own] < -np.log(V)
+        assert seen[f"{at}unlikely"] == pytest.approx(unlikely.mean(), rel=1e-6)
         assert seen[f"{at}entropy"] == pytest.approx(stats[Stat.ENTROPY][own].mean(), rel=1e-5)
         if kind is Kind.HUMAN:
             assert f"{at}ratio" not in seen, "nobody knows how likely this text was to its author"

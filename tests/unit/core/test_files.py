@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from posttrain.core import files
-from posttrain.core.errors import DataError, DiskFull, RunLocked
+from posttrain.core.errors import DataError, DiskFull, RunError, RunLocked
 from posttrain.core.files import (
     as_disk_full,
+    as_write_error,
     atomic_folder,
     folder_lock,
     hash_file,
@@ -90,11 +91,19 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_debris(
     assert ("quota" in message) == (number == errno.EDQUOT)
 
 
-def test_other_errors_pass_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_failed_write_names_its_file_and_what_the_disk_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files.os, "fsync", fail_with(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(RunError, match=r"cannot write .*/a: Input/output error"):
         write_atomic(tmp_path / "a", "new")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST])
+def test_a_path_that_leads_nowhere_is_no_failed_write(tmp_path: Path, number: int) -> None:
+    assert as_write_error(OSError(number, os.strerror(number)), writing=tmp_path) is None
+    assert as_write_error(ValueError("no write at all"), writing=tmp_path) is None
 
 
 def test_write_all_goes_on_after_a_short_write(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +230,7 @@ def test_atomic_folder_puts_the_old_one_back_when_the_second_rename_fails(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", spoilt)
-    with pytest.raises(OSError, match="Input/output"), atomic_folder(final) as folder:
+    with pytest.raises(RunError, match="Input/output"), atomic_folder(final) as folder:
         (folder / "weights").write_text("new")
     assert names(tmp_path) == ["f"]
     assert (final / "weights").read_text() == "old"

@@ -89,3 +89,66 @@ def test_a_report_reads_the_alarms_that_the_run_gave():
 def test_bounds_that_mean_nothing(options):
     with pytest.raises(ConfigError, match="Monitors: "):
         Monitors(**options)
+
+
+def test_entropy_that_explodes_rings():
+    bounds = Monitors(window=2, entropy_risen=1.0)
+    steps = [{"authors/learner/entropy": x} for x in (0.5, 0.6, 2.0, 2.6)]
+    assert rang(bounds, *steps) == [[], [], [], ["entropy_risen"]]
+
+
+def fresh(share, *, ratio=1.0, age=0.0):
+    return {
+        "authors/learner/effective_share": share,
+        "authors/learner/ratio": ratio,
+        "age": age,
+    }
+
+
+@pytest.mark.parametrize(
+    ("step", "rings"),
+    [
+        (fresh(0.999), False),
+        (fresh(0.9), True),
+        (fresh(1.0, ratio=1.2), True),
+        (fresh(0.9, age=1.0), False),
+    ],
+)
+def test_weights_of_fresh_rollouts_are_one(step, rings):
+    """After an update they are not, and other alarms look at them."""
+    assert rang(Monitors(window=2), step, step)[1] == (["fresh"] if rings else [])
+
+
+def given(loss, *, unlikely=0.1):
+    return {"loss": loss, "authors/external/nll": loss, "authors/external/unlikely": unlikely}
+
+
+def test_a_loss_on_given_text_that_diverges_rings():
+    bounds = Monitors(window=1, loss_risen=3.0)
+    steps = [given(x) for x in (0.5, 1.4, 1.6)]
+    assert rang(bounds, *steps) == [[], [], ["loss"]]
+    own = [{**s, "authors/learner/nll": 1.0} for s in steps]
+    assert rang(bounds, *own) == [[], [], []], "the loss of a policy gradient may be anything"
+
+
+def test_text_that_the_model_cannot_read_rings_at_the_start_only():
+    bounds = Monitors(window=1)
+    assert rang(bounds, given(7.0, unlikely=0.6)) == [["unlikely"]]
+    assert rang(bounds, given(1.0), given(1.0, unlikely=0.9)) == [[], []]
+
+
+def step(norm, moved, lr=1e-3):
+    return {"grad_norm": norm, "moved": moved, "lr": lr}
+
+
+@pytest.mark.parametrize(
+    ("last", "rings"),
+    [
+        (step(0.1, 1e-4), []),
+        (step(0.0, 0.0), ["no_gradient"]),
+        (step(0.1, 0.0), ["still"]),
+        (step(0.1, 0.0, lr=0.0), []),
+    ],
+)
+def test_steps_that_teach_nothing_ring(last, rings):
+    assert rang(Monitors(window=2), last, last)[1] == rings

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from posttrain.core.errors import DataError, DiskFull, LedgerBroken
+from posttrain.core.errors import DataError, DiskFull, LedgerBroken, RunError
 from posttrain.run import ledger as module
 from posttrain.run.ledger import GENESIS, Ledger, RecordKind, read, verify
 
@@ -272,7 +272,7 @@ def fail_half_way(number: int) -> Callable[[int, bytes], None]:
     return half
 
 
-@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, DiskFull), (errno.EIO, OSError)])
+@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, DiskFull), (errno.EIO, RunError)])
 def test_a_failed_append_leaves_the_ledger_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[Exception]
 ) -> None:

@@ -314,8 +314,19 @@ class WithoutAdapters:
 
     @property
     def vocabulary(self) -> str:
-        """Digest of its token ids and the size of its head."""
+        """Digest of its token ids."""
         return self._policy.vocabulary
+
+    @property
+    def rows(self) -> int:
+        """Ids of its distributions."""
+        return self._policy.rows
+
+    def over(self, rows: int) -> WithoutAdapters:
+        """The same policy, its distributions over the first ids only."""
+        return (
+            self if rows >= self.rows else WithoutAdapters(self._policy.over(rows), self._adapters)
+        )
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order."""

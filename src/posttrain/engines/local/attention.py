@@ -16,7 +16,8 @@ Shape legend: ``T`` packed tokens, ``H`` query heads, ``J`` key/value heads, ``D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, final
 
 import torch
@@ -32,6 +33,7 @@ from posttrain.numerics.batch import Segment
 
 IMPLEMENTATION = "posttrain"
 PLAN = "posttrain_plan"
+OTHER_FAMILY = "use a model of another family; docs/families.md lists those that are exact"
 
 
 class AttentionPlan(Protocol):
@@ -66,9 +68,9 @@ def attend(
             else f"its attention uses {', '.join(unsupported) or 'a batch axis or dropout'}"
         )
         raise ModelError(
-            f"{type(module).__name__} cannot run packed: {why}",
+            f"{type(module).__name__}: {why}",
             expected="a decoder with plain softmax attention",
-            fix="use another model family",
+            fix=OTHER_FAMILY,
         )
     window = kwargs.get("sliding_window")
     out = plan.attend(  # type: ignore[attr-defined]
@@ -82,6 +84,25 @@ def attend(
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+@contextmanager
+def choosing(what: str) -> Iterator[None]:
+    """Turn a family's failure to find this attention into words, while a model is built.
+
+    Raises:
+        ModelError: the family chooses its attention from a list of its own.
+    """
+    try:
+        yield
+    except KeyError as error:
+        if error.args != (IMPLEMENTATION,):
+            raise
+        raise ModelError(
+            f"{what} cannot run packed: it chooses its attention from a list of its own",
+            expected="a family that asks the library's attention interface",
+            fix=OTHER_FAMILY,
+        ) from error
 
 
 @final

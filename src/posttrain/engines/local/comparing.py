@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.engines.local.attention import IMPLEMENTATION
+from posttrain.engines.local.rounding import rounded_anew
 
 NOISES = 16.0
 """Largest difference of log-probs, in units of the measured noise."""
@@ -99,44 +100,30 @@ def probe_rows(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 @torch.inference_mode()
 def log_probs(causal: PreTrainedModel, rows: Tensor) -> Tensor:
     """[ROWS, LENGTH, V] of the probe by the stock model, one row at a time, on its device."""
-    before = causal.config._attn_implementation
-    causal.set_attn_implementation("eager")
-    try:
+    with stock_attention(causal):
         logits = [
             causal(input_ids=row[None], use_cache=False).logits[0].float().log_softmax(-1)
             for row in rows.to(causal.device)
         ]
+    return torch.stack(logits).cpu()
+
+
+@contextmanager
+def stock_attention(causal: PreTrainedModel) -> Iterator[None]:
+    """The model library's own attention in this context, in place of the packed one."""
+    before = causal.config._attn_implementation
+    causal.set_attn_implementation("eager")
+    try:
+        yield
     finally:
         if before == IMPLEMENTATION:
             causal.set_attn_implementation(before)
-    return torch.stack(logits).cpu()
 
 
 def noise_floor(causal: PreTrainedModel, rows: Tensor, expected: Tensor) -> float:
     """Largest |Δ log-prob| when the output of every module has one more rounding error."""
-    with _rounding(causal):
+    with rounded_anew(causal):
         return float((log_probs(causal, rows) - expected).abs().max())
-
-
-@contextmanager
-def _rounding(causal: PreTrainedModel) -> Iterator[None]:
-    """Multiply the output of every innermost module by 1 + ε u, with u from [-1, 1]."""
-    draw = torch.Generator(device=causal.device).manual_seed(0)
-    step = torch.finfo(causal.dtype).eps / 2
-
-    def rounded(module: nn.Module, inputs: object, out: object) -> object:
-        if not isinstance(out, Tensor) or not out.is_floating_point():
-            return out
-        u = torch.rand(out.shape, generator=draw, device=out.device) * 2 - 1
-        return (out.float() * (1 + step * u)).to(out.dtype)
-
-    leaves = [m for m in causal.modules() if next(m.children(), None) is None]
-    hooks = [module.register_forward_hook(rounded) for module in leaves]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def differing_log_prob(found: Tensor, expected: Tensor, *, noise: float) -> str | None:

@@ -7,8 +7,8 @@ a test checks that the ratio is 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -34,6 +34,7 @@ from posttrain.engines.local.model import Dtype, Model
 from posttrain.engines.local.moving_average import MovingAverage
 from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
+from posttrain.engines.local.routing import BALANCE, routing
 from posttrain.engines.local.scalar import CRITIC, Scalar
 from posttrain.models.hub import resolve_folder
 from posttrain.numerics.batch import PackedBatch
@@ -64,12 +65,17 @@ class LocalLearner:
         critic_lr: float | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        self._adapters, proofs = attach(model, lora, seed=seed) if lora else (None, ())
+        self._adapters, adapted = attach(model, lora, seed=seed) if lora else (None, ())
+        self._routing, balanced = routing(model)
         self._model, self._config, self._scalar = model, optimizer, scalar
         self._version = Version()
         producer = Producer(kind=Kind.LEARNER, name=name)
         self._policy = LocalPolicy(
-            model, producer=producer, version=self._version, scalar=scalar, proofs=proofs
+            model,
+            producer=producer,
+            version=self._version,
+            scalar=scalar,
+            proofs=(*adapted, *balanced),
         )
         self._critic = scalar.trunk if scalar and scalar.trunk is not model else None
         self._critic_adapters = (
@@ -149,9 +155,10 @@ class LocalLearner:
         self._optimizer.zero_grad(set_to_none=True)
         counts = objective.counts(batches)
         total, metrics = 0.0, dict[str, float]()
+        num_tokens = sum(batch.num_tokens for batch in batches)
         for batch in (b.to(self._model.device) for b in batches):
             with clock.timed("forward"):
-                with self._recomputed.on() if self._recomputed else nullcontext():
+                with self._computing():
                     hidden, scalars = self._forward(batch, objective)
                 loss, shares = objective.loss(
                     hidden,
@@ -161,22 +168,37 @@ class LocalLearner:
                     vocab_size=self._model.vocab_size,
                     scalars=scalars,
                 )
+                if self._routing is not None and self._routing.logits:
+                    balance = self._routing.loss() * (batch.num_tokens / num_tokens)
+                    loss = loss + self._routing.weight * balance
+                    shares = {**shares, BALANCE: float(balance.detach())}
             with clock.timed("backward"):
                 loss.backward()
                 total += float(loss.detach())
             for name, share in shares.items():
                 metrics[name] = metrics.get(name, 0.0) + share
         with clock.timed("optimizer"):
+            before = self._masters.sample()
             norm, *critic = self._update(lr_scale, loss=total)
+            metrics["moved"] = float((self._masters.sample() - before).norm())
             metrics |= {f"{CRITIC}/grad_norm": n for n in critic}
         self._state = objective.after(metrics)
         return StepReport(
             loss=total,
             grad_norm=norm,
-            num_tokens=sum(b.num_tokens for b in batches),
+            num_tokens=num_tokens,
             num_trained=sum(len(b.target_N) for b in batches),
             metrics=metrics,
         )
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """A forward pass with a gradient: activations recomputed, routers listened to."""
+        with (
+            self._recomputed.on() if self._recomputed else nullcontext(),
+            self._routing.listening() if self._routing else nullcontext(),
+        ):
+            yield
 
     def _update(self, lr_scale: float, *, loss: float) -> list[float]:
         """Clip and apply the accumulated gradients; returns the norm of each group."""

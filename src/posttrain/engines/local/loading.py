@@ -27,7 +27,7 @@ from transformers.utils import logging as library_logging
 
 from posttrain.core.errors import ModelError
 from posttrain.core.proofs import Proof, Subject
-from posttrain.engines.local.attention import IMPLEMENTATION
+from posttrain.engines.local.attention import IMPLEMENTATION, choosing
 from posttrain.engines.local.model import Dtype, Model
 from posttrain.engines.local.proving import prove
 from posttrain.models.files import model_digest
@@ -46,6 +46,7 @@ ALLOWANCE = 10_000_000
 
 _COMPUTED = re.compile(r"(?:^|\.)(?:rotary_emb\.inv_freq|masked_bias|position_ids)$")
 _SHOWN = 4
+_WORDS = 2**64
 
 
 def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -76,34 +77,52 @@ def load_model(
     """
     folder = read_folder(resolve_folder(name))
     tokenizer = read_tokenizer(folder, remote_code=remote_code)
-    with reading(name), _bounded(folder):
+    what = f"{name} ({folder.config.get('model_type')})"
+    with reading(name), _bounded(folder), choosing(what):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder.path,
             dtype=getattr(torch, dtype),
             attn_implementation=IMPLEMENTATION,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             use_safetensors=True,
             trust_remote_code=remote_code,
         )
     causal: PreTrainedModel = loaded[0]
-    start = time.perf_counter()
-    speaks = _speaks(causal, folder, missing=loaded[1]["missing_keys"])
-    _check_report(causal, folder, loaded[1], speaks=speaks)
-    num_equal = _check_weights(causal, folder)
-    head = _settle_head(causal)
-    proof = Proof(
-        subject=Subject.LOAD,
-        of=name,
-        words=f"{len(folder.tensors)} tensors, none missing, none unexpected, all finite; "
-        f"{num_equal} equal to the files; {head}{_left_out(causal, folder)}",
-        seconds=time.perf_counter() - start,
-        figures={"tensors": len(folder.tensors), "equal": num_equal},
-    )
+    speaks, proof = _compared(causal, folder, loaded[1])
     # With dropout the trained policy would differ from the sampled policy: always eval mode.
     nn.Module.to(causal, device or torch.device("cpu")).eval()
     digest = model_digest(folder.path, remote_code=remote_code)
     model = Model.of(causal, tokenizer, name=name, folder=folder.path, digest=digest, speaks=speaks)
-    return replace(model, proofs=(proof, *prove(model)))
+    return replace(model, proofs=(replace(proof, of=name), *prove(model)))
+
+
+def _compared(
+    causal: PreTrainedModel, folder: ModelFolder, report: Mapping[str, Any]
+) -> tuple[bool, Proof]:
+    """Compare what was loaded with the folder. Returns whether it has a trained head, and a proof.
+
+    Raises:
+        ModelError: they differ.
+    """
+    start = time.perf_counter()
+    speaks = _speaks(causal, folder, missing=report["missing_keys"])
+    _check_report(causal, folder, report, speaks=speaks)
+    left_out = _left_out(causal, folder)
+    compared = _check_weights(causal, folder, left_out=left_out)
+    words = [
+        f"{len(folder.tensors)} tensors, none missing, none unexpected, all finite",
+        ", ".join(f"{num} {what}" for what, num in compared.items() if num),
+        _settle_head(causal),
+        f"{len(left_out)} left out by the family: {_some(left_out)}" if left_out else "",
+    ]
+    return speaks, Proof(
+        subject=Subject.LOAD,
+        of=str(folder.path),
+        words="; ".join(filter(None, words)),
+        seconds=time.perf_counter() - start,
+        figures={"tensors": len(folder.tensors)},
+    )
 
 
 @contextmanager
@@ -161,6 +180,13 @@ def _check_report(
     Buffers that a model computes by itself may be in the file or not; a classifier may lack the
     output head, and have one of its own.
     """
+    for name, held, asked in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"{folder.path}: {name} has the shape {list(held)}, and the config asks for "
+            f"{list(asked)}",
+            expected="a config that belongs to the weights",
+            fix="correct the sizes in config.json, or copy the folder again",
+        )
     absent = set() if speaks else _head_names(causal)
     missing = sorted(set(report["missing_keys"]) - absent)
     if missing:
@@ -187,41 +213,64 @@ def _check_report(
             expected="the weights that config.json describes, and no others",
             fix="correct config.json (its model_type and sizes), or remove the tensors",
         )
-    wrong = [*map(str, report["mismatched_keys"]), *map(str, report.get("error_msgs", ()))]
-    if wrong:
-        raise ModelError(f"{folder.path}: the loader reports {wrong[0]}", fix="copy it again")
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _check_weights(causal: PreTrainedModel, folder: ModelFolder) -> int:
+def _check_weights(
+    causal: PreTrainedModel, folder: ModelFolder, *, left_out: Collection[str]
+) -> Mapping[str, int]:
     """Check that all weights are finite, and equal to the files' under the same name.
 
+    Some are joined, split, transposed or renamed by the library: of these the numbers are
+    compared without their order.
+
     Returns:
-        How many tensors were compared. Those that the library joins or renames are not.
+        How many tensors of the files came out how.
     """
     loaded = dict(causal.named_parameters(remove_duplicate=False))
     for name, weight in loaded.items():
         _check_finite(name, weight.detach(), folder)
     loaded |= {n: b for n, b in causal.named_buffers() if n in folder.tensors}
-    num_equal = 0
+    num_equal, others, total = 0, 0, 0
+    for name, held in _held(folder):
+        weight = loaded.get(name)
+        if weight is not None and weight.shape == held.shape:
+            _check_equal(name, weight.detach(), held, folder)
+            num_equal += 1
+        elif name not in left_out:
+            others, total = others + 1, total + _unordered(held.to(causal.dtype))
+    rest = [w for n, w in causal.named_parameters() if n not in folder.tensors]
+    all_there = sum(_unordered(w.detach()) for w in rest) % _WORDS == total % _WORDS
+    words = "as joined by the library" if all_there else "changed by the library, not compared"
+    return {"equal to the files": num_equal, words: others}
+
+
+def _held(folder: ModelFolder) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the files, one at a time."""
     for file in sorted({t.file for t in folder.tensors.values()}):
         with safe_open(folder.path / file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118  # no mapping
-                weight = loaded.get(name)
-                if weight is None or weight.shape != folder.tensors[name].shape:
-                    continue
-                if not torch.equal(weight.detach(), content.get_tensor(name).to(weight.dtype)):
-                    raise ModelError(
-                        f"{folder.path}: {name} was loaded with other values than {file} holds",
-                        expected="equal values",
-                        fix="the installed transformers changes this tensor when it loads it: "
-                        "use another version, or another model",
-                    )
-                num_equal += 1
-    return num_equal
+                yield name, content.get_tensor(name)
+
+
+def _check_equal(name: str, weight: Tensor, held: Tensor, folder: ModelFolder) -> None:
+    if not torch.equal(weight, held.to(weight.dtype)):
+        raise ModelError(
+            f"{folder.path}: {name} was loaded with other values than "
+            f"{folder.tensors[name].file} holds",
+            expected="equal values",
+            fix="the installed transformers changes this tensor when it loads it: use another "
+            "version, or another model",
+        )
+
+
+def _unordered(weight: Tensor) -> int:
+    """A sum of all numbers, as integers: exact, and equal in every order."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(weight.element_size())
+    return 0 if bits is None else int(weight.contiguous().view(bits).sum(dtype=torch.int64))
 
 
 def _check_finite(name: str, weight: Tensor, folder: ModelFolder) -> None:
@@ -252,13 +301,12 @@ def _settle_head(causal: PreTrainedModel) -> str:
     return "head tied" if tied else "head of its own"
 
 
-def _left_out(causal: PreTrainedModel, folder: ModelFolder) -> str:
-    """What the family leaves out on purpose, in words."""
+def _left_out(causal: PreTrainedModel, folder: ModelFolder) -> list[str]:
+    """Tensors that the family leaves out on purpose, such as those of images in a text model."""
     patterns = causal._keys_to_ignore_on_load_unexpected or ()
     named = dict(causal.named_parameters(remove_duplicate=False))
-    left = [
+    return [
         name
         for name in folder.tensors
         if name not in named and any(re.search(pattern, name) for pattern in patterns)
     ]
-    return f"; {len(left)} left out by the family: {_some(left)}" if left else ""

@@ -13,6 +13,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+SAMPLED = 64
+"""Entries of a weight that are compared before and after an update."""
+
 
 @final
 class MasterWeights:
@@ -39,6 +42,12 @@ class MasterWeights:
         for _, live, master in self._pairs:
             if live is not master:
                 live.copy_(master)
+
+    @torch.no_grad()
+    def sample(self) -> Tensor:
+        """[n] some entries of every weight, always the same ones."""
+        flat = (master.reshape(-1) for _, _, master in self._pairs)
+        return torch.cat([w[:: max(len(w) // SAMPLED, 1)][:SAMPLED] for w in flat])
 
     def state(self) -> dict[str, Tensor]:
         """The masters by name."""

@@ -10,8 +10,7 @@ the tokenizer has tokens, padded to a round number: those are never sampled (``u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +39,7 @@ class Model:
     speaks: bool = True  # False where the folder has no output head: a classifier
     logit_scale: float = 1.0
     logit_cap: float | None = None
+    only: int | None = None  # rows of the head that its distributions are over; None for all
     proofs: tuple[Proof, ...] = ()  # what was compared when it was loaded
     unused_U: Tensor | None = field(init=False)  # rows of the head that no token has; None: none
     recording: Recording = field(init=False)  # the decoder's forward, for sampling
@@ -76,7 +76,12 @@ class Model:
     @property
     def vocab_size(self) -> int:
         """Rows of the output head, padding rows included."""
-        return int(self.causal.get_output_embeddings().weight.shape[0])
+        rows = int(self.causal.get_output_embeddings().weight.shape[0])
+        return rows if self.only is None else min(rows, self.only)
+
+    def over(self, rows: int) -> Model:
+        """The same weights, with a head of the first rows only."""
+        return replace(self, only=rows)
 
     @property
     def context(self) -> int:
@@ -118,19 +123,15 @@ class Model:
     def head(self) -> Head:
         """Hidden states [N, X] to logits [N, V], with a family's scaling and soft-capping."""
         module = self.causal.get_output_embeddings()
-        scale, cap = self.logit_scale, self.logit_cap
+        scale, cap, rows = self.logit_scale, self.logit_cap, self.vocab_size
         if type(module) is nn.Linear and cap is None:
-            return LinearHead(module.weight, module.bias, scale)
+            if self.only is None:
+                return LinearHead(module.weight, module.bias, scale)
+            bias = None if module.bias is None else module.bias[:rows]
+            return LinearHead(module.weight[:rows], bias, scale)
 
         def head(hidden_NX: Tensor) -> Tensor:
-            logits: Tensor = module(hidden_NX).float() * scale
+            logits: Tensor = module(hidden_NX)[..., :rows].float() * scale
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
         return head
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, special tokens left out."""
-        ids = [int(t) for t in tokens]
-        return str(
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )

@@ -85,8 +85,24 @@ class LocalPolicy:
 
     @property
     def vocabulary(self) -> str:
-        """Digest of its token ids and the size of its head."""
-        return digest([self._model.vocab_size, self._model.tokenizer.get_vocab()])
+        """Digest of its token ids. The rows of its head do not count: some are padding."""
+        return digest(self._model.tokenizer.get_vocab())
+
+    @property
+    def rows(self) -> int:
+        """Rows of its output head, padding included."""
+        return self._model.vocab_size
+
+    def over(self, rows: int) -> LocalPolicy:
+        """The same policy, its distributions over the first ids only; itself if it has no more."""
+        if rows >= self.rows:
+            return self
+        return LocalPolicy(
+            self._model.over(rows),
+            producer=self._producer,
+            version=self._version,
+            scalar=self._scalar,
+        )
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
@@ -97,7 +113,12 @@ class LocalPolicy:
         """One completion per request, in order."""
         self._check_speaks()
         with clock.timed("decode"), in_memory(Doing.SAMPLING):
-            return generate(self._model, requests, end_tokens=self._renderer.end_tokens)
+            return generate(
+                self._model,
+                requests,
+                end_tokens=self._renderer.end_tokens,
+                decode=lambda tokens: self._renderer.text(np.array(tokens, np.int32)),
+            )
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[T] per trajectory, at temperature 1; NaN where nothing is trained."""

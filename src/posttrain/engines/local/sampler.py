@@ -37,7 +37,7 @@ from posttrain.engines.local.attention import PackedPlan
 from posttrain.engines.local.decoding import DecodePlan, PrefillPlan
 from posttrain.engines.local.model import Model
 from posttrain.engines.local.sampling import sample
-from posttrain.engines.local.stops import find_stop
+from posttrain.engines.local.stops import Decode, find_stop
 from posttrain.numerics.batch import Segment
 from posttrain.protocols import Completion, Request
 
@@ -64,14 +64,15 @@ STOP_EVERY = 8
 
 
 def generate(
-    model: Model, requests: Sequence[Request], *, end_tokens: frozenset[int]
+    model: Model, requests: Sequence[Request], *, end_tokens: frozenset[int], decode: Decode
 ) -> list[Completion]:
     """One completion per request, in order.
 
     Log-probs are those of the sampled distribution: after temperature and truncation. Greedy
     requests (temperature 0) have log-prob 0, since that distribution is one point. A
     completion ends after an end token, after the token that completes a stop string, after
-    ``max_new_tokens``, or where the model's context is full.
+    ``max_new_tokens``, or where the model's context is full. Stop strings are looked for in what
+    ``decode`` makes of its tokens.
 
     Raises:
         TaskError: a prompt without tokens, or without room for one more.
@@ -88,7 +89,7 @@ def generate(
         return []
     with torch.inference_mode():
         model.recording.prepare()
-        done = dict(_Batch.of(model, requests, end_tokens).run())
+        done = dict(_Batch.of(model, requests, end_tokens, decode).run())
     return [done[index] for index in range(len(requests))]
 
 
@@ -127,6 +128,7 @@ class _Batch:
 
     model: Model
     requests: Sequence[Request]
+    decode: Decode
     ends: Tensor
     queue: Queue
     plan: DecodePlan
@@ -149,7 +151,13 @@ class _Batch:
     stale: bool = False  # rows have entered or left since the plan was arranged
 
     @classmethod
-    def of(cls, model: Model, requests: Sequence[Request], end_tokens: frozenset[int]) -> _Batch:
+    def of(
+        cls,
+        model: Model,
+        requests: Sequence[Request],
+        end_tokens: frozenset[int],
+        decode: Decode,
+    ) -> _Batch:
         """An empty batch, with all requests waiting."""
         kinds: dict[Sampling, int] = {}
         kind_of = [
@@ -161,6 +169,7 @@ class _Batch:
         return cls(
             model=model,
             requests=requests,
+            decode=decode,
             ends=torch.tensor(sorted(end_tokens), dtype=torch.int64, device=device),
             queue=Queue.of(requests, bounds),
             plan=DecodePlan(bounds.row_tokens),
@@ -351,7 +360,7 @@ class _Batch:
             if not stops or not (last_S[row] or age - searched >= STOP_EVERY):
                 continue
             tokens = self.tokens_SC[row, :age].tolist()
-            found = find_stop(tokens, stops, self.model.text, searched=searched)
+            found = find_stop(tokens, stops, self.decode, searched=searched)
             self.searched_S[row] = age
             if found is not None:
                 out[row] = found

@@ -23,6 +23,7 @@ from posttrain.parts.base import Columns, PolicyRef, Signal
 from posttrain.parts.columns import attach, trajectories_of
 from posttrain.parts.registry import part
 from posttrain.parts.tools import Tools
+from posttrain.protocols import over_shared_rows
 
 Floats = npt.NDArray[np.float64]
 
@@ -123,7 +124,7 @@ class DeltaAdvantage(Signal):
     def score(self, groups: Sequence[Group], tools: Tools) -> Sequence[Group]:
         """The same groups with the column on every member, NaN where nothing is trained."""
         trajectories = trajectories_of(groups)
-        asked = (tools.live, *(tools.policy(r) for r in self.references()))
+        asked = over_shared_rows([tools.live, *(tools.policy(r) for r in self.references())])
         with clock.timed("teacher"):
             logps = [p.distributions(trajectories, top_k=None) for p in asked]
         columns = []
