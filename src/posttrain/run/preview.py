@@ -33,6 +33,7 @@ from posttrain.recipe import Recipe
 from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
 from posttrain.run.stage_folder import stage_folder_name
+from posttrain.run.trust import code_of_recipe
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -74,6 +75,7 @@ def preview(recipe: Recipe, *, root: Path) -> str:
         f"{recipe.measure.samples} samples per prompt, support threshold "
         f"{recipe.measure.threshold:.4f}",
     ]
+    lines += [f"code      {code.words}" for code in code_of_recipe(recipe, root=root)]
     if shape:
         lines.append(
             f"weights   {shape.num_weights:,} in {recipe.dtype}, context {shape.context}, "
