@@ -35,6 +35,7 @@ from posttrain.run.adaptable import check_adapters
 from posttrain.run.material import PromptLengths, notes_of, overlaps, sampled_by
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
 from posttrain.run.stage_folder import stage_folder_name
+from posttrain.run.trust import code_of_recipe
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -78,6 +79,7 @@ def preview(recipe: Recipe, *, root: Path) -> str:
         f"{recipe.measure.samples} samples per prompt, support threshold "
         f"{recipe.measure.threshold:.4f}",
     ]
+    lines += [f"code      {code.words}" for code in code_of_recipe(recipe, root=root)]
     if shape:
         lines.append(
             f"weights   {shape.num_weights:,} in {recipe.dtype}, context {shape.context}, "
