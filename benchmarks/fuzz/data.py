@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fuzz import world
-from fuzz.frame import Trial
+from fuzz.frame import Caught, Trial
 from fuzz.mutate import damaged, mutated
 from posttrain.parts.shelf import Reader
 from posttrain.parts.sources.dataset import Dataset
@@ -57,13 +57,11 @@ def _write(stem: Path, rows: object, rng: random.Random) -> tuple[Path, str]:
     """The file, and what was done to its bytes."""
     path, content = stem.with_suffix(".jsonl"), b""
     if rng.random() < 0.25:
-        try:
-            table = pa.Table.from_pylist(rows)
-            path = stem.with_suffix(".parquet")
-            pq.write_table(table, path)
-            content = path.read_bytes()
-        except Exception:  # pyarrow cannot hold every tree: those go into JSONL
-            path = stem.with_suffix(".jsonl")
+        parquet = stem.with_suffix(".parquet")
+        with Caught() as caught:  # Arrow cannot hold every tree: those go into JSONL
+            pq.write_table(pa.Table.from_pylist(rows), parquet)
+        if caught.error is None:
+            path, content = parquet, parquet.read_bytes()
     if path.suffix == ".jsonl":
         lines = [json.dumps(row) for row in rows] if isinstance(rows, list) else [json.dumps(rows)]
         content = "\n".join(lines).encode()

@@ -17,6 +17,11 @@ VALUES: tuple[object, ...] = (
     *("", "four", "../x", "\x00", "a" * 5000, [], {}, [1, "a"], {"a": {}}, float("inf")),
     *(float("nan"), [[]] * 50, [10**9], {"type": "yarn"}, {"rope_type": "x", "factor": "y"}),
 )
+STRAY = (
+    *("adapter_config.json", "pytorch_model.bin", "README.md", "vocab.json", "merges.txt"),
+    *("shard-00001-model-00001-of-00001.safetensors", "modeling_x.py", "tokenizer.model"),
+    *("scalar_head.safetensors", "added_tokens.json", "chat_template.json"),
+)
 KEYS = (
     *(
         "quantization_config",
@@ -189,11 +194,7 @@ def _files(folder: Path, draw: random.Random) -> str:
     path = draw.choice(sorted(p for p in folder.iterdir() if p.is_file()))
     how = draw.choice(["gone", "pipe", "folder", "device", "dangling", "outside", "add", "loop"])
     if how == "add":
-        name = draw.choice(
-            ["adapter_config.json", "pytorch_model.bin", "README.md", "vocab.json", "merges.txt"]
-            + ["shard-00001-model-00001-of-00001.safetensors", "modeling_x.py", "tokenizer.model"]
-            + ["scalar_head.safetensors", "added_tokens.json", "chat_template.json"]
-        )
+        name = draw.choice(STRAY)
         (folder / name).write_text(draw.choice(["", "{}", "[]", "x", '{"a": 1}']))
         return f"added {name}"
     if how == "outside":

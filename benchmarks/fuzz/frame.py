@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 from posttrain.core.errors import PosttrainError
 
@@ -70,28 +70,48 @@ def run_trials(trials: Iterable[Trial], tally: Tally, *, loud: bool = False) -> 
         tally.add(trial, outcome, words, time.monotonic() - began)
 
 
+class Caught:
+    """Keeps what a block raises, of any kind: what is under test may raise anything."""
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> Caught:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        self.error = error
+        return True
+
+
 def _outcome(trial: Trial, *, loud: bool) -> tuple[str, str]:
-    before = os.getcwd()
-    try:
-        with _time_limit(LIMIT), contextlib.redirect_stderr(open(os.devnull, "w")):
-            done = trial.call()
-    except PosttrainError as error:
-        if loud:
-            print(error)
+    before, done = os.getcwd(), None
+    with (
+        Caught() as caught,
+        open(os.devnull, "w") as nothing,
+        contextlib.redirect_stderr(nothing),
+        _time_limit(LIMIT),
+    ):
+        done = trial.call()
+    os.chdir(before)
+    error = caught.error
+    if error is None:
+        return ("done", "") if done else ("nothing", "success, with nothing done")
+    if loud:
+        traceback.print_exception(error)
+    if isinstance(error, PosttrainError):
         return "refused", str(error)
-    except Hang:
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    if isinstance(error, Hang):
         return "hang", f"over {LIMIT} s"
-    except BaseException as error:
-        if loud:
-            traceback.print_exc()
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return (
-            "traceback",
-            f"{type(error).__name__}: {error!s:.200} at {place.filename}:{place.lineno}",
-        )
-    finally:
-        os.chdir(before)
-    return ("done", "") if done else ("nothing", "success, with nothing done")
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{place.filename}:{place.lineno}"
+    return "traceback", f"{type(error).__name__}: {error!s:.200} at {where}"
 
 
 @contextlib.contextmanager

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msgspec import inspect, structs
+from msgspec import inspect
 
 from fuzz import world
 from fuzz.frame import Trial
@@ -25,6 +26,9 @@ from posttrain.run.preview import preview
 
 Place = tuple[object, ...]
 STAGE: Place = ("stages", 0)
+TRIED = 2
+"""Methods with which a value of an option that many have is tried."""
+
 SKIPPED = frozenset({"name", "model", "device", "remote_code", "method", "tasks", "stages", "path"})
 """Options whose other values name things outside: models, devices, files."""
 
@@ -118,12 +122,15 @@ def trials(folder: Path, *, num: int, seed: int) -> Iterator[Trial]:
     """
     small = world.methods()
     cases: list[tuple[str, world.Tree]] = []
-    for name in ("sft", "dpo", "grpo"):
+    for name in ("sft", "grpo"):
         cases += [(f"{name}: {w}", t) for w, t in single_changes(small[name], GROUPS)]
+    tried: Counter[str] = Counter()
     for name, tree in small.items():
         kind = known("method")[name]
-        changes = single_changes(tree, [((*STAGE, "method"), kind)])
-        cases += [(f"{name}: {w}", t) for w, t in changes]
+        for words, changed in single_changes(tree, [((*STAGE, "method"), kind)]):
+            tried[words] += 1
+            if tried[words] <= TRIED:
+                cases.append((f"{name}: {words}", changed))
     cases += itertools.islice(_pairs(small["grpo"]), num)
     for number, (words, tree) in enumerate(cases):
         yield Trial(number, words, _Both(tree, folder, number))
@@ -169,6 +176,3 @@ class _Both:
             )
         except PosttrainError as error:
             raise AssertionError(f"planned, and then: {error}") from error
-
-
-__all__ = ["other_values", "single_changes", "structs", "trials"]
