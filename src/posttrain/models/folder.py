@@ -45,8 +45,10 @@ _WRAPPED = {
     "base_model.model.": "peft",
 }
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_SIZES = (*_NUM_LAYERS, "vocab_size", "hidden_size", "n_embd", "d_model", "head_dim")
-_SIZES += ("num_attention_heads", "n_head", "num_heads", "num_key_value_heads")
+_SIZES = (
+    *(*_NUM_LAYERS, "vocab_size", "hidden_size", "n_embd", "d_model", "head_dim"),
+    *("num_attention_heads", "n_head", "num_heads", "num_key_value_heads"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

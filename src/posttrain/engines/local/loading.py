@@ -233,9 +233,9 @@ def _check_weights(
     Returns:
         How many tensors of the files came out how.
     """
-    loaded = dict(causal.named_parameters(remove_duplicate=False))
-    for name, weight in loaded.items():
-        _check_finite(name, weight.detach(), folder)
+    loaded: dict[str, Tensor] = dict(causal.named_parameters(remove_duplicate=False))
+    for name, own in loaded.items():
+        _check_finite(name, own.detach(), folder)
     loaded |= {n: b for n, b in causal.named_buffers() if n in folder.tensors}
     num_equal, others, total = 0, 0, 0
     for name, held in _held(folder):
