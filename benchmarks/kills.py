@@ -38,6 +38,7 @@ from pathlib import Path
 
 from lab_log import write
 
+from posttrain.core.config import convert, differences
 from posttrain.core.errors import PosttrainError
 from posttrain.core.files import hash_file
 from posttrain.recipe import Recipe
@@ -104,8 +105,6 @@ def make_world(folder: Path) -> None:
 
 def recipe_of(name: str) -> Recipe:
     """One stage of four steps in two commits, measured before and after."""
-    from posttrain.core.config import convert
-
     stage = {
         "name": "learn",
         "budget": {"steps": 4},
@@ -336,8 +335,8 @@ def chain(name: str, root: Path, expected: dict[str, object], tally: Tally, *,
             return
     found = trace(out)
     for part, value in expected.items():
-        if found.get(part) != value:
-            tally.lost.append(f"{name}, {part} after {story}")
+        if differs := differences(value, found.get(part)):
+            tally.lost.append(f"{name}, {part} after {story}: {differs[0][:300]}")
 
 
 def main() -> None:
