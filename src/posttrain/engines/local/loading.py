@@ -90,7 +90,7 @@ def load_model(
         )
     causal: PreTrainedModel = loaded[0]
     digest = model_digest(folder.path, remote_code=remote_code)
-    with reading(what):  # a family may lack what the others have
+    with library(what):  # a family may lack what the others have
         speaks, proof = _compared(causal, folder, loaded[1])
         # With dropout the trained policy would differ from the sampled policy: always eval mode.
         nn.Module.to(causal, device or torch.device("cpu")).eval()
