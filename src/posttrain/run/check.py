@@ -20,6 +20,7 @@ from posttrain.core.task import TaskSet
 from posttrain.parts.shelf import Reader, Shelf
 from posttrain.protocols import DataFile, Engine, Policy
 from posttrain.recipe import Recipe
+from posttrain.run.adaptable import check_adapters
 from posttrain.run.build import StageBuilder, learner_of
 from posttrain.run.material import PromptLengths, notes_of, overlaps, sampled_by
 from posttrain.run.plan import Plan, PlannedStage, all_plans, model_path
@@ -81,6 +82,8 @@ def check(
     trial = _Trial(recipe, root, engine, tasksets, observe, {"base": base})
     trial.prove(replace(proof, of="base") for proof in base.proofs)
     ahead = {s.identity: (s, plan) for plan in plans for s in plan.stages if not has_started(s)}
+    path = Path(model_path(recipe.model, root)).expanduser()
+    check_adapters([planned for planned, _ in ahead.values()], base=path)
     if ahead or not recipe.stages:
         trial.prove(try_rewards(tasksets.values()))
     for planned, _ in ahead.values():

@@ -113,7 +113,7 @@ class FakePolicy:
             for at in np.flatnonzero(trajectory.trainable):
                 values[at] = letters if trajectory.tokens[at] else end
             full.append(values)
-        return [_likeliest(_first(values, self.rows), top_k) for values in full]
+        return [_likeliest(values, top_k, rows=self.rows) for values in full]
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """``judgement`` of the text before each trained token."""
@@ -133,16 +133,13 @@ class FakePolicy:
         return out
 
 
-def _first(values: FloatArray, rows: int) -> FloatArray:
-    """Log-probs [T, V] over the first ids only."""
-    if rows == values.shape[1]:
-        return values
-    kept = values[:, :rows]
-    return np.asarray(kept - np.logaddexp.reduce(kept, -1, keepdims=True), np.float32)
-
-
-def _likeliest(values_TV: FloatArray, top_k: int | None) -> tuple[IntArray, FloatArray]:
-    """(token ids, log-probs) of the likeliest tokens; without ids, the whole vocabulary's."""
+def _likeliest(
+    values_TV: FloatArray, top_k: int | None, *, rows: int
+) -> tuple[IntArray, FloatArray]:
+    """(token ids, log-probs) of the likeliest of the first tokens; without ids, of all of them."""
+    if rows < values_TV.shape[1]:
+        values_TV = values_TV[:, :rows]
+        values_TV = values_TV - np.logaddexp.reduce(values_TV, -1, keepdims=True)
     if top_k is None:
         return np.zeros((len(values_TV), 0), np.int32), values_TV
     ids = np.argsort(-values_TV, axis=1, kind="stable")[:, :top_k].astype(np.int32)
@@ -283,7 +280,7 @@ class TablePolicy:
                 values[at] = -np.inf
                 with np.errstate(divide="ignore"):
                     values[at, codes] = np.log(self._row(whole[:at]))
-            out.append(_likeliest(_first(values, self.rows), top_k))
+            out.append(_likeliest(values, top_k, rows=self.rows))
         return out
 
     values = scores = no_scalar_head
