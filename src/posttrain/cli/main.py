@@ -373,9 +373,9 @@ def ledger() -> None:
 def verify(path: Path, head: str | None) -> None:
     """Check a run: its hash chain, and every file against it. PATH is a run folder or a ledger."""
     from posttrain.run.audit import audit
-    from posttrain.run.evidence import changed
     from posttrain.run.folder import RunFolder
     from posttrain.run.ledger import verify as verify_ledger
+    from posttrain.run.recorded import changed
 
     folder = RunFolder(path)
     if path.is_dir() and not folder.is_run and not folder.ledger_file.is_file():
@@ -395,7 +395,7 @@ def verify(path: Path, head: str | None) -> None:
         click.echo(str(fault))
     if faults:
         raise changed(path, faults)
-    click.echo(f"{len(folder.evidence().entries)} files are what it records")
+    click.echo(f"{len(folder.recorded().entries)} files are what it records")
 
 
 def main() -> None:

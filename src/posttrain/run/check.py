@@ -22,7 +22,7 @@ from posttrain.protocols import DataFile, Engine, Policy
 from posttrain.recipe import Recipe
 from posttrain.run.adaptable import check_adapters
 from posttrain.run.build import StageBuilder, learner_of
-from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
+from posttrain.run.material import PromptLengths, notes_of, overlaps, sampled_by
 from posttrain.run.plan import Plan, PlannedStage, all_plans, model_path
 from posttrain.run.rehearsal import rehearse
 from posttrain.tasks.trial import try_rewards
@@ -127,6 +127,8 @@ class _Trial:
     proofs: list[Proof] = field(default_factory=list)
     shelf: Shelf = field(default_factory=Shelf)
     files: dict[tuple[object, ...], DataFile] = field(default_factory=dict)
+    lengths: PromptLengths = field(default_factory=PromptLengths)
+    seen: set[tuple[str, str, int]] = field(default_factory=set)
 
     def note(self, notes: Iterable[str]) -> None:
         """Show what a reader should know."""
@@ -156,11 +158,14 @@ class _Trial:
             if planned not in stages:
                 continue
             renderer, context = reader.renderer, reader.context
-            check_fits(
-                asked_by(planned, self.recipe, self.tasksets), renderer=renderer, context=context
-            )
+            sampled = sampled_by(planned, self.recipe, self.tasksets)
+            self.lengths.check_fit(sampled, renderer=renderer, context=context)
             rows = Reader(root=plan.root, renderer=renderer, context=context, shelf=self.shelf)
             for leaf in planned.composition.source.leaves:
+                key = (config.digest(leaf), renderer.digest, context)
+                if key in self.seen:  # paths through the gates share their stages' data
+                    continue
+                self.seen.add(key)
                 stream = leaf.rows(rows)
                 for file in stream.files if stream is not None else ():
                     self._found(file)

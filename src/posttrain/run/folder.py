@@ -20,7 +20,7 @@ Any process may read, also during the run: a :class:`RunFolder` writes only the 
 rendered from the other files and can be rendered again. All else is written through a
 :class:`RunWriter`, which exists only while its process holds the lock. A write replaces the old
 version atomically; ledger and metrics are only appended to. The ledger records every file but the
-pages (evidence.py). No other module than this one and ``stage_folder.py`` has these names.
+pages (recorded.py). No other module than this one and ``stage_folder.py`` has these names.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ import msgspec
 
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, DataError, nearest
-from posttrain.core.files import folder_lock, sync_folder, write_atomic
+from posttrain.core.files import folder_lock, sync_folder, write_atomic, writing
+from posttrain.core.guard import read_text, reading
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Recipe, load_recipe
-from posttrain.run.evidence import (
-    Evidence,
+from posttrain.run.ledger import Ledger, Record, RecordKind, head_file, read
+from posttrain.run.recorded import (
     Fault,
+    RecordedFiles,
     announce,
     entry_at,
     files_below,
     plain_files,
     write_recorded,
 )
-from posttrain.run.ledger import Ledger, Record, RecordKind, head_file, read
 from posttrain.run.stage_folder import StageFolder, StageWriter, stage_folder_name
 
 Treatment = TypeVar("Treatment", bound=Config)
@@ -59,6 +60,10 @@ MEASUREMENTS, STAGES, DIAGNOSES = "measurements", "stages", "diagnoses"
 ASIDE, LOCK = "aside", "lock"
 NOISE = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 """Files that file managers leave."""
+
+
+MOST_MEASUREMENT = 1 << 30
+"""Bytes of a file that is read as a measurement."""
 
 
 def read_measurement(path: Path) -> Measurement:
@@ -71,18 +76,18 @@ def read_measurement(path: Path) -> Measurement:
     path = path.absolute()
     run = RunFolder(path.parents[1])
     if path.parent.name == MEASUREMENTS and (run.is_run or run.ledger_file.is_file()):
-        run.evidence().require(path)
+        run.recorded().require(path)
     return _measurement_at(path)
 
 
 def _measurement_at(path: Path) -> Measurement:
+    kind = "a file that `posttrain probe --out` wrote, or RUN:POLICY"
     try:
-        return Measurement.from_json(path.read_text(encoding="utf-8"))
-    except (DataError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a measurement: {error}",
-            expected="a file that `posttrain probe --out` wrote, or RUN:POLICY",
-        ) from None
+        text = read_text(path, kind=kind, at_most=MOST_MEASUREMENT)
+        with reading(path, kind=kind):
+            return Measurement.from_json(text)
+    except DataError as error:
+        raise DataError(f"{path} is not a measurement: {error.found}", expected=kind) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +149,7 @@ class RunFolder:
                 fix="check the path: it is what --out said, or out/<recipe name>",
             )
         if checked:
-            self.evidence().require(self.recipe_file)
+            self.recorded().require(self.recipe_file)
         return load_recipe(self.recipe_file)
 
     def records(self) -> list[Record]:
@@ -155,7 +160,7 @@ class RunFolder:
         """
         return read(self.ledger_file)
 
-    def evidence(self) -> Evidence:
+    def recorded(self) -> RecordedFiles:
         """What the ledger, and a commit that a kill kept from it, say of the files.
 
         Raises:
@@ -163,14 +168,14 @@ class RunFolder:
         """
         records = self.records()
         late = [r for s in self.stage_folders() for r in s.pending(records, root=self.path)]
-        return Evidence.of(self.path, records, late=late)
+        return RecordedFiles.of(self.path, records, late=late)
 
     def stage_folders(self) -> list[StageFolder]:
         """The folder of every stage, whatever its files are worth."""
         found = sorted((self.path / STAGES).glob("*"))
         return [StageFolder(p) for p in found if p.is_dir() and not p.name.startswith(".")]
 
-    def unrecorded(self, known: Evidence) -> list[Path]:
+    def unrecorded(self, known: RecordedFiles) -> list[Path]:
         """Files that no row names, without those that need none.
 
         These are the ledger and what lies beside it, pages, stages that were set aside, what a
@@ -221,7 +226,7 @@ class RunFolder:
                 fix=nearest(policy, self.measured()),
             )
         if checked:
-            self.evidence().require(path)
+            self.recorded().require(path)
         return _measurement_at(path)
 
     def stage(self, name: str, identity: str) -> StageFolder:
@@ -256,7 +261,7 @@ class RunFolder:
             FileChanged: one is not what the ledger records.
         """
         found = [stage.model for stage in self.stages(name) if stage.model.is_dir()]
-        self.evidence().require(*found)
+        self.recorded().require(*found)
         return found
 
     def treatment(self, kind: type[Treatment]) -> Treatment | None:
@@ -312,7 +317,8 @@ class RunFolder:
         """
         with folder_lock(self.path):
             writer = RunWriter(self.path, Ledger.open(self.ledger_file))
-            writer.recover()
+            with writing(self.path):
+                writer.recover()
             yield writer
 
 
@@ -328,7 +334,7 @@ class RunWriter(RunFolder):
             last = self.ledger.records[-1].body
             if "aside" in last:
                 self._move(Path(str(last["folder"])), Path(str(last["aside"])))
-            undone = Evidence.of(self.path, self.ledger.records).undone()
+            undone = RecordedFiles.of(self.path, self.ledger.records).undone()
             if undone is not None:
                 self.ledger.append(RecordKind.FILE, undone)
         for stage in self.stage_folders():
@@ -365,7 +371,8 @@ class RunWriter(RunFolder):
     def remove_stage(self, stage: StageWriter) -> None:
         """Delete the folder of a stage that has not started."""
         announce(self.ledger, dict.fromkeys(files_below(stage.path)))
-        shutil.rmtree(stage.path)
+        with writing(stage.path):
+            shutil.rmtree(stage.path)
 
     def set_aside(self, name: str) -> list[Path]:
         """Move the folders of a stage out of the way, whatever they hold; returns the new places.
@@ -379,7 +386,7 @@ class RunWriter(RunFolder):
             while (to := self.path / ASIDE / f"{stage.name}-{number}").exists():
                 number += 1
             places = [p.relative_to(self.path).as_posix() for p in (stage, to)]
-            known = [n for n in self.evidence().names if n.startswith(f"{places[0]}/")]
+            known = [n for n in self.recorded().names if n.startswith(f"{places[0]}/")]
             body = {"name": name, "event": "set aside", "folder": places[0], "aside": places[1]}
             self.ledger.append(RecordKind.STAGE, {**body, "files": dict.fromkeys(known)})
             self._move(Path(places[0]), Path(places[1]))
@@ -388,15 +395,17 @@ class RunWriter(RunFolder):
 
     def _move(self, stage: Path, to: Path) -> None:
         """Move a stage's folder, unless an earlier process did."""
-        if (self.path / stage).is_dir() and not (self.path / to).exists():
-            (self.path / to).parent.mkdir(exist_ok=True)
-            (self.path / stage).rename(self.path / to)
-            sync_folder((self.path / to).parent)
-            sync_folder((self.path / stage).parent)
+        source, target = self.path / stage, self.path / to
+        if source.is_dir() and not target.exists():
+            with writing(target):
+                target.parent.mkdir(exist_ok=True)
+                source.rename(target)
+                sync_folder(target.parent)
+                sync_folder(source.parent)
 
     def accept_files(self, faults: Sequence[Fault]) -> None:
         """Go on with files as they are now: the ledger holds what they were and what they are."""
-        known = self.evidence().entries
+        known = self.recorded().entries
         names = [f.path for f in faults if f.path != head_file(self.ledger_file).name]
         was = {n: known[n].plain if n in known else None for n in names}
         now = {self.path / n: entry_at(self.path / n) for n in names}

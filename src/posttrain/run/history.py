@@ -25,11 +25,11 @@ from posttrain.measure.measurement import Measurement
 from posttrain.measure.retained import Retained, retained
 from posttrain.parts.registry import tag_of
 from posttrain.recipe import Recipe
-from posttrain.run.audit import audit
-from posttrain.run.evidence import changed
+from posttrain.run.audit import agreed, audit
 from posttrain.run.folder import RunFolder
 from posttrain.run.ledger import Record, RecordKind
 from posttrain.run.plan import PlannedStage
+from posttrain.run.recorded import changed
 from posttrain.run.stage_folder import StageFolder, StageResult
 from posttrain.run.store import ProducerTokens, tokens_by_producer
 
@@ -112,6 +112,7 @@ class RunHistory:
     records: tuple[Record, ...]  # the ledger
     alarms: tuple[str, ...] = ()  # files that are not what the ledger records, in words
     unread: frozenset[Path] = frozenset()  # these files: nothing is taken from them
+    compared: tuple[Proof, ...] = ()  # with the ledger, now
 
     def stage_folder(self, planned: PlannedStage) -> StageFolder:
         """The folder of a stage."""
@@ -171,10 +172,11 @@ class RunHistory:
             (body["subject"], body["of"]): body
             for body in (r.body for r in self.records if r.kind is RecordKind.PROOF)
         }
-        return tuple(
+        earlier = (
             Proof(subject=Subject(str(subject)), of=str(of), words=str(body["words"]))
             for (subject, of), body in latest.items()
         )
+        return (*earlier, *self.compared)
 
     @property
     def final(self) -> str:
@@ -270,6 +272,7 @@ def read_history(out: Path, *, lenient: bool = False) -> RunHistory:
         tuple(records),
         tuple(alarms),
         unread,
+        () if alarms else agreed(folder),
     )
 
 

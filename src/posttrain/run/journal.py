@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
-from posttrain.core.files import as_write_error
+from posttrain.core.files import writing
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 from posttrain.parts.legality import Admission
 from posttrain.protocols import Learner, Stateful
-from posttrain.run.evidence import Entry, Evidence, entry_at, plain_files
 from posttrain.run.ledger import RecordKind
+from posttrain.run.recorded import FileEntry, RecordedFiles, entry_at, plain_files
 from posttrain.run.stage_folder import StageProgress, StageWriter
 from posttrain.run.store import Use, UseRole, write_trajectories, write_uses
 
@@ -68,14 +68,14 @@ class Journal:
             self._folder.metrics_file.unlink(missing_ok=True)
             return 0
         root = self._ledger.path.parent
-        evidence = Evidence.of(root, self._ledger.records)
-        evidence.require(self._folder.checkpoint)
+        known = RecordedFiles.of(root, self._ledger.records)
+        known.require(self._folder.checkpoint)
         learner.load(self._folder.checkpoint)
         for number, stateful in enumerate(also):
             stateful.load(state_folder(self._folder.checkpoint, number))
         self._step, self._seconds = progress.step, progress.seconds
         metrics = self._folder.metrics_file
-        if (entry := evidence.entries.get(metrics.relative_to(root).as_posix())) is not None:
+        if (entry := known.entries.get(metrics.relative_to(root).as_posix())) is not None:
             self._cut_metrics(entry)
         return progress.step
 
@@ -93,14 +93,9 @@ class Journal:
             for group in groups:
                 self._remember(group, step=step, role=UseRole.DISCARDED, reason=str(reason))
         line = (json.dumps({"step": step, **metrics}) + "\n").encode()
-        try:
-            with self._folder.metrics_file.open("ab") as file:
-                file.write(line)
-        except OSError as error:
-            failed = as_write_error(error, writing=self._folder.metrics_file)
-            if failed is None:
-                raise
-            raise failed from error
+        path = self._folder.metrics_file
+        with writing(path), path.open("ab") as file:
+            file.write(line)
         self._lines.update(line)
         self._bytes += len(line)
 
@@ -137,7 +132,7 @@ class Journal:
             head=self._ledger.head,
         )
         self._sync_metrics()
-        grown = Entry(bytes=self._bytes, digest=self._lines.hexdigest(), grows=True)
+        grown = FileEntry(bytes=self._bytes, digest=self._lines.hexdigest(), grows=True)
         with self._folder.next_checkpoint(progress, metrics=grown) as partial:
             learner.save(partial)
             for number, stateful in enumerate(also):
@@ -154,10 +149,11 @@ class Journal:
 
     def _sync_metrics(self) -> None:
         """Flush the metrics: lines of committed steps must survive a power cut."""
-        with self._folder.metrics_file.open("rb") as file:
+        path = self._folder.metrics_file
+        with writing(path), path.open("rb") as file:
             os.fsync(file.fileno())
 
-    def _cut_metrics(self, entry: Entry) -> None:
+    def _cut_metrics(self, entry: FileEntry) -> None:
         """Delete lines of steps after the checkpoint: these steps run again."""
         content = self._folder.metrics_file.read_bytes()[: entry.bytes]
         self._folder.write_metrics(content)

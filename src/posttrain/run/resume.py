@@ -19,13 +19,13 @@ import msgspec
 
 from posttrain.core import config
 from posttrain.core.errors import ConfigError, DataError, ResumeRefused, nearest
-from posttrain.core.events import Note, Observer
+from posttrain.core.events import Note, Observer, Proved
 from posttrain.measure.measurement import Measurement
-from posttrain.run.audit import audit
-from posttrain.run.evidence import changed
+from posttrain.run.audit import agreed, audit
 from posttrain.run.folder import RunFolder, RunWriter
 from posttrain.run.ledger import RecordKind
 from posttrain.run.plan import Plan, PlannedStage
+from posttrain.run.recorded import changed
 from posttrain.run.stage_folder import StageRecord, StageWriter
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
@@ -121,6 +121,8 @@ def check_folder(folder: RunWriter, consent: Consent, *, observe: Observer) -> N
     faults = audit(folder, weights=accepts, shards=accepts)
     if faults and not accepts:
         raise changed(folder.path, faults)
+    for proof in () if faults else agreed(folder):
+        observe(Proved(proof=proof))
     if faults:
         folder.accept_files(faults)
         for fault in faults:

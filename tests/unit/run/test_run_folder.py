@@ -11,9 +11,9 @@ import posttrain
 from posttrain.core.errors import ConfigError, DataError, FileChanged, RunError, RunLocked
 from posttrain.core.files import write_atomic
 from posttrain.diagnosis.treat import TreatmentLog
-from posttrain.run.evidence import entry_at
 from posttrain.run.folder import RunFolder
 from posttrain.run.ledger import RecordKind
+from posttrain.run.recorded import entry_at
 from posttrain.run.stage_folder import StageProgress, StageRecord, StageResult
 
 SRC = Path(posttrain.__file__).parent

@@ -37,7 +37,7 @@ from posttrain.engines.local.comparing import (
 )
 from posttrain.engines.local.model import Model
 from posttrain.models.files import CONFIG, CRITIC, GENERATION, INDEX, counted
-from posttrain.models.library import reading
+from posttrain.models.library import library
 
 ADAPTER = "adapter"
 """Folder of the adapters as they were trained, inside of the model folder."""
@@ -146,7 +146,7 @@ def _same(difference: str | None) -> None:
 def _reloading(what: str) -> Iterator[None]:
     """Turn an error of a library that reads the export into our own."""
     try:
-        with reading("the export"):
+        with library("the export"):
             yield
     except ModelError as error:
         _same(f"{what} does not load: {error.found}")

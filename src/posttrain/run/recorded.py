@@ -11,7 +11,7 @@ covers the first ``bytes`` of a file that is appended to.
 A ``file`` row goes *before* the files it names. A kill in between leaves them as they were, and the
 row is then the ledger's last: so a file may differ from the ledger only if the last row names it,
 and then only by being what it was. Every other difference is a :class:`Fault`. The next writer puts
-such a row right (:meth:`Evidence.undone`) before it does anything else.
+such a row right (:meth:`RecordedFiles.undone`) before it does anything else.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTLED = 2 * 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class FileEntry:
     """A file as the ledger records it."""
 
     bytes: int
@@ -66,14 +66,14 @@ class Fault:
 
     path: str  # in the run folder
     words: str  # what is wrong, in words
-    found: Entry | None = None  # None: there is no such file
+    found: FileEntry | None = None  # None: there is no such file
 
     def __str__(self) -> str:
         """The path and what is wrong with it."""
         return f"{self.path} {self.words}"
 
 
-def entry_of(content: bytes | str) -> Entry:
+def entry_of(content: bytes | str) -> FileEntry:
     """The entry of a file with this content.
 
     Example:
@@ -81,10 +81,10 @@ def entry_of(content: bytes | str) -> Entry:
         (1, 'ca978112')
     """
     raw = content.encode() if isinstance(content, str) else content
-    return Entry(bytes=len(raw), digest=hashlib.sha256(raw).hexdigest())
+    return FileEntry(bytes=len(raw), digest=hashlib.sha256(raw).hexdigest())
 
 
-def entry_at(path: Path, *, first: int | None = None) -> Entry | None:
+def entry_at(path: Path, *, first: int | None = None) -> FileEntry | None:
     """The entry of a file as it is, or of its ``first`` bytes; None when it is no regular file.
 
     A file whose times show that it did not change since is not read twice in one process.
@@ -100,9 +100,9 @@ def entry_at(path: Path, *, first: int | None = None) -> Entry | None:
     if key not in _SEEN:
         digest = _sha256(path, size)
         if time.time_ns() - max(at.st_mtime_ns, at.st_ctime_ns) < SETTLED:
-            return Entry(bytes=size, digest=digest)
+            return FileEntry(bytes=size, digest=digest)
         _SEEN[key] = digest
-    return Entry(bytes=size, digest=_SEEN[key])
+    return FileEntry(bytes=size, digest=_SEEN[key])
 
 
 _SEEN: dict[tuple[int, ...], str] = {}
@@ -117,7 +117,7 @@ def _sha256(path: Path, size: int) -> str:
     return total.hexdigest()
 
 
-def plain_files(root: Path, files: Mapping[Path, Entry | None]) -> dict[str, object]:
+def plain_files(root: Path, files: Mapping[Path, FileEntry | None]) -> dict[str, object]:
     """The ``files`` of a ledger row."""
     return {
         path.relative_to(root).as_posix(): entry.plain if entry else None
@@ -126,15 +126,17 @@ def plain_files(root: Path, files: Mapping[Path, Entry | None]) -> dict[str, obj
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class RecordedFiles:
     """The files that the ledger of a run folder records."""
 
     root: Path
-    entries: Mapping[str, Entry]
-    before: Mapping[str, Entry | None]  # of what the last row announced
+    entries: Mapping[str, FileEntry]
+    before: Mapping[str, FileEntry | None]  # of what the last row announced
 
     @classmethod
-    def of(cls, root: Path, records: Sequence[Record], *, late: Sequence[Row] = ()) -> Evidence:
+    def of(
+        cls, root: Path, records: Sequence[Record], *, late: Sequence[Row] = ()
+    ) -> RecordedFiles:
         """Read the records in order.
 
         Args:
@@ -142,8 +144,8 @@ class Evidence:
             records: of its ledger.
             late: rows that come after them and are not in the file yet.
         """
-        entries = dict[str, Entry]()
-        before = dict[str, Entry | None]()
+        entries = dict[str, FileEntry]()
+        before = dict[str, FileEntry | None]()
         rows = [(r.kind.value, r.body) for r in records]
         for n, (kind, body) in enumerate([*rows, *late], start=1):
             before = {}
@@ -171,7 +173,7 @@ class Evidence:
         was = self._compare(name, self.before[name], content=content)
         return None if was is None else fault
 
-    def _compare(self, name: str, known: Entry | None, *, content: bool) -> Fault | None:
+    def _compare(self, name: str, known: FileEntry | None, *, content: bool) -> Fault | None:
         path = self._place(name)
         first = known.bytes if known and known.grows else None
         if known is None:
@@ -235,10 +237,10 @@ class Evidence:
         return {"files": late, "undone": True} if late else None
 
 
-def _entry(value: Mapping[str, object], row: int) -> Entry:
+def _entry(value: Mapping[str, object], row: int) -> FileEntry:
     size, digest = value.get("bytes"), value.get("digest")
     assert isinstance(size, int)
-    return Entry(bytes=size, digest=str(digest), grows=bool(value.get("grows")), row=row)
+    return FileEntry(bytes=size, digest=str(digest), grows=bool(value.get("grows")), row=row)
 
 
 def files_below(folder: Path) -> Iterable[Path]:
@@ -278,10 +280,10 @@ def write_recorded(ledger: Ledger, path: Path, content: bytes | str) -> None:
         write_atomic(path, content)
 
 
-def announce(ledger: Ledger, files: Mapping[Path, Entry | None]) -> None:
+def announce(ledger: Ledger, files: Mapping[Path, FileEntry | None]) -> None:
     """Append the row of files that are about to be written or removed, unless it says that now."""
     root = ledger.path.parent
-    known = Evidence.of(root, ledger.records).entries
+    known = RecordedFiles.of(root, ledger.records).entries
     news = {p: e for p, e in files.items() if known.get(p.relative_to(root).as_posix()) != e}
     if news:
         ledger.append(RecordKind.FILE, {"files": plain_files(root, news)})
