@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 OUT ?= out/tour
 BENCH_VENV := .venv-bench
 BENCH ?=
+SILENT ?=
 
-.PHONY: tour test unit check format docs lab bench clean
+.PHONY: tour test unit check format docs lab bench silent silent-trl clean
 
 tour: $(VENV)/ready
 	$(BIN)/posttrain tour --out $(OUT)
@@ -37,6 +38,12 @@ lab: $(VENV)/ready  ## make the lab's base model again, from nothing
 
 bench: $(BENCH_VENV)/ready  ## posttrain against TRL; BENCH="--only grpo --sizes 7m" for a part
 	PYTHONPATH=benchmarks $(BENCH_VENV)/bin/python -m against_trl $(BENCH)
+
+silent: $(VENV)/ready  ## planted failures; SILENT="--only weights-nan", "--clean" or "--mutants"
+	PYTHONPATH=benchmarks $(BIN)/python -m silent_failures $(SILENT)
+
+silent-trl: $(BENCH_VENV)/ready  ## the same failures in TRL
+	PYTHONPATH=benchmarks $(BENCH_VENV)/bin/python -m silent_failures --against trl $(SILENT)
 
 $(BENCH_VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCH_VENV)

@@ -24,28 +24,35 @@ VERDICTS = ResultsFile(RESULTS / "silent_failures.jsonl", Judged, lambda r: (r.s
 FATES = ResultsFile(RESULTS / "silent_mutants.jsonl", Mutated, lambda r: r.id)
 CLEAN = ResultsFile(RESULTS / "silent_clean.jsonl", Clean, lambda r: (r.name, r.seed))
 
-OPENING = """# Silent failures
-
-<!-- Written by benchmarks/silent_failures: run it instead of editing. -->
-
-Known failures of the field, planted one by one into runs of a tiny trained model, each beside a clean twin: what is refused, what raises an alarm, and what nobody says? The list was written before anything that detects them. Most follow public reports; the others were found by trying.
-
+TABLE = """
 | verdict | meaning |
 |---|---|
 | refused | an error before the first step; after a stop, before the next one |
 | done right | nothing went wrong: the result is the twin's, or what was meant |
-| alarmed | within 20 steps: an error, an alarm, or a line on the screen that names it and that the twin does not have |
+| alarmed | within 20 steps: an error, an alarm, or a line that names it and that the twin lacks |
 | final score | only a measurement at the end is worse, and does not say why |
 | never | nothing shows |
-
-Figures that a run prints at every step are no alarm, on either side: somebody would have to know which one to look at. TRL's side is its own trainers on the same folder, configured as `trl sft --config` does, with the choices that its documents advise. An error of a library below counts for both sides alike.
+| wrongly refused | the inputs are right, and were turned away |
 """
+
+OPENING = (
+    "# Silent failures",
+    "<!-- Written by benchmarks/silent_failures: run it instead of editing. -->",
+    "Known failures of the field, planted one by one into runs of a tiny trained model, each with "
+    "a clean twin: what is refused, what raises an alarm, and what nobody says? The list was "
+    "written before anything that detects them. Most follow public reports; the others were found "
+    "by trying.",
+    TABLE,
+    "Figures that a run prints at every step are no alarm, on either side: somebody would have to "
+    "know which one to look at. TRL's side is its own trainers on the same folder, configured as "
+    "`trl sft --config` does, with the choices that its documents advise.",
+)
 
 
 def write() -> Path:
     """Write the page."""
     verdicts = {(r.side, r.id): r for r in VERDICTS.rows().values()}
-    blocks = [OPENING, _shares(verdicts), _clean(), _mutants()]
+    blocks = [*OPENING, _shares(verdicts), _clean(), _mutants()]
     for kind, title in (("input", "Inputs"), ("environment", "Environment")):
         faults = [f for f in FAULTS if f.kind == kind]
         blocks.append(f"## {title}\n\n{_table(faults, verdicts)}")

@@ -16,7 +16,7 @@ from silent_failures.planting import (
 from silent_failures.shapes import (
     Tensors,
     add_rows,
-    add_special,
+    add_token,
     change_config,
     change_json,
     change_template,
@@ -88,7 +88,7 @@ def head_missing(setup: Setup) -> None:
 
 
 def _new_token(setup: Setup, *, resize: bool) -> None:
-    add_special(setup.model, "<x>", resize=resize)
+    add_token(setup.model, "<x>", resize=resize)
     rows = setup.rows("demos.jsonl")
     rows[3]["messages"][1]["content"] = "<x>"
     setup.write("demos.jsonl", rows)
@@ -187,7 +187,12 @@ def _indented(setup: Setup) -> None:
     setup.write("demos.jsonl", rows)
 
 
-@planted("template-trims", twin=_indented, names="trim|blank|indent|differ", right=in_rows("  "))
+@planted(
+    "template-trims",
+    twin=_indented,
+    names="trim|blank|indent|whitespace|differ",
+    right=in_rows("  "),
+)
 def template_trims(setup: Setup) -> None:
     _indented(setup)
     change_template(setup.model, ("message['content'] + ", "message['content'] | trim + "))
@@ -220,7 +225,7 @@ def _with_system(setup: Setup) -> None:
     )
 
 
-@planted("template-drops-a-role", twin=_with_system, names="system|left out|does not|differ")
+@planted("template-drops-a-role", twin=_with_system, names="system|left out|cuts|differ")
 def drops_a_role(setup: Setup) -> None:
     _with_system(setup)
     only = "{%- elif message['role'] == 'user' -%}"
@@ -250,7 +255,9 @@ def endless(setup: Setup) -> None:
     (setup.model / "chat_template.jinja").write_text(loops + ends + text)
 
 
-def _plain(setup: Setup, start: str) -> None:
+def _starting(setup: Setup) -> None:
+    """The tokenizer itself writes a start token."""
+
     def adds(content: dict[str, object]) -> None:
         name = "<|endoftext|>"
         content["post_processor"] = {
@@ -267,6 +274,10 @@ def _plain(setup: Setup, start: str) -> None:
         }
 
     change_json(setup.model / "tokenizer.json", adds)
+
+
+def _plain(setup: Setup, start: str) -> None:
+    _starting(setup)
     rows = [r["messages"] for r in setup.rows("demos.jsonl")]
     texts = [f"<|user|>{q['content']}<|end|><|assistant|>{a['content']}" for q, a in rows]
     setup.write("demos.jsonl", [{"text": start + text} for text in texts])
@@ -274,7 +285,7 @@ def _plain(setup: Setup, start: str) -> None:
 
 @planted(
     "template-applied-twice",
-    twin=lambda s: _plain(s, ""),
+    twin=_starting,
     names="start token|twice|begins with|bos",
     right=lambda r, t: bool(r.whole) and all(row[:2] != [0, 0] for row in r.whole),
 )
@@ -295,12 +306,7 @@ def control_tokens(setup: Setup) -> None:
 
 
 def _line_breaks(setup: Setup, answer: str) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(setup.model)
-    tokenizer.add_tokens(["\n\n"])
-    tokenizer.save_pretrained(setup.model)
-    add_rows(setup.model, 1)
+    add_token(setup.model, "\n\n")
     change_template(setup.model, ("'<|assistant|>'", "'<|assistant|>\\n'"))
     rows = setup.rows("demos.jsonl")
     for row in rows:
@@ -319,12 +325,7 @@ def leading_newline(setup: Setup) -> None:
 
 
 def _tag(setup: Setup, *, special: bool) -> None:
-    from transformers import AddedToken, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(setup.model)
-    tokenizer.add_tokens([AddedToken("<answer>", special=special)], special_tokens=special)
-    tokenizer.save_pretrained(setup.model)
-    add_rows(setup.model, 1)
+    add_token(setup.model, "<answer>", special=special)
     digit = _id(setup, "4")
 
     def likely(tensors: Tensors) -> Tensors:

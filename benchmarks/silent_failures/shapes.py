@@ -49,12 +49,12 @@ def change_template(folder: Path, *swaps: tuple[str, str]) -> None:
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
 
 
-def add_special(folder: Path, *texts: str, resize: bool = True) -> None:
-    """Add special tokens to the tokenizer, and rows for them to the weights if ``resize``."""
-    from transformers import AutoTokenizer
+def add_token(folder: Path, text: str, *, special: bool = False, resize: bool = True) -> None:
+    """Add a token to the tokenizer, and rows for it to the weights if ``resize``."""
+    from transformers import AddedToken, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(texts)})
+    tokenizer.add_tokens([AddedToken(text, special=special)], special_tokens=special)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if resize and len(tokenizer) > config["vocab_size"]:

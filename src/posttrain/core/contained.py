@@ -1,6 +1,6 @@
 """Running code that is not ours, so that what it breaks stays its own.
 
-call ──▶ our state kept ──▶ its random state in ──▶ its code ──▶ its random state out ──▶ ours back
+call ──▶ our state saved ──▶ its random state in ──▶ its code ──▶ its random state out ──▶ ours back
                                                        └─ raises, exits, hangs ──▶ Failed
 
 Rewards and packages are written by others. Whatever they raise becomes one error that names the
@@ -11,12 +11,16 @@ write whatever the user can.
 from __future__ import annotations
 
 import faulthandler
+import gc
+import logging
 import os
 import random
 import signal
 import sys
 import threading
+import time
 import traceback
+import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,7 +59,8 @@ class _TooLong(BaseException):
 class Contained:
     """Code from one origin, and what is remembered of it between calls.
 
-    It has random numbers of its own, so that neither disturbs the other.
+    It has random numbers, a working directory and environment variables of its own: what it sets
+    in one call it finds in the next, and neither side disturbs the other.
 
     Args:
         files: its source files, to name the line of an error.
@@ -74,6 +79,7 @@ class Contained:
     changed: dict[str, None] = field(default_factory=dict)
     """What it changed in this process, in words. All of it was put back."""
     _random: Mapping[str, Any] | None = None
+    _own: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, code: Callable[[], T], *, seconds: float | None = None) -> T:
         """Call it.
@@ -84,11 +90,13 @@ class Contained:
             KeyboardInterrupt: Ctrl-C, and not one that the code itself raised.
         """
         limit = self.seconds if seconds is None else seconds
-        pid, kept = os.getpid(), _kept()
+        pid, saved = os.getpid(), _saved_state()
         mine = _random_state()
         streams = [_Stream(stream) for stream in _streams()]
         sys.stdin, sys.stdout, sys.stderr = streams
         _set_random_state(self._random or _fresh_random_state())
+        for name, value in self._own.items():
+            _STATE[name][1](value)
         try:
             with _exits_refused(pid), _limited(limit) as pressed:
                 try:
@@ -108,8 +116,9 @@ class Contained:
             self._random = _random_state()
             _set_random_state(mine)
             if all(map(is_, _streams(), streams)):  # else they are put back, and named
-                _set_streams(kept[_STREAMS])
-            self.changed.update(dict.fromkeys(_put_back(kept)))
+                _set_streams(saved[_STREAMS])
+            self._own = {name: _STATE[name][0]() for name in _OWN}
+            self.changed.update(dict.fromkeys(_restore(saved)))
 
     def _failed(self, error: BaseException, seconds: float) -> Failed:
         ended = isinstance(error, SystemExit | KeyboardInterrupt | _TooLong | _Exit)
@@ -195,8 +204,8 @@ def _limited(seconds: float) -> Iterator[list[int]]:
 def _interrupted(seconds: float) -> Iterator[list[int]]:
     pressed: list[int] = []
     done = threading.Event()
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, _NUDGE)}
-    before = kept[signal.SIGINT]
+    saved = {number: signal.getsignal(number) for number in (signal.SIGINT, _NUDGE)}
+    before = saved[signal.SIGINT]
 
     def interrupted(number: int, frame: FrameType | None) -> None:
         pressed.append(number)
@@ -220,7 +229,7 @@ def _interrupted(seconds: float) -> Iterator[list[int]]:
         watchdog.join()
         for number, ours in ((signal.SIGINT, interrupted), (_NUDGE, too_long)):
             if signal.getsignal(number) is ours:  # else it is the code's, and is put back later
-                _handle(number, kept[number])
+                _handle(number, saved[number])
 
 
 def _watch(done: threading.Event, seconds: float, thread: int) -> None:
@@ -235,17 +244,17 @@ def _watch(done: threading.Event, seconds: float, thread: int) -> None:
 # --- what it may change ----------------------------------------------------------------------
 
 
-def _kept() -> dict[str, Any]:
+def _saved_state() -> dict[str, Any]:
     return {name: read() for name, (read, _) in _STATE.items()}
 
 
-def _put_back(kept: Mapping[str, Any]) -> list[str]:
+def _restore(saved: Mapping[str, Any]) -> list[str]:
     """Restore what differs, and name it."""
     changed = []
     for name, (read, write) in _STATE.items():
-        if read() != kept[name]:
-            write(kept[name])
-            changed.append(name)
+        if read() != saved[name]:
+            write(saved[name])
+            changed += [name] if saved[name] is not None else []  # None: it has loaded PyTorch
     return changed
 
 
@@ -261,13 +270,13 @@ def _to_folder(folder: str | None) -> None:
         os.chdir(folder)
 
 
-def _set_environment(kept: Mapping[str, str]) -> None:
+def _set_environment(saved: Mapping[str, str]) -> None:
     os.environ.clear()
-    os.environ.update(kept)
+    os.environ.update(saved)
 
 
-def _set_search_path(kept: list[str]) -> None:
-    sys.path[:] = kept
+def _set_search_path(saved: list[str]) -> None:
+    sys.path[:] = saved
 
 
 class _Stream:
@@ -290,8 +299,8 @@ def _streams() -> tuple[Any, Any, Any]:
     return sys.stdin, sys.stdout, sys.stderr
 
 
-def _set_streams(kept: tuple[Any, Any, Any]) -> None:
-    sys.stdin, sys.stdout, sys.stderr = kept
+def _set_streams(saved: tuple[Any, Any, Any]) -> None:
+    sys.stdin, sys.stdout, sys.stderr = saved
 
 
 def _handle(number: int, handler: Any) -> None:
@@ -303,24 +312,41 @@ def _handlers() -> tuple[Any, ...]:
     return tuple(signal.getsignal(number) for number in _SIGNALS)
 
 
-def _set_handlers(kept: tuple[Any, ...]) -> None:
-    for number, handler in zip(_SIGNALS, kept, strict=True):
+def _set_handlers(saved: tuple[Any, ...]) -> None:
+    for number, handler in zip(_SIGNALS, saved, strict=True):
         _handle(number, handler)
 
 
-def _has_alarm() -> bool:
-    return signal.getitimer(signal.ITIMER_REAL)[0] > 0
+@dataclass(frozen=True, eq=False)
+class _Alarm:
+    """When the process will be woken, in seconds of the clock; 0 when it will not."""
+
+    at: float
+
+    def __eq__(self, other: object) -> bool:
+        # The same alarm looks a little different at every look.
+        return isinstance(other, _Alarm) and abs(self.at - other.at) < 0.1
 
 
-def _set_alarm(kept: bool) -> None:
-    if not kept:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+def _alarm() -> _Alarm:
+    left = signal.getitimer(signal.ITIMER_REAL)[0]
+    return _Alarm(time.monotonic() + left if left else 0.0)
+
+
+def _set_alarm(saved: _Alarm) -> None:
+    left = max(saved.at - time.monotonic(), 0.001) if saved.at else 0
+    signal.setitimer(signal.ITIMER_REAL, left)
 
 
 def _mask() -> int:
     mask = os.umask(0o077)  # it cannot be read without being set
     os.umask(mask)
     return mask
+
+
+def _set_warnings(saved: list[Any]) -> None:
+    warnings.resetwarnings()  # which also forgets what was decided by the filters of before
+    warnings.filters[:] = saved  # type: ignore[index]
 
 
 def _torch_settings() -> tuple[Any, ...] | None:
@@ -330,13 +356,13 @@ def _torch_settings() -> tuple[Any, ...] | None:
     return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
 
 
-def _set_torch_settings(kept: tuple[Any, ...] | None) -> None:
+def _set_torch_settings(saved: tuple[Any, ...] | None) -> None:
     torch: Any = sys.modules["torch"]
-    if kept is None:  # the code has loaded it: these are its defaults
-        kept = True, torch.float32, torch.get_num_threads()
-    torch.set_grad_enabled(kept[0])
-    torch.set_default_dtype(kept[1])
-    torch.set_num_threads(kept[2])
+    if saved is None:  # the code has loaded it: these are its defaults
+        saved = True, torch.float32, torch.get_num_threads()
+    torch.set_grad_enabled(saved[0])
+    torch.set_default_dtype(saved[1])
+    torch.set_num_threads(saved[2])
 
 
 _STATE: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
@@ -345,13 +371,19 @@ _STATE: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "the module search path": (lambda: list(sys.path), _set_search_path),
     _STREAMS: (_streams, _set_streams),
     "signal handlers": (_handlers, _set_handlers),
-    "an alarm": (_has_alarm, _set_alarm),
+    "an alarm": (_alarm, _set_alarm),
     "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
     "the mode of new files": (_mask, os.umask),
-    "NumPy's error handling": (np.geterr, lambda kept: np.seterr(**kept)),
+    "warning filters": (lambda: list(warnings.filters), _set_warnings),
+    "garbage collection": (gc.isenabled, lambda saved: gc.enable() if saved else gc.disable()),
+    "logging": (lambda: logging.root.manager.disable, logging.disable),
+    "NumPy's error handling": (np.geterr, lambda saved: np.seterr(**saved)),
     "settings of PyTorch": (_torch_settings, _set_torch_settings),
 }
 """What is put back, in words: how to read it, and how to set it."""
+
+_OWN = ("the working directory", "environment variables", "the recursion limit")
+"""What it finds again as it left it: files are opened and keys are read in later calls."""
 
 
 def _random_state() -> dict[str, Any]:

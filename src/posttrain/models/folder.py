@@ -120,9 +120,11 @@ def read_folder(path: Path) -> ModelFolder:
             the folder; a configuration, tensors and tokens that do not fit each other.
 
     Example:
-        >>> from posttrain.lab import BASE
-        >>> read_folder(BASE).num_weights
-        638336
+        >>> import tempfile
+        >>> from posttrain.testing import tiny_model
+        >>> with tempfile.TemporaryDirectory() as top:
+        ...     read_folder(tiny_model(Path(top))).rows
+        56
     """
     if not (path / CONFIG).exists():
         held = sorted(p.name for p in path.iterdir()) if path.is_dir() else []

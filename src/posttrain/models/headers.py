@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.core.errors import ModelError
-from posttrain.models.files import plain_file
+from posttrain.models.files import once, plain_file
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes; the library's own limit."""
@@ -64,7 +64,7 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
         stream.seek(8)
         text = stream.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_without_doubles)
+        header = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
@@ -72,13 +72,6 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     header.pop("__metadata__", None)
     found = {name: _tensor(path, name, entry) for name, entry in header.items()}
     _check_data(path, [entry["data_offsets"] for entry in header.values()], size - 8 - length)
-    return found
-
-
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
     return found
 
 

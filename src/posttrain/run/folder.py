@@ -38,6 +38,7 @@ import msgspec
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, DataError, nearest
 from posttrain.core.files import folder_lock, sync_folder, write_atomic, writing
+from posttrain.core.guard import read_text, reading
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Recipe, load_recipe
 from posttrain.run.ledger import Ledger, Record, RecordKind, head_file, read
@@ -61,6 +62,10 @@ NOISE = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 """Files that file managers leave."""
 
 
+MOST_MEASUREMENT = 1 << 30
+"""Bytes of a file that is read as a measurement."""
+
+
 def read_measurement(path: Path) -> Measurement:
     """Read a measurement file. One that lies in a run folder is checked against its ledger.
 
@@ -76,13 +81,13 @@ def read_measurement(path: Path) -> Measurement:
 
 
 def _measurement_at(path: Path) -> Measurement:
+    kind = "a file that `posttrain probe --out` wrote, or RUN:POLICY"
     try:
-        return Measurement.from_json(path.read_text(encoding="utf-8"))
-    except (DataError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a measurement: {error}",
-            expected="a file that `posttrain probe --out` wrote, or RUN:POLICY",
-        ) from None
+        text = read_text(path, kind=kind, at_most=MOST_MEASUREMENT)
+        with reading(path, kind=kind):
+            return Measurement.from_json(text)
+    except DataError as error:
+        raise DataError(f"{path} is not a measurement: {error.found}", expected=kind) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,15 +24,18 @@ from posttrain.core.trajectory import Column
 from posttrain.models.files import model_digest
 from posttrain.models.folder import ModelFolder, read_folder
 from posttrain.models.library import ModelShape, read_ends, read_shape, read_tokenizer
+from posttrain.models.routers import balance_words
 from posttrain.parts.base import PlanFacts, Signal, Source
 from posttrain.parts.legality import compared_in_the_loss
 from posttrain.parts.registry import tag_of
 from posttrain.parts.shelf import Reader
 from posttrain.protocols import DataFile
 from posttrain.recipe import Recipe
-from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
+from posttrain.run.adaptable import check_adapters
+from posttrain.run.material import PromptLengths, notes_of, overlaps, sampled_by
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
 from posttrain.run.stage_folder import stage_folder_name
+from posttrain.run.trust import code_of_recipe
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -65,6 +68,8 @@ def preview(recipe: Recipe, *, root: Path) -> str:
     code = recipe.remote_code == recipe.model
     base = model_digest(path, remote_code=code) if folder else recipe.model
     plan, *others = all_plans(recipe, root=root, base=base)
+    for path_through in (plan, *others):
+        check_adapters(path_through.stages, base=path)
     shape = read_shape(folder) if folder else None
     facts = facts_of(plan, folder) if folder else None
     lines = [
@@ -74,11 +79,14 @@ def preview(recipe: Recipe, *, root: Path) -> str:
         f"{recipe.measure.samples} samples per prompt, support threshold "
         f"{recipe.measure.threshold:.4f}",
     ]
+    lines += [f"code      {code.words}" for code in code_of_recipe(recipe, root=root)]
     if shape:
         lines.append(
             f"weights   {shape.num_weights:,} in {recipe.dtype}, context {shape.context}, "
             f"vocabulary {shape.vocab_size:,}"
         )
+    if folder and (balance := balance_words(folder.text_config)):
+        lines.append(f"routers   {balance}")
     if facts:
         lines += [f"material  {note}" for note in _material(plan, facts)]
     for number, planned in enumerate(plan.stages, start=1):
@@ -201,9 +209,10 @@ def _material(plan: Plan, facts: PlanFacts) -> Iterator[str]:
     """
     reader, recipe = facts.reader, plan.recipe
     tasksets = {name: facts.taskset(name) for name in recipe.tasks}
+    lengths = PromptLengths()
     for planned in plan.stages:
-        asked = asked_by(planned, recipe, tasksets)
-        check_fits(asked, renderer=reader.renderer, context=reader.context)
+        sampled = sampled_by(planned, recipe, tasksets)
+        lengths.check_fit(sampled, renderer=reader.renderer, context=reader.context)
     yield from notes_of(tasksets)
     yield from overlaps(
         tasksets,

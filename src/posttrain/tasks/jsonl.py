@@ -29,7 +29,6 @@ from posttrain.tasks.numerals import last_number, read_whole, written
 from posttrain.tasks.rewards import BUILTINS, Reward, find_reward, shown
 
 _RESERVED = frozenset({"prompts", "completions"})
-_MAX_BITS = 3000  # of a whole number as an answer
 # How tables write a whole number in a column with gaps, and how they write a gap.
 _FLOAT_LIKE = re.compile(r"[-+]?[0-9]+\.0")
 _GAPS = frozenset({"nan", "none", "null", "<na>"})
@@ -276,7 +275,7 @@ def _answer(value: object, *, place: str) -> str | None:
     where a row has no value."""
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= _MAX_BITS:
+    if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)

@@ -1,6 +1,6 @@
 r"""Numbers as people and models write them, read exactly.
 
-text ──plain──▶ one notation: ASCII digits, -, ^, / ──terms──▶ Reading per number ──▶ the last
+text ──plain──▶ one notation: ASCII digits, -, ^, / ──terms──▶ Numeral per number ──▶ the last
 
 ``plain`` undoes what only concerns the look: LaTeX spacing and fonts, digits of other scripts,
 superscripts, dashes. ``_terms`` then finds the numbers. What stands where a number stands and has
@@ -21,7 +21,7 @@ MAX_DIGITS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class Numeral:
     """What a text says as a number: a value, or the reason why there is none."""
 
     value: Fraction | None = None
@@ -42,7 +42,7 @@ def last_number(text: str) -> Fraction | None:
     return read_last(text).value
 
 
-def read_last(text: str) -> Reading:
+def read_last(text: str) -> Numeral:
     r"""As :func:`last_number`, with the reason when there is no value.
 
     Example:
@@ -53,15 +53,15 @@ def read_last(text: str) -> Reading:
     if boxed is not None:
         found = list(_terms(plain(boxed)))
         if len(found) > 1:
-            return Reading(reason=f"{len(found)} numbers in one box")
-        return found[0] if found else Reading(reason="the box holds no number")
-    last = Reading(reason="no number in it")
+            return Numeral(reason=f"{len(found)} numbers in one box")
+        return found[0] if found else Numeral(reason="the box holds no number")
+    last = Numeral(reason="no number in it")
     for last in _terms(plain(text)):  # noqa: B007
         pass
     return last
 
 
-def read_whole(text: str) -> Reading:
+def read_whole(text: str) -> Numeral:
     """A text that is one number and nothing else; a currency, a percent sign and a full stop may
     stand beside it.
 
@@ -75,10 +75,10 @@ def read_whole(text: str) -> Reading:
     if len(found) == 1 and found[0].value is not None:
         around = written[: found[0].start] + written[found[0].end :]
         if around.strip(_BESIDE):
-            return Reading(reason=f"more than a number: {_short(text)}")
+            return Numeral(reason=f"more than a number: {_short(text)}")
     if len(found) > 1:
-        return Reading(reason=f"{len(found)} numbers: {_short(text)}")
-    return found[0] if found else Reading(reason="no number in it")
+        return Numeral(reason=f"{len(found)} numbers: {_short(text)}")
+    return found[0] if found else Numeral(reason="no number in it")
 
 
 def is_number(text: str) -> bool:
@@ -288,7 +288,7 @@ _GROUPING = re.compile(r"[0-9]{1,3}(?:([,.'_])[0-9]{3})(?:\1[0-9]{3})*")
 _INDIAN = re.compile(r"[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}")
 
 
-def _terms(text: str) -> Iterator[Reading]:
+def _terms(text: str) -> Iterator[Numeral]:
     """Everything in the text that stands where a number stands, in order."""
     at = 0
     while found := _NUMBER.search(text, at):
@@ -308,9 +308,9 @@ def _terms(text: str) -> Iterator[Reading]:
             yield reading
 
 
-def _unclear(text: str, start: int, end: int, why: str) -> Reading:
+def _unclear(text: str, start: int, end: int, why: str) -> Numeral:
     shown = _short(text[start:end].replace(_MARK, "\N{HORIZONTAL ELLIPSIS}"))
-    return Reading(reason=f"{shown} is {why}", start=start, end=end)
+    return Numeral(reason=f"{shown} is {why}", start=start, end=end)
 
 
 def _is_part_of_a_name(text: str, found: re.Match[str]) -> bool:
@@ -342,7 +342,7 @@ def _is_sign(text: str, at: int, sign: str) -> bool:
     return not (_is_letter(last) or last.isdigit() or last in tuple(f")]}}_{_MARK}"))
 
 
-def _term(text: str, found: re.Match[str]) -> Reading:
+def _term(text: str, found: re.Match[str]) -> Numeral:
     """The number that begins here, with all that belongs to it."""
     start, end = found.start(), found.end()
     if found["sign"] and not _is_sign(text, start, found["sign"]):
@@ -356,7 +356,7 @@ def _term(text: str, found: re.Match[str]) -> Reading:
         value, end = _extended(text, end, value, whole=found["digits"].isdigit())
     except _NoNumber as error:
         return _unclear(text, start, max(end, error.end), error.why)
-    return Reading(value=-value if negative else value, start=start, end=end)
+    return Numeral(value=-value if negative else value, start=start, end=end)
 
 
 class _NoNumber(Exception):

@@ -241,7 +241,7 @@ def test_clean_exports_are_not_refused(tmp_path, family, tied, dtype, lora):
     assert {p.subject for p in proofs} == {Subject.EXPORT}
     assert len(proofs) == (2 if lora else 1)
     # A margin of two to the tolerance, which is 16 times the rounding.
-    assert all(p.figures["gap"] <= max(8 * p.figures["rounding"], 5e-6) for p in proofs)
+    assert all(p.figures["gap"] <= max(8 * p.figures["rounding"], 1e-5) for p in proofs)
 
 
 @pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("q_proj", "embed_tokens")])
@@ -266,7 +266,7 @@ def test_a_target_that_no_module_has_is_refused(base):
 
 def test_all_linear_reaches_experts_and_routers(tmp_path):
     learner = trained(small(tmp_path / "m", "qwen2_moe", tied=False), lora=Lora(rank=4))
-    (said,) = learner.policy.proofs
+    said, *_ = learner.policy.proofs
     assert "adapters reach 22 of 22 weight matrices" in said.words
     names = {n for n, p in learner.policy.model.causal.named_parameters() if p.requires_grad}
     assert all(any(part in n for n in names) for part in ("mlp.experts", "mlp.gate"))

@@ -198,7 +198,7 @@ def test_jsonl_text_prompt_follows_chat(tmp_path, chat):
         ({"prompt": "x", "answer": ["1"]}, "row 2: an answer of type list"),
         ({"prompt": "x", "answer": True}, "row 2: an answer of type bool"),
         ({"prompt": "x", "answer": " "}, "row 2: no answer"),
-        ({"prompt": "x", "answer": 10**1000}, "row 2: the answer a whole number of 3,322 bits"),
+        ({"prompt": "x", "answer": 10**1000}, "row 2: a number of 1001 digits"),
         ({"prompt": "x", "answer": "1", "completions": 3}, "row 2: a column named 'completions'"),
     ],
 )

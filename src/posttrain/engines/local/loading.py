@@ -33,7 +33,7 @@ from posttrain.engines.local.proving import prove
 from posttrain.models.files import model_digest
 from posttrain.models.folder import ModelFolder, read_folder
 from posttrain.models.hub import resolve_folder
-from posttrain.models.library import read_tokenizer, reading
+from posttrain.models.library import library, read_tokenizer
 
 # A progress bar per loaded shard would break the run's own progress display.
 library_logging.disable_progress_bar()
@@ -78,7 +78,7 @@ def load_model(
     folder = read_folder(resolve_folder(name))
     tokenizer = read_tokenizer(folder, remote_code=remote_code)
     what = f"{name} ({folder.config.get('model_type')})"
-    with reading(name), _bounded(folder), choosing(what):
+    with library(name), _bounded(folder), choosing(what):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder.path,
             dtype=getattr(torch, dtype),

@@ -87,8 +87,10 @@ def _by_token(renderer: Renderer, trajectory: Trajectory, delimiter: str) -> lis
     cut, tokens = trajectory.prompt_length, trajectory.tokens
     marks = [i for i in range(cut, len(tokens)) if renderer.token_text(int(tokens[i])) == delimiter]
     ends, start = list[int](), cut
+    between = np.setdiff1d(np.arange(len(tokens)), marks)  # the mark itself is no text of a step
     for mark in marks:
-        if renderer.text(tokens[start:mark]).strip() and renderer.text(tokens[mark:]).strip():
+        before, after = (between >= start) & (between < mark), between > mark
+        if all(renderer.text(tokens[between[side]]).strip() for side in (before, after)):
             ends.append(mark)
             start = mark
     return ends

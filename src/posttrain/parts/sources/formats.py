@@ -164,7 +164,8 @@ def is_judgement(label: object) -> bool:
 def judged(place: str) -> DataError:
     """The error of labelled answers as demonstrations: bad ones would be imitated."""
     return DataError(
-        f"{place} with a label, such as true or false, and the stage learns from demonstrations",
+        f"{place} with a label that is true or false, or 0 or 1, and the stage learns from "
+        "demonstrations",
         expected="answers that are all worth imitating",
         fix="use a method that learns from labelled answers (kto, bco), or set "
         "`format: completion` (or messages) to learn from every row whatever its label",
