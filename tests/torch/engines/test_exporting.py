@@ -4,19 +4,22 @@ import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from material import random_groups
+from material import random_groups, trajectory
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.core.errors import ConfigError, ModelError
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.proofs import Subject
+from posttrain.core.provenance import Sampling
 from posttrain.engines.local import exporting
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.numerics.batch import pack
 from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.protocols import Request
 from posttrain.testing.tiny import tiny_model, tiny_tokenizer
 from posttrain.training.objective import StageObjective
 
@@ -304,3 +307,13 @@ def test_a_start_folder_that_changed_under_adapters_is_found(tmp_path):
     tiny_model(folder, tied=False, seed=1)
     with pytest.raises(ModelError, match="its adapter: tensor"):
         exported(learner, tmp_path / "out")
+
+
+def test_trained_adapters_on_experts_sample_what_they_score(tmp_path):
+    learner = trained(small(tmp_path / "m", "qwen2_moe", tied=False), lora=Lora(rank=4))
+    prompt = np.array([9, 12, 15, 20], np.int32)
+    request = Request(prompt=prompt, sampling=Sampling(), max_new_tokens=8)
+    for completion in learner.policy.generate([request] * 4):
+        row = trajectory(prompt, completion.tokens)
+        (scored,) = learner.policy.logprobs([row])
+        np.testing.assert_allclose(scored[len(prompt) :], completion.logprobs, atol=2e-5)
