@@ -16,6 +16,8 @@ from posttrain.core.task import Message
 Stretch = tuple[int, int]  # [start, end) in characters
 
 _TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
+_CUT = frozenset({DifferenceKind.CUT, DifferenceKind.TRIM})
+
 MIN_PART = 8
 """Characters of a message that must be left for a part of it to be recognised."""
 
@@ -33,9 +35,12 @@ def places_of(messages: Sequence[Message], skeleton: list[str], text: str) -> li
     """The place of each message; None where nothing of it can be found."""
     if fitting := _fit(messages, skeleton, text):
         return fitting
+    first = _search(messages, skeleton, text, backwards=False)
+    if not any(p is None or _CUT & {kind for kind, _ in p.changes} for p in first):
+        return first
     # A message that the template cut may stand whole in a later turn, or in an earlier one: the
     # direction that loses less is the right one.
-    both = [_search(messages, skeleton, text, backwards=back) for back in (False, True)]
+    both = (first, _search(messages, skeleton, text, backwards=True))
     return max(both, key=lambda places: sum(p.end - p.start for p in places if p))
 
 
@@ -116,9 +121,12 @@ class _Window:
 
     def find(self, part: str, after: str = "") -> int:
         """Where a part stands that ``after`` follows; -1 when it does not."""
-        end = min(self.end + len(after), len(self.text))
-        look = self.text.rfind if self.backwards else self.text.find
-        return look(part + after, self.start, end)
+        wanted, end = part + after, min(self.end + len(after), len(self.text))
+        if not self.backwards:
+            return self.text.find(wanted, self.start, end)
+        # Searching a reversed text is linear in the worst case; `rfind` is quadratic.
+        at = self.text[self.start : end][::-1].find(wanted[::-1])
+        return at if at < 0 else end - at - len(wanted)
 
 
 def _find(content: str, window: _Window, *, own: tuple[str, str]) -> Place | None:

@@ -128,9 +128,11 @@ class Encoder:
         marked, origin = self._marked(text, as_text=as_text, cuts=set(cuts))
         twin, cut = self._twin
         coded = twin.encode(marked, add_special_tokens=False)
-        kept = [n for n, token in enumerate(coded.ids) if token != cut]
-        offsets = [coded.offsets[n] for n in kept]
-        return [coded.ids[n] for n in kept], [(origin[a], origin[b]) for a, b in offsets]
+        # Each access of these makes a new list.
+        ids, offsets = coded.ids, coded.offsets
+        left = [n for n, token in enumerate(ids) if token != cut]
+        places = [offsets[n] for n in left]
+        return [ids[n] for n in left], [(origin[a], origin[b]) for a, b in places]
 
     def _marked(
         self, text: str, *, as_text: Sequence[Stretch], cuts: set[int]
