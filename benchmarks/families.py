@@ -39,7 +39,7 @@ from posttrain.testing.tiny import tiny_tokenizer
 WRONG = 2e-3
 """Difference [nats] from which a family that loaded counts as wrong."""
 
-LARGEST = 5_000_000
+LARGEST = 20_000_000
 """Weights of a tiny model. Larger: a size of the family was not found."""
 
 SECONDS = 120
@@ -54,7 +54,8 @@ SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "dim"), 32),
     **dict.fromkeys(("word_embed_proj_dim", "text_embed_dim"), 32),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "d_ff", "d_inner", "encoder_ffn_dim", "decoder_ffn_dim"), 48
+        ("intermediate_size", "ffn_dim", "d_ff", "d_inner", "encoder_ffn_dim", "decoder_ffn_dim"),
+        48,
     ),
     **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size", "block_ff_dim"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4),
@@ -86,7 +87,19 @@ SIZES: Mapping[str, Any] = {
 }
 """Sizes of a tiny model, by the names that configurations use."""
 
-SPECIAL: Mapping[str, Mapping[str, Any]] = {}
+_LATENT = {"num_key_value_heads": 4}  # latent attention has a key head per query head
+SPECIAL: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(
+        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _LATENT
+    ),
+    **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"), _LATENT),
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "dots1": {"layer_types": ["full_attention"] * 4, "n_shared_experts": 1},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+}
 """What some families need besides."""
 
 
@@ -108,11 +121,13 @@ def tiny_config(family: str) -> PreTrainedConfig:
 
 
 def _sizes(kind: type[PreTrainedConfig], special: Mapping[str, Any]) -> dict[str, Any]:
-    known = set(kind().to_dict()) | set(kind.attribute_map)
+    plain = kind()
+    known = set(plain.to_dict()) | set(kind.attribute_map)
     sizes = {n: v for n, v in SIZES.items() if n in known}
-    for name, part in kind.sub_configs.items():
-        if issubclass(part, PreTrainedConfig) and part is not PreTrainedConfig:
-            sizes[name] = _sizes(part, {})
+    for name in kind.sub_configs:
+        part = vars(plain).get(name)
+        if isinstance(part, PreTrainedConfig):
+            sizes[name] = {"model_type": part.model_type, **_sizes(type(part), {})}
     return {**sizes, **special}
 
 
@@ -136,7 +151,9 @@ def write_tiny(family: str, folder: Path) -> None:
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
                 wide = 2.0 if any(k in name for k in ("q_", "k_", "qkv", "query", "key")) else 1.2
-                weight.copy_(torch.randn(weight.shape, generator=draw) * wide / weight.shape[-1] ** 0.5)
+                weight.copy_(
+                    torch.randn(weight.shape, generator=draw) * wide / weight.shape[-1] ** 0.5
+                )
             elif "bias" in name or "sink" in name:
                 weight.copy_(torch.randn(weight.shape, generator=draw) * 0.3)
         model.set_attn_implementation("eager")
@@ -266,7 +283,9 @@ def outcomes(families: Sequence[str]) -> Iterator[Outcome]:
 
 def page(rows: Sequence[Outcome]) -> str:
     """The table as a page of the documents."""
-    count = {v: sum(r.verdict == v for r in rows) for v in ("exact", "refused", "wrong", "not built")}
+    count = {
+        v: sum(r.verdict == v for r in rows) for v in ("exact", "refused", "wrong", "not built")
+    }
     lines = [
         "# Families of models",
         "",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.core.errors import ModelError
 from posttrain.core.proofs import Proof
 from posttrain.engines.local.attention import AttentionPlan, PackedPlan
 from posttrain.engines.local.recording import Recording, stock_hidden
@@ -90,15 +91,22 @@ class Model:
         A ``longrope`` model has other frequencies for sequences beyond its original context, and
         takes one set for a whole batch; the original context is the limit for it.
         """
-        settings = self.causal.config.get_text_config()
-        rope = settings.to_dict().get("rope_parameters") or {}
+        settings = self.causal.config.get_text_config().to_dict()
+        longest = settings.get("max_position_embeddings")
+        if not isinstance(longest, int):
+            raise ModelError(
+                f"{self.name}: the configuration of {self.causal.config.model_type} does not say "
+                "how long a sequence may be",
+                expected="max_position_embeddings",
+            )
+        rope = settings.get("rope_parameters") or {}
         kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]  # or one per layer type
         whole = [
             int(k["original_max_position_embeddings"])
             for k in kinds
             if k.get("rope_type") == "longrope" and k.get("original_max_position_embeddings")
         ]
-        return min([int(settings.max_position_embeddings), *whole])
+        return min([longest, *whole])
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
