@@ -170,7 +170,7 @@ def outcome(family: str, folder: Path) -> Outcome:
     try:
         write_tiny(family, folder)
     # Whatever the library raises for sizes it does not like is the row of the table.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return Outcome(family, "not built", _first_line(error))
     try:
         policy = frozen(load_model(str(folder)))
@@ -178,7 +178,7 @@ def outcome(family: str, folder: Path) -> Outcome:
     except ModelError as error:
         return Outcome(family, "refused", _reason(error, folder))
     # Anything but a ModelError is a fault of posttrain: the table shows it as one.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return Outcome(family, "wrong", _first_line(error))
     verdict = "exact" if packed < WRONG and sampled < WRONG else "wrong"
     return Outcome(family, verdict, f"packed {packed:.0e}, sampled {sampled:.0e}")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.core.errors import ModelError
 from posttrain.core.proofs import Proof
-from posttrain.engines.local.attention import AttentionPlan, PackedPlan
+from posttrain.engines.local.attention import OTHER_FAMILY, AttentionPlan, PackedPlan
 from posttrain.engines.local.recording import Recording, stock_hidden
 from posttrain.numerics.batch import PackedBatch
 from posttrain.numerics.logits import Head, LinearHead
@@ -91,13 +91,15 @@ class Model:
         A ``longrope`` model has other frequencies for sequences beyond its original context, and
         takes one set for a whole batch; the original context is the limit for it.
         """
-        settings = self.causal.config.get_text_config().to_dict()
-        longest = settings.get("max_position_embeddings")
+        config = self.causal.config.get_text_config()
+        settings = config.to_dict()
+        name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        longest = settings.get(name)
         if not isinstance(longest, int):
             raise ModelError(
-                f"{self.name}: the configuration of {self.causal.config.model_type} does not say "
-                "how long a sequence may be",
+                "the configuration does not say how long a sequence may be",
                 expected="max_position_embeddings",
+                fix=OTHER_FAMILY,
             )
         rope = settings.get("rope_parameters") or {}
         kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]  # or one per layer type
