@@ -1,7 +1,4 @@
-"""Model folders with one seeded mutation each: refused by name, or loaded; never a traceback.
-
-PYTHONPATH=src python benchmarks/fuzz/folders.py [number] [first seed]
-"""
+"""Model folders with one seeded change each: refused by name, or loaded and proved."""
 
 from __future__ import annotations
 
@@ -9,22 +6,21 @@ import json
 import os
 import random
 import shutil
-import signal
-import sys
-import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from posttrain.core.errors import PosttrainError
+from fuzz.frame import Trial
 
-LIMIT = 60  # seconds until a folder counts as a hang
 DEEP = 100_000
 VALUES: tuple[object, ...] = (
     *(0, -1, 1, 7, 2**31, 2**63, 10**400, -(10**30), 1e-300, 1e300, 0.5, True, False, None),
     *("", "four", "../x", "\x00", "a" * 5000, [], {}, [1, "a"], {"a": {}}, float("inf")),
     *(float("nan"), [[]] * 50, [10**9], {"type": "yarn"}, {"rope_type": "x", "factor": "y"}),
+)
+STRAY = (
+    *("adapter_config.json", "pytorch_model.bin", "README.md", "vocab.json", "merges.txt"),
+    *("shard-00001-model-00001-of-00001.safetensors", "modeling_x.py", "tokenizer.model"),
+    *("scalar_head.safetensors", "added_tokens.json", "chat_template.json"),
 )
 KEYS = (
     *(
@@ -42,6 +38,38 @@ KEYS = (
     *("chat_template", "added_tokens_decoder", "extra_special_tokens", "tokenizer_class"),
     *("eos_token", "model_max_length", "bos_token", "use_cache", "experts_implementation"),
 )
+
+
+def trials(folder: Path, *, num: int, seed: int) -> Iterator[Trial]:
+    """Changed copies of the folder ``clean``."""
+    for number in range(num):
+        copy = folder / f"model-{number}"
+        shutil.copytree(folder / "clean", copy)
+        words = mutate(copy, random.Random(f"folder/{seed}/{number}"))
+        tasks = ("--tasks", "probe.yaml", "--samples", "2")
+        yield Trial(number, words, _Load(copy), ("probe", copy.name, *tasks))
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+class _Load:
+    """Read the folder as a plan does, and load it as a run does."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self) -> bool:
+        from posttrain.chat import ChatRenderer
+        from posttrain.engines.local.engine import LocalEngine
+        from posttrain.models.files import model_digest
+        from posttrain.models.folder import read_folder
+        from posttrain.models.library import read_ends, read_shape, read_tokenizer
+
+        found = read_folder(self._folder)
+        model_digest(self._folder)
+        read_shape(found)
+        ChatRenderer(read_tokenizer(found), end_tokens=read_ends(found))
+        policy = LocalEngine(device="cpu", dtype="float32").policy(str(self._folder))
+        return bool(policy.proofs)
 
 
 def mutate(folder: Path, draw: random.Random) -> str:
@@ -166,11 +194,7 @@ def _files(folder: Path, draw: random.Random) -> str:
     path = draw.choice(sorted(p for p in folder.iterdir() if p.is_file()))
     how = draw.choice(["gone", "pipe", "folder", "device", "dangling", "outside", "add", "loop"])
     if how == "add":
-        name = draw.choice(
-            ["adapter_config.json", "pytorch_model.bin", "README.md", "vocab.json", "merges.txt"]
-            + ["shard-00001-model-00001-of-00001.safetensors", "modeling_x.py", "tokenizer.model"]
-            + ["scalar_head.safetensors", "added_tokens.json", "chat_template.json"]
-        )
+        name = draw.choice(STRAY)
         (folder / name).write_text(draw.choice(["", "{}", "[]", "x", '{"a": 1}']))
         return f"added {name}"
     if how == "outside":
@@ -213,67 +237,3 @@ def _index(folder: Path, draw: random.Random) -> str:
         whole = [names] if how == "list" else {"metadata": {}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(whole))
     return f"index {how}"
-
-
-def outcome(folder: Path) -> str:
-    """What planning and loading make of a folder: ``loaded``, ``refused``, or what is wrong."""
-    from posttrain.chat import ChatRenderer
-    from posttrain.engines.local.loading import load_model
-    from posttrain.models.files import model_digest
-    from posttrain.models.folder import read_folder
-    from posttrain.models.library import read_ends, read_shape, read_tokenizer
-
-    def planned() -> None:
-        found = read_folder(folder)
-        model_digest(folder)
-        read_shape(found)
-        ChatRenderer(read_tokenizer(found), end_tokens=read_ends(found))  # type: ignore[arg-type]
-
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("hang")))
-    found = []
-    for act in (planned, lambda: load_model(str(folder))):
-        signal.alarm(LIMIT)
-        try:
-            act()
-            found.append("loaded")
-        except PosttrainError as error:
-            timed_out = "TimeoutError" in str(error)
-            found.append("HANG" if timed_out else "refused")
-            message = str(error).splitlines()[0]
-        except BaseException as error:
-            return f"TRACEBACK {type(error).__name__}: {str(error)[:200]}"
-        finally:
-            signal.alarm(0)
-    if "HANG" in found:
-        return "HANG"
-    if found[-1] == "loaded":
-        return "loaded" if found[0] == "loaded" else f"PLAN ONLY {message}"
-    return "refused by plan" if found[0] == "refused" else f"refused at load: {message}"
-
-
-def main() -> None:
-    """Print what became of a number of folders."""
-    number = int(sys.argv[1]) if len(sys.argv) > 1 else 300
-    first = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    from posttrain.testing import tiny_model
-
-    counts, slowest = Counter[str](), 0.0
-    with tempfile.TemporaryDirectory() as top:
-        clean = tiny_model(Path(top, "clean"))
-        for seed in range(first, first + number):
-            folder = Path(top, f"{seed}", "model")
-            shutil.copytree(clean, folder)
-            did = mutate(folder, random.Random(seed))
-            began = time.perf_counter()
-            what = outcome(folder)
-            slowest = max(slowest, time.perf_counter() - began)
-            counts[
-                what.split(":")[0].split(" ")[0] if what.isupper() else what.split(":")[0][:15]
-            ] += 1
-            print(seed, did, "->", what[:200])
-            shutil.rmtree(folder.parent)
-    print(dict(counts), f"slowest {slowest:.1f} s")
-
-
-if __name__ == "__main__":
-    main()

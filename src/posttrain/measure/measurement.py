@@ -8,9 +8,9 @@ Shape legend: ``P`` prompts, ``n`` samples per prompt.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.core.errors import DataError, RunError, nearest
+from posttrain.core.guard import reading
 from posttrain.core.provenance import FloatArray, IntArray
 from posttrain.measure.columns import (
     RawArray,
@@ -414,13 +415,17 @@ def _pack(array: npt.NDArray[Any]) -> _Array:
     return _Array(dtype=little.dtype.str, shape=list(array.shape), zlib64=coded)
 
 
+_AGAIN = "measure the policy again"
+_MOST_BYTES = 1 << 30
+
+
 def _unpack(stored: _Array, kind: type[np.generic], *, where: str) -> npt.NDArray[Any]:
     dtype = np.dtype(kind).newbyteorder("<").str
-    try:
-        raw = zlib.decompress(base64.b64decode(stored.zlib64, validate=True))
-    except (zlib.error, binascii.Error):
-        raise DataError(f"{where}: a damaged array", fix="measure the policy again") from None
-    size = int(np.prod(stored.shape)) * np.dtype(dtype).itemsize
+    size = math.prod(stored.shape) * np.dtype(dtype).itemsize
+    with reading(f"{where}: a damaged array", kind="compressed bytes", fix=_AGAIN):
+        packed = base64.b64decode(stored.zlib64, validate=True)
+        # Never more than the shape says, and never more than a measurement holds.
+        raw = zlib.decompressobj().decompress(packed, min(max(size, 0), _MOST_BYTES) + 1)
     if stored.dtype != dtype or len(raw) != size or min(stored.shape, default=0) < 0:
         raise DataError(
             f"{where}: {len(raw)} bytes for an array {stored.dtype}{stored.shape}",

@@ -37,7 +37,8 @@ import msgspec
 
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, DataError, nearest
-from posttrain.core.files import folder_lock, sync_folder, write_atomic
+from posttrain.core.files import folder_lock, sync_folder, write_atomic, writing
+from posttrain.core.guard import read_text, reading
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Recipe, load_recipe
 from posttrain.run.ledger import Ledger, Record, RecordKind, head_file, read
@@ -61,6 +62,10 @@ NOISE = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 """Files that file managers leave."""
 
 
+MOST_MEASUREMENT = 1 << 30
+"""Bytes of a file that is read as a measurement."""
+
+
 def read_measurement(path: Path) -> Measurement:
     """Read a measurement file. One that lies in a run folder is checked against its ledger.
 
@@ -76,13 +81,13 @@ def read_measurement(path: Path) -> Measurement:
 
 
 def _measurement_at(path: Path) -> Measurement:
+    kind = "a file that `posttrain probe --out` wrote, or RUN:POLICY"
     try:
-        return Measurement.from_json(path.read_text(encoding="utf-8"))
-    except (DataError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a measurement: {error}",
-            expected="a file that `posttrain probe --out` wrote, or RUN:POLICY",
-        ) from None
+        text = read_text(path, kind=kind, at_most=MOST_MEASUREMENT)
+        with reading(path, kind=kind):
+            return Measurement.from_json(text)
+    except DataError as error:
+        raise DataError(f"{path} is not a measurement: {error.found}", expected=kind) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +317,8 @@ class RunFolder:
         """
         with folder_lock(self.path):
             writer = RunWriter(self.path, Ledger.open(self.ledger_file))
-            writer.recover()
+            with writing(self.path):
+                writer.recover()
             yield writer
 
 
@@ -365,7 +371,8 @@ class RunWriter(RunFolder):
     def remove_stage(self, stage: StageWriter) -> None:
         """Delete the folder of a stage that has not started."""
         announce(self.ledger, dict.fromkeys(files_below(stage.path)))
-        shutil.rmtree(stage.path)
+        with writing(stage.path):
+            shutil.rmtree(stage.path)
 
     def set_aside(self, name: str) -> list[Path]:
         """Move the folders of a stage out of the way, whatever they hold; returns the new places.
@@ -388,11 +395,13 @@ class RunWriter(RunFolder):
 
     def _move(self, stage: Path, to: Path) -> None:
         """Move a stage's folder, unless an earlier process did."""
-        if (self.path / stage).is_dir() and not (self.path / to).exists():
-            (self.path / to).parent.mkdir(exist_ok=True)
-            (self.path / stage).rename(self.path / to)
-            sync_folder((self.path / to).parent)
-            sync_folder((self.path / stage).parent)
+        source, target = self.path / stage, self.path / to
+        if source.is_dir() and not target.exists():
+            with writing(target):
+                target.parent.mkdir(exist_ok=True)
+                source.rename(target)
+                sync_folder(target.parent)
+                sync_folder(source.parent)
 
     def accept_files(self, faults: Sequence[Fault]) -> None:
         """Go on with files as they are now: the ledger holds what they were and what they are."""
