@@ -7,12 +7,12 @@ A model folder is untrusted content, and the libraries raise whatever comes to p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from posttrain.core.errors import ModelError, PosttrainError
+from posttrain.core import guard
+from posttrain.core.errors import ModelError
 from posttrain.models.files import GENERATION, TOKENIZER
 from posttrain.models.folder import ModelFolder
 
@@ -34,43 +34,19 @@ class ModelShape:
     hidden_size: int
 
 
-@contextmanager
-def reading(what: object) -> Iterator[None]:
+def reading(what: object) -> AbstractContextManager[None]:
     """Turn any error of a library that reads a model folder into a ModelError.
 
     Raises:
         ModelError: the block raised; the message has the library's words.
     """
-    try:
-        yield
-    except PosttrainError:
-        raise
-    except ImportError as error:
-        raise ModelError(
-            f"{what} needs a package that is not installed: {_words(error)}",
-            expected="a model that this environment can load",
-            fix="install the package that it names",
-        ) from error
-    except MemoryError as error:
-        raise ModelError(
-            f"out of memory while {what} was read",
-            fix="use a smaller model, or dtype: bfloat16",
-        ) from error
-    # Not a list of exceptions: what a library raises on a hostile file is not documented.
-    except Exception as error:
-        raise ModelError(
-            f"{what} could not be loaded: {_words(error)}",
-            expected="a causal language model that transformers can load",
-            fix="try AutoModelForCausalLM.from_pretrained on it; for code from the model's own "
-            "repository set remote_code to the model's name",
-        ) from error
-
-
-def _words(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = " ".join(lines[:2])[:300] if lines else type(error).__name__
-    plain = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-    return first if plain else f"{type(error).__name__}: {first}"
+    return guard.reading(
+        f"{what} could not be loaded",
+        kind="a causal language model that transformers can load",
+        error=ModelError,
+        fix="try AutoModelForCausalLM.from_pretrained on it; for code from the model's own "
+        "repository set remote_code to the model's name",
+    )
 
 
 def read_shape(folder: ModelFolder, *, remote_code: bool = False) -> ModelShape:
