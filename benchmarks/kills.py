@@ -38,6 +38,7 @@ from pathlib import Path
 
 from lab_log import write
 
+from posttrain.core.config import convert, differences
 from posttrain.core.errors import PosttrainError
 from posttrain.core.files import hash_file
 from posttrain.recipe import Recipe
@@ -104,8 +105,6 @@ def make_world(folder: Path) -> None:
 
 def recipe_of(name: str) -> Recipe:
     """One stage of four steps in two commits, measured before and after."""
-    from posttrain.core.config import convert
-
     stage = {
         "name": "learn",
         "budget": {"steps": 4},
@@ -279,12 +278,13 @@ def trace(out: Path) -> dict[str, object]:
     for record in read(run.ledger_file):
         if record.kind in (RecordKind.RUN, RecordKind.FILE):
             continue  # one per process; one per write, also of what a kill undid
-        body = {k: v for k, v in record.body.items() if k != "seconds"}
+        # A proof's figures hold times; its words do not.
+        body = {k: v for k, v in record.body.items() if k not in ("seconds", "figures")}
         files = body.get("files")
         if isinstance(files, dict):
             body["files"] = {k: v for k, v in files.items() if k.rpartition("/")[2] not in timed}
         rows.append((record.kind.value, body))
-    found["rows"] = rows
+    found["rows"] = {str(number): row for number, row in enumerate(rows)}
     for stage in run.stage_folders():
         lines = stage.metrics()
         found["metrics"] = [{k: v for k, v in x.items() if "seconds/" not in k} for x in lines]
@@ -336,8 +336,8 @@ def chain(name: str, root: Path, expected: dict[str, object], tally: Tally, *,
             return
     found = trace(out)
     for part, value in expected.items():
-        if found.get(part) != value:
-            tally.lost.append(f"{name}, {part} after {story}")
+        if differs := differences(value, found.get(part)):
+            tally.lost.append(f"{name}, {part} after {story}: {differs[0][:300]}")
 
 
 def main() -> None:

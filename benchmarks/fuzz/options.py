@@ -32,8 +32,6 @@ TRIED = 2
 SKIPPED = frozenset(
     {"threads", "name", "model", "device", "remote_code", "method", "tasks", "stages", "path"}
 )
-    {"threads", "name", "model", "device", "remote_code", "method", "tasks", "stages", "path"}
-)
 """Options whose other values name things outside: models, devices, files, cores."""
 
 GROUPS: Sequence[tuple[Place, type[Config]]] = (

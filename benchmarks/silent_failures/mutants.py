@@ -46,7 +46,7 @@ MUTANTS = (
         module="core/trajectory.py",
         before="        mask[: self.prompt_length] = False\n",
         after="",
-        tests=("unit/test_chat.py", "torch/engines/test_packing.py"),
+        tests=("unit/chat/test_renderer.py", "torch/engines/test_packing.py"),
         reports=("trl#4974", "unsloth#5673"),
     ),
     Mutant(
@@ -56,7 +56,7 @@ MUTANTS = (
         before="mask[: self.prompt_length] = False",
         after="mask[: self.prompt_length + 1] = False",
         tests=(
-            "unit/test_chat.py",
+            "unit/chat/test_renderer.py",
             "torch/engines/test_packing.py",
             "torch/training/test_objectives.py",
         ),
@@ -412,7 +412,7 @@ MUTANTS = (
         module="chat/renderer.py",
         before="            written = [*written, end]\n",
         after="            written = [*written]\n",
-        tests=("unit/test_chat.py",),
+        tests=("unit/chat/test_renderer.py",),
         reports=("trl#1623",),
     ),
     Mutant(
@@ -421,7 +421,7 @@ MUTANTS = (
         module="chat/texts.py",
         before="return found[-1] if found else place.end",
         after="return place.end",
-        tests=("unit/test_chat.py",),
+        tests=("unit/chat/test_renderer.py",),
         reports=("trl#2059",),
     ),
     Mutant(
@@ -430,7 +430,7 @@ MUTANTS = (
         module="chat/renderer.py",
         before="kept = [int(t) for t in tokens if int(t) not in self._unread]",
         after="kept = [int(t) for t in tokens]",
-        tests=("unit/test_chat.py", "unit/parts/rewards/test_verifier.py"),
+        tests=("unit/chat/test_renderer.py", "unit/parts/rewards/test_verifier.py"),
     ),
     Mutant(
         id="rewards-reversed",

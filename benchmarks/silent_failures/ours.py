@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any
 
 from silent_failures.planting import Planter
 from silent_failures.processes import in_process
-from silent_failures.result import Result
+from silent_failures.result import Result, export_digest
 from silent_failures.world import STEPS, Setup
 
 MODULES = ["peft", "posttrain.api", "posttrain.cli.main", "posttrain.report.load"]
@@ -97,9 +96,9 @@ def _see(result: Result, setup: Setup, out: Path) -> None:
         result.alarms += [
             (a.step, f"{a.name}: {a.words}") for a in alarms(Monitors(), lines) if a.step < STEPS
         ]
-        weights = folder / "model/model.safetensors"
-        if weights.is_file():
-            result.weights = hashlib.sha256(weights.read_bytes()).hexdigest()
+        weights, more = export_digest(folder / "model")
+        result.weights = weights or result.weights
+        result.first |= more
 
 
 def _work(command: list[str], name: str, stop: str) -> None:

@@ -32,12 +32,13 @@ TABLE = """
 | alarmed | within 20 steps: an error, an alarm, or a line that names it and that the twin lacks |
 | final score | only a measurement at the end is worse, and does not say why |
 | never | nothing shows |
+| wrongly refused | the inputs are right, and were turned away |
 """
 
 OPENING = (
     "# Silent failures",
     "<!-- Written by benchmarks/silent_failures: run it instead of editing. -->",
-    "Known failures of the field, planted one by one into runs of a tiny trained model, each beside "
+    "Known failures of the field, planted one by one into runs of a tiny trained model, each with "
     "a clean twin: what is refused, what raises an alarm, and what nobody says? The list was "
     "written before anything that detects them. Most follow public reports; the others were found "
     "by trying.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import re
@@ -37,7 +36,7 @@ def _sampler_logits(change: Callable[[Any], Any]) -> Callable[[Side], None]:
             from posttrain.engines.local import sampler
 
             plain = sampler.sample
-            sampler.sample = lambda z, *rest: plain(change(z), *rest)  # type: ignore[assignment]
+            sampler.sample = lambda z, *rest, **options: plain(change(z), *rest, **options)  # type: ignore[assignment]
         else:
             _while_trl_generates(lambda model: _hooked(model, change))
 
@@ -65,34 +64,29 @@ def _while_trl_generates(around: Callable[[Any], Any]) -> None:
 
 
 def _stale(side: Side) -> None:
-    """The sampler reads a copy made before the first step."""
+    """The sampler reads the weights of before the first step."""
     kept: list[Any] = []
 
+    @contextmanager
+    def old_weights(model: Any) -> Iterator[Any]:
+        now = {name: w.detach().clone() for name, w in model.state_dict().items()}
+        kept[:] = kept or [now]
+        model.load_state_dict(kept[0])
+        yield model
+        model.load_state_dict(now)
+
     if side == "trl":
-
-        @contextmanager
-        def first(model: Any) -> Iterator[Any]:
-            if not kept:
-                kept.append(copy.deepcopy(model))
-            yield kept[0]
-
-        _while_trl_generates(first)
+        _while_trl_generates(old_weights)
         return
     from posttrain.engines.local import policy
 
     plain = policy.generate
 
-    def old(model: Any, *rest: Any, **options: Any) -> Any:
-        if not kept:
-            kept.append({n: w.detach().clone() for n, w in model.causal.state_dict().items()})
-        now = {n: w.detach().clone() for n, w in model.causal.state_dict().items()}
-        model.causal.load_state_dict(kept[0])
-        try:
+    def generate(model: Any, *rest: Any, **options: Any) -> Any:
+        with old_weights(model.causal):
             return plain(model, *rest, **options)
-        finally:
-            model.causal.load_state_dict(now)
 
-    policy.generate = old
+    policy.generate = generate
 
 
 def _noisy(logits: Any) -> Any:
@@ -192,7 +186,9 @@ def _with_adapters(setup: Setup) -> None:
 
 PLANTERS["export-is-another-model"] = Planter(patch=_while_saving(_rolled), names="export")
 PLANTERS["export-lacks-a-tensor"] = Planter(patch=_while_saving(_one_less), names="export|missing")
-PLANTERS["export-loses-template"] = Planter(patch=_no_template, names="template")
+PLANTERS["export-loses-template"] = Planter(
+    patch=_no_template, names="template", right=same_as_twin
+)
 PLANTERS["adapter-merged-at-wrong-scale"] = Planter(
     fault=_with_adapters, twin=_with_adapters, patch=_double_merge, names="export|merge"
 )
@@ -324,7 +320,7 @@ def _stray(setup: Setup) -> None:
 
 
 PLANTERS["stray-file-in-model"] = Planter(
-    stop="interrupt", between=_stray, names="stray", right=same_as_twin
+    stop="interrupt", between=_stray, right=same_as_twin, must_work=True
 )
 
 
@@ -378,8 +374,8 @@ def leaves(setup: Setup) -> None:
 
 
 PLANTERS["stopped-and-resumed"] = Planter(
-    stop="interrupt", twin_stops=False, right=same_as_twin, names="never"
+    stop="interrupt", twin_stops=False, right=same_as_twin, must_work=True
 )
 PLANTERS["terminated"] = Planter(
-    stop="terminate", twin_stops=False, right=same_as_twin, names="never"
+    stop="terminate", twin_stops=False, right=same_as_twin, must_work=True
 )

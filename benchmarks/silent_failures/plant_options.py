@@ -132,7 +132,7 @@ def teacher_tokenizer(setup: Setup) -> None:
     change_json(setup.folder / "teacher/tokenizer.json", permuted)
 
 
-@planted("teacher-with-padding-rows", names="rows|vocabular", right=finished)
+@planted("teacher-with-padding-rows", right=finished, must_work=True)
 def padded_teacher(setup: Setup) -> None:
     add_rows(setup.folder / "teacher", 16)
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from silent_failures.planting import planted, same_as_twin, same_rewards
-from silent_failures.shapes import change_template
 from silent_failures.world import HELD_OUT, Setup, demonstration, turn
 
 OTHERS = "{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' -}}"
@@ -20,13 +19,7 @@ def _columns(setup: Setup, **columns: Any) -> None:
 TOOLS = [{"type": "function", "function": {"name": "times", "description": "a * b"}}]
 
 
-def _tools_written(setup: Setup) -> None:
-    _columns(setup, tools=TOOLS)
-    first = "{%- if tools -%}{{- '<|user|>' + tools[0]['function']['name'] -}}{%- endif -%}"
-    change_template(setup.model, ("{%- for message in", first + "{%- for message in"))
-
-
-@planted("tools-dropped", twin=_tools_written, names="tools")
+@planted("tools-dropped", names="tools")
 def tools_dropped(setup: Setup) -> None:
     _columns(setup, tools=TOOLS)
 

@@ -31,6 +31,7 @@ class Planter:
     twin: Callable[[Setup], None] = nothing
     names: str = ""  # pattern of words that would name the fault, in lower case
     right: Right | None = None
+    must_work: bool = False  # a refusal is the fault itself
     patch: Patch | None = None  # in the process of the faulty run
     stop: Literal["", "interrupt", "terminate"] = ""  # the first of two runs, in the middle
     twin_stops: bool = True

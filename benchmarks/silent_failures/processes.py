@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-LIMIT = 90.0
-"""Seconds after which a run hangs."""
+LIMIT = 60
+"""Seconds of the processor after which a run hangs; of a clock ten times as many."""
 
 
 def preload(modules: Sequence[str]) -> None:
@@ -35,12 +36,12 @@ def in_process(work: Callable[..., None], *arguments: Any, log: Path, home: Path
     """
     process = SERVER.Process(target=_begin, args=(work, arguments, log, home))
     process.start()
-    process.join(LIMIT)
+    process.join(10 * LIMIT)
     if process.exitcode is None:
         process.kill()
         process.join()
         return None
-    return process.exitcode
+    return None if process.exitcode == -signal.SIGXCPU else process.exitcode
 
 
 def _begin(work: Callable[..., None], arguments: Sequence[Any], log: Path, home: Path) -> None:
@@ -50,6 +51,7 @@ def _begin(work: Callable[..., None], arguments: Sequence[Any], log: Path, home:
     os.chdir(home)
     os.environ["COLUMNS"] = "400"  # no line is wrapped
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, 2 * LIMIT))
     import torch
 
     torch.set_num_threads(1)

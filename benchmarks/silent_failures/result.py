@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+
+def export_digest(folder: Path) -> tuple[str | None, dict[str, float]]:
+    """Digest of a model folder's weights and template, and ``experts`` if an adapter has some."""
+    from safetensors import safe_open
+
+    digest, found = hashlib.sha256(), dict[str, float]()
+    adapters = [*folder.glob("adapter_model.safetensors"), *folder.glob("adapter/*.safetensors")]
+    for path in adapters:
+        with safe_open(path, "np") as file:
+            if any("experts" in name for name in file.keys()):  # noqa: SIM118  # no mapping
+                found["experts"] = 1.0
+    weights = [p for p in (folder / "model.safetensors", *adapters) if p.is_file()][:1]
+    if not weights:
+        return None, found
+    for path in (*weights, folder / "chat_template.jinja"):
+        digest.update(path.read_bytes() if path.is_file() else b"-")
+    return digest.hexdigest(), found
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -25,5 +45,5 @@ class Result(msgspec.Struct, kw_only=True):
     trained: list[str] = []  # trained tokens of the first rows as text, special tokens by name
     whole: list[list[int]] = []  # all token ids of the first rows
     ids: list[int] = []  # every token id that was trained on
-    weights: str | None = None  # digest of the trained weights
+    weights: str | None = None  # digest of the exported weights and template
     seconds: float = 0.0

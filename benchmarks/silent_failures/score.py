@@ -22,6 +22,7 @@ class Verdict(StrEnum):
     ALARMED = "alarmed"  # within 20 steps: an error, an alarm, or a line that names it
     SCORE = "final score"
     NEVER = "never"
+    WRONGLY = "wrongly refused"  # the inputs are right, and were turned away
     BROKEN = "the twin fails"  # a fault of this bench, or a false alarm
     LEFT_OUT = "does not apply"
 
@@ -45,6 +46,8 @@ def judge(fault: Fault, planter: Planter, result: Result, twin: Result) -> tuple
     if twin.end != "finished":
         return Verdict.BROKEN, twin.words or twin.end
     new = result.steps - result.before
+    if result.end == "error" and planter.must_work:
+        return Verdict.WRONGLY, result.words
     if result.end == "error" and new == 0:
         return Verdict.REFUSED, result.words
     if planter.right is not None and result.end == "finished" and planter.right(result, twin):

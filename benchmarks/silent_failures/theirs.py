@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -17,7 +16,7 @@ import yaml
 
 from silent_failures.planting import Planter
 from silent_failures.processes import in_process
-from silent_failures.result import Result
+from silent_failures.result import Result, export_digest
 from silent_failures.world import HELD_OUT, STEPS, Setup, demonstration, turn
 
 MODULES = ["peft", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.grpo_trainer"]
@@ -112,14 +111,17 @@ def _write(setup: Setup, stage: Mapping[str, Any], index: int, again: bool) -> N
 
 
 def _see(result: Result, setup: Setup) -> None:
+    for folder in sorted(setup.folder.glob("out*")):
+        weights, more = export_digest(folder)
+        result.weights = weights or result.weights
+        result.first |= more
     lines = [json.loads(x) for x in (setup.folder / "seen.jsonl").read_text().splitlines()]
     result.steps = sum("step" in x for x in lines)
     result.rewards = [x["log"]["reward"] for x in lines if "reward" in x.get("log", {})]
-    result.first = next((x["log"] for x in reversed(lines) if x.get("first")), result.first)
+    result.first |= next((x["log"] for x in reversed(lines) if x.get("first")), {})
     for line in lines:
         if "texts" in line:
             result.trained, result.whole, result.ids = line["texts"], line["whole"], line["ids"]
-        result.weights = line.get("weights", result.weights)
 
 
 def _end(result: Result, log: Path, code: int | None, *, stopped: bool) -> None:
@@ -166,7 +168,6 @@ def _work(name: str, stop: str) -> None:
     _watch_rows(trainer, note)
     trainer.train(resume_from_checkpoint=True if job["again"] else None)
     trainer.save_model()
-    _saved(Path(trainer.args.output_dir), note)
 
 
 class _Notes:
@@ -175,19 +176,6 @@ class _Notes:
     def __call__(self, **entries: Any) -> None:
         with Path("seen.jsonl").open("a") as file:
             file.write(json.dumps(entries, default=float) + "\n")
-
-
-def _saved(folder: Path, note: _Notes) -> None:
-    from safetensors import safe_open
-
-    for name in ("adapter_model.safetensors", "model.safetensors"):
-        path = folder / name
-        if path.is_file():
-            with safe_open(path, "pt") as file:
-                if name.startswith("adapter") and any("experts" in k for k in file.keys()):  # noqa: SIM118
-                    note(log={"experts": 1.0}, first=True)
-            note(weights=hashlib.sha256(path.read_bytes()).hexdigest())
-            return
 
 
 def _watch_rows(trainer: Any, note: _Notes) -> None:

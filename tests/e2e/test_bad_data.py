@@ -104,8 +104,8 @@ CASES = {
     ),
     "reward file missing": (
         lambda w: (w / "reward.py").unlink(),
-        "DataError",
-        ["no file", "reward.py"],
+        "TaskError",
+        ["no reward file", "reward.py"],
     ),
     "reward function missing": (
         lambda w: (w / "reward.py").write_text("def scores(): ...\n"),
@@ -115,7 +115,7 @@ CASES = {
     "reward file broken": (
         lambda w: (w / "reward.py").write_text("def score(:\n"),
         "TaskError",
-        ["reward.py raised while loading: SyntaxError"],
+        ["reward.py:1 is not Python: SyntaxError"],
     ),
     "weights missing": (no_model, "ModelError", ["is not a model folder: no *.safetensors"]),
     "weights garbage": (

@@ -31,9 +31,9 @@ def load_template(tokenizer: Tokenizer) -> ChatTemplate:
         generation = messages[-1].role is Role.USER
         try:
             ours, _ = template.render(messages, generation=generation)
+        except Refusal:
+            continue  # some templates want a system prompt first
         except DataError as error:
-            if isinstance(error.__cause__, Refusal):
-                continue  # some templates want a system prompt, or refuse one
             raise ModelError(
                 error.found,
                 expected=error.expected,

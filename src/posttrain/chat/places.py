@@ -31,7 +31,12 @@ class Place:
 
 def places_of(messages: Sequence[Message], skeleton: list[str], text: str) -> list[Place | None]:
     """The place of each message; None where nothing of it can be found."""
-    return _fit(messages, skeleton, text) or _search(messages, skeleton, text)
+    if fitting := _fit(messages, skeleton, text):
+        return fitting
+    # A message that the template cut may stand whole in a later turn, or in an earlier one: the
+    # direction that loses less is the right one.
+    both = [_search(messages, skeleton, text, backwards=back) for back in (False, True)]
+    return max(both, key=lambda places: sum(p.end - p.start for p in places if p))
 
 
 def changes_of(
@@ -77,54 +82,87 @@ def _trimmed(content: str, left: str) -> tuple[tuple[DifferenceKind, str], ...]:
     return tuple((kind, cut) for kind, cut in ends if cut)
 
 
-def _search(messages: Sequence[Message], skeleton: list[str], text: str) -> list[Place | None]:
-    """Places of the contents in order, each the first match after the previous one."""
-    after = dict(zip(skeleton[1::2], skeleton[2::2], strict=True))
-    places: list[Place | None] = []
-    at = 0
-    for number, message in enumerate(messages):
-        place = _find(message.content, text, at, after=after.get(str(number), "")[:MIN_PART])
-        places.append(place)
-        at = place.end if place else at
+def _search(
+    messages: Sequence[Message], skeleton: list[str], text: str, *, backwards: bool
+) -> list[Place | None]:
+    """Places of the contents in order: each the first match after the one before it, or the last
+    match before the one after it."""
+    afters = dict(zip(skeleton[1::2], skeleton[2::2], strict=True))
+    befores = dict(zip(skeleton[1::2], skeleton[0:-1:2], strict=True))
+    numbers = range(len(messages))
+    places: list[Place | None] = [None] * len(messages)
+    window = _Window(text, 0, len(text), backwards)
+    for n in reversed(numbers) if backwards else numbers:
+        own = (befores.get(str(n), "")[-MIN_PART:], afters.get(str(n), "")[:MIN_PART])
+        places[n] = place = _find(messages[n].content, window, own=own)
+        if place is not None:
+            window = window.beyond(place)
     return places
 
 
-def _find(content: str, text: str, at: int, *, after: str) -> Place | None:
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The part of the text in which a message is looked for."""
+
+    text: str
+    start: int
+    end: int
+    backwards: bool  # the last match is wanted, not the first
+
+    def beyond(self, place: Place) -> _Window:
+        """The part that is left for the next message."""
+        edges = (self.start, place.start) if self.backwards else (place.end, self.end)
+        return _Window(self.text, *edges, self.backwards)
+
+    def find(self, part: str, after: str = "") -> int:
+        """Where a part stands that ``after`` follows; -1 when it does not."""
+        end = min(self.end + len(after), len(self.text))
+        look = self.text.rfind if self.backwards else self.text.find
+        return look(part + after, self.start, end)
+
+
+def _find(content: str, window: _Window, *, own: tuple[str, str]) -> Place | None:
+    """The place of a message. ``own``: the template's text right before and after it."""
     for trim in _TRIMS:
         left = trim(content)
-        if left and (start := text.find(left, at)) >= 0:
+        if left and (start := window.find(left)) >= 0:
             return Place(start, start + len(left), _trimmed(content, left))
     if not content.strip():
         return None
-    return _find_spaced(content, text, at) or _find_part(content, text, at, after=after)
+    return _find_spaced(content, window) or _find_part(content, window, own=own)
 
 
-def _find_spaced(content: str, text: str, at: int) -> Place | None:
+def _find_spaced(content: str, window: _Window) -> Place | None:
     """A message of which only the whitespace is another."""
-    letters = [n for n in range(at, len(text)) if not text[n].isspace()]
+    letters = [n for n in range(window.start, window.end) if not window.text[n].isspace()]
     wanted = "".join(content.split())
-    found = "".join(text[n] for n in letters).find(wanted)
-    if found < 0:
+    found = _Window("".join(window.text[n] for n in letters), 0, len(letters), window.backwards)
+    if (at := found.find(wanted)) < 0:
         return None
-    start, end = letters[found], letters[found + len(wanted) - 1] + 1
+    start, end = letters[at], letters[at + len(wanted) - 1] + 1
     return Place(start, end, ((DifferenceKind.SPACED, content),))
 
 
-def _find_part(content: str, text: str, at: int, *, after: str) -> Place | None:
+def _find_part(content: str, window: _Window, *, own: tuple[str, str]) -> Place | None:
     """A message of which a part was cut: its longest end that the template's text follows, or
     its longest beginning."""
-    rest = text[at:]
-    first = _smallest(len(content), lambda i: content[i:] + after in rest)
+    before, after = own
+    first = _smallest(len(content), lambda i: window.find(content[i:], after) >= 0)
     left = content[first:]
     if left.strip() and (after or len(left) >= MIN_PART):
-        start = at + rest.find(left + after)
-        cut = content[:first]
+        start = window.find(left, after)
+        end = start + len(left)
+        # The cut text may end like the template's own text before the message.
+        header = window.text.find(before, max(start - len(before) + 1, 0), end) if before else -1
+        start = start if header < 0 else header + len(before)
+        cut = content[: len(content) - (end - start)]
         kind = DifferenceKind.CUT if cut.strip() else DifferenceKind.TRIM
-        return Place(start, start + len(left), ((kind, cut),))
-    last = len(content) - _smallest(len(content), lambda i: content[: len(content) - i] in rest)
+        return Place(start, end, ((kind, cut),))
+    length = len(content)
+    last = length - _smallest(length, lambda i: window.find(content[: length - i]) >= 0)
     if last < MIN_PART:
         return None
-    start = at + rest.find(content[:last])
+    start = window.find(content[:last])
     return Place(start, start + last, ((DifferenceKind.CUT, content[last:]),))
 
 

@@ -82,7 +82,11 @@ class ChatRenderer:
             digest = hashlib.sha256(template.source.encode()).hexdigest()
             self._template = Producer(kind=Kind.TEMPLATE, name="chat-template", digest=digest)
             self._marks_assistant = _GENERATION_BLOCK.search(template.source) is not None
-            self._texts = TextRenderer(template, ends=map(self.token_text, self._ends))
+            self._texts = TextRenderer(
+                template,
+                ends=map(self.token_text, self._ends),
+                controls=self._encoder.controls_pattern,
+            )
 
     @property
     def end_tokens(self) -> frozenset[int]:

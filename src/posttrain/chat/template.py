@@ -23,11 +23,13 @@ from typing import Any, final
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from posttrain.core.errors import DataError, ModelError
+from posttrain.core.guard import reading
 from posttrain.core.task import Message
 
 Stretch = tuple[int, int]  # [start, end) in characters
@@ -47,29 +49,10 @@ _GROWING = frozenset(
     | {"ljust", "rjust", "zfill"}
 )
 """Methods and filters that make a text much longer than their own."""
-_FAULTS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    NameError,
-    RuntimeError,  # recursion too
-    StopIteration,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-"""What running somebody else's template can raise."""
 
 
-class Refusal(jinja2.TemplateError):
+class Refusal(DataError):
     """The template itself refuses the messages (``raise_exception``)."""
-
-
-class OutOfBounds(jinja2.TemplateError):
-    """The template does what this sandbox does not allow."""
 
 
 @final
@@ -97,14 +80,13 @@ class ChatTemplate:
             )
         self._source, self._variables = text, dict(variables or {})
         self._environment = _Environment()
-        try:
+        with reading(
+            "the chat template",
+            kind="a Jinja template that transformers can run",
+            error=ModelError,
+            fix="copy the chat template of the original model again",
+        ):
             self._compiled = self._environment.from_string(text)
-        except _FAULTS as error:
-            raise ModelError(
-                f"the chat template cannot be read: {_said(error)}",
-                expected="a Jinja template that transformers can run",
-                fix="copy the chat template of the original model again",
-            ) from error
 
     @property
     def source(self) -> str:
@@ -128,18 +110,23 @@ class ChatTemplate:
         size = sum(len(m.content) + 20 for m in messages)
         self._environment.begin(BASE_WORK + WORK_PER_CHARACTER * size)
         try:
-            text = self._compiled.render(
-                messages=turns,
-                tools=None,
-                documents=None,
-                add_generation_prompt=generation,
-                **self._variables,
-            )
-        except _FAULTS as error:
-            how = "refuses" if isinstance(error, Refusal) else "fails on"
+            with reading("it", kind="a template that ends in a text"):
+                text = self._compiled.render(
+                    messages=turns,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=generation,
+                    **self._variables,
+                )
+        except Refusal as error:
+            raise Refusal(
+                f"the chat template refuses the turns {_roles(messages)}: {error.found}"
+            ) from error
+        except DataError as error:
             raise DataError(
-                f"the chat template {how} the turns {_roles(messages)}: {_said(error)}",
-                expected=None if isinstance(error, Refusal) else "a template that ends in a text",
+                f"the chat template fails on the turns {_roles(messages)}: {error.found}",
+                expected=error.expected,
+                fix=error.fix,
             ) from error
         return _without_marks(text)
 
@@ -147,11 +134,6 @@ class ChatTemplate:
 def _roles(messages: Sequence[Message]) -> list[str]:
     roles = [str(m.role) for m in messages]
     return roles if len(roles) <= 8 else [*roles[:4], "…", *roles[-3:]]
-
-
-def _said(error: BaseException) -> str:
-    words = (str(error).strip().splitlines() or [""])[0][:200]
-    return words if isinstance(error, Refusal | OutOfBounds) else f"{type(error).__name__}: {words}"
 
 
 def _without_marks(text: str) -> tuple[str, list[Stretch]]:
@@ -233,13 +215,17 @@ class _Names(Namespace):
         self, *rest = args
         given = dict(*rest, **names)
         if private := next((n for n in given if str(n).startswith("_")), None):
-            raise OutOfBounds(f"the name {private!r} in a namespace")
+            raise _out_of_bounds(f"the name {private!r} in a namespace")
         Namespace.__init__(self, given)
 
     def __setitem__(self, name: str, value: object) -> None:
         if name.startswith("_"):
-            raise OutOfBounds(f"the name {name!r} in a namespace")
+            raise _out_of_bounds(f"the name {name!r} in a namespace")
         Namespace.__setitem__(self, name, value)
+
+
+_PASSED = (jinja2.Environment, nodes.EvalContext, Context)
+"""What Jinja passes to some filters before their value."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -281,12 +267,14 @@ class _Environment(ImmutableSandboxedEnvironment):
             return ""
         self._left -= work
         if self._left < 0 or time.monotonic() > self._until:
-            raise OutOfBounds("it does not come to an end: too many loops, calls or characters")
+            raise _out_of_bounds("it does not come to an end: too many loops, calls or characters")
         return ""
 
     def joined(self, *parts: object) -> str:
         """``a ~ b``."""
-        return self._paid("".join(map(str, parts)))
+        whole = "".join(map(str, parts))
+        self.spend(len(whole))
+        return whole
 
     def sliced(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
         """``value[start:stop:step]``."""
@@ -301,25 +289,32 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.spend(1)
         return self._paid(super().call(context, called, *args, **named))
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """The safe version of ``str.format``; None for anything else."""
+        safe = super().wrap_str_format(value)
+        if safe is not None and _LONG_NUMBER.search(value.__self__):
+            raise _out_of_bounds(f"the format {value.__self__[:40]!r}")
+        return safe
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator between two values."""
         if operator == "**" and (abs(left) > 10_000 or abs(right) > 64):
-            raise OutOfBounds(f"{left!r:.20} ** {right!r:.20}")
+            raise _out_of_bounds(f"{left!r:.20} ** {right!r:.20}")
         if operator == "*":
             size = max(_size(left) * _number(right), _size(right) * _number(left))
             if size > MAX_PRODUCT:
-                raise OutOfBounds(f"a text or list of {size:,} items")
+                raise _out_of_bounds(f"a text or list of {size:,} items")
         if operator == "%" and isinstance(left, str) and _LONG_NUMBER.search(left):
-            raise OutOfBounds(f"the format {left[:40]!r}")
+            raise _out_of_bounds(f"the format {left[:40]!r}")
         out = self._paid(super().call_binop(context, operator, left, right))
         if isinstance(out, int) and abs(out) > 2**64:
-            raise OutOfBounds("a number beyond 64 bits")
+            raise _out_of_bounds("a number beyond 64 bits")
         return out
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # with the marks that say what Jinja passes first
         def guarded(*args: Any, **named: Any) -> Any:
-            values = [a for a in args if not isinstance(a, jinja2.Environment)]
+            values = [a for a in args if not isinstance(a, _PASSED)]
             first = values[0] if values and isinstance(values[0], str | list) else ""
             _check_size(name, first, (*values[1:], *named.values()))
             self.spend(1)
@@ -338,7 +333,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _strftime_now(self, form: str) -> str:
         self.clock_read = True
         if _LONG_NUMBER.search(form) or len(form) > 200:
-            raise OutOfBounds(f"the date format {form[:40]!r}")
+            raise _out_of_bounds(f"the date format {form[:40]!r}")
         return DATE.strftime(form)
 
 
@@ -354,22 +349,26 @@ def _check_size(name: str, owner: str | list[Any], arguments: Sequence[Any]) -> 
     """Refuse calls whose result could be huge, before they are made."""
     largest = max((_number(a) for a in arguments), default=0)
     if largest > MAX_NUMBER:
-        raise OutOfBounds(f"{name} with the number {largest!r:.20}")
+        raise _out_of_bounds(f"{name} with the number {largest!r:.20}")
     if name not in _GROWING:
         return
-    if name.startswith("format") and isinstance(owner, str) and _LONG_NUMBER.search(owner):
-        raise OutOfBounds(f"the format {owner[:40]!r}")
+    if name == "format" and isinstance(owner, str) and _LONG_NUMBER.search(owner):
+        raise _out_of_bounds(f"the format {owner[:40]!r}")
     longest = max((max(_number(a), _size(a)) for a in arguments), default=0)
     if (len(owner) + 1) * (longest + 1) > MAX_PRODUCT:
-        raise OutOfBounds(f"{name} could make a text of {len(owner) * longest:,} characters")
+        raise _out_of_bounds(f"{name} could make a text of {len(owner) * longest:,} characters")
+
+
+def _out_of_bounds(what: str) -> DataError:
+    return DataError(what, expected="what a chat template needs: loops over messages, and text")
 
 
 def _raise(message: object) -> None:
-    raise Refusal(str(message))
+    raise Refusal(" ".join(str(message).split())[:200])
 
 
 def _no_chance(*_: object) -> None:
-    raise OutOfBounds("it asks for a random choice, so that no run could be repeated")
+    raise _out_of_bounds("it asks for a random choice, so that no run could be repeated")
 
 
 def _to_json(

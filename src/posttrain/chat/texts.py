@@ -57,10 +57,13 @@ class TextRenderer:
     Args:
         template: the chat template.
         ends: texts of the tokens that end a turn.
+        controls: matches the tokenizer's control tokens.
     """
 
-    def __init__(self, template: ChatTemplate, *, ends: Iterable[str]) -> None:
-        self._template = template
+    def __init__(
+        self, template: ChatTemplate, *, ends: Iterable[str], controls: re.Pattern[str]
+    ) -> None:
+        self._template, self._controls = template, controls
         self._ends = re.compile("|".join(re.escape(e) for e in sorted(ends, key=len)) or "(?!)")
         self._skeletons: dict[tuple[_Roles, bool], list[str]] = {}
 
@@ -124,11 +127,13 @@ class TextRenderer:
 
     @cached_property
     def _adds_system(self) -> bool:
-        """Whether a conversation without a system message gets one from the template."""
+        """Whether a conversation without a system message gets a system prompt all the same."""
         given = self._skeleton((Role.SYSTEM, Role.USER), generation=True)
-        found = bool(given) and given[1] == "0" and self._before.startswith(given[0])
-        # What both begin with anyway, such as a start token or a header, is no system prompt.
-        return found and len(self._before) > len(given[0]) + len(given[2])
+        if not given or given[1] != "0" or not self._before.startswith(given[0]):
+            return False
+        own = self._before.removesuffix(given[2])
+        words = re.findall(r"\w+", self._controls.sub(" ", own))
+        return own != self._before and bool(set(words) - set(map(str, Role)))
 
     @cached_property
     def after_answer(self) -> str | None:
@@ -153,10 +158,11 @@ class TextRenderer:
             return self._start_by_rendering(messages, rendered, number)
         header = asked[-1][_num_same(asked[-1], plain[-1]) :]
         if last is not None and last.end <= place.start:
+            if rendered.text.startswith(asked[-1], last.end):
+                return last.end + len(asked[-1]), ""
             between = rendered.text[last.end : place.start]
-            same = _num_same(asked[-1], between)
-            if same in (len(asked[-1]), len(between)):
-                return last.end + same, asked[-1][same:]
+            if asked[-1].startswith(between):
+                return place.start, asked[-1][len(between) :]
         found = rendered.text.rfind(header, 0, place.start) if header else -1
         if found < 0:
             whole, _ = self._template.render(messages[:number], generation=True)

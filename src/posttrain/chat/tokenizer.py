@@ -95,11 +95,11 @@ class Encoder:
             if (token.special or i in wanted) and str(token.content)
         }
         longest_first = sorted(self.controls, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.controls_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def controls_in(self, text: str) -> list[tuple[int, int, str]]:
         """(start, end, token) of the control tokens that the tokenizer would see in a text."""
-        return [(m.start(), m.end(), m[0]) for m in self._pattern.finditer(text)]
+        return [(m.start(), m.end(), m[0]) for m in self.controls_pattern.finditer(text)]
 
     def encode(
         self, text: str, *, as_text: Sequence[Stretch] = (), cuts: Sequence[int] = ()
@@ -115,6 +115,11 @@ class Encoder:
             offsets = list(coded["offset_mapping"])
             if not any(_straddled(offsets, cut) for cut in cuts):
                 return list(coded["input_ids"]), offsets
+        return self._by_twin(text, as_text=as_text, cuts=cuts)
+
+    def _by_twin(
+        self, text: str, *, as_text: Sequence[Stretch], cuts: Sequence[int]
+    ) -> tuple[list[int], list[Stretch]]:
         if _OPEN in text or _CLOSE in text:
             raise DataError(
                 "the text holds the character U+FDD0 or U+FDD1, which is no character",
@@ -175,7 +180,9 @@ class Encoder:
         core |= {"post_processor": None, "truncation": None, "padding": None}
         twin = Tokens.from_str(json.dumps(core))
         twin.add_special_tokens([AddedToken(_CUT, special=True, normalized=False)])
-        return twin, twin.token_to_id(_CUT)
+        cut = twin.token_to_id(_CUT)
+        assert cut is not None  # it was added
+        return twin, cut
 
 
 def _straddled(offsets: Sequence[Stretch], cut: int) -> bool:

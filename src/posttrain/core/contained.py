@@ -11,12 +11,16 @@ write whatever the user can.
 from __future__ import annotations
 
 import faulthandler
+import gc
+import logging
 import os
 import random
 import signal
 import sys
 import threading
+import time
 import traceback
+import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -313,19 +317,36 @@ def _set_handlers(saved: tuple[Any, ...]) -> None:
         _handle(number, handler)
 
 
-def _has_alarm() -> bool:
-    return signal.getitimer(signal.ITIMER_REAL)[0] > 0
+@dataclass(frozen=True, eq=False)
+class _Alarm:
+    """When the process will be woken, in seconds of the clock; 0 when it will not."""
+
+    at: float
+
+    def __eq__(self, other: object) -> bool:
+        # The same alarm looks a little different at every look.
+        return isinstance(other, _Alarm) and abs(self.at - other.at) < 0.1
 
 
-def _set_alarm(saved: bool) -> None:
-    if not saved:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+def _alarm() -> _Alarm:
+    left = signal.getitimer(signal.ITIMER_REAL)[0]
+    return _Alarm(time.monotonic() + left if left else 0.0)
+
+
+def _set_alarm(saved: _Alarm) -> None:
+    left = max(saved.at - time.monotonic(), 0.001) if saved.at else 0
+    signal.setitimer(signal.ITIMER_REAL, left)
 
 
 def _mask() -> int:
     mask = os.umask(0o077)  # it cannot be read without being set
     os.umask(mask)
     return mask
+
+
+def _set_warnings(saved: list[Any]) -> None:
+    warnings.resetwarnings()  # which also forgets what was decided by the filters of before
+    warnings.filters[:] = saved  # type: ignore[index]
 
 
 def _torch_settings() -> tuple[Any, ...] | None:
@@ -350,9 +371,12 @@ _STATE: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "the module search path": (lambda: list(sys.path), _set_search_path),
     _STREAMS: (_streams, _set_streams),
     "signal handlers": (_handlers, _set_handlers),
-    "an alarm": (_has_alarm, _set_alarm),
+    "an alarm": (_alarm, _set_alarm),
     "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
     "the mode of new files": (_mask, os.umask),
+    "warning filters": (lambda: list(warnings.filters), _set_warnings),
+    "garbage collection": (gc.isenabled, lambda saved: gc.enable() if saved else gc.disable()),
+    "logging": (lambda: logging.root.manager.disable, logging.disable),
     "NumPy's error handling": (np.geterr, lambda saved: np.seterr(**saved)),
     "settings of PyTorch": (_torch_settings, _set_torch_settings),
 }

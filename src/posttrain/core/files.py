@@ -27,7 +27,6 @@ from posttrain.core.errors import DataError, DiskFull, PosttrainError, RunError,
 
 __all__ = [
     "as_disk_full",
-    "as_write_error",
     "atomic_folder",
     "file_target",
     "folder_lock",
@@ -38,6 +37,7 @@ __all__ = [
     "sync_folder",
     "write_all",
     "write_atomic",
+    "writing",
 ]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -72,20 +72,16 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     path = file_target(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            write_all(fd, raw)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        failed = as_write_error(error, writing=path)
-        if failed is None:
-            raise
-        raise failed from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                write_all(fd, raw)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(partial, path)
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):  # the error above says more; the next writer removes it
             partial.unlink(missing_ok=True)
@@ -158,31 +154,39 @@ def as_disk_full(error: BaseException, *, writing: Path | None = None) -> DiskFu
     return None
 
 
-def as_write_error(error: BaseException, *, writing: Path) -> RunError | None:
-    """The error for a write that failed: :class:`DiskFull`, or the disk's own words with the path.
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a write that fails inside into an error of the tree that names the file or folder.
 
-    None for errors that are no failed writes, such as a path that leads nowhere.
+    Errors that are no failed writes, such as a path that leads nowhere, pass unchanged.
 
-    Args:
-        error: the caught exception.
-        writing: the file or folder being written.
+    Raises:
+        DiskFull: the disk or the quota is full.
+        RunError: the disk refused for another reason, in its own words.
 
     Example:
-        >>> print(as_write_error(OSError(errno.EIO, "Input/output error"), writing=Path("/a")))
-        cannot write /a: Input/output error
+        >>> with writing(Path("/a")):
+        ...     raise OSError(errno.EIO, "Input/output error")
+        Traceback (most recent call last):
+        posttrain.core.errors.RunError: cannot write /a: Input/output error
           expected: a disk that takes the write; everything committed before it is intact
           to mend:  see to the disk, its limits and permissions, then run the same command again
     """
-    full = as_disk_full(error, writing=writing)
-    if full is not None:
-        return full
-    if isinstance(error, PosttrainError):
-        return None
-    words = _write_words(error)
+    try:
+        yield
+    except Exception as error:
+        failed = as_disk_full(error, writing=path) or _refused(error, path)
+        if failed is None or failed is error:
+            raise
+        raise failed from error
+
+
+def _refused(error: Exception, path: Path) -> RunError | None:
+    words = None if isinstance(error, PosttrainError) else _write_words(error)
     if words is None:
         return None
     return RunError(
-        f"cannot write {writing}: {words}",
+        f"cannot write {path}: {words}",
         expected="a disk that takes the write; everything committed before it is intact",
         fix="see to the disk, its limits and permissions, then run the same command again",
     )
@@ -257,17 +261,13 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     """
     partial, old = _beside(final)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        recover_folder(final)
-        partial.mkdir()
-        yield partial
-        _sync_tree(partial)
-        _swap(partial, final=final, old=old)
-    except Exception as error:
-        failed = as_write_error(error, writing=final)
-        if failed is None or failed is error:
-            raise
-        raise failed from error
+        with writing(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            recover_folder(final)
+            partial.mkdir()
+            yield partial
+            _sync_tree(partial)
+            _swap(partial, final=final, old=old)
     finally:
         _remove_quietly(partial)
 
@@ -438,14 +438,9 @@ def _take(fd: int, folder: Path) -> None:
 def _sign(fd: int, path: Path) -> None:
     since = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-    try:
+    with writing(path):
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(holder).encode(), 0)
-    except OSError as error:
-        failed = as_write_error(error, writing=path)
-        if failed is None:
-            raise
-        raise failed from error
 
 
 def _locked(content: bytes, folder: Path) -> RunLocked:

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Never, TypeVar
 
 from posttrain.core.errors import DataError
+from posttrain.core.guard import read_bytes
 
 Row = Mapping[str, object]
 _T = TypeVar("_T")
+
+MAX_BYTES = 1 << 40
+"""Most bytes of a data file."""
 
 MAX_DEPTH = 100
 """Most brackets inside one another."""
@@ -37,7 +41,8 @@ def read_jsonl(path: Path, *, bad: list[DataError] | None = None) -> list[tuple[
             twice, a number that is not finite, or no row at all.
     """
     try:
-        lines = read_bytes(path).decode("utf-8-sig").split("\n")
+        content = read_bytes(path, kind="a JSONL file", at_most=MAX_BYTES)
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}", expected="a JSONL file") from None
     rows: list[tuple[int, Row]] = []
@@ -53,23 +58,6 @@ def read_jsonl(path: Path, *, bad: list[DataError] | None = None) -> list[tuple[
     if not rows and not bad:
         raise DataError(f"{path} is empty", expected="one JSON object per line")
     return rows
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's content.
-
-    Raises:
-        DataError: no such file, or one that cannot be read.
-    """
-    if not path.is_file():
-        raise DataError(f"no file {path}", fix="check the path; it is relative to the recipe")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}",
-            fix="check who may read it, and the disk",
-        ) from error
 
 
 def at_row(path: Path, number: int, read: Callable[[], _T]) -> _T:

@@ -12,12 +12,12 @@ import fnmatch
 import json
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from posttrain.core.errors import ModelError
 from posttrain.core.files import hash_files
+from posttrain.core.guard import read_bytes, reading, regular_file
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -30,6 +30,8 @@ CRITIC = "critic"
 
 MAX_JSON = 1 << 29  # bytes
 """Largest JSON file that is read. The largest tokenizers have 40 MB."""
+
+AGAIN = "copy or download the folder again"
 
 _VOCABULARIES = (
     *("tokenizer.json", "tokenizer.[0-9]*.json", "tokenizer.model*", "vocab*.json", "vocab*.txt"),
@@ -61,25 +63,27 @@ def is_vocabulary(name: str) -> bool:
 
 
 def read_json(path: Path, *, most: int = MAX_JSON) -> Mapping[str, object]:
-    """The object in a JSON file of a model folder.
+    """The object in a JSON file of a model folder. Infinity is allowed: some families have it.
 
     Raises:
-        ModelError: not a plain file, too large, not JSON, too deep, or no object.
+        ModelError: not a plain file, too large, not JSON, too deep, a key twice, or no object.
     """
-    plain_file(path)
-    try:
-        if path.stat().st_size > most:
-            raise ModelError(
-                f"{path} has {path.stat().st_size:,} bytes", expected=f"at most {most:,}"
-            )
-        read = json.loads(path.read_bytes())
-    except RecursionError:
-        raise ModelError(f"{path} is nested too deeply", fix=_AGAIN) from None
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} is not JSON: {error}", fix=_AGAIN) from None
+    kind = "a JSON object"
+    content = read_bytes(plain_file(path), kind=kind, at_most=most, error=ModelError)
+    with reading(path, kind=kind, error=ModelError, fix=AGAIN):
+        read = json.loads(content, object_pairs_hook=once)
     if not isinstance(read, dict):
-        raise ModelError(f"{path} holds a JSON {type(read).__name__}", expected="an object")
+        raise ModelError(f"{path} holds a JSON {type(read).__name__}", expected=kind, fix=AGAIN)
     return read
+
+
+def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object whose keys occur once: of two values, which one counts?"""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r:.60} occurs twice")
+    return found
 
 
 def plain_file(path: Path) -> Path:
@@ -88,14 +92,7 @@ def plain_file(path: Path) -> Path:
     Raises:
         ModelError: missing, a directory, pipe or device, or a link that leads out of the folder.
     """
-    try:
-        kind = path.stat().st_mode
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", fix=_AGAIN) from None
-    if not stat.S_ISREG(kind):
-        raise ModelError(
-            f"{path} is {_kind(kind)}", expected="a plain file", fix="replace it by the file itself"
-        )
+    regular_file(path, error=ModelError)
     if path.is_symlink() and not _stays(path):
         raise ModelError(
             f"{path} is a link to {os.readlink(path)}",
@@ -185,7 +182,7 @@ def shards_by_tensor(folder: Path) -> Mapping[str, str]:
     path = folder / INDEX
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ModelError(f"{path} has no weight_map", fix=_AGAIN)
+        raise ModelError(f"{path} has no weight_map", fix=AGAIN)
     for tensor, name in shards.items():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
             raise ModelError(
@@ -249,16 +246,3 @@ def adapter_found(folder: Path) -> ModelError:
         fix="merge it (peft: merge_and_unload, then save_pretrained), or move the adapter_* files "
         "out of the folder to use the model without them",
     )
-
-
-def _kind(mode: int) -> str:
-    kinds = {
-        "a folder": stat.S_ISDIR,
-        "a pipe": stat.S_ISFIFO,
-        "a device": lambda m: stat.S_ISCHR(m) or stat.S_ISBLK(m),
-        "a socket": stat.S_ISSOCK,
-    }
-    return next((words for words, matches in kinds.items() if matches(mode)), "no plain file")
-
-
-_AGAIN = "copy or download the folder again"

@@ -45,8 +45,10 @@ _WRAPPED = {
     "base_model.model.": "peft",
 }
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_SIZES = (*_NUM_LAYERS, "vocab_size", "hidden_size", "n_embd", "d_model", "head_dim")
-_SIZES += ("num_attention_heads", "n_head", "num_heads", "num_key_value_heads")
+_SIZES = (
+    *(*_NUM_LAYERS, "vocab_size", "hidden_size", "n_embd", "d_model", "head_dim"),
+    *("num_attention_heads", "n_head", "num_heads", "num_key_value_heads"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,9 +122,11 @@ def read_folder(path: Path) -> ModelFolder:
             the folder; a configuration, tensors and tokens that do not fit each other.
 
     Example:
-        >>> from posttrain.lab import BASE
-        >>> read_folder(BASE).num_weights
-        638336
+        >>> import tempfile
+        >>> from posttrain.testing import tiny_model
+        >>> with tempfile.TemporaryDirectory() as top:
+        ...     read_folder(tiny_model(Path(top))).rows
+        56
     """
     if not (path / CONFIG).exists():
         held = sorted(p.name for p in path.iterdir()) if path.is_dir() else []

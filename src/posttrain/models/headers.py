@@ -10,9 +10,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from posttrain.core.errors import ModelError
-from posttrain.models.files import plain_file
+from posttrain.models.files import once, plain_file
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes; the library's own limit."""
@@ -64,7 +65,7 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
         stream.seek(8)
         text = stream.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_without_doubles)
+        header = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
@@ -72,13 +73,6 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     header.pop("__metadata__", None)
     found = {name: _tensor(path, name, entry) for name, entry in header.items()}
     _check_data(path, [entry["data_offsets"] for entry in header.values()], size - 8 - length)
-    return found
-
-
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
     return found
 
 
@@ -98,7 +92,7 @@ def _tensor(path: Path, name: str, entry: object) -> TensorHeader:
     return TensorHeader(dtype, tuple(shape), path.name)
 
 
-def _are_sizes(value: object) -> bool:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     """A short list of counts that fit into 64 bits."""
     return (
         isinstance(value, list)

@@ -1,19 +1,18 @@
 """What transformers makes of a model folder: its settings and its tokenizer, no weights.
 
-A model folder is untrusted content, and the libraries raise whatever comes to pass inside them.
-:func:`reading` turns all of it into a ModelError that names the folder.
+A model folder is untrusted content, and libraries raise whatever comes to pass inside of them:
+:func:`library` turns all of it into a ModelError that names the folder.
 """
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from posttrain.core import guard
 from posttrain.core.errors import ModelError
-from posttrain.models.files import GENERATION, TOKENIZER
+from posttrain.core.guard import reading
+from posttrain.models.files import GENERATION
 from posttrain.models.folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -34,18 +33,23 @@ class ModelShape:
     hidden_size: int
 
 
-def reading(what: object) -> AbstractContextManager[None]:
-    """Turn any error of a library that reads a model folder into a ModelError.
+def library(what: object) -> AbstractContextManager[None]:
+    """Turn any error of a library that reads a model folder into a ModelError that names it.
 
-    Raises:
-        ModelError: the block raised; the message has the library's words.
+    Example:
+        >>> with library("m/config.json"):
+        ...     {}["hidden_size"]
+        Traceback (most recent call last):
+        ...
+        posttrain.core.errors.ModelError: m/config.json: KeyError: 'hidden_size'
+          expected: a causal language model that transformers can load
+          to mend:  check config.json; for code of its own set remote_code to the model's name
     """
-    return guard.reading(
-        f"{what} could not be loaded",
+    return reading(
+        str(what),
         kind="a causal language model that transformers can load",
         error=ModelError,
-        fix="try AutoModelForCausalLM.from_pretrained on it; for code from the model's own "
-        "repository set remote_code to the model's name",
+        fix="check config.json; for code of its own set remote_code to the model's name",
     )
 
 
@@ -57,7 +61,7 @@ def read_shape(folder: ModelFolder, *, remote_code: bool = False) -> ModelShape:
     """
     from transformers import AutoConfig
 
-    with reading(folder.path):
+    with library(folder.path):
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=remote_code)
         settings = config.get_text_config()
         sizes = [
@@ -83,17 +87,16 @@ def read_tokenizer(folder: ModelFolder, *, remote_code: bool = False) -> PreTrai
     """
     from transformers import AutoTokenizer
 
-    with reading(f"the tokenizer of {folder.path}"):
+    with library(f"the tokenizer of {folder.path}"):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=remote_code)
         by_id = {i: text for text, i in tokenizer.get_vocab().items()}
         special = frozenset(tokenizer.all_special_ids) | folder.tokens.special
-        tokenizer.decode(tokenizer(PROBE)["input_ids"])
-        lacks_merges = not (folder.path / TOKENIZER).exists() and _lacks_merges(tokenizer)
-    if lacks_merges:
+        ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        tokenizer.decode(ids)
+    if not ids:
         raise ModelError(
-            f"the tokenizer of {folder.path} has a vocabulary and no merges: every character "
-            "would be a token",
-            expected="tokenizer.json, or vocab.json and merges.txt",
+            f"the tokenizer of {folder.path} gives a text no tokens: its vocabulary is not there",
+            expected="tokenizer.json, or the vocabulary files of its class",
             fix="copy the tokenizer files again",
         )
     if folder.rows is not None:
@@ -110,14 +113,6 @@ def read_tokenizer(folder: ModelFolder, *, remote_code: bool = False) -> PreTrai
     return tokenizer  # type: ignore[no-any-return]
 
 
-def _lacks_merges(tokenizer: Any) -> bool:
-    """True for a byte-pair vocabulary without its merges."""
-    if not tokenizer.is_fast:
-        return False
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    return model["type"] == "BPE" and not model["merges"] and not model.get("ignore_merges")
-
-
 def read_ends(folder: ModelFolder, *, remote_code: bool = False) -> tuple[int, ...]:
     """Tokens that end a turn, as generation will use them.
 
@@ -126,7 +121,7 @@ def read_ends(folder: ModelFolder, *, remote_code: bool = False) -> tuple[int, .
     """
     from transformers import AutoConfig, GenerationConfig
 
-    with reading(folder.path):
+    with library(folder.path):
         if (folder.path / GENERATION).is_file():
             ends = GenerationConfig.from_pretrained(folder.path).eos_token_id
         else:

@@ -20,8 +20,9 @@ from posttrain.core.task import TaskSet
 from posttrain.parts.shelf import Reader, Shelf
 from posttrain.protocols import DataFile, Engine, Policy
 from posttrain.recipe import Recipe
+from posttrain.run.adaptable import check_adapters
 from posttrain.run.build import StageBuilder, learner_of
-from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
+from posttrain.run.material import PromptLengths, notes_of, overlaps, sampled_by
 from posttrain.run.plan import Plan, PlannedStage, all_plans, model_path
 from posttrain.run.rehearsal import rehearse
 from posttrain.tasks.trial import try_rewards
@@ -81,6 +82,8 @@ def check(
     trial = _Trial(recipe, root, engine, tasksets, observe, {"base": base})
     trial.prove(replace(proof, of="base") for proof in base.proofs)
     ahead = {s.identity: (s, plan) for plan in plans for s in plan.stages if not has_started(s)}
+    path = Path(model_path(recipe.model, root)).expanduser()
+    check_adapters([planned for planned, _ in ahead.values()], base=path)
     if ahead or not recipe.stages:
         trial.prove(try_rewards(tasksets.values()))
     for planned, _ in ahead.values():
@@ -124,6 +127,8 @@ class _Trial:
     proofs: list[Proof] = field(default_factory=list)
     shelf: Shelf = field(default_factory=Shelf)
     files: dict[tuple[object, ...], DataFile] = field(default_factory=dict)
+    lengths: PromptLengths = field(default_factory=PromptLengths)
+    seen: set[tuple[str, str, int]] = field(default_factory=set)
 
     def note(self, notes: Iterable[str]) -> None:
         """Show what a reader should know."""
@@ -153,11 +158,14 @@ class _Trial:
             if planned not in stages:
                 continue
             renderer, context = reader.renderer, reader.context
-            check_fits(
-                asked_by(planned, self.recipe, self.tasksets), renderer=renderer, context=context
-            )
+            sampled = sampled_by(planned, self.recipe, self.tasksets)
+            self.lengths.check_fit(sampled, renderer=renderer, context=context)
             rows = Reader(root=plan.root, renderer=renderer, context=context, shelf=self.shelf)
             for leaf in planned.composition.source.leaves:
+                key = (config.digest(leaf), renderer.digest, context)
+                if key in self.seen:  # paths through the gates share their stages' data
+                    continue
+                self.seen.add(key)
                 stream = leaf.rows(rows)
                 for file in stream.files if stream is not None else ():
                     self._found(file)

@@ -37,7 +37,7 @@ import msgspec
 
 from posttrain.core.config import Config
 from posttrain.core.errors import ConfigError, DataError, nearest
-from posttrain.core.files import folder_lock, sync_folder, write_atomic
+from posttrain.core.files import folder_lock, sync_folder, write_atomic, writing
 from posttrain.core.guard import read_text, reading
 from posttrain.measure.measurement import Measurement
 from posttrain.recipe import Recipe, load_recipe
@@ -317,7 +317,8 @@ class RunFolder:
         """
         with folder_lock(self.path):
             writer = RunWriter(self.path, Ledger.open(self.ledger_file))
-            writer.recover()
+            with writing(self.path):
+                writer.recover()
             yield writer
 
 
@@ -370,7 +371,8 @@ class RunWriter(RunFolder):
     def remove_stage(self, stage: StageWriter) -> None:
         """Delete the folder of a stage that has not started."""
         announce(self.ledger, dict.fromkeys(files_below(stage.path)))
-        shutil.rmtree(stage.path)
+        with writing(stage.path):
+            shutil.rmtree(stage.path)
 
     def set_aside(self, name: str) -> list[Path]:
         """Move the folders of a stage out of the way, whatever they hold; returns the new places.
@@ -393,11 +395,13 @@ class RunWriter(RunFolder):
 
     def _move(self, stage: Path, to: Path) -> None:
         """Move a stage's folder, unless an earlier process did."""
-        if (self.path / stage).is_dir() and not (self.path / to).exists():
-            (self.path / to).parent.mkdir(exist_ok=True)
-            (self.path / stage).rename(self.path / to)
-            sync_folder((self.path / to).parent)
-            sync_folder((self.path / stage).parent)
+        source, target = self.path / stage, self.path / to
+        if source.is_dir() and not target.exists():
+            with writing(target):
+                target.parent.mkdir(exist_ok=True)
+                source.rename(target)
+                sync_folder(target.parent)
+                sync_folder(source.parent)
 
     def accept_files(self, faults: Sequence[Fault]) -> None:
         """Go on with files as they are now: the ledger holds what they were and what they are."""

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
-from posttrain.core.files import as_write_error
+from posttrain.core.files import writing
 from posttrain.core.trajectory import Column, Group, Scored, Trajectory
 from posttrain.parts.legality import Admission
 from posttrain.protocols import Learner, Stateful
@@ -93,14 +93,9 @@ class Journal:
             for group in groups:
                 self._remember(group, step=step, role=UseRole.DISCARDED, reason=str(reason))
         line = (json.dumps({"step": step, **metrics}) + "\n").encode()
-        try:
-            with self._folder.metrics_file.open("ab") as file:
-                file.write(line)
-        except OSError as error:
-            failed = as_write_error(error, writing=self._folder.metrics_file)
-            if failed is None:
-                raise
-            raise failed from error
+        path = self._folder.metrics_file
+        with writing(path), path.open("ab") as file:
+            file.write(line)
         self._lines.update(line)
         self._bytes += len(line)
 
@@ -154,7 +149,8 @@ class Journal:
 
     def _sync_metrics(self) -> None:
         """Flush the metrics: lines of committed steps must survive a power cut."""
-        with self._folder.metrics_file.open("rb") as file:
+        path = self._folder.metrics_file
+        with writing(path), path.open("rb") as file:
             os.fsync(file.fileno())
 
     def _cut_metrics(self, entry: FileEntry) -> None:

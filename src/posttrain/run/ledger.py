@@ -25,6 +25,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -33,7 +34,7 @@ from types import MappingProxyType
 from typing import Final, final
 
 from posttrain.core.errors import DataError, LedgerBroken, nearest
-from posttrain.core.files import as_write_error, sync_folder, write_all, write_atomic
+from posttrain.core.files import sync_folder, write_all, write_atomic, writing
 
 __all__ = ["GENESIS", "Ledger", "Record", "RecordKind", "Verified", "head_file", "read", "verify"]
 
@@ -144,8 +145,9 @@ class Ledger:
         kept = _free_name(path) if torn else None
         if kept is not None:
             write_atomic(kept, torn)
-            os.truncate(path, size)
-            _sync_file(path)
+            with writing(path):
+                os.truncate(path, size)
+                _sync_file(path)
         return cls(path, records=records, size=size, clock=clock, torn=kept)
 
     @property
@@ -221,25 +223,25 @@ class Ledger:
         if not head_file(self._path).is_file():
             write_atomic(head_file(self._path), line)
             return
-        fd = os.open(head_file(self._path), os.O_WRONLY)
-        try:
-            os.pwrite(fd, line, 0)
-        finally:
-            os.close(fd)
+        with writing(head_file(self._path)):
+            fd = os.open(head_file(self._path), os.O_WRONLY)
+            try:
+                os.pwrite(fd, line, 0)
+            finally:
+                os.close(fd)
 
     def _write(self, content: bytes) -> None:
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)  # no O_CREAT: a lost file is an error
         try:
             self._check_sole_writer(os.fstat(fd).st_size)
             try:
-                write_all(fd, content)
-                os.fsync(fd)
-            except BaseException as error:
-                os.ftruncate(fd, self._size)  # else the next record would continue a partial line
-                failed = as_write_error(error, writing=self._path)
-                if failed is None:
-                    raise
-                raise failed from error
+                with writing(self._path):
+                    write_all(fd, content)
+                    os.fsync(fd)
+            except BaseException:
+                with suppress(OSError):  # then the line stays, torn or whole, for the next process
+                    os.ftruncate(fd, self._size)
+                raise
         finally:
             os.close(fd)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import final
 
 from posttrain.core.errors import TaskError
 from posttrain.core.rendering import shortened
@@ -16,6 +17,9 @@ from posttrain.core.task import ReportsRows, Task, TaskSet
 from posttrain.protocols import DataFile, Renderer
 from posttrain.recipe import Recipe
 from posttrain.run.plan import PlannedStage
+
+MAX_FRAME = 512
+"""Tokens that a template is taken to put around a prompt, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +32,7 @@ class SampledPrompts:
     what_for: str  # in words: a stage, or measuring
 
 
-def asked_by(
+def sampled_by(
     planned: PlannedStage, recipe: Recipe, tasksets: Mapping[str, TaskSet]
 ) -> Iterator[SampledPrompts]:
     """What a stage samples, and what measuring its policy samples."""
@@ -50,22 +54,42 @@ def asked_by(
         )
 
 
-def check_fits(asked: Iterable[SampledPrompts], *, renderer: Renderer, context: int) -> None:
-    """Check that every prompt leaves room for its answer.
+@final
+class PromptLengths:
+    """Tokens of prompts. Each is rendered once, and only when it might not fit."""
 
-    Raises:
-        TaskError: a prompt and the most tokens of its answer are longer than the context.
-        DataError: the template refuses a prompt.
-    """
-    lengths: dict[str, list[int]] = {}
-    for one in asked:
-        key = f"{one.name} {len(one.tasks)} {one.tasks[0].key if one.tasks else ''}"
-        if key not in lengths:
-            lengths[key] = [len(renderer.prompt(task).tokens) for task in one.tasks]
-        longest = max(lengths[key], default=0)
-        if longest + one.max_new_tokens > context:
-            task = one.tasks[lengths[key].index(longest)]
-            raise _too_long(one, task, longest, context)
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], int] = {}
+
+    def check_fit(
+        self, sampled: Iterable[SampledPrompts], *, renderer: Renderer, context: int
+    ) -> None:
+        """Check that every prompt leaves room for its answer.
+
+        Raises:
+            TaskError: a prompt and the most tokens of its answer are longer than the context.
+            DataError: the template refuses a prompt.
+        """
+        for one in sampled:
+            room = context - one.max_new_tokens
+            close = [task for task in one.tasks if _bytes(task) + MAX_FRAME > room]
+            # The first is rendered whatever its length: the template may refuse such prompts.
+            lengths = [(self._length(task, renderer), task) for task in (*one.tasks[:1], *close)]
+            longest, task = max(lengths, key=lambda found: found[0], default=(0, None))
+            if task is not None and longest > room:
+                raise _too_long(one, task, longest, context)
+
+    def _length(self, task: Task, renderer: Renderer) -> int:
+        key = (renderer.digest, task.key)
+        if key not in self._known:
+            self._known[key] = len(renderer.prompt(task).tokens)
+        return self._known[key]
+
+
+def _bytes(task: Task) -> int:
+    """Bytes of a prompt's texts: no tokenizer makes more tokens of them."""
+    turns = [task.prompt] if isinstance(task.prompt, str) else [m.content for m in task.prompt]
+    return sum(len(text.encode()) for text in turns)
 
 
 def _too_long(one: SampledPrompts, task: Task, longest: int, context: int) -> TaskError:

@@ -348,8 +348,12 @@ class _Run:
         progress = folder.progress()
         self._started(planned, step=progress.step if progress else 0, steps=steps)
         run_stage(spec, parts, steps=steps, journal=journal, observe=self.observe, stop=self.stop)
-        for proof in folder.export(learner.export):
-            self._proved(replace(proof, of=spec.name))
+
+        def export(model: Path) -> None:  # proofs first: once the folder is there, none is made
+            for proof in learner.export(model):
+                self._proved(replace(proof, of=spec.name))
+
+        folder.export(export)
         return steps
 
     def _proved(self, proof: Proof) -> None:

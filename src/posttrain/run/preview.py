@@ -24,15 +24,18 @@ from posttrain.core.trajectory import Column
 from posttrain.models.files import model_digest
 from posttrain.models.folder import ModelFolder, read_folder
 from posttrain.models.library import ModelShape, read_ends, read_shape, read_tokenizer
+from posttrain.models.routers import balance_words
 from posttrain.parts.base import PlanFacts, Signal, Source
 from posttrain.parts.legality import compared_in_the_loss
 from posttrain.parts.registry import tag_of
 from posttrain.parts.shelf import Reader
 from posttrain.protocols import DataFile
 from posttrain.recipe import Recipe
-from posttrain.run.material import asked_by, check_fits, notes_of, overlaps
+from posttrain.run.adaptable import check_adapters
+from posttrain.run.material import PromptLengths, notes_of, overlaps, sampled_by
 from posttrain.run.plan import Plan, PlannedStage, all_plans, is_hub_id, model_path
 from posttrain.run.stage_folder import stage_folder_name
+from posttrain.run.trust import code_of_recipe
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -62,10 +65,12 @@ def preview(recipe: Recipe, *, root: Path) -> str:
             expected="a folder with config.json and weights, or a hub id like org/name",
             fix="check the path; it is relative to the recipe's folder",
         )
-    code = recipe.remote_code == recipe.model
+    code = recipe.remote_code is not None
     base = model_digest(path, remote_code=code) if folder else recipe.model
     plan, *others = all_plans(recipe, root=root, base=base)
-    shape = read_shape(folder) if folder else None
+    for path_through in (plan, *others):
+        check_adapters(path_through.stages, base=path)
+    shape = read_shape(folder, remote_code=code) if folder else None
     facts = facts_of(plan, folder) if folder else None
     lines = [
         f"recipe    {recipe.name}  (identity {config.digest(recipe)[:16]})",
@@ -74,11 +79,14 @@ def preview(recipe: Recipe, *, root: Path) -> str:
         f"{recipe.measure.samples} samples per prompt, support threshold "
         f"{recipe.measure.threshold:.4f}",
     ]
+    lines += [f"code      {code.words}" for code in code_of_recipe(recipe, root=root)]
     if shape:
         lines.append(
             f"weights   {shape.num_weights:,} in {recipe.dtype}, context {shape.context}, "
             f"vocabulary {shape.vocab_size:,}"
         )
+    if folder and (balance := balance_words(folder.text_config)):
+        lines.append(f"routers   {balance}")
     if facts:
         lines += [f"material  {note}" for note in _material(plan, facts)]
     for number, planned in enumerate(plan.stages, start=1):
@@ -201,9 +209,10 @@ def _material(plan: Plan, facts: PlanFacts) -> Iterator[str]:
     """
     reader, recipe = facts.reader, plan.recipe
     tasksets = {name: facts.taskset(name) for name in recipe.tasks}
+    lengths = PromptLengths()
     for planned in plan.stages:
-        asked = asked_by(planned, recipe, tasksets)
-        check_fits(asked, renderer=reader.renderer, context=reader.context)
+        sampled = sampled_by(planned, recipe, tasksets)
+        lengths.check_fit(sampled, renderer=reader.renderer, context=reader.context)
     yield from notes_of(tasksets)
     yield from overlaps(
         tasksets,
@@ -242,8 +251,9 @@ def leaf_tokens(
 
 def facts_of(plan: Plan, folder: ModelFolder) -> PlanFacts:
     """Facts about a model folder and the task sets, without loading weights."""
-    renderer = _renderer(folder)
-    context = read_shape(folder).context
+    code = plan.recipe.remote_code is not None
+    renderer = _renderer(folder, remote_code=code)
+    context = read_shape(folder, remote_code=code).context
 
     @cache
     def taskset(name: str) -> TaskSet:
@@ -254,10 +264,10 @@ def facts_of(plan: Plan, folder: ModelFolder) -> PlanFacts:
     return PlanFacts(reader=reader, taskset=taskset)
 
 
-def _renderer(folder: ModelFolder) -> ChatRenderer:
+def _renderer(folder: ModelFolder, *, remote_code: bool) -> ChatRenderer:
     """The renderer that the run will use, end tokens included, without loading the model."""
-    tokenizer = cast(Tokenizer, read_tokenizer(folder))
-    return ChatRenderer(tokenizer, end_tokens=read_ends(folder))
+    tokenizer = cast(Tokenizer, read_tokenizer(folder, remote_code=remote_code))
+    return ChatRenderer(tokenizer, end_tokens=read_ends(folder, remote_code=remote_code))
 
 
 def _size(num_bytes: float) -> str:

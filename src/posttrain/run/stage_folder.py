@@ -27,10 +27,10 @@ import msgspec
 from posttrain.core import config
 from posttrain.core.errors import RunError
 from posttrain.core.files import atomic_folder, recover_folder, write_atomic
-from posttrain.core.proofs import Proof
 from posttrain.run.ledger import GENESIS, Ledger, Record, RecordKind
 from posttrain.run.recorded import (
     FileEntry,
+    RecordedFiles,
     announce,
     entry_at,
     entry_of,
@@ -318,17 +318,22 @@ class StageWriter(StageFolder):
         """Replace all metrics by these lines."""
         write_atomic(self.metrics_file, content)
 
-    def export(self, write: Callable[[Path], Sequence[Proof]]) -> Sequence[Proof]:
+    def export(self, write: Callable[[Path], None]) -> None:
         """Let ``write`` fill the model folder, unless an earlier process exported it: the folder
-        is complete and recorded, or absent. Returns its proofs."""
+        is complete and recorded, or absent.
+
+        Raises:
+            FileChanged: an earlier process exported it, and it is not what the ledger records.
+        """
         recover_folder(self.model)
         if self.model.is_dir():
-            return ()
+            known = RecordedFiles.of(self.ledger.path.parent, self.ledger.records)
+            known.require(self.model)
+            return
         with atomic_folder(self.model) as partial:
-            proofs = write(partial)
+            write(partial)
             files = files_below(partial)
             announce(self.ledger, {self.model / p.relative_to(partial): entry_at(p) for p in files})
-            return proofs
 
     def write_result(self, result: StageResult) -> None:
         """Mark the stage as finished. From now on its metrics grow no more."""

@@ -7,6 +7,7 @@ runs only when the user says so: a recipe could name a file that was never meant
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.core.errors import ConfigError
@@ -14,22 +15,37 @@ from posttrain.recipe import Recipe
 from posttrain.run.plan import model_path
 
 
-def foreign_code(recipe: Recipe, *, root: Path) -> Iterator[str]:
-    """Code that a recipe runs and that is not in its folder, in words: links count as what they
-    lead to.
+@dataclass(frozen=True, slots=True)
+class CodeFile:
+    """Code that a run of a recipe executes: a file, or the code of a model."""
+
+    user: str  # what runs it, in words
+    name: str  # the file, links resolved; or the model
+    foreign: bool  # it is not in the recipe's folder
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        where = ", outside the recipe's folder: needs --trust-code" if self.foreign else ""
+        return f"{self.user} runs {self.name}{where}"
+
+
+def code_of_recipe(recipe: Recipe, *, root: Path) -> Iterator[CodeFile]:
+    """The code that a recipe brings. Nothing is run to know it.
 
     Raises:
         TaskError: a file of code is missing or is not Python.
     """
     home = root.resolve()
     for name, spec in recipe.tasks.items():
-        for file in spec.code(root):
-            if not file.resolve().is_relative_to(home):
-                yield f"task set {name} runs {file.resolve()}"
+        for file in map(Path.resolve, spec.code(root)):
+            inside = file.is_relative_to(home)
+            shown = file.relative_to(home) if inside else file
+            yield CodeFile(f"task set {name}", str(shown), foreign=not inside)
     if recipe.remote_code is not None:
         model = Path(model_path(recipe.remote_code, root)).expanduser()
-        if not (model.is_dir() and model.resolve().is_relative_to(home)):
-            yield f"the model runs code of {recipe.remote_code}"
+        inside = model.is_dir() and model.resolve().is_relative_to(home)
+        yield CodeFile("the model", f"code of {recipe.remote_code}", foreign=not inside)
 
 
 def check_trust(recipe: Recipe, *, root: Path, trust_code: bool) -> None:
@@ -43,10 +59,13 @@ def check_trust(recipe: Recipe, *, root: Path, trust_code: bool) -> None:
     Raises:
         ConfigError: code from elsewhere, and no trust; names it.
     """
-    foreign = [] if trust_code else list(foreign_code(recipe, root=root))
+    if trust_code:
+        return
+    foreign = [c for c in code_of_recipe(recipe, root=root) if c.foreign]
     if foreign:
         raise ConfigError(
-            f"{'; '.join(foreign)}: outside the recipe's folder {root.resolve()}",
+            f"{'; '.join(f'{c.user} runs {c.name}' for c in foreign)}: outside the recipe's "
+            f"folder {root.resolve()}",
             expected="code in the recipe's folder, or your consent",
             fix="read that code, then add --trust-code (in Python: trust_code=True)",
         )

@@ -4,9 +4,9 @@ An engine, source, signal, term, method or task set from outside proves itself b
 ``check_*`` function of its seam; each raises ``AssertionError`` with the broken promise in words.
 """
 
+from posttrain.testing.characters import CharRenderer
 from posttrain.testing.contracts import check_method, check_term
 from posttrain.testing.fakes import (
-    CharRenderer,
     FakePolicy,
     FakeTaskSet,
     RuleTaskSet,

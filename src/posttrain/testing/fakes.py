@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, Self, final
+from typing import Any, Self, final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,105 +14,15 @@ import numpy.typing as npt
 from posttrain.core.errors import LegalityError
 from posttrain.core.proofs import Proof
 from posttrain.core.provenance import FloatArray, IntArray, Kind, Producer, Role, Sampling, Span
-from posttrain.core.rendering import STRICT, Rules
-from posttrain.core.task import Message, Task, TaskSet
+from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import End, Group, Scored, Trajectory
 from posttrain.parts.tools import Tools
 from posttrain.protocols import (
     Completion,
     Policy,
-    Prompt,
     Request,
 )
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class CharRenderer:
-    """One token per character (its code point); token 0 ends a turn."""
-
-    has_template: bool = False
-
-    def prompt(self, task: Task) -> Prompt:
-        """The task's text, written by the environment."""
-        tokens = np.array([ord(c) for c in task.text], np.int32)
-        if not len(tokens):
-            return Prompt(tokens=tokens, spans=())
-        author = Producer(kind=Kind.ENVIRONMENT, name=task.taskset)
-        return Prompt(
-            tokens=tokens, spans=(Span(length=len(tokens), role=Role.USER, producer=author),)
-        )
-
-    def answer(self, task: Task, text: str) -> IntArray:
-        """The text's characters, then token 0."""
-        return np.array([*map(ord, text), 0], np.int32)
-
-    def text(self, tokens: IntArray) -> str:
-        """Characters up to the end token."""
-        return "".join(chr(t) for t in tokens if t)
-
-    def token_text(self, token: int) -> str:
-        """The character; the end token by name."""
-        return chr(token) if token else "<end>"
-
-    @property
-    def end_tokens(self) -> frozenset[int]:
-        """Token 0."""
-        return frozenset({0})
-
-    @property
-    def digest(self) -> str:
-        """All such renderers are alike."""
-        return "characters"
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """Nothing is added."""
-        return ()
-
-    def completion(
-        self,
-        prompt: str,
-        completion: str,
-        *,
-        producer: Producer,
-        task: str,
-        rules: Rules = STRICT,
-    ) -> Trajectory:
-        """Two texts, the second by its author and trained."""
-        asked = self.prompt(Task(taskset="text", prompt=prompt))
-        written = self.answer(Task(taskset="text", prompt=prompt), completion)
-        span = Span(length=len(written), role=Role.ASSISTANT, producer=producer)
-        return Trajectory(
-            task=task,
-            tokens=np.concatenate([asked.tokens, written]).astype(np.int32),
-            prompt_length=len(asked.tokens),
-            spans=(*asked.spans, span),
-        )
-
-    def conversation(
-        self,
-        messages: Sequence[Message],
-        *,
-        producer: Producer,
-        task: str,
-        assistant_mask: Literal["template", "prefix"] = "template",
-        num_prompt: int | None = None,
-        rules: Rules = STRICT,
-    ) -> Trajectory:
-        """The last message after all others, without a template."""
-        *before, last = messages
-        prompt = "".join(m.content for m in before)
-        return self.completion(prompt, last.content, producer=producer, task=task)
-
-    def show(self, trajectory: Trajectory) -> str:
-        """Trained characters in ⟦ ⟧."""
-        pairs = zip(trajectory.tokens, trajectory.trainable, strict=True)
-        marked = (
-            f"⟦{self.token_text(int(t))}⟧" if on else self.token_text(int(t)) for t, on in pairs
-        )
-        return "".join(marked).replace("⟧⟦", "")
-
+from posttrain.testing.characters import CharRenderer
 
 UNLIKELY = 1e-12
 """What a :class:`FakePolicy` gives to a token that it never writes."""
@@ -203,7 +113,7 @@ class FakePolicy:
             for at in np.flatnonzero(trajectory.trainable):
                 values[at] = letters if trajectory.tokens[at] else end
             full.append(values)
-        return [_likeliest(_first(values, self.rows), top_k) for values in full]
+        return [_likeliest(values, top_k, rows=self.rows) for values in full]
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """``judgement`` of the text before each trained token."""
@@ -223,16 +133,13 @@ class FakePolicy:
         return out
 
 
-def _first(values: FloatArray, rows: int) -> FloatArray:
-    """Log-probs [T, V] over the first ids only."""
-    if rows == values.shape[1]:
-        return values
-    kept = values[:, :rows]
-    return np.asarray(kept - np.logaddexp.reduce(kept, -1, keepdims=True), np.float32)
-
-
-def _likeliest(values_TV: FloatArray, top_k: int | None) -> tuple[IntArray, FloatArray]:
-    """(token ids, log-probs) of the likeliest tokens; without ids, the whole vocabulary's."""
+def _likeliest(
+    values_TV: FloatArray, top_k: int | None, *, rows: int
+) -> tuple[IntArray, FloatArray]:
+    """(token ids, log-probs) of the likeliest of the first tokens; without ids, of all of them."""
+    if rows < values_TV.shape[1]:
+        values_TV = values_TV[:, :rows]
+        values_TV = values_TV - np.logaddexp.reduce(values_TV, -1, keepdims=True)
     if top_k is None:
         return np.zeros((len(values_TV), 0), np.int32), values_TV
     ids = np.argsort(-values_TV, axis=1, kind="stable")[:, :top_k].astype(np.int32)
@@ -373,7 +280,7 @@ class TablePolicy:
                 values[at] = -np.inf
                 with np.errstate(divide="ignore"):
                     values[at, codes] = np.log(self._row(whole[:at]))
-            out.append(_likeliest(_first(values, self.rows), top_k))
+            out.append(_likeliest(values, top_k, rows=self.rows))
         return out
 
     values = scores = no_scalar_head

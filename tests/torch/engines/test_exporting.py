@@ -4,19 +4,22 @@ import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from material import random_groups
+from material import random_groups, trajectory
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.core.errors import ConfigError, ModelError
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.proofs import Subject
+from posttrain.core.provenance import Sampling
 from posttrain.engines.local import exporting
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.numerics.batch import pack
 from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.protocols import Request
 from posttrain.testing.tiny import tiny_model, tiny_tokenizer
 from posttrain.training.objective import StageObjective
 
@@ -241,7 +244,7 @@ def test_clean_exports_are_not_refused(tmp_path, family, tied, dtype, lora):
     assert {p.subject for p in proofs} == {Subject.EXPORT}
     assert len(proofs) == (2 if lora else 1)
     # A margin of two to the tolerance, which is 16 times the rounding.
-    assert all(p.figures["gap"] <= max(8 * p.figures["rounding"], 5e-6) for p in proofs)
+    assert all(p.figures["gap"] <= max(8 * p.figures["rounding"], 1e-5) for p in proofs)
 
 
 @pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("q_proj", "embed_tokens")])
@@ -266,7 +269,7 @@ def test_a_target_that_no_module_has_is_refused(base):
 
 def test_all_linear_reaches_experts_and_routers(tmp_path):
     learner = trained(small(tmp_path / "m", "qwen2_moe", tied=False), lora=Lora(rank=4))
-    (said,) = learner.policy.proofs
+    said, *_ = learner.policy.proofs
     assert "adapters reach 22 of 22 weight matrices" in said.words
     names = {n for n, p in learner.policy.model.causal.named_parameters() if p.requires_grad}
     assert all(any(part in n for n in names) for part in ("mlp.experts", "mlp.gate"))
@@ -304,3 +307,13 @@ def test_a_start_folder_that_changed_under_adapters_is_found(tmp_path):
     tiny_model(folder, tied=False, seed=1)
     with pytest.raises(ModelError, match="its adapter: tensor"):
         exported(learner, tmp_path / "out")
+
+
+def test_trained_adapters_on_experts_sample_what_they_score(tmp_path):
+    learner = trained(small(tmp_path / "m", "qwen2_moe", tied=False), lora=Lora(rank=4))
+    prompt = np.array([9, 12, 15, 20], np.int32)
+    request = Request(prompt=prompt, sampling=Sampling(), max_new_tokens=8)
+    for completion in learner.policy.generate([request] * 4):
+        row = trajectory(prompt, completion.tokens)
+        (scored,) = learner.policy.logprobs([row])
+        np.testing.assert_allclose(scored[len(prompt) :], completion.logprobs, atol=2e-5)

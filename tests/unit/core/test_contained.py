@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import os
 import random
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -138,6 +141,7 @@ def test_a_real_ctrl_c_passes():
         contained().run(waits)
 
 
+@pytest.mark.filterwarnings("ignore:no error")
 def test_what_code_changes_is_put_back_and_named(tmp_path):
     def changes():
         os.chdir(tmp_path)
@@ -148,21 +152,27 @@ def test_what_code_changes_is_put_back_and_named(tmp_path):
         sys.setrecursionlimit(5000)
         os.umask(0o000)
         np.seterr(all="raise")
+        warnings.simplefilter("error")
+        gc.disable()
+        logging.disable(50)
         sys.stdout = None
         return 7
 
     before = (os.getcwd(), dict(os.environ), list(sys.path), sys.getrecursionlimit(), sys.stdout)
     mask = os.umask(0o022)
     os.umask(mask)
-    signal.setitimer(signal.ITIMER_REAL, 0)  # that of the test run
+    alarm = signal.getitimer(signal.ITIMER_REAL)[0]  # that of the test run
     box = contained()
     assert box.run(changes) == 7
     now = (os.getcwd(), dict(os.environ), list(sys.path), sys.getrecursionlimit(), sys.stdout)
     assert now == before
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == pytest.approx(alarm, abs=5)
     assert os.umask(mask) == mask
     assert np.geterr()["divide"] != "raise"
+    assert gc.isenabled()
+    assert logging.root.manager.disable == 0
+    warnings.warn("no error", stacklevel=1)
     assert list(box.changed) == [
         "the working directory",
         "environment variables",
@@ -172,6 +182,9 @@ def test_what_code_changes_is_put_back_and_named(tmp_path):
         "an alarm",
         "the recursion limit",
         "the mode of new files",
+        "warning filters",
+        "garbage collection",
+        "logging",
         "NumPy's error handling",
     ]
 

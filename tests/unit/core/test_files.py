@@ -16,7 +16,6 @@ from posttrain.core import files
 from posttrain.core.errors import DataError, DiskFull, RunError, RunLocked
 from posttrain.core.files import (
     as_disk_full,
-    as_write_error,
     atomic_folder,
     folder_lock,
     hash_file,
@@ -24,6 +23,7 @@ from posttrain.core.files import (
     recover_folder,
     write_all,
     write_atomic,
+    writing,
 )
 
 
@@ -102,8 +102,10 @@ def test_another_failed_write_names_its_file_and_what_the_disk_said(
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST])
 def test_a_path_that_leads_nowhere_is_no_failed_write(tmp_path: Path, number: int) -> None:
-    assert as_write_error(OSError(number, os.strerror(number)), writing=tmp_path) is None
-    assert as_write_error(ValueError("no write at all"), writing=tmp_path) is None
+    for error in (OSError(number, os.strerror(number)), ValueError("no write at all")):
+        with pytest.raises(type(error)) as caught, writing(tmp_path):
+            raise error
+        assert caught.value is error
 
 
 def test_write_all_goes_on_after_a_short_write(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain import JsonlTasks, Recipe
 from posttrain.core.errors import ConfigError, TaskError
-from posttrain.run.trust import check_trust
+from posttrain.run.trust import check_trust, code_of_recipe
 
 BODY = "def f(prompts, completions, **columns):\n    return [1.0] * len(completions)\n"
 
@@ -68,3 +68,11 @@ def test_code_of_models_counts(world):
 def test_a_missing_file_is_named(world):
     with pytest.raises(TaskError, match="no reward file"):
         check_trust(recipe("none.py:f"), root=world / "home", trust_code=False)
+
+
+def test_a_plan_can_say_what_code_will_run(world):
+    inside = [c.words for c in code_of_recipe(recipe("inside/r.py:f"), root=world / "home")]
+    assert inside == ["task set t runs inside/r.py", "task set t runs inside/helper.py"]
+    [away] = [c.words for c in code_of_recipe(recipe("../away/r.py:f"), root=world / "home")]
+    assert away.endswith("/away/r.py, outside the recipe's folder: needs --trust-code")
+    assert not list(code_of_recipe(recipe("exact"), root=world / "home"))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def trained_weights(
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
+class AdapterReach:
     """Which weight matrices have an adapter. A stack of experts counts as one matrix."""
 
     reached: tuple[str, ...]
@@ -90,7 +90,7 @@ def shortened(names: Iterable[str]) -> str:
     return ", ".join([*named, f"{more} more kinds"] if more else named)
 
 
-def reach(causal: PreTrainedModel) -> Reach:
+def reach(causal: PreTrainedModel) -> AdapterReach:
     """Which matrices of a model with adapters have one."""
     adapted = {id(weight) for weight in _adapted_weights(causal)}
     embeddings = [m.weight for m in causal.modules() if isinstance(m, nn.Embedding)]
@@ -102,7 +102,7 @@ def reach(causal: PreTrainedModel) -> Reach:
         and weight.ndim > 1
         and (id(weight) in adapted or id(weight) not in ends)
     ]
-    return Reach(
+    return AdapterReach(
         reached=tuple(name for name, has in weights if has),
         missed=tuple(name for name, has in weights if not has),
     )
@@ -216,21 +216,21 @@ def _own_linear(causal: PreTrainedModel) -> list[str] | None:
     return found or None
 
 
-def _adapted_weights(causal: PreTrainedModel) -> list[nn.Parameter]:
+def _adapted_weights(causal: PreTrainedModel) -> list[Tensor]:
     """The weights under the adapters."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
+    layers: list[Any] = [m for m in causal.modules() if isinstance(m, LoraLayer)]
     return [
         layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
-        for layer in causal.modules()
-        if isinstance(layer, LoraLayer)
+        for layer in layers
     ]
 
 
-def _ends(causal: PreTrainedModel) -> list[nn.Parameter]:
+def _ends(causal: PreTrainedModel) -> list[Tensor]:
     """The weights of the input embeddings and of the output head."""
-    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    ends: list[Any] = [causal.get_input_embeddings(), causal.get_output_embeddings()]
     return [end.weight for end in ends if end is not None]
 
 

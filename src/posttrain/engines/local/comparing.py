@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -23,7 +24,7 @@ NOISES = 16.0
 FLOOR = 1e-5
 """Largest difference of log-probs that is never a fault, in nats."""
 ROWS = 2
-LENGTH = 24
+LENGTH = 12
 """Rows and tokens of the probe."""
 
 _TEXTS = (
@@ -126,17 +127,38 @@ def noise_floor(causal: PreTrainedModel, rows: Tensor, expected: Tensor) -> floa
         return float((log_probs(causal, rows) - expected).abs().max())
 
 
-def differing_log_prob(found: Tensor, expected: Tensor, *, noise: float) -> str | None:
-    """The largest difference [ROWS, LENGTH, V] above the noise, in words."""
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far log-probs [ROWS, LENGTH, V] are from those that are expected."""
+
+    largest: float  # NaN when one is
+    place: tuple[int, int]  # (row, position) of the largest
+    noise: float  # what rounding explains; 0 where it was not needed
+
+    @property
+    def difference(self) -> str | None:
+        """In words, when rounding does not explain it."""
+        if self.largest <= max(FLOOR, NOISES * self.noise):
+            return None
+        row, position = self.place
+        return (
+            f"log-probs differ by {self.largest:.2g} after {position + 1} tokens of probe row "
+            f"{row + 1}, and rounding explains {self.noise:.1g}"
+        )
+
+    @property
+    def words(self) -> str:
+        """Such as ``to the bit``, or ``to 3e-06``."""
+        return f"to {self.largest:.1g}" if self.largest else "to the bit"
+
+
+def gap(found: Tensor, expected: Tensor, *, of: PreTrainedModel, rows: Tensor) -> Gap:
+    """Compare log-probs; noise is measured on the model that computed the expected ones."""
     gap_RTV = (found - expected).abs()
-    worst = float(gap_RTV.max())  # NaN when one is
-    if worst <= max(FLOOR, NOISES * noise):
-        return None
+    worst = float(gap_RTV.max())
+    noise = 0.0 if worst <= FLOOR else noise_floor(of, rows, expected)
     row, position = divmod(int(gap_RTV.amax(-1).argmax()), LENGTH)
-    return (
-        f"log-probs differ by {worst:.2g} after {position + 1} tokens of probe row {row + 1}, "
-        f"and rounding explains {noise:.1g}"
-    )
+    return Gap(worst, (row, position), noise)
 
 
 def differing_tokens(

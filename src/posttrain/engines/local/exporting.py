@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from posttrain.core.errors import ModelError
@@ -27,18 +27,17 @@ from posttrain.core.proofs import Proof, Subject
 from posttrain.engines.local.adapters import quiet, reach, save_adapters, shortened
 from posttrain.engines.local.comparing import (
     buffers,
-    differing_log_prob,
     differing_tensor,
     differing_tokens,
     first_difference,
+    gap,
     log_probs,
-    noise_floor,
     probe_rows,
     tensors,
 )
 from posttrain.engines.local.model import Model
 from posttrain.models.files import CONFIG, CRITIC, GENERATION, INDEX, counted
-from posttrain.models.library import reading
+from posttrain.models.library import library
 
 ADAPTER = "adapter"
 """Folder of the adapters as they were trained, inside of the model folder."""
@@ -107,25 +106,25 @@ def prove(  # type: ignore[no-untyped-def]  # optional
     began = time.perf_counter()
     rows = probe_rows(model.vocab_size, model.tokenizer)
     live = log_probs(model.causal, rows)
-    noise = noise_floor(model.causal, rows, live)
     loaded = _load(folder, model)
     _same(_differing_settings(loaded, written))
     _same(differing_tensor(tensors(loaded), tensors(written)))
     # Constants of a bfloat16 model, such as Gemma's scale, are rounded; a float32 export's are not.
     rounding = None if adapters is None else model.causal.dtype
     _same(differing_tensor(buffers(loaded), buffers(written), dtype=rounding))
-    loaded.to(model.device)
+    nn.Module.to(loaded, model.device)
     reloaded = log_probs(loaded, rows)
-    _same(differing_log_prob(reloaded, live, noise=noise))
+    found = gap(reloaded, live, of=model.causal, rows=rows)
+    _same(found.difference)
     _same(_differing_files(folder, model))
-    num, gap = len(tensors(loaded)), float((reloaded - live).abs().max())
+    num = len(tensors(loaded))
     proof = Proof(
         subject=Subject.EXPORT,
         of=folder.name,
         words=f"{num} tensors, tokens, template and stop tokens are the trained policy's; "
-        f"log-probs to {gap:.1g} (rounding: {noise:.1g})",
+        f"log-probs {found.words}",
         seconds=time.perf_counter() - began,
-        figures={"tensors": float(num), "gap": gap, "rounding": noise},
+        figures={"tensors": float(num), "gap": found.largest, "rounding": found.noise},
     )
     if adapters is None:
         return [proof]
@@ -147,7 +146,7 @@ def _same(difference: str | None) -> None:
 def _reloading(what: str) -> Iterator[None]:
     """Turn an error of a library that reads the export into our own."""
     try:
-        with reading("the export"):
+        with library("the export"):
             yield
     except ModelError as error:
         _same(f"{what} does not load: {error.found}")
@@ -166,7 +165,8 @@ def _load(folder: Path, model: Model) -> PreTrainedModel:
         if names and kind.endswith("_keys"):
             _same(f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, names))[:3])}")
     causal: PreTrainedModel = loaded[0]
-    return causal.eval()
+    causal.eval()
+    return causal
 
 
 def _differing_settings(loaded: PreTrainedModel, written: PreTrainedModel) -> str | None:
@@ -226,14 +226,10 @@ def _prove_adapter(  # type: ignore[no-untyped-def]  # optional
     difference = differing_tensor(again, {n: p.float() for n, p in live.items()})
     _same(_prefixed("its adapter: ", difference))
     through = log_probs(base, rows)
-    noise = noise_floor(base, rows, through)
-    _same(
-        _prefixed(
-            "adapter and merged weights: ", differing_log_prob(reloaded, through, noise=noise)
-        )
-    )
-    reached, gap = reach(model.causal), float((reloaded - through).abs().max())
-    words = f"base and adapter through peft are the merged weights, to {gap:.1g}; {reached.words}"
+    found = gap(reloaded, through, of=base, rows=rows)
+    _same(_prefixed("adapter and merged weights: ", found.difference))
+    reached = reach(model.causal)
+    words = f"base and adapter through peft are the merged weights, {found.words}; {reached.words}"
     still = _unmoved(live)
     if still:
         words += f"; {len(still)} adapters never changed: {shortened(still)}"
@@ -243,8 +239,8 @@ def _prove_adapter(  # type: ignore[no-untyped-def]  # optional
         words=words,
         seconds=time.perf_counter() - began,
         figures={
-            "gap": gap,
-            "rounding": noise,
+            "gap": found.largest,
+            "rounding": found.noise,
             "reached": float(len(reached.reached)),
             "missed": float(len(reached.missed)),
         },

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -27,15 +27,12 @@ from posttrain.core.errors import ModelError
 from posttrain.core.proofs import Proof, Subject
 from posttrain.engines.local.comparing import probe_rows, stock_attention
 from posttrain.engines.local.model import Model
+from posttrain.models.routers import ASKED, balance_weight, balance_words
 
 BALANCE = "router/balance_loss"
 """Metric of a step: the balancing loss, before its coefficient."""
 
-_FUNCTION, _ASKED, _WEIGHT = (
-    "load_balancing_loss_func",
-    "output_router_logits",
-    "router_aux_loss_coef",
-)
+_FUNCTION = "load_balancing_loss_func"
 
 
 @final
@@ -80,12 +77,13 @@ def routing(model: Model) -> tuple[Routing | None, tuple[Proof, ...]]:
         ModelError: the configuration asks for it, and it cannot be computed as the library does.
     """
     config = model.causal.config.get_text_config().to_dict()
-    weight = float(config.get(_WEIGHT) or 0.0)
-    if not weight:
+    words = balance_words(config)
+    if words is None:
         return None, ()
-    if not config.get(_ASKED):
-        words = f"routers: no balancing loss, {_ASKED} is off in its config ({_WEIGHT} {weight:g})"
-        return None, (Proof(subject=Subject.LOAD, of=model.name, words=words),)
+    proof = Proof(subject=Subject.LOAD, of=model.name, words=f"routers: {words}")
+    if config.get(ASKED) is not True:
+        return None, (proof,)
+    weight = balance_weight(config)
     found = _routing(model.causal, weight)
     if found is None:
         raise _refused(model, "this family's library code has no balancing loss that can be used")
@@ -97,14 +95,14 @@ def routing(model: Model) -> tuple[Routing | None, tuple[Proof, ...]]:
     own = float(out.aux_loss)
     if not abs(ours - own) <= 1e-4 * max(abs(own), 1.0):
         raise _refused(model, f"it is {ours:.4g} on a probe, and by the library {own:.4g}")
-    words = f"routers: {weight:g} times their balancing loss is added; on a probe the library's own"
-    return found, (Proof(subject=Subject.LOAD, of=model.name, words=words),)
+    return found, (replace(proof, words=f"{proof.words}; on a probe it is the library's own"),)
 
 
 def _routing(causal: PreTrainedModel, weight: float) -> Routing | None:
     """The family's function and routers; None where the library does not name them."""
     function = vars(sys.modules[type(causal).__module__]).get(_FUNCTION)
-    recorded = (causal.base_model._can_record_outputs or {}).get("router_logits")
+    decoder: Any = causal.base_model
+    recorded = (decoder._can_record_outputs or {}).get("router_logits")
     recorder = recorded[0] if isinstance(recorded, list) else recorded
     experts, top_k = (vars(causal).get(n) for n in ("num_experts", "num_experts_per_tok"))
     if function is None or recorder is None or not (experts and top_k):
@@ -117,7 +115,7 @@ def _routing(causal: PreTrainedModel, weight: float) -> Routing | None:
 
 def _refused(model: Model, why: str) -> ModelError:
     return ModelError(
-        f"{model.name}: its config asks for the routers' balancing loss ({_ASKED}), and {why}",
+        f"{model.name}: its config asks for the routers' balancing loss ({ASKED}), and {why}",
         expected="a loss that is computed as the model library computes it",
-        fix=f"set {_ASKED} to false in its config.json to train without it",
+        fix=f"set {ASKED} to false in its config.json to train without it",
     )

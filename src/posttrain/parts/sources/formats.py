@@ -164,7 +164,8 @@ def is_judgement(label: object) -> bool:
 def judged(place: str) -> DataError:
     """The error of labelled answers as demonstrations: bad ones would be imitated."""
     return DataError(
-        f"{place} with a label, such as true or false, and the stage learns from demonstrations",
+        f"{place} with a label that is true or false, or 0 or 1, and the stage learns from "
+        "demonstrations",
         expected="answers that are all worth imitating",
         fix="use a method that learns from labelled answers (kto, bco), or set "
         "`format: completion` (or messages) to learn from every row whatever its label",
@@ -251,20 +252,20 @@ def row_numbers(
         if name is None:
             continue
         value = row.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not -MOST <= value <= MOST:  # NaN is in no range
+        number = value if isinstance(value, int | float) and value is not True else None
+        if number is None or value is False or not -MOST <= number <= MOST:  # NaN: in no range
             raise DataError(
                 f"{column} {name}={value!r:.60}",
                 expected=f"a finite number in every row, of at most {MOST:g}",
             )
-        if column is Column.WEIGHT and value < 0:
+        if column is Column.WEIGHT and number < 0:
             raise DataError(
                 f"{column} {name}={value!r}",
                 expected="0 or more: a negative weight would push the answer away without bound",
             )
-        if column is Column.MARGIN and value < 0:
+        if column is Column.MARGIN and number < 0:
             raise DataError(f"{column} {name}={value!r}", expected="0 or more")
-        out[column] = np.asarray(float(value))
+        out[column] = np.asarray(float(number))
     return out
 
 

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.core.errors import DataError
-from posttrain.core.rows import Row, read_bytes, read_jsonl
+from posttrain.core.guard import read_bytes, reading
+from posttrain.core.rows import MAX_BYTES, Row, read_jsonl
 
 MAX_ROWS = 20_000_000
 """Most rows of a Parquet file: a small file of equal values can claim any number."""
-
-_UNREADABLE = (ValueError, OverflowError, TypeError, ArithmeticError, NotImplementedError)
-"""What turning a cell into a plain value can raise; Arrow's own errors are among them."""
 
 _SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 
@@ -39,7 +37,11 @@ def digest_of(path: Path) -> str:
     """
     if path.suffix not in _SUFFIXES:
         raise DataError(f"data file {path}", expected="a .jsonl or .parquet file")
-    return hashlib.sha256(read_bytes(path)).hexdigest()
+    return hashlib.sha256(_content(path)).hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    return read_bytes(path, kind="a .jsonl or .parquet file", at_most=MAX_BYTES)
 
 
 def read_rows(path: Path, *, ignore: frozenset[str], skip_bad: bool) -> DataRows:
@@ -73,11 +75,15 @@ def _given(row: Row, ignore: frozenset[str]) -> Row:
 def _parquet(
     path: Path, *, ignore: frozenset[str], bad: list[DataError] | None
 ) -> Iterator[tuple[int, Row]]:
-    import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    try:
-        file = pq.ParquetFile(io.BytesIO(read_bytes(path)))
+    content = _content(path)
+    with reading(
+        path,
+        kind="a whole Parquet file, not encrypted",
+        fix="write it again, or convert it to JSONL",
+    ):
+        file = pq.ParquetFile(io.BytesIO(content))
         names = [str(name) for name in file.schema_arrow.names]
         if twice := next((n for n in names if names.count(n) > 1), None):
             raise DataError(f"{path}: two columns named {twice!r}", expected="one of each name")
@@ -86,28 +92,18 @@ def _parquet(
                 f"{path}: {file.metadata.num_rows:,} rows", expected=f"at most {MAX_ROWS:,}"
             )
         table = file.read([n for n in names if n not in ignore])
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{path} is not a Parquet file that can be read: {words}",
-            expected="a whole Parquet file, not encrypted",
-            fix="write it again, or convert it to JSONL",
-        ) from error
     columns = {name: table.column(name) for name in table.column_names}
     values = {name: _values(column) for name, column in columns.items()}
     for at in range(table.num_rows):
         try:
             row = {
-                name: _cell(name, columns[name], at) if whole is None else whole[at]
+                name: _cell(path, at, name, columns[name]) if whole is None else whole[at]
                 for name, whole in values.items()
             }
         except DataError as error:
-            placed = DataError(
-                f"{path}, row {at + 1}: {error.found}", expected=error.expected, fix=error.fix
-            )
             if bad is None:
-                raise placed from error
-            bad.append(placed)
+                raise
+            bad.append(error)
             continue
         # A column that only other rows have is null in Parquet, and absent in JSONL.
         yield at + 1, {name: value for name, value in row.items() if value is not None}
@@ -116,25 +112,24 @@ def _parquet(
 def _values(column: Any) -> list[object] | None:
     """The column as plain values; None when some cell has none, and each must be tried."""
     try:
-        whole: list[object] = column.to_pylist()
-    except _UNREADABLE:
+        with reading("the column", kind="plain values"):
+            whole: list[object] = column.to_pylist()
+    except DataError:
         return None
     return whole
 
 
-def _cell(name: str, column: Any, at: int) -> object:
+def _cell(path: Path, at: int, name: str, column: Any) -> object:
     """One cell as a plain value.
 
     Raises:
-        DataError: it has none.
+        DataError: it has none; names the file and the row.
     """
-    try:
+    with reading(
+        path,
+        row=at + 1,
+        kind=f"a text, a number, a list or a structure in column {name!r} ({column.type})",
+        fix=f"mend the column, or leave it out with `ignore: [{name}]` on the data set",
+    ):
         value: object = column[at].as_py()
-    except _UNREADABLE as error:
-        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"column {name!r} of type {column.type}: {words[:120]}",
-            expected="a text, a number, a list or a structure",
-            fix=f"mend the column, or leave it out with `ignore: [{name}]` on the data set",
-        ) from error
     return value

@@ -348,7 +348,7 @@ def test_empty_missing_and_foreign_files(tmp_path):
     assert "no file" in refused(tmp_path, [], path="none.parquet")
     assert "a .jsonl or .parquet file" in refused(tmp_path, [], path="d.csv")
     (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
-    assert "is not a Parquet file" in refused(tmp_path, [], path="bad.parquet")
+    assert "expected: a whole Parquet file" in refused(tmp_path, [], path="bad.parquet")
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "e.parquet")
     assert "is empty" in refused(tmp_path, [], path="e.parquet")
 
