@@ -66,7 +66,8 @@ def end(command: Callable[[], object], *, debug: bool) -> int:
     try:
         code = command()
     except SystemExit as error:  # ours are click's Exit: this one is of code from elsewhere
-        return _tell(error, debug=debug)
+        closed = error.__context__  # or click's own, when the reader of its output went away
+        return _tell(closed if isinstance(closed, BrokenPipeError) else error, debug=debug)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped.", err=True)
         return INTERRUPTED
