@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fuzz.frame import Trial
-
 from posttrain.tasks.jsonl import JsonlTasks
 from posttrain.tasks.trial import try_rewards
 

@@ -33,6 +33,7 @@ from posttrain.run.check import Checked
 from posttrain.run.check import check as check_recipe
 from posttrain.run.measuring import measure_model
 from posttrain.run.pipeline import Outcome
+from posttrain.run.plan import model_path
 from posttrain.run.resume import Consent
 from posttrain.run.trust import check_trust
 
@@ -65,7 +66,7 @@ def run(
         recipe,
         out=out.absolute(),
         root=root.absolute(),
-        engine=engine_for(recipe),
+        engine=engine_for(recipe, root=root),
         observe=observe,
         stop=stop,
         consent=Consent.to(accept=accept, restart=restart),
@@ -91,7 +92,9 @@ def check(
         PosttrainError: what would stop the run.
     """
     check_trust(recipe, root=root, trust_code=trust_code)
-    return check_recipe(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
+    return check_recipe(
+        recipe, root=root.absolute(), engine=engine_for(recipe, root=root), observe=observe
+    )
 
 
 def measure(
@@ -103,7 +106,9 @@ def measure(
 ) -> Measurement:
     """Measure the recipe's model on its task sets; its stages are ignored."""
     check_trust(recipe, root=root, trust_code=trust_code)
-    return measure_model(recipe, root=root.absolute(), engine=engine_for(recipe), observe=observe)
+    return measure_model(
+        recipe, root=root.absolute(), engine=engine_for(recipe, root=root), observe=observe
+    )
 
 
 def compare(
@@ -118,7 +123,12 @@ def compare(
     """Compare two models, measured on the recipe's task sets; its model and stages are ignored."""
     check_trust(recipe, root=root, trust_code=trust_code)
     return compare_models(
-        recipe, before, after, root=root.absolute(), engine=engine_for(recipe), observe=observe
+        recipe,
+        before,
+        after,
+        root=root.absolute(),
+        engine=engine_for(recipe, root=root),
+        observe=observe,
     )
 
 
@@ -147,7 +157,7 @@ def diagnose(
     return find_bottleneck(
         recipe,
         root=root.absolute(),
-        engine=engine_for(recipe),
+        engine=engine_for(recipe, root=root),
         supplies=supplies,
         practice=Practice(book=book) if book else None,
         budget=budget or BUDGET,
@@ -185,7 +195,7 @@ def treat(
         recipe,
         out=out.absolute(),
         root=root.absolute(),
-        engine=engine_for(recipe),
+        engine=engine_for(recipe, root=root),
         budget=budget,
         supplies=supplies,
         book=book or load_rules(),
@@ -194,10 +204,10 @@ def treat(
     )
 
 
-def engine_for(recipe: Recipe) -> Engine:
+def engine_for(recipe: Recipe, *, root: Path) -> Engine:
     """The local engine, configured by the recipe."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    return LocalEngine(
-        device=pick_device(recipe.device), dtype=recipe.dtype, remote_code=recipe.remote_code
-    )
+    # Engines know models by their folders: code is allowed for that of the recipe's model.
+    code = recipe.remote_code and model_path(recipe.remote_code, root.absolute())
+    return LocalEngine(device=pick_device(recipe.device), dtype=recipe.dtype, remote_code=code)

@@ -147,7 +147,7 @@ def test_recipes_that_are_wrong(shared, tmp_path, posttrain, name):
         (b"a: [1", "is not YAML"),
         (b"- a\n- b\n", "holds list"),
         (b"", "holds NoneType"),
-        (b"\xff\xfe\x00", "is not YAML"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "plan", "probe"])

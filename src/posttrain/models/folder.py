@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.core.errors import ModelError
+from posttrain.core.guard import reading
 from posttrain.models.files import (
     ADAPTER,
+    AGAIN,
     CONFIG,
     GENERATION,
     INDEX,
@@ -45,8 +47,10 @@ _WRAPPED = {
     "base_model.model.": "peft",
 }
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_SIZES = (*_NUM_LAYERS, "vocab_size", "hidden_size", "n_embd", "d_model", "head_dim")
-_SIZES += ("num_attention_heads", "n_head", "num_heads", "num_key_value_heads")
+_SIZES = (
+    *(*_NUM_LAYERS, "vocab_size", "hidden_size", "n_embd", "d_model", "head_dim"),
+    *("num_attention_heads", "n_head", "num_heads", "num_key_value_heads"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,6 +130,11 @@ def read_folder(path: Path) -> ModelFolder:
         ...     read_folder(tiny_model(Path(top))).rows
         56
     """
+    with reading(path, kind="a model folder", error=ModelError, fix=AGAIN):
+        return _read(path)
+
+
+def _read(path: Path) -> ModelFolder:
     if not (path / CONFIG).exists():
         held = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
         if ADAPTER in held:

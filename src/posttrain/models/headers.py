@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from posttrain.core.errors import ModelError
 from posttrain.models.files import once, plain_file
@@ -91,7 +92,7 @@ def _tensor(path: Path, name: str, entry: object) -> TensorHeader:
     return TensorHeader(dtype, tuple(shape), path.name)
 
 
-def _are_sizes(value: object) -> bool:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     """A short list of counts that fit into 64 bits."""
     return (
         isinstance(value, list)

@@ -65,12 +65,12 @@ def preview(recipe: Recipe, *, root: Path) -> str:
             expected="a folder with config.json and weights, or a hub id like org/name",
             fix="check the path; it is relative to the recipe's folder",
         )
-    code = recipe.remote_code == recipe.model
+    code = recipe.remote_code is not None
     base = model_digest(path, remote_code=code) if folder else recipe.model
     plan, *others = all_plans(recipe, root=root, base=base)
     for path_through in (plan, *others):
         check_adapters(path_through.stages, base=path)
-    shape = read_shape(folder) if folder else None
+    shape = read_shape(folder, remote_code=code) if folder else None
     facts = facts_of(plan, folder) if folder else None
     lines = [
         f"recipe    {recipe.name}  (identity {config.digest(recipe)[:16]})",
@@ -251,8 +251,9 @@ def leaf_tokens(
 
 def facts_of(plan: Plan, folder: ModelFolder) -> PlanFacts:
     """Facts about a model folder and the task sets, without loading weights."""
-    renderer = _renderer(folder)
-    context = read_shape(folder).context
+    code = plan.recipe.remote_code is not None
+    renderer = _renderer(folder, remote_code=code)
+    context = read_shape(folder, remote_code=code).context
 
     @cache
     def taskset(name: str) -> TaskSet:
@@ -263,10 +264,10 @@ def facts_of(plan: Plan, folder: ModelFolder) -> PlanFacts:
     return PlanFacts(reader=reader, taskset=taskset)
 
 
-def _renderer(folder: ModelFolder) -> ChatRenderer:
+def _renderer(folder: ModelFolder, *, remote_code: bool) -> ChatRenderer:
     """The renderer that the run will use, end tokens included, without loading the model."""
-    tokenizer = cast(Tokenizer, read_tokenizer(folder))
-    return ChatRenderer(tokenizer, end_tokens=read_ends(folder))
+    tokenizer = cast(Tokenizer, read_tokenizer(folder, remote_code=remote_code))
+    return ChatRenderer(tokenizer, end_tokens=read_ends(folder, remote_code=remote_code))
 
 
 def _size(num_bytes: float) -> str:

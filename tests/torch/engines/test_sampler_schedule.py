@@ -6,14 +6,17 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.core.provenance import Sampling
 from posttrain.engines.local import decoding, sampler
 from posttrain.engines.local.sampler import generate
 from posttrain.protocols import Request
 from posttrain.testing import tiny_model
+from posttrain.testing.tiny import tiny_tokenizer
 
 KINDS = (
     Sampling(),
@@ -97,10 +100,26 @@ limits = st.builds(
 ends = st.frozensets(st.integers(0, 46), max_size=8)
 
 
-@pytest.fixture(scope="module", params=["qwen3", "mistral"])
+def learned_positions(folder):
+    """A GPT-2 with 20 positions and no more."""
+    tokenizer = tiny_tokenizer()
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 20, "initializer_range": 0.3}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    config = AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), **sizes, **ends)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["qwen3", "mistral", "gpt2"])
 def alone(request, engine, tmp_path_factory):
     """A model, and what each request gets from it alone."""
-    folder = tiny_model(tmp_path_factory.mktemp("m") / "m", family=request.param, context=20)
+    folder = tmp_path_factory.mktemp("m") / "m"
+    if request.param == "gpt2":
+        learned_positions(folder)
+    else:
+        tiny_model(folder, family=request.param, context=20)
     policy = engine.policy(str(folder))
     model, text = policy.model, policy.renderer.text
 
@@ -116,6 +135,7 @@ def alone(request, engine, tmp_path_factory):
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(groups=groups, limits=limits, ends=ends, order=st.randoms(use_true_random=False))
+@example([Many(2, count=7, budget=12), Many(12, count=1)], Limits(rows=8), frozenset(), None)
 @example([Many(3, count=7)], Limits(), frozenset(), None)  # a wave, and most of a wave after it
 @example([Many(3, count=6, budget=1), Many(5, count=3)], Limits(), frozenset(), None)
 @example([Many(3, count=9), Many(3, count=2, budget=7)], Limits(look=8), frozenset({9}), None)

@@ -78,7 +78,7 @@ def load_model(
     folder = read_folder(resolve_folder(name))
     tokenizer = read_tokenizer(folder, remote_code=remote_code)
     what = f"{name} ({folder.config.get('model_type')})"
-    with library(name), _bounded(folder), choosing(what):
+    with library(what), _bounded(folder), choosing(what):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder.path,
             dtype=getattr(torch, dtype),
@@ -89,11 +89,14 @@ def load_model(
             trust_remote_code=remote_code,
         )
     causal: PreTrainedModel = loaded[0]
-    speaks, proof = _compared(causal, folder, loaded[1])
-    # With dropout the trained policy would differ from the sampled policy: always eval mode.
-    nn.Module.to(causal, device or torch.device("cpu")).eval()
     digest = model_digest(folder.path, remote_code=remote_code)
-    model = Model.of(causal, tokenizer, name=name, folder=folder.path, digest=digest, speaks=speaks)
+    with library(what):  # a family may lack what the others have
+        speaks, proof = _compared(causal, folder, loaded[1])
+        # With dropout the trained policy would differ from the sampled policy: always eval mode.
+        nn.Module.to(causal, device or torch.device("cpu")).eval()
+        model = Model.of(
+            causal, tokenizer, name=name, folder=folder.path, digest=digest, speaks=speaks
+        )
     return replace(model, proofs=(replace(proof, of=name), *prove(model)))
 
 
@@ -230,9 +233,9 @@ def _check_weights(
     Returns:
         How many tensors of the files came out how.
     """
-    loaded = dict(causal.named_parameters(remove_duplicate=False))
-    for name, weight in loaded.items():
-        _check_finite(name, weight.detach(), folder)
+    loaded: dict[str, Tensor] = dict(causal.named_parameters(remove_duplicate=False))
+    for name, own in loaded.items():
+        _check_finite(name, own.detach(), folder)
     loaded |= {n: b for n, b in causal.named_buffers() if n in folder.tensors}
     num_equal, others, total = 0, 0, 0
     for name, held in _held(folder):
@@ -293,7 +296,7 @@ def _settle_head(causal: PreTrainedModel) -> str:
     export with that configuration would lose the head in programs that believe it.
     """
     tied = causal.get_output_embeddings().weight is causal.get_input_embeddings().weight
-    said = bool(causal.config.tie_word_embeddings)
+    said = bool(vars(causal.config).get("tie_word_embeddings"))  # a few configurations have none
     if said and not tied:
         for part in {id(c): c for c in (causal.config, causal.config.get_text_config())}.values():
             part.tie_word_embeddings = False
