@@ -103,4 +103,4 @@ STRICT = Rules()
 """Nothing that is trained may be lost, and text stays text."""
 
 SAMPLED = Rules(control_tokens="parse", allow=frozenset(LOSSES))
-"""For what a policy sampled: a control token in it is that token, and whatever it is, it is read."""
+"""For what a policy sampled: control tokens in it are tokens, and nothing is refused."""

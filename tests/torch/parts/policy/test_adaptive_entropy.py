@@ -145,7 +145,7 @@ def test_what_would_be_lost_without_the_state(world, monkeypatch):
 
 @pytest.mark.parametrize("options", [{"target": 0}, {"step": 0}, {"initial": -1}, {"initial": 2}])
 def test_options_without_a_meaning(options):
-    with pytest.raises(ConfigError, match="(?i)adaptive_?entropy_?bonus"):
+    with pytest.raises(ConfigError, match=r"(?i)adaptive_?entropy_?bonus"):
         AdaptiveEntropyBonus(**{"target": 1, **options})
 
 
