@@ -117,12 +117,12 @@ class ChatRenderer:
         """What the template adds to every conversation, in words."""
         return () if self._texts is None else self._texts.remarks
 
-    def prompt(self, task: Task) -> Prompt:
+    def prompt(self, task: Task, *, rules: Rules = STRICT) -> Prompt:
         """Render a task up to the start of the answer.
 
         A conversation goes through the chat template; plain text is tokenised without changes,
         with a start token only if the tokenizer itself adds one. Control tokens inside messages
-        are text.
+        are text, unless ``rules`` say that they are tokens.
 
         Raises:
             ModelError: a conversation, and the tokenizer has no chat template, or one that ends
@@ -131,11 +131,14 @@ class ChatRenderer:
         """
         author = Producer(kind=Kind.ENVIRONMENT, name=task.taskset)
         if isinstance(task.prompt, str):
-            tokens, authors = self._plain(task.prompt, author, rules=STRICT)
+            tokens, authors = self._plain(task.prompt, author, rules=rules)
         else:
             texts = self._checked_texts()
             rendered = texts.render(task.prompt, generation=True)
-            tokens, offsets = self._encoder.encode(rendered.text, as_text=rendered.stretches)
+            tokens, offsets = self._encoder.encode(
+                rendered.text,
+                as_text=rendered.stretches if rules.control_tokens == "text" else (),
+            )
             authors = authors_of(
                 offsets,
                 task.prompt,

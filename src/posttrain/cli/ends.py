@@ -66,12 +66,12 @@ def end(command: Callable[[], object], *, debug: bool) -> int:
     try:
         code = command()
     except SystemExit as error:  # ours are click's Exit: this one is of code from elsewhere
-        return _tell(error, debug=debug)
+        return _report(error, debug=debug)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped.", err=True)
         return INTERRUPTED
     except Exception as error:  # the last guard: told in words, and the process ends
-        raise SystemExit(_tell(error, debug=debug)) from error
+        raise SystemExit(_report(error, debug=debug)) from error
     return code if isinstance(code, int) and not isinstance(code, bool) else DONE
 
 
@@ -88,7 +88,7 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _tell(error: BaseException, *, debug: bool) -> int:
+def _report(error: BaseException, *, debug: bool) -> int:
     """Say what happened; the exit code."""
     if isinstance(error, BrokenPipeError):
         return unread()

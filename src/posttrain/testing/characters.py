@@ -22,7 +22,7 @@ class CharRenderer:
 
     has_template: bool = False
 
-    def prompt(self, task: Task) -> Prompt:
+    def prompt(self, task: Task, *, rules: Rules = STRICT) -> Prompt:
         """The task's text, written by the environment."""
         tokens = np.array([ord(c) for c in task.text], np.int32)
         if not len(tokens):
