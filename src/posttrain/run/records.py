@@ -64,6 +64,10 @@ class Records:
             },
         )
 
+    def tasks(self, name: str, identity: Mapping[str, object]) -> None:
+        """A task set: its options, with the content of its files and of its reward's code."""
+        self._once(RecordKind.SOURCE, {"name": name, "category": "tasks", "content": identity})
+
     def checkpoint(self, planned: PlannedStage, *, digest: str, path: str) -> None:
         """The exported model of a stage."""
         self._once(

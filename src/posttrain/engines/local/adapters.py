@@ -201,8 +201,9 @@ def _with_adapters(  # type: ignore[no-untyped-def]  # optional
         try:
             with quiet():
                 return get_peft_model(model.causal, config)
-        except (ValueError, NotImplementedError, AttributeError) as error:
-            raise _refused(model, lora, str(error)) from error
+        except (ValueError, NotImplementedError, AttributeError, re.error) as error:
+            words = " ".join(str(error).split())
+            raise _refused(model, lora, words[:200]) from error
 
 
 def _own_linear(causal: PreTrainedModel) -> list[str] | None:
@@ -242,7 +243,11 @@ def _adaptable(causal: PreTrainedModel) -> list[str]:
     for name, module in causal.named_modules():
         if isinstance(module, _NO_PRODUCT):
             continue
-        own = type(module).__module__.partition(".")[0] not in ("torch", "peft")
+        # A wrapper around a module cannot be merged after adapters inside of it.
+        outer = any(
+            isinstance(inner, nn.Linear) for inner in module.modules() if inner is not module
+        )
+        own = not outer and type(module).__module__.partition(".")[0] not in ("torch", "peft")
         for kind, weight in module.named_parameters(recurse=False):
             linear = isinstance(module, nn.Linear) and kind == "weight"
             stack = own and weight.ndim == 3

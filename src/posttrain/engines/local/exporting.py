@@ -219,6 +219,8 @@ def _prove_adapter(  # type: ignore[no-untyped-def]  # optional
         base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model.folder, dtype=torch.float32, trust_remote_code=_is_remote(model.causal)
         )
+    if not model.speaks:  # a classifier's folder has no output head, and the loader made one up
+        base.get_output_embeddings().weight.data.copy_(model.causal.get_output_embeddings().weight)
     with quiet(), _reloading("its adapter"):
         whole = PeftModel.from_pretrained(base, folder).to(model.device).eval()
     live = dict(adapters.named_parameters())
