@@ -105,7 +105,9 @@ def sample(model, tokenizer, tasks: Sequence[Task], settings: Settings, *, draw:
         alive = [r for r in alive if answers[r][-1] != tokenizer.eos_token_id]
         if not alive:
             break
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    # The verifier reads every token but those that frame a text.
+    framing = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    texts = tokenizer.batch_decode([[t for t in a if t not in framing] for a in answers])
     rollouts = [Rollout(*row) for row in zip(prompts, answers, logprobs, texts, strict=True)]
     return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
 

@@ -5,6 +5,6 @@
 
 Every input is made from a valid one and a seed, so that a number names it: ``--only 1234`` makes
 one again and shows its traceback. Kinds: ``recipes`` (planned, and run when they plan), ``files``
-(data and task files), ``models`` (folders), ``rewards``, ``options`` (each option set alone to
-another legal value, and the common ones in pairs: what plans must run).
+(data and task files), ``models`` (folders), ``rewards`` (hostile code), ``options`` (each option
+set alone to another legal value, and the common ones in pairs: what plans must run).
 """

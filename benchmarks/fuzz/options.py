@@ -25,12 +25,13 @@ from posttrain.recipe import Recipe, Stage
 from posttrain.run.preview import preview
 
 Place = tuple[object, ...]
-STAGE: Place = ("stages", 0)
+_TASKS, _STAGES = ["tasks", "stages"]
+STAGE: Place = (_STAGES, 0)
 TRIED = 2
 """Methods with which a value of an option that many have is tried."""
 
 SKIPPED = frozenset(
-    {"threads", "name", "model", "device", "remote_code", "method", "tasks", "stages", "path"}
+    {"threads", "name", "model", "device", "remote_code", "method", "path", _TASKS, _STAGES}
 )
 """Options whose other values name things outside: models, devices, files, cores."""
 

@@ -345,7 +345,7 @@ def test_ledger_verify(finished, posttrain, tmp_path):
     assert code == 0
     assert "the chain holds over" in words
     assert "1 run" in words
-    head = words.split()[-1]
+    head = words.partition("head ")[2].split()[0]
     assert posttrain("ledger", "verify", out / "ledger.jsonl", "--head", head)[0] == 0
     assert posttrain("ledger", "verify", out, "--head", "0123")[0] == 2
 

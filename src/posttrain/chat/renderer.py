@@ -117,12 +117,12 @@ class ChatRenderer:
         """What the template adds to every conversation, in words."""
         return () if self._texts is None else self._texts.remarks
 
-    def prompt(self, task: Task) -> Prompt:
+    def prompt(self, task: Task, *, rules: Rules = STRICT) -> Prompt:
         """Render a task up to the start of the answer.
 
         A conversation goes through the chat template; plain text is tokenised without changes,
         with a start token only if the tokenizer itself adds one. Control tokens inside messages
-        are text.
+        are text, unless ``rules`` say that they are tokens.
 
         Raises:
             ModelError: a conversation, and the tokenizer has no chat template, or one that ends
@@ -131,11 +131,14 @@ class ChatRenderer:
         """
         author = Producer(kind=Kind.ENVIRONMENT, name=task.taskset)
         if isinstance(task.prompt, str):
-            tokens, authors = self._plain(task.prompt, author, rules=STRICT)
+            tokens, authors = self._plain(task.prompt, author, rules=rules)
         else:
             texts = self._checked_texts()
             rendered = texts.render(task.prompt, generation=True)
-            tokens, offsets = self._encoder.encode(rendered.text, as_text=rendered.stretches)
+            tokens, offsets = self._encoder.encode(
+                rendered.text,
+                as_text=rendered.stretches if rules.control_tokens == "text" else (),
+            )
             authors = authors_of(
                 offsets,
                 task.prompt,
@@ -256,7 +259,7 @@ class ChatRenderer:
             spans=spans_of([*authors, *[(Role.ASSISTANT, producer)] * len(written)]),
         )
 
-    def answer(self, task: Task, text: str) -> IntArray:
+    def answer(self, task: Task, text: str, *, rules: Rules = STRICT) -> IntArray:
         """The tokens of an answer with this text, up to and with its end-of-turn token.
 
         Raises:
@@ -264,7 +267,7 @@ class ChatRenderer:
         """
         author = Producer(kind=Kind.EXTERNAL, name=task.taskset)
         if isinstance(task.prompt, str):
-            whole = self.completion(task.prompt, text, producer=author, task=task.key)
+            whole = self.completion(task.prompt, text, producer=author, task=task.key, rules=rules)
             return whole.tokens[whole.prompt_length :]
         turns = (*task.prompt, Message(role=Role.ASSISTANT, content=text))
         whole = self.conversation(
@@ -273,6 +276,7 @@ class ChatRenderer:
             task=task.key,
             assistant_mask="prefix",
             num_prompt=len(task.prompt),
+            rules=rules,
         )
         return whole.tokens[np.flatnonzero(whole.trainable)]
 

@@ -66,13 +66,19 @@ def end(command: Callable[[], object], *, debug: bool) -> int:
     try:
         code = command()
     except SystemExit as error:  # ours are click's Exit: this one is of code from elsewhere
-        return _tell(error, debug=debug)
+        return _report(error, debug=debug)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped.", err=True)
         return INTERRUPTED
     except Exception as error:  # the last guard: told in words, and the process ends
-        raise SystemExit(_tell(error, debug=debug)) from error
+        raise SystemExit(_report(error, debug=debug)) from error
     return code if isinstance(code, int) and not isinstance(code, bool) else DONE
+
+
+def unread() -> int:
+    """The reader of the output went away, as with `posttrain … | head`: say nothing more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UNREAD
 
 
 def _print_anything() -> None:
@@ -82,11 +88,10 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _tell(error: BaseException, *, debug: bool) -> int:
+def _report(error: BaseException, *, debug: bool) -> int:
     """Say what happened; the exit code."""
-    if isinstance(error, BrokenPipeError):  # `posttrain … | head` closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return UNREAD
+    if isinstance(error, BrokenPipeError):
+        return unread()
     if debug:
         traceback.print_exception(error)
     if isinstance(error, click.ClickException):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from posttrain.cli.diagnosis import diagnose, treat
-from posttrain.cli.ends import CODES, GOES_ON, INTERRUPTED, STOPPED_BY_GATE, end
+from posttrain.cli.ends import CODES, GOES_ON, INTERRUPTED, STOPPED_BY_GATE, end, unread
 from posttrain.cli.targets import OUT_FILE, OUT_FOLDER, out_folder
 from posttrain.cli.trust import is_trusted, trusting
 from posttrain.core.errors import ConfigError, nearest
@@ -40,6 +40,12 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would end the process as if the command had failed
+            raise click.exceptions.Exit(unread()) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=CODES)

@@ -167,7 +167,7 @@ def render(report: RunReport, *, sections: Sequence[Section] = ()) -> str:
         head=report.ledger.head if report.ledger else GENESIS,
         how_to_read=HOW_TO_READ,
         unit=UNIT,
-        digest=config.digest(report.recipe),
+        digest=config.digest(config.plain(report.recipe)),  # as it is: a page refuses nothing
         protocol=_protocol(report.recipe.measure),
     )
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from posttrain.catalogue import known_methods
 from posttrain.catalogue.example import legal_example
@@ -10,7 +11,7 @@ from posttrain.core.errors import LegalityError
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
 from posttrain.parts.base import Limit, Term, Values
-from posttrain.parts.policy.regularisers import ReferenceKL
+from posttrain.parts.policy.regularisers import AdaptiveEntropyBonus, ReferenceKL
 from posttrain.parts.registry import known, tag_of
 from posttrain.parts.supervised.likelihood import CrossEntropy
 from posttrain.testing import check_term
@@ -26,6 +27,9 @@ def terms_in_use() -> dict[str, Term]:
 
 
 TERMS_IN_USE = {**terms_in_use(), "option-reference_kl": ReferenceKL()}
+for name, term in TERMS_IN_USE.items():
+    if isinstance(term, AdaptiveEntropyBonus):  # its coefficient starts at 0, and so does its loss
+        TERMS_IN_USE[name] = replace(term, initial=term.cap)
 """And what only an option of a named method brings in."""
 
 

@@ -14,6 +14,7 @@ from measurements import measured, policy
 
 from posttrain.core.errors import ConfigError, ModelError
 from posttrain.parts.registry import known
+from posttrain.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[3]
 FAMILY = """
@@ -71,12 +72,11 @@ class FakeRunner:
 
     def __call__(self, recipe, out, root):
         self.calls.append((recipe.name, recipe.seed))
-        folder = out / "measurements"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("base", *(s.name for s in recipe.stages)):
-            right = np.arange(100) < 100 * self.rates.get(name, lambda seed: 0.1)(recipe.seed)
-            text = policy(measured(right.reshape(10, 10)), name=name).to_json()
-            (folder / f"{name}.json").write_text(text)
+        with RunFolder(out).lock() as folder:
+            for name in ("base", *(s.name for s in recipe.stages)):
+                right = np.arange(100) < 100 * self.rates.get(name, lambda seed: 0.1)(recipe.seed)
+                found = policy(measured(right.reshape(10, 10)), name=name)
+                folder.write_measurement(name, found)
 
 
 def go(bench, tmp_path, runner, *arguments):

@@ -4,9 +4,9 @@ import contextlib
 import time
 
 import pytest
-from families import FAMILIES, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from template_families import FAMILIES, tokenizer
 
 from posttrain.chat import ChatRenderer
 from posttrain.chat.template import ChatTemplate

@@ -20,6 +20,7 @@ from posttrain.diagnosis.card import (
 )
 from posttrain.diagnosis.page import number, reach_bar, render_card, start_curve
 from posttrain.measure.reading import Reading
+from posttrain.run.folder import RunFolder
 
 EVIL = "<script>alert(1)</script>"
 
@@ -208,9 +209,9 @@ def test_numbers_that_are_not_finite():
 
 
 def test_a_treatment_has_a_page_for_every_diagnosis(tmp_path):
-    (tmp_path / "diagnoses").mkdir()
-    for seed in (0, 2, 10):
-        (tmp_path / f"diagnoses/{seed}.json").write_text(diagnosis(seed=seed).to_json())
+    with RunFolder(tmp_path).lock() as folder:
+        for seed in (0, 2, 10):
+            folder.write_diagnosis(seed, diagnosis(seed=seed).to_json())
     written = write_cards(tmp_path)
     assert [p.name for p in written] == ["0.html", "2.html", "10.html"]
     assert written[2].read_text() == render_card(diagnosis(seed=10))

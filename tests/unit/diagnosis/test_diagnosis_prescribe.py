@@ -37,6 +37,7 @@ def world(tmp_path):
     for name in ("base", "teacher", "before"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"")
     tasks = JsonlTasks(path=str(tmp_path / "tasks.jsonl"))
     ground = Recipe(
         name="ground",

@@ -192,7 +192,7 @@ def test_what_is_not_there_or_damaged_is_named(tmp_path):
         with pytest.raises(DataError, match=r"base\.json is not a measurement"):
             run.measurement("base", checked=False)
     run.treatment_file.write_text("{")
-    with pytest.raises(DataError, match=r"treat\.json is damaged"):
+    with pytest.raises(FileChanged, match=r"treat\.json holds 1 bytes, and had"):
         run.treatment(TreatmentLog)
     (stage,) = run.stages()
     stage.record_file.write_text("{")

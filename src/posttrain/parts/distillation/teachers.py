@@ -27,6 +27,7 @@ from posttrain.core.bounds import Count, Number
 from posttrain.core.errors import ConfigError, TaskError, nearest
 from posttrain.core.learner import MOVING
 from posttrain.core.provenance import Span
+from posttrain.core.rendering import SAMPLED, STRICT
 from posttrain.core.task import with_context
 from posttrain.core.trajectory import Array, Column, Discard, Group, Scored, Trajectory
 from posttrain.parts.base import LEARNER, Columns, PolicyRef, Signal, StageContext
@@ -316,7 +317,9 @@ def read_with(
             f"a trajectory of task {trajectory.task}, which no task set holds",
             expected="a task: the teacher's context is written from its question and answer",
         )
-    prompt = teacher.renderer.prompt(with_context(task, context, **shown))
+    # What is shown was sampled: control tokens in it are tokens, as the policy wrote them.
+    rules = SAMPLED if shown else STRICT
+    prompt = teacher.renderer.prompt(with_context(task, context, **shown), rules=rules)
     cut = trajectory.answer_start  # keeps the given part of the answer
     tokens = np.concatenate([prompt.tokens, trajectory.tokens[cut:]]).astype(np.int32)
     if len(tokens) > teacher.context:

@@ -11,6 +11,7 @@ from material import gradients, trajectory, with_column
 
 from posttrain.core.errors import ConfigError, LegalityError, ModelError, TaskError
 from posttrain.core.provenance import Role
+from posttrain.core.rendering import SAMPLED
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat
 from posttrain.core.task import Message, Task, with_context
@@ -149,7 +150,7 @@ def test_the_learner_teaches_itself_when_it_reads_the_answer(learner):
         ({"routes": {"*": "base"}, "context": "{question} {solution}"}, "template with {question}"),
         ({"routes": {"*": "base"}, "context": "{question}"}, "more than the question"),
         ({"routes": {"*": "base"}, "context": "{question} {"}, "for a brace"),
-        ({"routes": {"*": "base"}, "top_k": 0}, "at least 1"),
+        ({"routes": {"*": "base"}, "top_k": 0}, "1 or more"),
     ],
 )
 def test_teachers_that_make_no_sense_are_refused(options, message):
@@ -439,7 +440,7 @@ def test_with_one_tokenizer_every_span_is_a_token(learner, teacher):
     for got, want in zip(members(spans), members(plain), strict=True):
         cut = got.trajectory.prompt_length
         text = learner.policy.renderer.text(got.trajectory.tokens[cut:])
-        again = teacher.renderer.answer(BY_KEY[got.trajectory.task], text)
+        again = teacher.renderer.answer(BY_KEY[got.trajectory.task], text, rules=SAMPLED)
         done = got.trajectory.end is End.COMPLETED
         if again[: None if done else -1].tolist() == got.trajectory.tokens[cut:].tolist():
             compared += 1

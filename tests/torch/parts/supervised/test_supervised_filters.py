@@ -8,6 +8,7 @@ import torch
 from material import random_groups, trajectory, with_column
 
 from posttrain.core.errors import ConfigError, DataError, Interrupted, LegalityError
+from posttrain.core.events import StepDone
 from posttrain.core.learner import Optimizer
 from posttrain.core.trajectory import Column, Discard, Group, Scored
 from posttrain.engines.local.engine import LocalEngine
@@ -214,7 +215,7 @@ def world(tmp_path, tiny_folder):
             observe=seen.append,
             stop=stop,
         )
-        return learner, [event.metrics for event in seen]
+        return learner, [event.metrics for event in seen if isinstance(event, StepDone)]
 
     return go, tmp_path
 

@@ -300,8 +300,8 @@ def test_columns_that_nobody_named_are_asked_for():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: ProbabilitySft(alpha=-1.0), "alpha >= 0"),
-        (lambda: ProbabilitySft(at_least=1.0), "at_least < 1"),
+        (lambda: ProbabilitySft(alpha=-1.0), "0 or more"),
+        (lambda: ProbabilitySft(at_least=1.0), "below 1"),
         (lambda: ProbabilitySft(alpha=0.0), "cross_entropy"),
         (lambda: Psft(clip_high=0.0), "above 0"),
         (lambda: Dataset(path="x", preference=True, reward="r"), "single answers"),

@@ -493,6 +493,7 @@ def asking(model):
 def test_a_plan_knows_who_can_judge(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
+    (base / "model.safetensors").write_bytes(b"")
     (base / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"]}))
     good = [stage("rm", RM), stage("rl", asking("rm"), init="base")]
     plan = make_plan(recipe(tmp_path, *good), root=tmp_path, base="b")
@@ -518,6 +519,7 @@ def test_a_folder_with_a_head_may_judge(tmp_path, sign):
     folder.mkdir()
     kind = "Qwen3ForSequenceClassification" if sign == "classifier" else "Qwen3ForCausalLM"
     (folder / "config.json").write_text(json.dumps({"architectures": [kind]}))
+    (folder / "model.safetensors").write_bytes(b"")
     if sign == "file":
         (folder / "scalar_head.safetensors").write_bytes(b"")
     make_plan(recipe(tmp_path, stage("rl", asking("path:rm"))), root=tmp_path, base="b")

@@ -9,7 +9,7 @@ import struct
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from families import renderer
+from template_families import renderer
 
 import posttrain.parts.sources.dataset as dataset
 from posttrain.core.errors import DataError
