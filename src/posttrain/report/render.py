@@ -223,7 +223,7 @@ def _proved(proofs: Sequence[Proof]) -> tuple[tuple[str, str], ...]:
         >>> _proved([Proof(subject=Subject.EXPORT, of=name, words="") for name in ("a", "b")])
         (('export', 'a, b'),)
     """
-    names = {s: [p.of for p in proofs if p.subject is s] for s in Subject}
+    names = {s: dict.fromkeys(p.of for p in proofs if p.subject is s) for s in Subject}
     return tuple((s.value, ", ".join(of)) for s, of in names.items() if of)
 
 

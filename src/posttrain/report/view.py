@@ -68,7 +68,7 @@ class RunReport:
     whole: PolicyChange | None = None  # base to final
     retained: tuple[Retained, ...] = ()
     tokens_measured: int = 0  # sampled to measure
-    proofs: tuple[Proof, ...] = ()  # the latest of each subject and name
+    proofs: tuple[Proof, ...] = ()  # each once
 
     @property
     def base_model(self) -> str:

@@ -167,14 +167,11 @@ class RunHistory:
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
-        """What was compared with what it claims to be; the latest of each subject and name."""
-        latest = {
-            (body["subject"], body["of"]): body
-            for body in (r.body for r in self.records if r.kind is RecordKind.PROOF)
-        }
+        """What was compared with what it claims to be. An export has several of one name."""
+        bodies = (r.body for r in self.records if r.kind is RecordKind.PROOF)
+        told = dict.fromkeys((str(b["subject"]), str(b["of"]), str(b["words"])) for b in bodies)
         earlier = (
-            Proof(subject=Subject(str(subject)), of=str(of), words=str(body["words"]))
-            for (subject, of), body in latest.items()
+            Proof(subject=Subject(subject), of=of, words=words) for subject, of, words in told
         )
         return (*earlier, *self.compared)
 

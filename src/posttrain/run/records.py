@@ -104,15 +104,10 @@ class Records:
 
     def proof(self, proof: Proof) -> None:
         """Something is what it claims to be. The same words again are no news."""
-        about = {"subject": proof.subject, "of": proof.of}
-        earlier = [
-            r.body["words"]
-            for r in self._ledger.records
-            if r.kind is RecordKind.PROOF and about.items() <= r.body.items()
-        ]
-        if earlier[-1:] != [proof.words]:
-            body = {**about, "words": proof.words, "figures": dict(proof.figures)}
-            self._ledger.append(RecordKind.PROOF, body)
+        told = {"subject": proof.subject, "of": proof.of, "words": proof.words}
+        rows = (r.body for r in self._ledger.records if r.kind is RecordKind.PROOF)
+        if not any(told.items() <= body.items() for body in rows):  # figures hold times
+            self._ledger.append(RecordKind.PROOF, {**told, "figures": dict(proof.figures)})
 
     def gate(self, stage: str, decision: GateDecision) -> None:
         """A gate of a stage, the measured value, and the decision."""

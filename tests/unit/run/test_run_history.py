@@ -14,6 +14,7 @@ from measurements import measured, policy
 import posttrain
 from posttrain.core import config
 from posttrain.core.errors import LedgerBroken
+from posttrain.core.proofs import Proof, Subject
 from posttrain.core.provenance import Kind, Producer, Regime, Role, Span
 from posttrain.core.trajectory import Trajectory
 from posttrain.lab.tour import BASE
@@ -23,6 +24,7 @@ from posttrain.run.audit import audit
 from posttrain.run.folder import RunFolder
 from posttrain.run.history import RunHistory, read_history
 from posttrain.run.ledger import Ledger, RecordKind
+from posttrain.run.records import Records
 from posttrain.run.store import Use, UseRole, write_trajectories, write_uses
 
 RATES = {"base": 0.0, "learn": 0.9, "spoil": 0.3}
@@ -197,3 +199,23 @@ def test_reading_a_run_and_rendering_its_report_loads_no_torch(out):
     page = (out / "report.html").read_text()
     assert 'id="treatment"' in page
     assert "log-prob -2.00" in page
+
+
+def test_every_proof_of_one_name_is_kept_and_told_once(tmp_path):
+    """An export of adapters has two. A process that dies in between makes both again."""
+    recipe = config.convert({"name": "made", "model": "base-model"}, Recipe, origin="test")
+    whole, adapter = (
+        Proof(subject=Subject.EXPORT, of="learn", words=words, figures={"seconds": i})
+        for i, words in enumerate(("all of it", "the adapter"))
+    )
+    for _ in range(2):
+        with RunFolder(tmp_path).lock() as run:
+            records = Records(run.ledger, recipe)
+            for proof in (whole, adapter):
+                records.proof(proof)
+            run.write_recipe(recipe)
+    found = [p for p in read_history(tmp_path).proofs if p.subject is Subject.EXPORT]
+    assert [p.words for p in found] == ["all of it", "the adapter"]
+    kinds = [r.kind for r in read_history(tmp_path).records]
+    assert kinds.count(RecordKind.PROOF) == 2
+    assert kinds.count(RecordKind.RUN) == 1, "nothing new, no row"
