@@ -278,12 +278,13 @@ def trace(out: Path) -> dict[str, object]:
     for record in read(run.ledger_file):
         if record.kind in (RecordKind.RUN, RecordKind.FILE):
             continue  # one per process; one per write, also of what a kill undid
-        body = {k: v for k, v in record.body.items() if k != "seconds"}
+        # A proof's figures hold times; its words do not.
+        body = {k: v for k, v in record.body.items() if k not in ("seconds", "figures")}
         files = body.get("files")
         if isinstance(files, dict):
             body["files"] = {k: v for k, v in files.items() if k.rpartition("/")[2] not in timed}
         rows.append((record.kind.value, body))
-    found["rows"] = rows
+    found["rows"] = {str(number): row for number, row in enumerate(rows)}
     for stage in run.stage_folders():
         lines = stage.metrics()
         found["metrics"] = [{k: v for k, v in x.items() if "seconds/" not in k} for x in lines]

@@ -1,10 +1,10 @@
 """Broken inputs by the thousand: none may end in a traceback, hang, or count as done for nothing.
 
-    PYTHONPATH=benchmarks python -m fuzz                     # recipes, files, models, options
+    PYTHONPATH=benchmarks python -m fuzz                     # every kind
     PYTHONPATH=benchmarks python -m fuzz recipes --num 200 --commands 10 --seed 3
 
 Every input is made from a valid one and a seed, so that a number names it: ``--only 1234`` makes
 one again and shows its traceback. Kinds: ``recipes`` (planned, and run when they plan), ``files``
-(data and task files), ``models`` (folders), ``options`` (each option set alone to another legal
-value, and the common ones in pairs: what plans must run).
+(data and task files), ``models`` (folders), ``rewards`` (hostile code), ``options`` (each option
+set alone to another legal value, and the common ones in pairs: what plans must run).
 """

@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fuzz import data, folders, options, recipes, world
+from fuzz import data, folders, options, recipes, rewards, world
 from fuzz.frame import Tally, Trial, run_commands, run_trials, scratch
 
-KINDS = {"recipes": 2000, "files": 1000, "models": 300, "options": 60}
+KINDS = {"recipes": 2000, "files": 1000, "models": 300, "rewards": 300, "options": 60}
 
 
 def trials_of(kind: str, folder: Path, *, num: int, seed: int) -> Iterator[Trial]:
@@ -27,6 +27,8 @@ def trials_of(kind: str, folder: Path, *, num: int, seed: int) -> Iterator[Trial
         return data.trials(folder, num=num, seed=seed, renderer=renderer)
     if kind == "models":
         return folders.trials(folder, num=num, seed=seed)
+    if kind == "rewards":
+        return rewards.trials(folder, num=num, seed=seed)
     return options.trials(folder, num=num, seed=seed)
 
 

@@ -29,8 +29,10 @@ STAGE: Place = ("stages", 0)
 TRIED = 2
 """Methods with which a value of an option that many have is tried."""
 
-SKIPPED = frozenset({"name", "model", "device", "remote_code", "method", "tasks", "stages", "path"})
-"""Options whose other values name things outside: models, devices, files."""
+SKIPPED = frozenset(
+    {"threads", "name", "model", "device", "remote_code", "method", "tasks", "stages", "path"}
+)
+"""Options whose other values name things outside: models, devices, files, cores."""
 
 GROUPS: Sequence[tuple[Place, type[Config]]] = (
     ((), Recipe),
@@ -131,9 +133,9 @@ def trials(folder: Path, *, num: int, seed: int) -> Iterator[Trial]:
             tried[words] += 1
             if tried[words] <= TRIED:
                 cases.append((f"{name}: {words}", changed))
-    cases += itertools.islice(_pairs(small["grpo"]), num)
+    cases += itertools.islice(pairs(small["grpo"]), num)
     for number, (words, tree) in enumerate(cases):
-        yield Trial(number, words, _Both(tree, folder, number))
+        yield Trial(number, words, Both(tree, folder, number))
 
 
 COMMON: Mapping[Place, Sequence[object]] = {
@@ -152,14 +154,15 @@ COMMON: Mapping[Place, Sequence[object]] = {
 }
 
 
-def _pairs(tree: world.Tree) -> Iterator[tuple[str, world.Tree]]:
+def pairs(tree: world.Tree) -> Iterator[tuple[str, world.Tree]]:
+    """The recipe with two common options at once."""
     for (one, first), (other, second) in itertools.combinations(COMMON.items(), 2):
         for a, b in itertools.product(first, second):
             made = with_value(with_value(tree, one, a), other, b)
             yield f"{_words(one)}={a!r} with {_words(other)}={b!r}", made
 
 
-class _Both:
+class Both:
     """Plan, then run: an error of the tree is right from the plan alone."""
 
     def __init__(self, tree: world.Tree, folder: Path, number: int) -> None:

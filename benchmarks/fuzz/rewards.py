@@ -6,14 +6,16 @@ should not, when it does it, and what it returns.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fuzz.frame import Trial
-from posttrain.tasks.jsonl import JsonlTasks
+from posttrain.tasks.jsonl import JsonlTasks, JsonlTaskSet
 from posttrain.tasks.trial import try_rewards
 
 SECONDS = 0.5
@@ -333,8 +335,11 @@ class _Asked:
             reward_seconds=SECONDS,
         )
         made = spec.build("t", root=self._home, chat=True)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return self._asked(made)
+
+    def _asked(self, made: JsonlTaskSet) -> bool:
         proofs = list(try_rewards([made]))
-        spec.identity(self._home)
         for size in (4, 1, 3):
             scores = made.score(made.train[:size], ["a", "", "b 1", "\N{SNOWMAN}"][:size])
             if len(scores) != size or not all(abs(s) < float("inf") for s in scores):

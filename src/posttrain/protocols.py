@@ -43,7 +43,7 @@ class Renderer(Protocol):
 
     def prompt(self, task: Task) -> Prompt: ...
 
-    def answer(self, task: Task, text: str) -> IntArray:
+    def answer(self, task: Task, text: str, *, rules: Rules = STRICT) -> IntArray:
         """The tokens of an answer with this text, its end-of-turn token included."""
         ...
 

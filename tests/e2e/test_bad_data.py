@@ -121,7 +121,7 @@ CASES = {
     "weights garbage": (
         lambda w: (w / "model" / "model.safetensors").write_bytes(b"garbage" * 9),
         "ModelError",
-        ["model could not be loaded"],
+        ["model.safetensors is damaged"],
     ),
     "model missing": (
         lambda w: shutil.rmtree(w / "model"),

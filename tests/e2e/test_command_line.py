@@ -147,7 +147,7 @@ def test_recipes_that_are_wrong(shared, tmp_path, posttrain, name):
         (b"a: [1", "is not YAML"),
         (b"- a\n- b\n", "holds list"),
         (b"", "holds NoneType"),
-        (b"\xff\xfe\x00", "is not YAML"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "plan", "probe"])
@@ -345,7 +345,7 @@ def test_ledger_verify(finished, posttrain, tmp_path):
     assert code == 0
     assert "the chain holds over" in words
     assert "1 run" in words
-    head = words.split()[-1]
+    head = words.partition("head ")[2].split()[0]
     assert posttrain("ledger", "verify", out / "ledger.jsonl", "--head", head)[0] == 0
     assert posttrain("ledger", "verify", out, "--head", "0123")[0] == 2
 

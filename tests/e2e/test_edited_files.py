@@ -238,3 +238,36 @@ def test_a_stage_is_set_aside_and_started_again(finished, tmp_path, posttrain):
     code, _, errors = posttrain("run", path, "--out", out, "--restart", "sfd")
     assert code == 2
     assert "did you mean 'sft'?" in errors
+
+
+@pytest.mark.parametrize("name", ["demos.jsonl", "tasks.jsonl", "reward.py", "model/config.json"])
+def test_what_the_recipe_names_is_compared_on_request(finished, tmp_path, posttrain, name):
+    world = tmp_path / "world"
+    shutil.copytree(finished[0], world)
+    command = ["ledger", "verify", world / "out", "--recipe", world / "recipe.yaml"]
+    assert "what" in posttrain(*command)[1].splitlines()[-1]
+    text = (world / name).read_text()
+    changed = {"model/config.json": text.replace("{", '{"note": 1,', 1)}
+    (world / name).write_text(changed.get(name, text.replace("a", "b", 1)))
+    code, _, errors = posttrain(*command)
+    assert code == 2
+    assert "(the content changed)" in errors
+
+
+def test_a_model_of_another_run_is_compared_with_its_ledger(finished, tmp_path, posttrain):
+    """As the base of a recipe, as a teacher, and where two models are compared."""
+    world = tmp_path / "world"
+    shutil.copytree(finished[0], world)
+    model = stage_folder(world / "out", "sft") / "model"
+    path = write_recipe(world, recipe(sft(), model=str(model)), "next.yaml")
+    weights = model / "model.safetensors"
+    raw = weights.read_bytes()
+    assert posttrain("plan", path)[0] == 0
+    weights.write_bytes(raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:])
+    for arguments in (["plan", path], ["run", path, "--out", world / "next"],
+                      ["compare", world / "model", model, "--tasks", path],
+                      ["compare", f"{world / 'out'}:base", f"{world / 'out'}:sft", "--tasks", path],
+                      ["probe", model, "--tasks", path]):  # fmt: skip
+        code, _, errors = posttrain(*arguments)
+        assert code == 2, arguments
+        assert "model.safetensors was changed" in errors, (arguments, errors)

@@ -268,7 +268,8 @@ def rows(out: Path, *, run_rows: bool = False) -> list[tuple[str, dict]]:
     left_out = {"file"} if run_rows else {"file", "run"}
     found = []
     for record in read(out / "ledger.jsonl"):
-        body = {k: v for k, v in record.body.items() if k != "seconds"}
+        # A proof's figures hold times; its words do not.
+        body = {k: v for k, v in record.body.items() if k not in ("seconds", "figures")}
         if "files" in body:
             body["files"] = {k: v for k, v in body["files"].items() if not k.endswith(TIMED)}
         if record.kind not in left_out:

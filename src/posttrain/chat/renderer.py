@@ -256,7 +256,7 @@ class ChatRenderer:
             spans=spans_of([*authors, *[(Role.ASSISTANT, producer)] * len(written)]),
         )
 
-    def answer(self, task: Task, text: str) -> IntArray:
+    def answer(self, task: Task, text: str, *, rules: Rules = STRICT) -> IntArray:
         """The tokens of an answer with this text, up to and with its end-of-turn token.
 
         Raises:
@@ -264,7 +264,7 @@ class ChatRenderer:
         """
         author = Producer(kind=Kind.EXTERNAL, name=task.taskset)
         if isinstance(task.prompt, str):
-            whole = self.completion(task.prompt, text, producer=author, task=task.key)
+            whole = self.completion(task.prompt, text, producer=author, task=task.key, rules=rules)
             return whole.tokens[whole.prompt_length :]
         turns = (*task.prompt, Message(role=Role.ASSISTANT, content=text))
         whole = self.conversation(
@@ -273,6 +273,7 @@ class ChatRenderer:
             task=task.key,
             assistant_mask="prefix",
             num_prompt=len(task.prompt),
+            rules=rules,
         )
         return whole.tokens[np.flatnonzero(whole.trainable)]
 

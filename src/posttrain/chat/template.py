@@ -23,6 +23,7 @@ from typing import Any, final
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -223,6 +224,10 @@ class _Names(Namespace):
         Namespace.__setitem__(self, name, value)
 
 
+_PASSED = (jinja2.Environment, nodes.EvalContext, Context)
+"""What Jinja passes to some filters before their value."""
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """Jinja as transformers sets it up, with a budget for work."""
 
@@ -284,6 +289,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.spend(1)
         return self._paid(super().call(context, called, *args, **named))
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """The safe version of ``str.format``; None for anything else."""
+        safe = super().wrap_str_format(value)
+        if safe is not None and _LONG_NUMBER.search(value.__self__):
+            raise _out_of_bounds(f"the format {value.__self__[:40]!r}")
+        return safe
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator between two values."""
         if operator == "**" and (abs(left) > 10_000 or abs(right) > 64):
@@ -302,7 +314,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # with the marks that say what Jinja passes first
         def guarded(*args: Any, **named: Any) -> Any:
-            values = [a for a in args if not isinstance(a, jinja2.Environment)]
+            values = [a for a in args if not isinstance(a, _PASSED)]
             first = values[0] if values and isinstance(values[0], str | list) else ""
             _check_size(name, first, (*values[1:], *named.values()))
             self.spend(1)
@@ -340,7 +352,7 @@ def _check_size(name: str, owner: str | list[Any], arguments: Sequence[Any]) -> 
         raise _out_of_bounds(f"{name} with the number {largest!r:.20}")
     if name not in _GROWING:
         return
-    if name.startswith("format") and isinstance(owner, str) and _LONG_NUMBER.search(owner):
+    if name == "format" and isinstance(owner, str) and _LONG_NUMBER.search(owner):
         raise _out_of_bounds(f"the format {owner[:40]!r}")
     longest = max((max(_number(a), _size(a)) for a in arguments), default=0)
     if (len(owner) + 1) * (longest + 1) > MAX_PRODUCT:

@@ -180,7 +180,9 @@ class Encoder:
         core |= {"post_processor": None, "truncation": None, "padding": None}
         twin = Tokens.from_str(json.dumps(core))
         twin.add_special_tokens([AddedToken(_CUT, special=True, normalized=False)])
-        return twin, twin.token_to_id(_CUT)
+        cut = twin.token_to_id(_CUT)
+        assert cut is not None  # it was added
+        return twin, cut
 
 
 def _straddled(offsets: Sequence[Stretch], cut: int) -> bool:

@@ -75,6 +75,12 @@ def end(command: Callable[[], object], *, debug: bool) -> int:
     return code if isinstance(code, int) and not isinstance(code, bool) else DONE
 
 
+def unread() -> int:
+    """The reader of the output went away, as with `posttrain … | head`: say nothing more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UNREAD
+
+
 def _print_anything() -> None:
     """Show what a stream cannot encode as escapes, such as arrows in an ASCII terminal."""
     for stream in (sys.stdout, sys.stderr):
@@ -84,9 +90,8 @@ def _print_anything() -> None:
 
 def _tell(error: BaseException, *, debug: bool) -> int:
     """Say what happened; the exit code."""
-    if isinstance(error, BrokenPipeError):  # `posttrain … | head` closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return UNREAD
+    if isinstance(error, BrokenPipeError):
+        return unread()
     if debug:
         traceback.print_exception(error)
     if isinstance(error, click.ClickException):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from posttrain.cli.diagnosis import diagnose, treat
-from posttrain.cli.ends import CODES, GOES_ON, INTERRUPTED, STOPPED_BY_GATE, end
+from posttrain.cli.ends import CODES, GOES_ON, INTERRUPTED, STOPPED_BY_GATE, end, unread
 from posttrain.cli.targets import OUT_FILE, OUT_FOLDER, out_folder
 from posttrain.cli.trust import is_trusted, trusting
 from posttrain.core.errors import ConfigError, nearest
@@ -40,6 +40,12 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would end the process as if the command had failed
+            raise click.exceptions.Exit(unread()) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=CODES)
@@ -370,8 +376,13 @@ def ledger() -> None:
 @ledger.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--head", help="A head that is known from elsewhere.")
-def verify(path: Path, head: str | None) -> None:
-    """Check a run: its hash chain, and every file against it. PATH is a run folder or a ledger."""
+@click.option("--recipe", type=FILE, help="Compare what the recipe names with what was used, too.")
+def verify(path: Path, head: str | None, recipe: Path | None) -> None:
+    """Check a run: its hash chain, and every file against it. PATH is a run folder or a ledger.
+
+    With --recipe, the data, task sets, reward code and models that the recipe names now are
+    compared with those of the run.
+    """
     from posttrain.run.audit import audit
     from posttrain.run.folder import RunFolder
     from posttrain.run.ledger import verify as verify_ledger
@@ -396,6 +407,18 @@ def verify(path: Path, head: str | None) -> None:
     if faults:
         raise changed(path, faults)
     click.echo(f"{len(folder.recorded().entries)} files are what it records")
+    if recipe is not None:
+        from posttrain.core.errors import FileChanged
+        from posttrain.recipe import load_recipe
+        from posttrain.run.resume import outside_changes
+
+        if differs := outside_changes(load_recipe(recipe), folder, root=recipe.parent):
+            raise FileChanged(
+                f"{recipe} names what the run did not use: " + "; ".join(differs),
+                expected="the recipe, data, code and models of the run",
+                fix="put them back, or keep in mind that the run is not theirs",
+            )
+        click.echo(f"what {recipe} names is what the run used")
 
 
 def main() -> None:

@@ -21,6 +21,6 @@ def write_cards(out: Path) -> list[Path]:
     folder = RunFolder(out)
     pages = []
     for number in folder.diagnoses():
-        found = Diagnosis.from_json(folder.diagnosis_file(number).read_text(encoding="utf-8"))
+        found = Diagnosis.from_json(folder.diagnosis(number))
         pages.append(folder.write_diagnosis_page(number, render_card(found)))
     return pages

@@ -51,7 +51,7 @@ def out_file(path: Path) -> Path:
     return target
 
 
-class _Target(click.ParamType):
+class _Target(click.ParamType[Path]):
     """A path that is checked while options are parsed."""
 
     def __init__(self, name: str) -> None:

@@ -94,10 +94,11 @@ class Contained:
         mine = _random_state()
         streams = [_Stream(stream) for stream in _streams()]
         sys.stdin, sys.stdout, sys.stderr = streams
-        _set_random_state(self._random or _fresh_random_state())
-        for name, value in self._own.items():
-            _STATE[name][1](value)
+        depth = sys.getrecursionlimit()
         try:
+            _set_random_state(self._random or _fresh_random_state())
+            for name, value in self._own.items():
+                _STATE[name][1](value)
             with _exits_refused(pid), _limited(limit) as pressed:
                 try:
                     return code()
@@ -112,6 +113,7 @@ class Contained:
                 finally:
                     if os.getpid() != pid:
                         os._exit(1)  # a child that came back must not go on as us
+                    self._restore_depth(depth)  # at once: what follows needs room
         finally:
             self._random = _random_state()
             _set_random_state(mine)
@@ -119,6 +121,11 @@ class Contained:
                 _set_streams(saved[_STREAMS])
             self._own = {name: _STATE[name][0]() for name in _OWN}
             self.changed.update(dict.fromkeys(_restore(saved)))
+
+    def _restore_depth(self, depth: int) -> None:
+        if sys.getrecursionlimit() != depth:
+            sys.setrecursionlimit(depth)
+            self.changed["the recursion limit"] = None
 
     def _failed(self, error: BaseException, seconds: float) -> Failed:
         ended = isinstance(error, SystemExit | KeyboardInterrupt | _TooLong | _Exit)
@@ -372,7 +379,6 @@ _STATE: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     _STREAMS: (_streams, _set_streams),
     "signal handlers": (_handlers, _set_handlers),
     "an alarm": (_alarm, _set_alarm),
-    "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
     "the mode of new files": (_mask, os.umask),
     "warning filters": (lambda: list(warnings.filters), _set_warnings),
     "garbage collection": (gc.isenabled, lambda saved: gc.enable() if saved else gc.disable()),
@@ -382,7 +388,7 @@ _STATE: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 """What is put back, in words: how to read it, and how to set it."""
 
-_OWN = ("the working directory", "environment variables", "the recursion limit")
+_OWN = ("the working directory", "environment variables")
 """What it finds again as it left it: files are opened and keys are read in later calls."""
 
 

@@ -34,7 +34,8 @@ _NUMBER_STARTS = list("-+.0123456789")
 class _Loader(yaml.SafeLoader):
     """The core schema of YAML 1.2, and merge keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    # Its own tables: those of the base are YAML 1.1.
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
     def __init__(self, text: str) -> None:
@@ -44,7 +45,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """One node, with bounds on depth and on the size after aliases are followed."""
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark = event.start_mark
         tagged = isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
         if tagged and event.tag not in (None, "!", f"{_TAG}str"):
@@ -133,14 +134,24 @@ _KINDS: tuple[tuple[str, str, list[str], Callable[[_Loader, Any], object]], ...]
         _real,
     ),
 )
+
+
+def _sequence(loader: _Loader, node: Any) -> list[Any]:
+    return loader.construct_sequence(node)
+
+
+def _mapping(loader: _Loader, node: Any) -> dict[Any, Any]:
+    return loader.construct_mapping(node)
+
+
 for _name, _pattern, _first, _build in _KINDS:
     _whole_text = re.compile(rf"^(?:{_pattern})$")
-    _Loader.add_implicit_resolver(f"{_TAG}{_name}", _whole_text, _first)  # type: ignore[no-untyped-call]
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", _whole_text, _first)
     _Loader.add_constructor(f"{_TAG}{_name}", _build)
-_Loader.add_implicit_resolver(f"{_TAG}merge", re.compile(r"^(?:<<)$"), ["<"])  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(f"{_TAG}merge", re.compile(r"^(?:<<)$"), ["<"])
 _Loader.add_constructor(f"{_TAG}str", _text)
-_Loader.add_constructor(f"{_TAG}seq", lambda loader, node: loader.construct_sequence(node))
-_Loader.add_constructor(f"{_TAG}map", lambda loader, node: loader.construct_mapping(node))
+_Loader.add_constructor(f"{_TAG}seq", _sequence)
+_Loader.add_constructor(f"{_TAG}map", _mapping)
 
 
 def _is_unicode(text: str) -> bool:
@@ -199,7 +210,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _name, _pattern, _first, _build in _KINDS:
-    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"^(?:{_pattern})$"), _first)  # type: ignore[no-untyped-call]
+    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 def write_yaml(value: object, *, flow: bool = False, width: int = 96) -> str:

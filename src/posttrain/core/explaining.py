@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from msgspec import Meta, inspect
 
@@ -62,7 +62,8 @@ def _may_be_null(kind: inspect.Type) -> bool:
 
 def _number_words(kind: inspect.IntType | inspect.FloatType, found: float) -> str:
     what = "a whole number" if isinstance(kind, inspect.IntType) else "a number"
-    words = range_words(Meta(ge=kind.ge, gt=kind.gt, le=kind.le, lt=kind.lt), found=found)
+    bounds: dict[str, Any] = {"ge": kind.ge, "gt": kind.gt, "le": kind.le, "lt": kind.lt}
+    words = range_words(Meta(**bounds), found=found)
     return f"{what}{', ' if words else ''}{words}"
 
 

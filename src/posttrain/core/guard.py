@@ -76,6 +76,8 @@ def reading(
         raise
     except Exception as cause:  # see the top of this file: always an error of the tree
         where = f"{source}" if row is None else f"{source}, row {row}"
+        if isinstance(cause, ImportError):
+            fix = "install the package that it names"
         raise error(f"{where}: {_cause_words(cause)}", expected=kind, fix=fix) from cause
 
 

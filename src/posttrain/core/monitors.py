@@ -9,7 +9,7 @@ An alarm is a pure function of the metrics in order, so a report computes the sa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -276,7 +276,7 @@ class Watch:
             ),
         )
 
-    def _unreadable(self, step: int, given: list[Kind]) -> Iterable[tuple[str, float, Alarm]]:
+    def _unreadable(self, step: int, given: Sequence[Kind]) -> Iterable[tuple[str, float, Alarm]]:
         """Text that was less likely than by chance before anything was learnt."""
         bound = self.bounds.unlikely_share
         if bound is None:

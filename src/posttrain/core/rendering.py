@@ -101,3 +101,6 @@ class Rules:
 
 STRICT = Rules()
 """Nothing that is trained may be lost, and text stays text."""
+
+SAMPLED = Rules(control_tokens="parse", allow=frozenset(LOSSES))
+"""For what a policy sampled: control tokens in it are tokens, and nothing is refused."""

@@ -23,6 +23,7 @@ from posttrain.measure.spec import Measure
 from posttrain.protocols import Engine, Policy
 from posttrain.recipe import Recipe
 from posttrain.run.measuring import measure_for_recipe, measured_tasksets
+from posttrain.run.plan import model_path
 
 DRIFT_SAMPLES = 16
 """Answers per prompt and model from which distances are estimated."""
@@ -65,7 +66,7 @@ def between(
         RunError: the chat templates differ, so that they answer different prompts.
         ConfigError: too few prompts.
     """
-    models = [engine.policy(name) for name in (before, after)]
+    models = [engine.policy(model_path(name, Path())) for name in (before, after)]
     sides = [measure_for_recipe(ground, model, root=root, observe=observe) for model in models]
     require_comparable(*sides)
     require_prompts(sides[0])

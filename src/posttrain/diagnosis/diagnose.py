@@ -117,16 +117,17 @@ def _examination(
     ground: Recipe, *, root: Path, engine: Engine, supplies: Supplies, known: Known
 ) -> Examination:
     """Load the policies and task sets to examine."""
-    policy = engine.policy(ground.model)
+    policy = engine.policy(model_path(ground.model, Path()))
     before = None
     if supplies.before is not None and known.before is None:
-        before = engine.policy(supplies.before)
+        before = engine.policy(model_path(supplies.before, Path()))
     tasksets = [
         spec.build(n, root=root, chat=policy.renderer.has_template)
         for n, spec in ground.tasks.items()
     ]
     asked = {n: supplies.teacher_for(n) for n in ground.tasks}
-    loaded = {m: engine.policy(m) for m in sorted({m for m in asked.values() if m})}
+    named = sorted({m for m in asked.values() if m})
+    loaded = {m: engine.policy(model_path(m, Path())) for m in named}
     return Examination(
         policy=policy,
         before=before,

@@ -92,7 +92,7 @@ def looks(folder: RunFolder) -> tuple[Look, ...]:
 
 def _look(folder: RunFolder, number: int, done: Round | None) -> Look:
     name = done.stage.name if done else ""
-    card = folder.diagnosis_file(number).read_text(encoding="utf-8")
+    card = folder.diagnosis(number)
     return Look(
         number=number + 1,
         card=Diagnosis.from_json(card),

@@ -58,7 +58,7 @@ def spent(
     stages = out.stages() if stages is None else stages
     looking = sum(_sampled(out.measurement(name)) for name in looks)
     for number in diagnoses:
-        card = out.diagnosis_file(number).read_text(encoding="utf-8")
+        card = out.diagnosis(number)
         looking += Diagnosis.from_json(card).cost.sampled_tokens
     uses = tokens_by_producer([file for stage in stages for file in stage.use_files()])
     rolled = sum(u.completion_tokens for u in uses if u.kind in (Kind.LEARNER, Kind.TEACHER))

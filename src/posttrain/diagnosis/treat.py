@@ -205,9 +205,8 @@ class _Course:
     def _diagnosis(self) -> Diagnosis:
         """The card of the current policy, read from the run folder when it exists."""
         number = len(self.log.rounds)
-        path = self.folder.diagnosis_file(number)
-        if path.is_file():
-            return Diagnosis.from_json(path.read_text(encoding="utf-8"))
+        if self.folder.diagnosis_file(number).is_file():
+            return Diagnosis.from_json(self.folder.diagnosis(number))
         current = self._current
         best = self._best()
         found = find_bottleneck(

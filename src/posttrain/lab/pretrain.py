@@ -83,13 +83,14 @@ def pretraining(steps: int) -> Recipe:
 
 def pretrain(out: Path, *, steps: int = STEPS) -> Path:
     """Run the whole recipe in ``out``; returns the folder of the finished base."""
-    if not (out / "corpus.jsonl").is_file():
-        initial_model(out / "initial")
+    material, trained = out / "material", out / "run"
+    if not (material / "corpus.jsonl").is_file():
+        initial_model(material / "initial")
         corpus = documents(seed=SEED, count=steps * DOCUMENTS_PER_STEP)
-        write_rows(out / "corpus.jsonl", (d.row for d in corpus))
+        write_rows(material / "corpus.jsonl", (d.row for d in corpus))
     with Console() as console:
-        run(pretraining(steps), out=out, root=out, observe=console.observe)
-    (stage,) = RunFolder(out).stages()
+        run(pretraining(steps), out=trained, root=material, observe=console.observe)
+    (stage,) = RunFolder(trained).stages()
     base = out / "base"
     shutil.rmtree(base, ignore_errors=True)
     shutil.copytree(stage.model, base)

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.core.errors import ModelError
+from posttrain.core.guard import reading
 from posttrain.models.files import (
     ADAPTER,
+    AGAIN,
     CONFIG,
     GENERATION,
     INDEX,
@@ -128,6 +130,11 @@ def read_folder(path: Path) -> ModelFolder:
         ...     read_folder(tiny_model(Path(top))).rows
         56
     """
+    with reading(path, kind="a model folder", error=ModelError, fix=AGAIN):
+        return _read(path)
+
+
+def _read(path: Path) -> ModelFolder:
     if not (path / CONFIG).exists():
         held = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
         if ADAPTER in held:

@@ -66,6 +66,24 @@ MOST_MEASUREMENT = 1 << 30
 """Bytes of a file that is read as a measurement."""
 
 
+def require_recorded(path: Path) -> None:
+    """Compare a measurement or a model that lies in a run folder with the ledger of that run.
+
+    Nothing is known of other files, nor of runs whose ledger records none.
+
+    Raises:
+        LedgerBroken: the ledger of the run is broken.
+        FileChanged: it is not what the ledger records.
+    """
+    path = path.absolute()
+    for at in path.parents:
+        inside = path.relative_to(at).parts[0] in (MEASUREMENTS, STAGES)
+        if inside and ((at / LEDGER).is_file() or head_file(at / LEDGER).is_file()):
+            known = RunFolder(at).recorded()
+            if known.entries:
+                known.require(path)
+
+
 def read_measurement(path: Path) -> Measurement:
     """Read a measurement file. One that lies in a run folder is checked against its ledger.
 
@@ -73,10 +91,7 @@ def read_measurement(path: Path) -> Measurement:
         DataError: the file is no measurement, or is damaged.
         FileChanged: it is not what the run's ledger records.
     """
-    path = path.absolute()
-    run = RunFolder(path.parents[1])
-    if path.parent.name == MEASUREMENTS and (run.is_run or run.ledger_file.is_file()):
-        run.recorded().require(path)
+    require_recorded(path)
     return _measurement_at(path)
 
 
@@ -268,11 +283,13 @@ class RunFolder:
         """The decisions of a treatment so far; None in other runs.
 
         Raises:
+            FileChanged: the file is not what the ledger records.
             DataError: the file is damaged.
         """
         path = self.treatment_file
         if not path.is_file():
             return None
+        self.recorded().require(path)
         try:
             return msgspec.json.decode(path.read_bytes(), type=kind)
         except msgspec.MsgspecError as error:
@@ -283,6 +300,16 @@ class RunFolder:
     def diagnoses(self) -> list[int]:
         """Numbers of the diagnoses of a treatment, in order: the rounds before each."""
         return sorted(int(p.stem) for p in (self.path / DIAGNOSES).glob("*.json"))
+
+    def diagnosis(self, number: int) -> str:
+        """The diagnosis after ``number`` rounds, as JSON.
+
+        Raises:
+            FileChanged: the file is not what the ledger records.
+        """
+        path = self.diagnosis_file(number)
+        self.recorded().require(path)
+        return path.read_text(encoding="utf-8")
 
     def diagnosis_file(self, number: int) -> Path:
         """The diagnosis after ``number`` rounds, as JSON."""

@@ -192,6 +192,8 @@ class _Run:
         records.model(recipe.model, digest=base.producer.digest, role="base")
         for ref in sorted(checked.policies.keys() - {"base"}):
             run._outside(ref)
+        for name, tasks in recipe.tasks.items():
+            records.tasks(name, tasks.identity(root))
         for proof in checked.proofs:
             records.proof(proof)
         return run

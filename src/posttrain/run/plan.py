@@ -29,6 +29,7 @@ from posttrain.parts.composition import Composition
 from posttrain.parts.legality import check_composition
 from posttrain.parts.registry import code_of
 from posttrain.recipe import Recipe, Stage
+from posttrain.run.folder import require_recorded
 from posttrain.run.scorers import check_scorers
 
 MAX_PATHS = 64
@@ -223,8 +224,15 @@ def _check_references(
 
 
 def model_path(name: str, root: Path) -> str:
-    """A folder relative to the recipe when there is one, else the name as a hub id."""
-    return str(root / name) if (root / name).exists() else name
+    """A folder relative to the recipe when there is one, else the name as a hub id.
+
+    Raises:
+        FileChanged: it is a model of a run, and not the one that the run's ledger records.
+    """
+    if not (root / name).exists():
+        return name
+    require_recorded(root / name)
+    return str(root / name)
 
 
 def is_hub_id(name: str) -> bool:

@@ -64,6 +64,10 @@ class Records:
             },
         )
 
+    def tasks(self, name: str, identity: Mapping[str, object]) -> None:
+        """A task set: its options, with the content of its files and of its reward's code."""
+        self._once(RecordKind.SOURCE, {"name": name, "category": "tasks", "content": identity})
+
     def checkpoint(self, planned: PlannedStage, *, digest: str, path: str) -> None:
         """The exported model of a stage."""
         self._once(
@@ -99,16 +103,16 @@ class Records:
             )
 
     def proof(self, proof: Proof) -> None:
-        """Something is what it claims to be."""
-        self._once(
-            RecordKind.PROOF,
-            {
-                "subject": proof.subject,
-                "of": proof.of,
-                "words": proof.words,
-                "figures": dict(proof.figures),
-            },
-        )
+        """Something is what it claims to be. The same words again are no news."""
+        about = {"subject": proof.subject, "of": proof.of}
+        earlier = [
+            r.body["words"]
+            for r in self._ledger.records
+            if r.kind is RecordKind.PROOF and about.items() <= r.body.items()
+        ]
+        if earlier[-1:] != [proof.words]:
+            body = {**about, "words": proof.words, "figures": dict(proof.figures)}
+            self._ledger.append(RecordKind.PROOF, body)
 
     def gate(self, stage: str, decision: GateDecision) -> None:
         """A gate of a stage, the measured value, and the decision."""

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import msgspec
 
@@ -21,12 +22,14 @@ from posttrain.core import config
 from posttrain.core.errors import ConfigError, DataError, ResumeRefused, nearest
 from posttrain.core.events import Note, Observer, Proved
 from posttrain.measure.measurement import Measurement
+from posttrain.models.files import model_digest
+from posttrain.recipe import Recipe
 from posttrain.run.audit import agreed, audit
 from posttrain.run.folder import RunFolder, RunWriter
 from posttrain.run.ledger import RecordKind
-from posttrain.run.plan import Plan, PlannedStage
+from posttrain.run.plan import Plan, PlannedStage, all_plans, model_path
 from posttrain.run.recorded import changed
-from posttrain.run.stage_folder import StageRecord, StageWriter
+from posttrain.run.stage_folder import StageFolder, StageRecord, StageWriter
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 """What a stage's numbers come from. Our own code counts by ``SEMANTICS``, in its identity."""
@@ -152,21 +155,19 @@ class _Change:
     """A started stage that is another one now."""
 
     planned: PlannedStage
-    stage: StageWriter
+    stage: StageFolder
     record: StageRecord
     lines: Mapping[str, list[str]]  # what differs, by the name of the part
 
 
-def accept_changes(
-    plan: Plan, folder: RunWriter, *, consent: Consent, observe: Observer
-) -> list[StageWriter]:
+def accept_changes(plan: Plan, folder: RunWriter, *, consent: Consent, observe: Observer) -> bool:
     """Check that every started stage is what it was, or that its changes were accepted.
 
     A stage without a checkpoint has not started: it has nothing to lose. A finished stage does
     not depend on the versions of libraries any more.
 
     Returns:
-        The stages whose changes were accepted; they have the identity of the plan now.
+        Whether changes were accepted: their stages have the identities of the plan now.
 
     Raises:
         ResumeRefused: a started stage changed; the message lists what, and the names to accept.
@@ -179,7 +180,37 @@ def accept_changes(
         _accept(folder, change)
         names = ", ".join(sorted(change.lines)) or "what it builds on"
         observe(Note(text=f"stage {change.record.name} goes on; accepted: {names}"))
-    return [change.stage for change in found]
+    return bool(found)
+
+
+def outside_changes(recipe: Recipe, folder: RunFolder, *, root: Path) -> list[str]:
+    """What the started stages were made of and is another now: recipe, data, code, models.
+
+    Args:
+        recipe: as it is now.
+        folder: only read.
+        root: folder that the recipe's paths are relative to.
+
+    Raises:
+        PosttrainError: a file that the recipe names is missing.
+    """
+    lines = dict[str, None]()
+    for plan in all_plans(recipe, root=root, base=_base_now(recipe, folder, root)):
+        for change in _changes(plan, folder):
+            for name in sorted(change.lines.keys() - {"versions"}):
+                shown = (f"stage {change.record.name}: {_shortened(x)}" for x in change.lines[name])
+                lines.update(dict.fromkeys(shown))
+    return list(lines)
+
+
+def _base_now(recipe: Recipe, folder: RunFolder, root: Path) -> str:
+    """The digest of the base's folder; for a hub id, which is read by its revision, the recorded
+    one."""
+    path = Path(model_path(recipe.model, root)).expanduser()
+    if path.is_dir():
+        return model_digest(path, remote_code=recipe.remote_code == recipe.model)
+    known = [r.body["digest"] for r in folder.records() if r.kind is RecordKind.MODEL]
+    return str(known[0]) if known else recipe.model
 
 
 def unstarted(plan: Plan, folder: RunWriter) -> list[StageWriter]:
@@ -204,15 +235,15 @@ def _given(change: _Change) -> frozenset[str]:
     return frozenset({"versions"} if change.stage.result_file.exists() else ())
 
 
-def _changes(plan: Plan, folder: RunWriter) -> list[_Change]:
+def _changes(plan: Plan, folder: RunFolder) -> list[_Change]:
     """Started stages that differ from the plan. A stage that only builds on another one that
     differs has no lines of its own."""
     found = list[_Change]()
     became = dict[str, str]()  # identities that earlier stages had, and would have now
     for planned in plan.stages:
-        for stage in folder.stage_writers(planned.spec.name):
+        for stage in folder.stages(planned.spec.name):
             record = stage.record()
-            if record is None or not stage.has_started():
+            if record is None or not stage.holds_work:
                 continue
             lines = _lines(planned, record, became)
             if not stage.result_file.exists() and record.versions:
@@ -289,7 +320,7 @@ def _accept(folder: RunWriter, change: _Change) -> None:
         },
     )
     done = change.stage.result_file.exists()
-    change.stage.write_record(
+    StageWriter(change.stage.path, folder.ledger).write_record(
         StageRecord(
             name=record.name,
             identity=planned.identity,

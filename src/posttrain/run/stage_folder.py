@@ -141,6 +141,11 @@ class StageFolder:
         """The step of the last checkpoint, and its ledger rows."""
         return self.checkpoint / PROGRESS
 
+    @property
+    def holds_work(self) -> bool:
+        """True when there is a checkpoint, a model or a result."""
+        return any(p.exists() for p in (self.checkpoint, self.model, self.result_file))
+
     def shard_files(self, step: int) -> tuple[Path, Path]:
         """The files of (trajectories, uses) that belong to the checkpoint at ``step``."""
         folder = self.shards
@@ -273,7 +278,7 @@ class StageWriter(StageFolder):
     def has_started(self) -> bool:
         """True when the stage has a checkpoint or a model."""
         self.recover()
-        return any(p.exists() for p in (self.checkpoint, self.model, self.result_file))
+        return self.holds_work
 
     def recover(self) -> None:
         """Finish or undo what a kill interrupted: a swap of folders, the rows of a commit."""

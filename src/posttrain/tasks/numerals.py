@@ -162,14 +162,18 @@ _COMMANDS = {
 }
 _COMMAND = re.compile(r"\^\{?\\circ(?![A-Za-z])\}?|\{[,.]\}|\\[A-Za-z]+|\\.|~", re.DOTALL)
 _FONT = re.compile(r"\\(?:text[a-z]*|math[a-z]+|mbox|operatorname|bf|rm)\s*\{([^{}]*)\}")
-_ROOT = re.compile(r"\\sqrt\s*(?:\[[^\[\]]*\])?\s*(?:\{[^{}]*\}|[0-9A-Za-z])")
+_TERM = re.compile(
+    r"\\(?:sqrt\s*(?:\[[^\[\]]*\])?|overline|[dt]?binom\s*\{[^{}]*\})\s*(?:\{[^{}]*\}|[0-9A-Za-z])"
+)
 _ARGUMENT = r"\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))"
 _FRACTION = re.compile(r"\\frac" + _ARGUMENT + _ARGUMENT)
 _RAISED = re.compile(r"<sup>\s*([-+]?[0-9]+)\s*</sup>")
 _SUPERSCRIPT = re.compile(
     "[\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT PLUS SIGN}\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+"
 )
-_PLUS_MINUS = re.compile("\N{PLUS-MINUS SIGN}\\s*")
+_PLUS_MINUS = re.compile(r"(?:\N{PLUS-MINUS SIGN}|\+/-)\s*")
+_JOINT = "\ue001"  # before a fraction that was one character: a space if it is part of 2½
+_AFTER_DIGIT = re.compile(f"(?<=[0-9]){_JOINT}")
 _NESTING = 6  # braces within braces that are followed
 
 
@@ -183,6 +187,7 @@ def plain(text: str) -> str:
     if not text.isascii():
         text = _SUPERSCRIPT.sub(_raised_digits, text)
         text = "".join(map(_ascii, text)) if any(map(_odd, text)) else text
+        text = _AFTER_DIGIT.sub(" ", text).replace(_JOINT, "")
         text = text.translate(_LOOKS)
     if "<sup>" in text:
         text = _RAISED.sub(r"^{\1}", text)
@@ -192,7 +197,7 @@ def plain(text: str) -> str:
     for _ in range(_NESTING):
         before = text
         text = _FONT.sub(r"\1", text)
-        text = _ROOT.sub(_MARK, text)
+        text = _TERM.sub(_MARK, text)
         text = _FRACTION.sub(_fraction, text)
         if text == before:
             break
@@ -227,7 +232,7 @@ def _ascii(char: str) -> str:
         return str(digit)
     kind, _, rest = unicodedata.decomposition(char).partition(" ")
     letters = "".join(chr(int(code, 16)) for code in rest.split()) if rest else ""
-    return f" {letters}" if kind == "<fraction>" else char
+    return f"{_JOINT}{letters}" if kind == "<fraction>" else char
 
 
 def _fraction(found: re.Match[str]) -> str:
@@ -264,7 +269,8 @@ def _last_box(text: str) -> str | None:
 _GROUPED = rf"[0-9]{{1,3}}(?:(?P<gap>[{_SPACES}])[0-9]{{3}}(?:(?P=gap)[0-9]{{3}})*)(?![0-9])"
 _SEPARATED = r"[0-9]+(?:[.,'_][0-9]+)*|\.[0-9]+"
 _NUMBER = re.compile(
-    rf"(?P<mark>{_MARK})|(?P<code>(?<![0-9A-Za-z])0(?:[xX][0-9a-fA-F]+|[oO][0-7]+|[bB][01]+))|"
+    rf"(?P<mark>{_MARK})|(?P<code>(?<![0-9A-Za-z])0(?:[xX][0-9a-fA-F]+|[oO][0-7]+|[bB][01]+)|"
+    r"(?<![0-9])[0-9]{4}-[0-9]{2}-[0-9]{2}(?![0-9]))|"
     rf"(?P<sign>[-+][{_SPACES}]?(?=[{_CURRENCY}0-9.]))?"
     rf"(?P<money>[{_CURRENCY}][{_SPACES}]?(?P<inner>[-+])?)?"
     rf"(?P<digits>{_GROUPED}(?:[.,][0-9]+)?|{_SEPARATED})(?:[eE](?P<power>[-+]?[0-9]+))?"
@@ -298,7 +304,7 @@ def _terms(text: str) -> Iterator[Numeral]:
             at = after.end() if after else at
             yield _unclear(text, found.start(), at, "an expression and no plain number")
         elif found["code"]:
-            yield _unclear(text, found.start(), at, "no decimal number")
+            yield _unclear(text, found.start(), at, "a date or no decimal number")
         elif _is_part_of_a_name(text, found):
             while over := _OVER.match(text, at):
                 at = over.end()

@@ -32,7 +32,7 @@ class CharRenderer:
             tokens=tokens, spans=(Span(length=len(tokens), role=Role.USER, producer=author),)
         )
 
-    def answer(self, task: Task, text: str) -> IntArray:
+    def answer(self, task: Task, text: str, *, rules: Rules = STRICT) -> IntArray:
         """The text's characters, then token 0."""
         return np.array([*map(ord, text), 0], np.int32)
 

@@ -4,19 +4,27 @@ import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from material import random_groups
+from material import random_groups, trajectory
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 
 from posttrain.core.errors import ConfigError, ModelError
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.proofs import Subject
+from posttrain.core.provenance import Sampling
 from posttrain.engines.local import exporting
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.numerics.batch import pack
 from posttrain.parts.supervised.likelihood import CrossEntropy
+from posttrain.protocols import Request, ScalarStart
 from posttrain.testing.tiny import tiny_model, tiny_tokenizer
 from posttrain.training.objective import StageObjective
 
@@ -304,3 +312,89 @@ def test_a_start_folder_that_changed_under_adapters_is_found(tmp_path):
     tiny_model(folder, tied=False, seed=1)
     with pytest.raises(ModelError, match="its adapter: tensor"):
         exported(learner, tmp_path / "out")
+
+
+def test_trained_adapters_on_experts_sample_what_they_score(tmp_path):
+    learner = trained(small(tmp_path / "m", "qwen2_moe", tied=False), lora=Lora(rank=4))
+    prompt = np.array([9, 12, 15, 20], np.int32)
+    request = Request(prompt=prompt, sampling=Sampling(), max_new_tokens=8)
+    for completion in learner.policy.generate([request] * 4):
+        row = trajectory(prompt, completion.tokens)
+        (scored,) = learner.policy.logprobs([row])
+        np.testing.assert_allclose(scored[len(prompt) :], completion.logprobs, atol=2e-5)
+
+
+def test_a_template_with_a_clock_is_no_difference(tmp_path):
+    folder = tiny_model(tmp_path / "m")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%f') }}" + template)
+    exported(trained(folder, steps=0), tmp_path / "out")
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)])
+def test_a_classifier_has_no_output_head_to_compare(tmp_path, lora):
+    folder = tiny_model(tmp_path / "m", tied=False)
+    judge = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    judge.save_pretrained(folder)
+    engine = LocalEngine(device=torch.device("cpu"))
+    head = ScalarStart(trunk="shared", model=str(folder))
+    learner = engine.learner(str(folder), name="t", optimizer=Optimizer(), lora=lora, scalar=head)
+    *_, scalar = exported(learner, tmp_path / "out")
+    assert "scalar head reads back bit for bit" in scalar.words
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)])
+def test_a_multimodal_model_is_exported_whole(tmp_path, lora):
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    text = {
+        "vocab_size": size + 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "sliding_window": 64,
+        "initializer_range": 0.3,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=size + 1,
+        boi_token_index=size + 2,
+        eoi_token_index=size + 3,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    folder, out = tmp_path / "m", tmp_path / "out"
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = {"processor_config.json": "{}", "preprocessor_config.json": '{"size": 8}'}
+    for name, content in processor.items():
+        (folder / name).write_text(content)
+    proofs = exported(trained(folder, lora=lora), out)
+    assert {n: (out / n).read_text() for n in processor} == processor
+    before, after = (load_file(f / "model.safetensors") for f in (folder, out))
+    assert before.keys() == after.keys()
+    for name in before:
+        if "vision" in name:
+            assert torch.equal(before[name], after[name])
+    if lora:
+        assert "never changed: model.vision_tower" in proofs[1].words
+
+
+@pytest.mark.parametrize("targets", ["((", "nothing", ("mlp",), ("norm",)])
+def test_targets_that_cannot_be_adapted_are_refused_in_words(base, targets):
+    with pytest.raises(ConfigError, match=r"^lora on "):
+        trained(base, lora=Lora(rank=4, target_modules=targets))

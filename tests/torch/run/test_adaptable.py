@@ -70,7 +70,8 @@ def test_plan_says_what_becomes_of_a_balancing_loss(world, tmp_path, asked, word
     for file in world.model.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     (copy / "config.json").write_text(json.dumps(config))
-    recipe = Recipe(name="r", model=str(copy), stages=(), measure=Measure())
+    stage = Stage(name="s", method=SFT, budget=Budget(steps=1), groups_per_step=2)
+    recipe = Recipe(name="r", model=str(copy), stages=(stage,), measure=Measure())
     (line,) = [x for x in preview(recipe, root=world.root).splitlines() if "routers " in x]
     assert words in line
     assert "0.25" in line

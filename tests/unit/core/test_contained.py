@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import warnings
 
 import numpy as np
@@ -174,13 +175,13 @@ def test_what_code_changes_is_put_back_and_named(tmp_path):
     assert logging.root.manager.disable == 0
     warnings.warn("no error", stacklevel=1)
     assert list(box.changed) == [
+        "the recursion limit",
         "the working directory",
         "environment variables",
         "the module search path",
         "the standard streams",
         "signal handlers",
         "an alarm",
-        "the recursion limit",
         "the mode of new files",
         "warning filters",
         "garbage collection",
@@ -234,6 +235,19 @@ def test_random_numbers_of_both_sides_do_not_disturb_each_other():
     random.seed(9)
     assert [two.run(draws) for _ in range(3)] == first
     assert len(set(first)) == 3  # a stream, and not one number again and again
+
+
+def test_code_that_leaves_no_room_for_calls_does_not_hang():
+    def narrows():
+        depth = len(traceback.extract_stack())
+        sys.setrecursionlimit(depth + 8)
+        return depth
+
+    before, box = sys.getrecursionlimit(), contained()
+    for _ in range(3):
+        box.run(narrows)
+        assert sys.getrecursionlimit() == before
+    assert list(box.changed) == ["the recursion limit"]
 
 
 def test_a_child_that_comes_back_does_not_go_on():

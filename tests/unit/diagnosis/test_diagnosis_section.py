@@ -122,9 +122,14 @@ def out(tmp_path):
     (tmp_path / "stages/1-x-abc/stage.json").write_bytes(msgspec.json.encode(record))
     lines = [json.dumps({"step": i, "tokens": 7}) for i in range(3)]
     (tmp_path / "stages/1-x-abc/metrics.jsonl").write_text("\n".join(lines))
-    with RunFolder(tmp_path).lock() as run:
+    return entered(tmp_path)
+
+
+def entered(out):
+    """The folder, with every file as it is now in its ledger."""
+    with RunFolder(out).lock() as run:
         run.accept_files(audit(run))
-    return tmp_path
+    return out
 
 
 def write_chart(folder, **parts) -> None:
@@ -170,7 +175,7 @@ def test_a_round_that_is_not_judged_yet_claims_nothing(out):
     (done,) = rounds_of(out)
     open_ = msgspec.structs.replace(done, kept=None, helped=None, words="")
     write_chart(out, rounds=(open_,))
-    text = Reader(treatment_section(RunFolder(out)).html).text
+    text = Reader(treatment_section(RunFolder(entered(out))).html).text
     assert "not judged yet" in text
     assert "helped" not in text
     assert "It has not ended" in text
@@ -181,7 +186,7 @@ def test_no_text_of_a_treatment_becomes_markup(out):
     evil = msgspec.structs.replace(done, treatment=EVIL, words=EVIL, tasks=(EVIL,))
     write_chart(out, rounds=(evil,), ended=EVIL)
     (out / "diagnoses/1.json").write_text(card(30, headline=EVIL))
-    html = treatment_section(RunFolder(out)).html
+    html = treatment_section(RunFolder(entered(out))).html
     assert EVIL not in html
     assert html.count("&lt;script&gt;") == 5  # title, tasks, decision, headline, end
 
@@ -191,4 +196,4 @@ def test_a_run_without_a_treatment_has_no_such_section(tmp_path):
     assert looks(RunFolder(tmp_path)) == ()
     (tmp_path / "treat.json").write_text("{")
     with pytest.raises(DataError, match="is damaged"):
-        treatment_section(RunFolder(tmp_path))
+        treatment_section(RunFolder(entered(tmp_path)))

@@ -1,14 +1,14 @@
 """Decisions of the loop on measurements made up, and who may go on with a treatment."""
 
-import msgspec
 import numpy as np
 import pytest
 from measurements import measured, policy
 
-from posttrain.core.errors import DataError, ResumeRefused
+from posttrain.core.errors import DataError, FileChanged, ResumeRefused
 from posttrain.diagnosis.rounds import TreatmentLog
 from posttrain.diagnosis.stage_decision import decide_stage
 from posttrain.diagnosis.treat import _opened
+from posttrain.run.audit import audit
 from posttrain.run.folder import RunFolder
 
 
@@ -64,7 +64,8 @@ def test_task_sets_count_alike_whatever_their_size():
 
 def test_only_the_same_treatment_goes_on_and_a_larger_budget_reopens_it(tmp_path):
     path = tmp_path / "treat.json"
-    path.write_bytes(msgspec.json.encode(TreatmentLog(ground="g", budget=10, ended="budget spent")))
+    with RunFolder(tmp_path).lock() as run:
+        run.write_treatment(TreatmentLog(ground="g", budget=10, ended="budget spent"))
     assert _opened(RunFolder(tmp_path), digest="g", budget=10).ended == "budget spent"
     assert _opened(RunFolder(tmp_path), digest="g", budget=20) == TreatmentLog(
         ground="g", budget=20
@@ -72,6 +73,10 @@ def test_only_the_same_treatment_goes_on_and_a_larger_budget_reopens_it(tmp_path
     with pytest.raises(ResumeRefused, match="another model"):
         _opened(RunFolder(tmp_path), digest="h", budget=10)
     path.write_text("{")
+    with pytest.raises(FileChanged, match=r"treat\.json holds 1 bytes"):
+        _opened(RunFolder(tmp_path), digest="g", budget=10)
+    with RunFolder(tmp_path).lock() as run:
+        run.accept_files(audit(run))
     with pytest.raises(DataError, match=r"treat\.json is damaged"):
         _opened(RunFolder(tmp_path), digest="g", budget=10)
     assert _opened(RunFolder(tmp_path / "new"), digest="g", budget=5).rounds == ()

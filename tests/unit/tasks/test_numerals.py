@@ -31,6 +31,7 @@ VALUES = {
     "1.234,5": "1234.5",
     "1.234.567,5": "1234567.5",
     "1 234,5": "1234.5",
+    "1 234 567,89 €": "1234567.89",
     "1.234": "1.234",
     "1,5": "1.5",
     "10,20": "10.2",
@@ -72,6 +73,8 @@ VALUES = {
     "4 / 2": "2",
     "2 1/2": "5/2",
     "½": "1/2",
+    "-½": "-1/2",
+    "-2½": "-5/2",
     "2½": "5/2",
     r"\frac12": "1/2",
     r"\frac{1}{2}": "1/2",
@@ -120,6 +123,10 @@ NONE = {
     "05/12/2024": "a date",
     "3:45": "a time or a ratio",
     "0x1F": "no decimal number",
+    "2024-05-12": "a date",
+    "+/- 5": "no plain number",
+    r"0.\overline{3}": "no plain number",
+    r"\binom{5}{2}": "no plain number",
     "1/0": "division by zero",
     "2^x": "no plain number",
     "10^10^10": "no plain number",
@@ -177,6 +184,7 @@ def test_a_reference_that_is_no_number_is_told_why(text, reason):
     assert reason in read_whole(text).reason
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**12), 10**12))
 def test_every_integer_is_read_back_however_it_is_grouped(n):
     for text in (str(n), f"{n:,}", f"{n:_}", f" {n} ", f"{n:,}".replace(",", THIN), f"{n}.0"):
@@ -184,6 +192,7 @@ def test_every_integer_is_read_back_however_it_is_grouped(n):
         assert is_number(text)
 
 
+@settings(deadline=None)
 @given(st.decimals(-(10**9), 10**9, places=3))
 def test_every_decimal_is_read_back_with_either_sign(d):
     for text in (f"{d:,}", f"{d:,}".translate(str.maketrans(",.", ".,"))):
@@ -191,18 +200,20 @@ def test_every_decimal_is_read_back_with_either_sign(d):
             assert last_number(text) == Fraction(d)
 
 
+@settings(deadline=None)
 @given(st.fractions(-1000, 1000, max_denominator=999))
 def test_written_form_is_read_back(value):
     assert last_number(written(value)) == value
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.text(alphabet="0123456789.,'_ +-*/^{}()$%\\efracboxdsqt~:xπ½²√\u2009", max_size=60))
 def test_any_text_is_read_without_an_error(text):
     assert (read_last(text).value is None) == bool(read_last(text).reason)
     read_whole(text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_unicode_is_read_without_an_error(text):
     read_last(text)
@@ -216,9 +227,9 @@ LONG += ["$" * 200_000, "½" * 10_000]
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: text[:7])
 def test_long_texts_take_time_in_proportion(text):
-    started = time.perf_counter()
+    started = time.process_time()
     read_last(text)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_an_answer_that_is_no_number_is_never_right():

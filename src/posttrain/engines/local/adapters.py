@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def trained_weights(
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
+class AdapterReach:
     """Which weight matrices have an adapter. A stack of experts counts as one matrix."""
 
     reached: tuple[str, ...]
@@ -90,7 +90,7 @@ def shortened(names: Iterable[str]) -> str:
     return ", ".join([*named, f"{more} more kinds"] if more else named)
 
 
-def reach(causal: PreTrainedModel) -> Reach:
+def reach(causal: PreTrainedModel) -> AdapterReach:
     """Which matrices of a model with adapters have one."""
     adapted = {id(weight) for weight in _adapted_weights(causal)}
     embeddings = [m.weight for m in causal.modules() if isinstance(m, nn.Embedding)]
@@ -102,7 +102,7 @@ def reach(causal: PreTrainedModel) -> Reach:
         and weight.ndim > 1
         and (id(weight) in adapted or id(weight) not in ends)
     ]
-    return Reach(
+    return AdapterReach(
         reached=tuple(name for name, has in weights if has),
         missed=tuple(name for name, has in weights if not has),
     )
@@ -201,8 +201,9 @@ def _with_adapters(  # type: ignore[no-untyped-def]  # optional
         try:
             with quiet():
                 return get_peft_model(model.causal, config)
-        except (ValueError, NotImplementedError, AttributeError) as error:
-            raise _refused(model, lora, str(error)) from error
+        except (ValueError, NotImplementedError, AttributeError, re.error) as error:
+            words = " ".join(str(error).split())
+            raise _refused(model, lora, words[:200]) from error
 
 
 def _own_linear(causal: PreTrainedModel) -> list[str] | None:
@@ -216,21 +217,21 @@ def _own_linear(causal: PreTrainedModel) -> list[str] | None:
     return found or None
 
 
-def _adapted_weights(causal: PreTrainedModel) -> list[nn.Parameter]:
+def _adapted_weights(causal: PreTrainedModel) -> list[Tensor]:
     """The weights under the adapters."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
+    layers: list[Any] = [m for m in causal.modules() if isinstance(m, LoraLayer)]
     return [
         layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
-        for layer in causal.modules()
-        if isinstance(layer, LoraLayer)
+        for layer in layers
     ]
 
 
-def _ends(causal: PreTrainedModel) -> list[nn.Parameter]:
+def _ends(causal: PreTrainedModel) -> list[Tensor]:
     """The weights of the input embeddings and of the output head."""
-    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    ends: list[Any] = [causal.get_input_embeddings(), causal.get_output_embeddings()]
     return [end.weight for end in ends if end is not None]
 
 
@@ -242,7 +243,11 @@ def _adaptable(causal: PreTrainedModel) -> list[str]:
     for name, module in causal.named_modules():
         if isinstance(module, _NO_PRODUCT):
             continue
-        own = type(module).__module__.partition(".")[0] not in ("torch", "peft")
+        # A wrapper around a module cannot be merged after adapters inside of it.
+        outer = any(
+            isinstance(inner, nn.Linear) for inner in module.modules() if inner is not module
+        )
+        own = not outer and type(module).__module__.partition(".")[0] not in ("torch", "peft")
         for kind, weight in module.named_parameters(recurse=False):
             linear = isinstance(module, nn.Linear) and kind == "weight"
             stack = own and weight.ndim == 3

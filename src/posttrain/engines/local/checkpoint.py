@@ -6,7 +6,6 @@ copied: a refused one leaves the learner as it was.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,12 @@ import torch
 from torch import Tensor
 
 from posttrain.core.errors import RunError
+from posttrain.core.guard import reading, regular_file
 
 FILE = "learner.pt"
 _KINDS = {"weights": dict, "optimizer": dict, "version": int, "moving": dict, "state": dict}
-_LATER = {"moving": {}, "state": {}}
+_LATER: Mapping[str, Any] = {"moving": {}, "state": {}}
 """Entries that the first versions did not write, and what they mean then."""
-_UNREADABLE = (
-    *(OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError),
-    *(TypeError, AttributeError, ImportError, OverflowError, AssertionError),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +59,29 @@ def read_checkpoint(
         RunError: the file is missing, damaged, or belongs to another learner.
     """
     path = folder / FILE
+    if not path.exists():
+        raise _unusable(path, "it is missing")
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        raise _unusable(path, "it is missing") from None
-    except _UNREADABLE as error:
+        regular_file(path, error=RunError)
+        with reading(path, kind="a checkpoint", error=RunError):
+            content = torch.load(path, weights_only=True, map_location="cpu")
+    except RunError as error:
         # The library's own words advise to switch off the protection against hostile pickles.
-        raise _unusable(path, f"it is damaged ({type(error).__name__})") from None
+        cause = type(error.__cause__ or error).__name__
+        raise _unusable(path, f"it is damaged ({cause})") from None
     if not isinstance(content, dict):
         raise _unusable(path, f"it holds a {type(content).__name__}")
-    content = _LATER | content
+    content = {**_LATER, **content}
     wrong = [n for n, kind in _KINDS.items() if type(content.get(n)) is not kind]
     if wrong:
         raise _unusable(path, f"it has no {', '.join(wrong)}: another program or version wrote it")
-    found = Checkpoint(**{name: content[name] for name in _KINDS})
+    found = Checkpoint(
+        weights=content["weights"],
+        optimizer=content["optimizer"],
+        version=content["version"],
+        moving=content["moving"],
+        state=content["state"],
+    )
     for what in (
         _difference(found.weights, like.weights, of="weights"),
         _difference(found.moving, like.moving, of="weights of a moving reference"),

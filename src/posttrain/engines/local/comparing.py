@@ -180,7 +180,9 @@ def differing_tokens(
                 new, old = (row[at : at + 1] for row in ids)
                 return f"token {at} of {text!r} is {new}, and was {old}"
     for conversation in _CONVERSATIONS:
-        if (new := _rendered(found, conversation)) != (old := _rendered(expected, conversation)):
+        new, old = (_rendered(t, conversation) for t in (found, expected))
+        # The templates are equal: one that has a clock differs from itself, too.
+        if new != old and new == _rendered(found, conversation):
             return f"a conversation is rendered as {_short(new)}, and was {_short(old)}"
     return None
 

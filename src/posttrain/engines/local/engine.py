@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ class LocalLearner:
         critic_lr: float | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
+        self._adapters: Any  # of peft, which is optional
         self._adapters, adapted = attach(model, lora, seed=seed) if lora else (None, ())
         self._routing, balanced = routing(model)
         self._model, self._config, self._scalar = model, optimizer, scalar

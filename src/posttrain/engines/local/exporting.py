@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from posttrain.core.errors import ModelError
@@ -112,7 +112,7 @@ def prove(  # type: ignore[no-untyped-def]  # optional
     # Constants of a bfloat16 model, such as Gemma's scale, are rounded; a float32 export's are not.
     rounding = None if adapters is None else model.causal.dtype
     _same(differing_tensor(buffers(loaded), buffers(written), dtype=rounding))
-    loaded.to(model.device)
+    nn.Module.to(loaded, model.device)
     reloaded = log_probs(loaded, rows)
     found = gap(reloaded, live, of=model.causal, rows=rows)
     _same(found.difference)
@@ -165,7 +165,8 @@ def _load(folder: Path, model: Model) -> PreTrainedModel:
         if names and kind.endswith("_keys"):
             _same(f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, names))[:3])}")
     causal: PreTrainedModel = loaded[0]
-    return causal.eval()
+    causal.eval()
+    return causal
 
 
 def _differing_settings(loaded: PreTrainedModel, written: PreTrainedModel) -> str | None:
@@ -218,6 +219,8 @@ def _prove_adapter(  # type: ignore[no-untyped-def]  # optional
         base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model.folder, dtype=torch.float32, trust_remote_code=_is_remote(model.causal)
         )
+    if not model.speaks:  # a classifier's folder has no output head, and the loader made one up
+        base.get_output_embeddings().weight.data.copy_(model.causal.get_output_embeddings().weight)
     with quiet(), _reloading("its adapter"):
         whole = PeftModel.from_pretrained(base, folder).to(model.device).eval()
     live = dict(adapters.named_parameters())

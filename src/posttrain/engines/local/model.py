@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.core.errors import ModelError
 from posttrain.core.proofs import Proof
-from posttrain.engines.local.attention import AttentionPlan, PackedPlan
+from posttrain.engines.local.attention import OTHER_FAMILY, AttentionPlan, PackedPlan
 from posttrain.engines.local.recording import Recording, stock_hidden
 from posttrain.numerics.batch import PackedBatch
 from posttrain.numerics.logits import Head, LinearHead
@@ -90,15 +91,24 @@ class Model:
         A ``longrope`` model has other frequencies for sequences beyond its original context, and
         takes one set for a whole batch; the original context is the limit for it.
         """
-        settings = self.causal.config.get_text_config()
-        rope = settings.to_dict().get("rope_parameters") or {}
+        config = self.causal.config.get_text_config()
+        settings = config.to_dict()
+        name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        longest = settings.get(name)
+        if not isinstance(longest, int):
+            raise ModelError(
+                "the configuration does not say how long a sequence may be",
+                expected="max_position_embeddings",
+                fix=OTHER_FAMILY,
+            )
+        rope = settings.get("rope_parameters") or {}
         kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]  # or one per layer type
         whole = [
             int(k["original_max_position_embeddings"])
             for k in kinds
             if k.get("rope_type") == "longrope" and k.get("original_max_position_embeddings")
         ]
-        return min([int(settings.max_position_embeddings), *whole])
+        return min([longest, *whole])
 
     @property
     def end_tokens(self) -> tuple[int, ...]:

@@ -101,7 +101,8 @@ def routing(model: Model) -> tuple[Routing | None, tuple[Proof, ...]]:
 def _routing(causal: PreTrainedModel, weight: float) -> Routing | None:
     """The family's function and routers; None where the library does not name them."""
     function = vars(sys.modules[type(causal).__module__]).get(_FUNCTION)
-    recorded = (causal.base_model._can_record_outputs or {}).get("router_logits")
+    decoder: Any = causal.base_model
+    recorded = (decoder._can_record_outputs or {}).get("router_logits")
     recorder = recorded[0] if isinstance(recorded, list) else recorded
     experts, top_k = (vars(causal).get(n) for n in ("num_experts", "num_experts_per_tok"))
     if function is None or recorder is None or not (experts and top_k):

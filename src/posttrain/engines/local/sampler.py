@@ -261,8 +261,8 @@ class _Batch:
             self._arrange()
         plan.begin()
         last_S = self.tokens_SC[:num].gather(1, plan.age_S[:, None])[:, 0]
-        # A row never leaves the context, but an empty slot can, with the age of another prompt's row:
-        # it would have no position embedding, or change the frequencies of the whole batch.
+        # A row never leaves the context, but an empty slot can, with the age of a row of a shorter
+        # prompt: it would have no embedding, or change the frequencies of the whole batch.
         positions_S = plan.positions_S.clamp_max(self.model.context - 1)
         hidden_SX = self.model.recording.hidden(last_S, positions_S, plan)
         plan.advance()

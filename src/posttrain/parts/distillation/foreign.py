@@ -15,6 +15,7 @@ from posttrain.core import clock
 from posttrain.core.bounds import Count
 from posttrain.core.errors import TaskError
 from posttrain.core.provenance import IntArray, Role, Span
+from posttrain.core.rendering import SAMPLED
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Array, Column, End, Group, Scored, Trajectory
 from posttrain.parts.base import Columns, PolicyRef, Signal, StageContext
@@ -135,7 +136,8 @@ class SpanAdvantage(AcrossTokenizers):
         """The same answer in the teacher's tokens, with the end of its turn."""
         task = _task(trajectory, tools.drawn_tasks)
         text = tools.renderer.text(trajectory.tokens[trajectory.prompt_length :])
-        return read_by(teacher, trajectory, task, teacher.renderer.answer(task, text))
+        tokens = teacher.renderer.answer(task, text, rules=SAMPLED)
+        return read_by(teacher, trajectory, task, tokens)
 
 
 def _span_advantages(

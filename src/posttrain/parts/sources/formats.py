@@ -252,20 +252,20 @@ def row_numbers(
         if name is None:
             continue
         value = row.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not -MOST <= value <= MOST:  # NaN is in no range
+        number = value if isinstance(value, int | float) and value is not True else None
+        if number is None or value is False or not -MOST <= number <= MOST:  # NaN: in no range
             raise DataError(
                 f"{column} {name}={value!r:.60}",
                 expected=f"a finite number in every row, of at most {MOST:g}",
             )
-        if column is Column.WEIGHT and value < 0:
+        if column is Column.WEIGHT and number < 0:
             raise DataError(
                 f"{column} {name}={value!r}",
                 expected="0 or more: a negative weight would push the answer away without bound",
             )
-        if column is Column.MARGIN and value < 0:
+        if column is Column.MARGIN and number < 0:
             raise DataError(f"{column} {name}={value!r}", expected="0 or more")
-        out[column] = np.asarray(float(value))
+        out[column] = np.asarray(float(number))
     return out
 
 

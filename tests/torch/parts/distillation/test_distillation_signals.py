@@ -149,7 +149,7 @@ def test_the_learner_teaches_itself_when_it_reads_the_answer(learner):
         ({"routes": {"*": "base"}, "context": "{question} {solution}"}, "template with {question}"),
         ({"routes": {"*": "base"}, "context": "{question}"}, "more than the question"),
         ({"routes": {"*": "base"}, "context": "{question} {"}, "for a brace"),
-        ({"routes": {"*": "base"}, "top_k": 0}, "at least 1"),
+        ({"routes": {"*": "base"}, "top_k": 0}, "1 or more"),
     ],
 )
 def test_teachers_that_make_no_sense_are_refused(options, message):

@@ -340,7 +340,7 @@ def test_sorted_l1_counts_only_where_the_texts_agree():
         (lambda: TeacherSkewKL(alpha=0.0), "teacher_forward_kl"),
         (lambda: TeacherSkewReverseKL(alpha=1.0), "teacher_reverse_kl"),
         (lambda: TeacherForwardKL(temperature=0.0), "above 0"),
-        (lambda: EntropyAwareKL(threshold=-1.0), "0 nats"),
+        (lambda: EntropyAwareKL(threshold=-1.0), "0 or more"),
     ],
 )
 def test_options_out_of_range_are_refused(make, message):

@@ -308,15 +308,19 @@ def test_only_what_never_changes_has_hidden_states(engine, tiny_folder, world):
     assert follows.moving.hidden is None
 
 
-def test_adapters_off_have_those_of_the_policy_it_started_from(engine, tiny_folder):
+def test_adapters_off_have_those_of_the_policy_it_started_from(engine, tiny_folder, tmp_path):
+    untied = tiny_model(tmp_path / "untied", tied=False)
     on_layers, on_head = (
         engine.learner(
-            str(tiny_folder),
+            str(folder),
             name="t",
             optimizer=Optimizer(lr=3e-2),
             lora=Lora(rank=4, target_modules=modules),
         )
-        for modules in (("q_proj", "down_proj"), ("q_proj", "lm_head"))
+        for folder, modules in (
+            (tiny_folder, ("q_proj", "down_proj")),
+            (untied, ("q_proj", "lm_head")),
+        )
     )
     assert on_head.start.hidden is None
     trajectories = [m.trajectory for g in random_groups() for m in g.members]

@@ -210,9 +210,9 @@ def test_a_lol_asks_a_reference_only_where_it_compares_with_one():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: AdvantageWeighted(beta=0.0), "both above 0"),
-        (lambda: AdvantageWeighted(max_weight=-1.0), "both above 0"),
-        (lambda: LeftoverLunch(clip=1.0), "clip < 1"),
+        (lambda: AdvantageWeighted(beta=0.0), "beta is 0.0"),
+        (lambda: AdvantageWeighted(max_weight=-1.0), "max_weight is -1.0"),
+        (lambda: LeftoverLunch(clip=1.0), "above 0, below 1"),
         (lambda: LeftoverLunch(kl_weight=0.1), "replaces the ratio"),
         (lambda: RewardGold(floor=1.5), "from 0 to 1"),
     ],

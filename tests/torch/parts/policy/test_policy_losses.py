@@ -323,12 +323,12 @@ def test_a_loss_per_sequence_refuses_an_advantage_per_token(term):
     [
         (lambda: ClippedPolicyGradient(clip_low=0.0), "clip_low=0.0"),
         (lambda: ClippedPolicyGradient(dual_clip=1.1), "dual_clip=1.1"),
-        (lambda: ClippedPolicyGradient(sequence_mask=-1.0), "sequence_mask=-1.0"),
-        (lambda: Gspo(clip_high=-1.0), "clip_high=-1.0"),
-        (lambda: Gmpo(clip_low=0.0), "clip_low=0.0"),
+        (lambda: ClippedPolicyGradient(sequence_mask=-1.0), "sequence_mask is -1.0"),
+        (lambda: Gspo(clip_high=-1.0), "clip_high is -1.0"),
+        (lambda: Gmpo(clip_low=0.0), "clip_low is 0.0"),
         (lambda: Cispo(ratio_high=0.28), "epsilon of 0.28 is"),
-        (lambda: Sapo(temperature_up=0.0), "temperatures 0.0"),
-        (lambda: Vespo(up=(0.0, 1.0)), "up="),
+        (lambda: Sapo(temperature_up=0.0), "temperature_up is 0.0"),
+        (lambda: Vespo(up=(0.0, 1.0)), r"up\[0\] is 0.0"),
     ],
 )
 def test_options_that_cannot_work_are_refused(make, words):

@@ -11,7 +11,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from posttrain.core.errors import LegalityError, ModelError
+from posttrain.core.errors import LegalityError, ModelError, RunError
 from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.statistics import Stat
 from posttrain.core.trajectory import Column
@@ -274,7 +274,7 @@ def test_save_and_load_go_on_bit_for_bit(headed, engine, tmp_path, trunk, lora):
 
 def test_a_checkpoint_with_a_critic_is_not_one_without(headed, engine, tmp_path):
     make(engine, headed).save(tmp_path)
-    with pytest.raises(ModelError, match="weights"):
+    with pytest.raises(RunError, match="another learner: 49 weights"):
         make(engine, headed, trunk="shared").load(tmp_path)
 
 

@@ -298,7 +298,7 @@ def test_xpo_resumes_exactly(world):
 
 
 def test_a_bonus_that_would_imitate_is_refused():
-    with pytest.raises(ConfigError, match="would imitate"):
+    with pytest.raises(ConfigError, match="above 0"):
         ExplorationBonus(weight=-1.0)
     with pytest.raises(LegalityError, match="where=learner"):
         check_composition(

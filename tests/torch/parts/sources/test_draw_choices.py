@@ -115,7 +115,7 @@ def test_marks_that_mean_nothing_are_refused():
     pairs = composed(MarkEntropy(), RankPairs(), term=Simpo(limit=Limit(marked=True)))
     with pytest.raises(LegalityError, match="compares whole pairs"):
         check_composition(pairs, stage="s")
-    with pytest.raises(ConfigError, match="0 < share < 1"):
+    with pytest.raises(ConfigError, match="above 0, below 1"):
         MarkEntropy(share=1.0)
 
 

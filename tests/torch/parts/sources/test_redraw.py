@@ -105,9 +105,9 @@ def world(tmp_path, engine, tiny_folder):
 
 def test_dapo_fills_its_steps_and_resumes_exactly(world):
     method = Dapo(tasks=("rows",), group_size=2, max_new_tokens=3, max_draws=6)
-    _, metrics = check_resume(world, method, steps=4, stop_after=2, groups_per_step=4)
+    _, metrics = check_resume(world, method, steps=4, stop_after=2, lr=1e-3, groups_per_step=4)
     once = Dapo(tasks=("rows",), group_size=2, max_new_tokens=3, max_draws=1)
-    _, poor = world.run(once, "once", steps=4, groups_per_step=4)
+    _, poor = world.run(once, "once", steps=4, lr=1e-3, groups_per_step=4)
     kept = [m["groups"] * 2 - sum(v for k, v in m.items() if "discarded" in k) for m in metrics]
     assert kept == [8.0] * 4, "four groups of two at every step"
     assert max(m["groups"] for m in metrics) > 4

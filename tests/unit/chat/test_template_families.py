@@ -3,9 +3,9 @@ template takes away from an answer is refused; what is text stays text."""
 
 import numpy as np
 import pytest
-from families import FAMILIES, TEMPLATES, mask_of, renderer, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from template_families import FAMILIES, TEMPLATES, mask_of, renderer, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from posttrain.chat import ChatRenderer
