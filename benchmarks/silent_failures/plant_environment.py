@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from silent_failures.planting import (
     planted,
     same_as_twin,
 )
-from silent_failures.shapes import Tensors, change_template, change_weights
+from silent_failures.shapes import Tensors, change_json, change_template, change_weights
 from silent_failures.world import Setup
 
 NOISE = 0.5  # nats
@@ -326,14 +328,13 @@ PLANTERS["stray-file-in-model"] = Planter(
 
 def _edit_measurement(setup: Setup) -> None:
     """All scores of the last measurement are 1."""
-    paths = sorted(setup.folder.glob("out/measurements/*"), key=lambda p: p.stat().st_mtime_ns)
-    raw = paths[-1].read_bytes()
-    if paths[-1].suffix == ".json":
-        text = re.sub(r'("scores": \[)[^\]]*', r"\g<1>1.0", raw.decode())
-        paths[-1].write_text(text)
-    else:
-        middle = len(raw) // 2
-        paths[-1].write_bytes(raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :])
+
+    def better(content: dict[str, Any]) -> None:
+        scores = content["tasks"][0]["scores"]
+        ones = np.ones(scores["shape"], scores["dtype"])
+        scores["zlib64"] = base64.b64encode(zlib.compress(ones.tobytes())).decode()
+
+    change_json(setup.folder / "out/measurements/train.json", better)
 
 
 READ_AGAIN = ("ledger verify out", "report out", "compare out")

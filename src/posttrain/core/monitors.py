@@ -41,7 +41,7 @@ class Monitors(Config):
     truncated_share: Inner | None = 0.3  # of completions that the token budget cut off
     kl: Positive | None = 1.0  # nats per token from the reference
     entropy_risen: Positive | None = 2.0  # nats per token above the first step's
-    fresh_share: Inner | None = 0.95  # effective share of the weights of rollouts of age 0
+    fresh_share: Inner | None = 0.98  # effective share of the weights of rollouts of age 0
     unlikely_share: Inner | None = 0.5  # of given tokens rarer than by chance, at the first step
     loss_risen: Positive | None = 3.0  # times the first step's, on given text only
     still: bool = True  # no gradient, or weights that do not move
