@@ -96,7 +96,7 @@ def sample(model, tokenizer, tasks: Sequence[Task], settings: Settings, *, draw:
         logits_RLV = model(right_pad(rows), use_cache=False).logits
         logp_RV = logits_RLV[torch.arange(len(rows)), last].log_softmax(-1)
         # Inverse CDF: lay the probabilities end to end, and take the token that u falls on.
-        cdf_RV = logp_RV.double().exp().cumsum(-1)
+        cdf_RV = logp_RV[:, : len(tokenizer)].double().exp().cumsum(-1)  # no padding rows
         u_R1 = (uniform_RC[alive, t] * cdf_RV[:, -1])[:, None]
         token_R1 = torch.searchsorted(cdf_RV, u_R1, right=True)
         for r, token, logp in zip(alive, token_R1, logp_RV.gather(-1, token_R1), strict=True):
@@ -105,8 +105,7 @@ def sample(model, tokenizer, tasks: Sequence[Task], settings: Settings, *, draw:
         alive = [r for r in alive if answers[r][-1] != tokenizer.eos_token_id]
         if not alive:
             break
-    # The verifier reads every token but those that frame a text.
-    framing = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    framing = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}  # unread
     texts = tokenizer.batch_decode([[t for t in a if t not in framing] for a in answers])
     rollouts = [Rollout(*row) for row in zip(prompts, answers, logprobs, texts, strict=True)]
     return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]

@@ -58,7 +58,7 @@ class _Load:
         self._folder = folder
 
     def __call__(self) -> bool:
-        from posttrain.chat import ChatRenderer
+        from posttrain.chat.renderer import ChatRenderer
         from posttrain.engines.local.engine import LocalEngine
         from posttrain.models.files import model_digest
         from posttrain.models.folder import read_folder

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msgspec import inspect
+from msgspec import inspect, structs
 
 from fuzz import world
 from fuzz.frame import Trial
@@ -25,13 +25,13 @@ from posttrain.recipe import Recipe, Stage
 from posttrain.run.preview import preview
 
 Place = tuple[object, ...]
-_TASKS, _STAGES = ["tasks", "stages"]
-STAGE: Place = (_STAGES, 0)
+STAGES = next(f.encode_name for f in structs.fields(Recipe) if f.type == tuple[Stage, ...])
+STAGE: Place = (STAGES, 0)
 TRIED = 2
 """Methods with which a value of an option that many have is tried."""
 
 SKIPPED = frozenset(
-    {"threads", "name", "model", "device", "remote_code", "method", "path", _TASKS, _STAGES}
+    {"threads", "name", "model", "device", "remote_code", "method", "path", "tasks", STAGES}
 )
 """Options whose other values name things outside: models, devices, files, cores."""
 

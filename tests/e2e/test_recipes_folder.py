@@ -262,7 +262,7 @@ def test_shell_on_the_page_runs(copy):
 def test_rows_on_the_page_are_read_as_that_format(kind, tmp_path):
     from transformers import AutoTokenizer
 
-    from posttrain.chat import ChatRenderer
+    from posttrain.chat.renderer import ChatRenderer
 
     (row,) = snippets(f"json {kind}")
     (tmp_path / "rows.jsonl").write_text(row)

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.chat import ChatRenderer
+from posttrain.chat.renderer import ChatRenderer
 
 TEMPLATES = Path(__file__).parent / "chat" / "templates"
 CHATML = ("<|im_start|>", "<|im_end|>")

@@ -18,7 +18,7 @@ from typing import final
 
 import msgspec
 
-from posttrain.chat import ChatRenderer
+from posttrain.chat.renderer import ChatRenderer
 from posttrain.core.errors import ConfigError, Interrupted, ModelError
 from posttrain.core.events import Note, Observer, ignore
 from posttrain.core.provenance import Kind, Producer, Role

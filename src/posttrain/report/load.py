@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from posttrain.chat import token_texts
+from posttrain.chat.tokenizer import token_texts
 from posttrain.core.errors import DataError, LedgerBroken, RunError
 from posttrain.core.trajectory import Trajectory
 from posttrain.measure.measurement import Measurement

@@ -15,7 +15,8 @@ from typing import cast
 
 from msgspec import structs
 
-from posttrain.chat import ChatRenderer, Tokenizer
+from posttrain.chat.renderer import ChatRenderer
+from posttrain.chat.tokenizer import Tokenizer
 from posttrain.core import config
 from posttrain.core.documents import write_yaml
 from posttrain.core.errors import ModelError

@@ -8,6 +8,7 @@ from staging import check_resume, make_world, untimed
 
 from posttrain.core.errors import ConfigError, LegalityError, RunError
 from posttrain.core.learner import MOVING, Lora, MovingReference, Optimizer
+from posttrain.core.rendering import SAMPLED
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Discard
 from posttrain.engines.local.engine import LocalEngine
@@ -206,7 +207,8 @@ def test_a_teacher_is_shown_the_first_other_answer_that_succeeded(learner):
         record, sibling = member.trajectory, group.members[shown].trajectory
         text = renderer.text(sibling.tokens[sibling.prompt_length :])
         question = tools.drawn_tasks[record.task].text
-        prompt = renderer.prompt(Task(taskset="x", prompt=f"{text}! {question}")).tokens
+        shown_task = Task(taskset="x", prompt=f"{text}! {question}")
+        prompt = renderer.prompt(shown_task, rules=SAMPLED).tokens
         answer = record.tokens[record.prompt_length :]
         by_hand = trajectory(prompt.tolist(), answer.tolist())
         ((_, values),) = learner.policy.distributions([by_hand], top_k=None)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.chat import ChatRenderer, messages_from, token_texts
+from posttrain.chat.messages import messages_from
+from posttrain.chat.renderer import ChatRenderer
+from posttrain.chat.tokenizer import token_texts
 from posttrain.core.errors import DataError, ModelError
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.rows import read_jsonl

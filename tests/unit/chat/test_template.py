@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from template_families import FAMILIES, tokenizer
 
-from posttrain.chat import ChatRenderer
+from posttrain.chat.renderer import ChatRenderer
 from posttrain.chat.template import ChatTemplate
 from posttrain.core.errors import DataError, ModelError, PosttrainError
 from posttrain.core.provenance import Role

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from template_families import FAMILIES, TEMPLATES, mask_of, renderer, tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.chat import ChatRenderer
+from posttrain.chat.renderer import ChatRenderer
 from posttrain.core.errors import DataError
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.rendering import DifferenceKind, Rules

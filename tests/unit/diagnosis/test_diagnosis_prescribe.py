@@ -1,5 +1,6 @@
 """A prescription fits the bottleneck and the supplies, and its recipe is legal as it stands."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from posttrain.diagnosis.prescribe import (
     prescribe,
 )
 from posttrain.diagnosis.rules import load_rules
+from posttrain.lab import BASE
 from posttrain.measure.spec import Measure
 from posttrain.recipe import Recipe
 from posttrain.run.plan import make_plan
@@ -35,9 +37,7 @@ def world(tmp_path):
     (tmp_path / "tasks.jsonl").write_text('{"prompt": "1", "answer": "1"}\n' * 40)
     (tmp_path / "demos.jsonl").write_text('{"prompt": "1", "completion": "1"}\n')
     for name in ("base", "teacher", "before"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-        (tmp_path / name / "model.safetensors").write_bytes(b"")
+        shutil.copytree(BASE, tmp_path / name)
     tasks = JsonlTasks(path=str(tmp_path / "tasks.jsonl"))
     ground = Recipe(
         name="ground",

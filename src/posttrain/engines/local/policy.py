@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.chat import ChatRenderer, Tokenizer
+from posttrain.chat.renderer import ChatRenderer
+from posttrain.chat.tokenizer import Tokenizer
 from posttrain.core import clock
 from posttrain.core.config import digest
 from posttrain.core.errors import LegalityError, ModelError

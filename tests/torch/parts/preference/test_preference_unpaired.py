@@ -9,7 +9,7 @@ import pytest
 import torch
 from material import gradients, largest_gap, random_groups, trajectory, with_column
 
-from posttrain.chat import ChatRenderer
+from posttrain.chat.renderer import ChatRenderer
 from posttrain.core.errors import ConfigError, DataError, LegalityError
 from posttrain.core.provenance import Kind
 from posttrain.core.statistics import Stat

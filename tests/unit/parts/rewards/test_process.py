@@ -1,17 +1,19 @@
 """Steps, learnt judges and labels by roll-outs, on fakes whose every number is known."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from posttrain.chat import ChatRenderer
+from posttrain.chat.renderer import ChatRenderer
 from posttrain.core.errors import ConfigError, DataError, LegalityError, TaskError
 from posttrain.core.learner import ScalarHead
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Group
+from posttrain.lab import BASE
 from posttrain.parts.base import bound
 from posttrain.parts.composition import Composition, method
 from posttrain.parts.credit.advantages import GroupAdvantage
@@ -493,8 +495,7 @@ def asking(model):
 def test_a_plan_knows_who_can_judge(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
-    (base / "model.safetensors").write_bytes(b"")
-    (base / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"]}))
+    model_folder(base, "Qwen3ForCausalLM")
     good = [stage("rm", RM), stage("rl", asking("rm"), init="base")]
     plan = make_plan(recipe(tmp_path, *good), root=tmp_path, base="b")
     assert plan.stage("rl").references == {"learner", "rm"}
@@ -513,13 +514,19 @@ def test_a_plan_knows_who_can_judge(tmp_path):
         make_plan(recipe(tmp_path, stage("rl", asking("learner"))), root=tmp_path, base="b")
 
 
+def model_folder(folder, architecture):
+    """The lab's base, under another name of its class."""
+    shutil.copytree(BASE, folder, dirs_exist_ok=True)
+    config = json.loads((BASE / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+
+
 @pytest.mark.parametrize("sign", ["file", "classifier"])
 def test_a_folder_with_a_head_may_judge(tmp_path, sign):
     folder = tmp_path / "rm"
     folder.mkdir()
     kind = "Qwen3ForSequenceClassification" if sign == "classifier" else "Qwen3ForCausalLM"
-    (folder / "config.json").write_text(json.dumps({"architectures": [kind]}))
-    (folder / "model.safetensors").write_bytes(b"")
+    model_folder(folder, kind)
     if sign == "file":
         (folder / "scalar_head.safetensors").write_bytes(b"")
     make_plan(recipe(tmp_path, stage("rl", asking("path:rm"))), root=tmp_path, base="b")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.chat import ChatRenderer
+from posttrain.chat.renderer import ChatRenderer
 from posttrain.core.errors import ConfigError, DataError, ModelError
 from posttrain.core.provenance import Kind, Producer, Role
 from posttrain.core.rows import read_jsonl
