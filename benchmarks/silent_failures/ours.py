@@ -81,14 +81,15 @@ def _end(result: Result, log: Path, code: int | None, *, stopped: bool) -> None:
 def _see(result: Result, setup: Setup, out: Path) -> None:
     """What the run left behind."""
     from posttrain.core.monitors import Monitors, alarms
+    from posttrain.run.folder import RunFolder
 
     seen = setup.folder / "seen.json"
     if seen.is_file():
         rows = json.loads(seen.read_text(encoding="utf-8"))
         result.trained, result.whole, result.ids = rows["texts"], rows["whole"], rows["ids"]
     result.steps, result.alarms, result.rewards = 0, [], []
-    for folder in sorted((out / "stages").glob("*-*")):
-        path = folder / "metrics.jsonl"
+    for stage in RunFolder(out).stage_folders():
+        path = stage.metrics_file
         lines = [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
         result.steps += len(lines)
         result.rewards += [line["reward"] for line in lines if "reward" in line]
@@ -96,7 +97,7 @@ def _see(result: Result, setup: Setup, out: Path) -> None:
         result.alarms += [
             (a.step, f"{a.name}: {a.words}") for a in alarms(Monitors(), lines) if a.step < STEPS
         ]
-        weights, more = export_digest(folder / "model")
+        weights, more = export_digest(stage.model)
         result.weights = weights or result.weights
         result.first |= more
 

@@ -21,7 +21,7 @@ from posttrain.diagnosis.prescribe import (
     prescribe,
 )
 from posttrain.diagnosis.rules import load_rules
-from posttrain.lab import BASE
+from posttrain.lab.tour import BASE
 from posttrain.measure.spec import Measure
 from posttrain.recipe import Recipe
 from posttrain.run.plan import make_plan

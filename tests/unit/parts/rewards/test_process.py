@@ -13,7 +13,7 @@ from posttrain.core.learner import ScalarHead
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Task
 from posttrain.core.trajectory import Column, Group
-from posttrain.lab import BASE
+from posttrain.lab.tour import BASE
 from posttrain.parts.base import bound
 from posttrain.parts.composition import Composition, method
 from posttrain.parts.credit.advantages import GroupAdvantage
