@@ -31,13 +31,14 @@ found = {}
 for folder in sys.argv[1:]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
+    unwritten = list(range(len(tokenizer), model.config.vocab_size))  # padding rows of the head
     texts = []
     for letter in "abcm":
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": f"say {letter}"}],
             add_generation_prompt=True, return_tensors="pt", return_dict=True,
         )
-        out = model.generate(**ids, do_sample=False, max_new_tokens=12)
+        out = model.generate(**ids, do_sample=False, max_new_tokens=12, suppress_tokens=unwritten)
         texts.append(out[0, ids["input_ids"].shape[1]:].tolist())
     found[folder] = texts
 print(json.dumps(found))

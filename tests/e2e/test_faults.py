@@ -184,13 +184,13 @@ WRONGS = {
 
 @pytest.mark.parametrize("name", WRONGS)
 def test_a_reward_function_that_misbehaves(world, posttrain, name):
-    """It works while the base is measured (scored twice, to see that it is steady) and for two
-    steps, and fails at the third."""
+    """It works while it is tried and while the base is measured (scored twice each, to see that
+    it is steady) and for two steps, and fails at the third."""
 
     bad, words = WRONGS[name]
     path = write_recipe(world, recipe(grpo(checkpoint_every=1)))
     out = world / "out"
-    (world / "reward.py").write_text(LATE.format(calls=4, bad=bad))
+    (world / "reward.py").write_text(LATE.format(calls=6, bad=bad))
     code, _, errors = posttrain("run", path, "--out", out)
     assert code == 2
     assert "TaskError: " in errors

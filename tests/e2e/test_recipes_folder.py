@@ -165,11 +165,12 @@ def test_the_data_is_right():
 
 
 def test_the_reward_distinguishes_right_answers_numbers_and_noise():
-    from posttrain.tasks.rewards import load_reward
+    from posttrain.tasks.rewards import find_reward
 
-    reward = load_reward("data/rewards.py:product", FOLDER)
+    reward = find_reward("data/rewards.py:product", FOLDER)
     answers = ["12", " 12\n", "7", "twelve", ""]
-    scores = reward(["3 * 4"] * 5, answers, answer=["12"] * 5, level=["easy"] * 5)
+    columns = {"answer": ["12"] * 5, "level": ["easy"] * 5}
+    scores = reward.score(["3 * 4"] * 5, answers, columns)
     assert scores == [1.0, 1.0, 0.1, 0.0, 0.0]
 
 
