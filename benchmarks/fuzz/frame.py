@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -17,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from posttrain.cli.ends import explained
 from posttrain.core.errors import PosttrainError
 
 LIMIT = 60
-"""Seconds after which a trial counts as a hang."""
+"""Seconds after which a trial counts as a hang, on a machine that is not overloaded."""
 
 COMMAND_LIMIT = 180
 """Seconds of a command: a process begins with importing PyTorch."""
@@ -94,7 +96,7 @@ def _outcome(trial: Trial, *, loud: bool) -> tuple[str, str]:
         Caught() as caught,
         open(os.devnull, "w") as nothing,
         contextlib.redirect_stderr(nothing),
-        _time_limit(LIMIT),
+        _time_limit(_patience(LIMIT)),
     ):
         done = trial.call()
     os.chdir(before)
@@ -103,15 +105,21 @@ def _outcome(trial: Trial, *, loud: bool) -> tuple[str, str]:
         return ("done", "") if done else ("nothing", "success, with nothing done")
     if loud:
         traceback.print_exception(error)
-    if isinstance(error, PosttrainError):
-        return "refused", str(error)
     if isinstance(error, KeyboardInterrupt):
         raise error
     if isinstance(error, Hang):
-        return "hang", f"over {LIMIT} s"
+        return "hang", f"over {_patience(LIMIT)} s"
+    told = error if isinstance(error, PosttrainError) else explained(error)
+    if told is not None and not isinstance(error, SystemExit):
+        return "refused", str(told)
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{place.filename}:{place.lineno}"
     return "traceback", f"{type(error).__name__}: {error!s:.200} at {where}"
+
+
+def _patience(seconds: int) -> int:
+    """A time limit on a machine that others use too: longer by as much as it is overloaded."""
+    return math.ceil(seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
 
 
 @contextlib.contextmanager
@@ -135,13 +143,14 @@ def run_commands(trials: Iterable[Trial], tally: Tally, *, where: Path) -> None:
     """
     for trial in trials:
         began = time.monotonic()
+        limit = _patience(COMMAND_LIMIT)
         command = [sys.executable, "-m", "posttrain", *trial.command]
         try:
             ran = subprocess.run(
-                command, cwd=where, capture_output=True, timeout=COMMAND_LIMIT, check=False
+                command, cwd=where, capture_output=True, timeout=limit, check=False
             )
         except subprocess.TimeoutExpired:
-            tally.add(trial, "hang", f"over {COMMAND_LIMIT} s", COMMAND_LIMIT)
+            tally.add(trial, "hang", f"over {limit} s", limit)
             continue
         said = (ran.stdout + ran.stderr).decode(errors="replace")
         outcome = {0: "done", 2: "refused", 3: "done"}.get(ran.returncode, "traceback")

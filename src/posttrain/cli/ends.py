@@ -19,7 +19,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import click
 
@@ -141,9 +140,9 @@ def explained(error: BaseException) -> PosttrainError | None:
         )
     if isinstance(error, OSError):
         paths = (error.filename, error.filename2)
-        where = " -> ".join(str(Path(os.fsdecode(p))) for p in paths if isinstance(p, str | bytes))
+        where = " -> ".join(os.fsdecode(p) for p in paths if isinstance(p, str | bytes))
         return PosttrainError(
-            f"{error.strerror or _short(error)}{': ' if where else ''}{where}",
+            f"{error.strerror or _short(error)}{': ' if where else ''}{where:.500}",
             fix=_REMEDIES.get(error.errno or 0, "`posttrain --debug ...` shows what was done"),
         )
     return None
