@@ -64,7 +64,7 @@ def test_any_cut_or_foreign_bytes_are_refused_or_harmless(engine, tiny_folder, s
             spoilt[rng.randrange(len(raw) - 5000, len(raw))] = rng.randrange(256)
         saved.write_bytes(spoilt)
         with suppress(RunError):  # any other error is a defect
-            make(engine, tiny_folder).load(saved.parent)
+            learner.load(saved.parent)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"not a checkpoint", b"PK\x03\x04"])
