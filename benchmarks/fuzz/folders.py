@@ -62,7 +62,7 @@ class _Load:
         from posttrain.engines.local.engine import LocalEngine
         from posttrain.models.files import model_digest
         from posttrain.models.folder import read_folder
-        from posttrain.models.library import read_ends, read_shape, read_tokenizer
+        from posttrain.models.readers import read_ends, read_shape, read_tokenizer
 
         found = read_folder(self._folder)
         model_digest(self._folder)

@@ -18,7 +18,7 @@ from posttrain.core.learner import MOVING
 from posttrain.core.provenance import Kind
 from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import Group
-from posttrain.models.library import PROBE
+from posttrain.models.readers import PROBE
 from posttrain.numerics.logits import Head
 from posttrain.parts.base import LEARNER, Source, bound
 from posttrain.parts.legality import compared_in_the_loss, scopes

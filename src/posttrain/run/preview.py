@@ -24,7 +24,7 @@ from posttrain.core.task import TaskSet
 from posttrain.core.trajectory import Column
 from posttrain.models.files import model_digest
 from posttrain.models.folder import ModelFolder, read_folder
-from posttrain.models.library import ModelShape, read_ends, read_shape, read_tokenizer
+from posttrain.models.readers import ModelShape, read_ends, read_shape, read_tokenizer
 from posttrain.models.routers import balance_words
 from posttrain.parts.base import PlanFacts, Signal, Source
 from posttrain.parts.legality import compared_in_the_loss

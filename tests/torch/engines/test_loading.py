@@ -17,7 +17,7 @@ from posttrain.engines.local import loading
 from posttrain.engines.local.loading import load_model
 from posttrain.models.files import counted
 from posttrain.models.folder import read_folder
-from posttrain.models.library import read_ends, read_shape, read_tokenizer
+from posttrain.models.readers import read_ends, read_shape, read_tokenizer
 from posttrain.testing import tiny_model
 from posttrain.testing.tiny import tiny_tokenizer
 

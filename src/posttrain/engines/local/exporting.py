@@ -37,7 +37,7 @@ from posttrain.engines.local.comparing import (
 )
 from posttrain.engines.local.model import Model
 from posttrain.models.files import CONFIG, CRITIC, GENERATION, INDEX, counted
-from posttrain.models.library import library
+from posttrain.models.readers import library
 
 ADAPTER = "adapter"
 """Folder of the adapters as they were trained, inside of the model folder."""

@@ -33,7 +33,7 @@ from posttrain.engines.local.proving import prove
 from posttrain.models.files import model_digest
 from posttrain.models.folder import ModelFolder, read_folder
 from posttrain.models.hub import resolve_folder
-from posttrain.models.library import library, read_tokenizer
+from posttrain.models.readers import library, read_tokenizer
 
 # A progress bar per loaded shard would break the run's own progress display.
 library_logging.disable_progress_bar()
