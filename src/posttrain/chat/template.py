@@ -67,6 +67,7 @@ class ChatTemplate:
         ModelError: it is no template, or far too long.
 
     Example:
+        >>> from posttrain.core.provenance import Role
         >>> shout = ChatTemplate("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
         >>> shout.render([Message(Role.USER, "hi")])
         ('HI', [])

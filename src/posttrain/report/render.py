@@ -152,9 +152,9 @@ def render(report: RunReport, *, sections: Sequence[Section] = ()) -> str:
 
     Example:
         >>> from posttrain.recipe import Recipe
-        >>> run = RunReport(recipe=Recipe(name="<first>", model="lab-base"), machine="cpu")
+        >>> run = RunReport(recipe=Recipe(name="first", model="lab-base"), machine="<cpu>")
         >>> page = render(run)
-        >>> "&lt;first&gt;" in page, "<first>" in page
+        >>> "&lt;cpu&gt;" in page, "<cpu>" in page
         (True, False)
     """
     return fill(
