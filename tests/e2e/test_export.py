@@ -6,7 +6,10 @@ import subprocess
 import sys
 
 import torch
-from world import dpo, grpo, opd, recipe, run_recipe, sft, stage_folder, write_recipe
+from world import dpo, grpo, make_world, opd, recipe, run_recipe, sft, stage_folder, write_recipe
+
+from posttrain.run.audit import audit
+from posttrain.run.folder import RunFolder
 
 PLAIN = """
 import json, sys, warnings
@@ -100,3 +103,45 @@ def test_adapters_are_saved_without_local_paths(shared, tmp_path):
     assert settings["target_modules"] == sorted(settings["target_modules"])
     assert str(tmp_path) not in (adapter / "adapter_config.json").read_text()
     assert str(shared) not in (adapter / "adapter_config.json").read_text()
+
+
+OWN_CODE = """
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+class OwnConfig(Qwen3Config):
+    model_type = "own"
+
+
+class OwnForCausalLM(Qwen3ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_trained_on_and_measured(tmp_path):
+    """The code that the recipe allows runs in the run's own exports too."""
+    folder = make_world(tmp_path / "own")
+    (folder / "model" / "modeling_own.py").write_text(OWN_CODE)
+    settings = json.loads((folder / "model" / "config.json").read_text())
+    settings |= {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (folder / "model" / "config.json").write_text(json.dumps(settings))
+    stages = [sft(), grpo()]
+    refused = write_recipe(folder, recipe(*stages), "refused.yaml")
+    code, words = run_recipe(refused, tmp_path / "refused")
+    assert code != 0 and "remote_code" in words, words
+    path = write_recipe(folder, recipe(*stages, remote_code="model"))
+    out = tmp_path / "out"
+    code, words = run_recipe(path, out)
+    assert code == 0, words
+    for name in ("sft", "grpo"):
+        exported = stage_folder(out, name) / "model" / "modeling_own.py"
+        assert exported.read_text() == OWN_CODE
+    code, words = run_recipe(path, out)  # what was measured is known by its digest
+    assert code == 0 and audit(RunFolder(out)) == [], words

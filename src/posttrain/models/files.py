@@ -113,12 +113,11 @@ def check_entries(folder: Path) -> None:
             plain_file(path)
 
 
-def counted(folder: Path, *, remote_code: bool = False) -> list[str]:
+def counted(folder: Path) -> list[str]:
     """Names of the files that count, sorted; those in folders with ``/``.
 
     Args:
-        folder: a model folder.
-        remote_code: whether code of the folder may run. Then it counts.
+        folder: a model folder. Its code counts where its configuration names some.
 
     Raises:
         ModelError: no weights where the loader looks for them.
@@ -127,17 +126,34 @@ def counted(folder: Path, *, remote_code: bool = False) -> list[str]:
     names.update(weight_files(folder))
     if (folder / INDEX).exists() and WEIGHTS not in names:
         names.add(INDEX)
-    if remote_code:
-        names.update(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
+    names.update(_code(folder))
     names.update(f"additional_chat_templates/{p.name}" for p in _extra_templates(folder))
     names.update(name for name in _OWN_FILES if (folder / name).exists())
     if (folder / CRITIC).is_dir():
-        inside = counted(folder / CRITIC, remote_code=remote_code)
+        inside = counted(folder / CRITIC)
         names.update(f"{CRITIC}/{name}" for name in inside)
     return sorted(names)
 
 
-def model_digest(folder: Path, *, remote_code: bool = False) -> str:
+def _code(folder: Path) -> list[str]:
+    """Names of the modules of a folder whose configuration names classes of its own."""
+    named = any(
+        path.is_file()
+        and b'"auto_map"' in read_bytes(path, kind="JSON", at_most=MAX_JSON, error=ModelError)
+        for path in (folder / CONFIG, folder / "tokenizer_config.json")
+    )
+    return [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")] if named else []
+
+
+def code_digest(folder: Path) -> str | None:
+    """sha256 over the code that a model folder brings, 64 hex digits; None for a folder without."""
+    names = sorted(_code(folder))
+    for name in names:
+        plain_file(folder / name)
+    return hash_files(folder, names) if names else None
+
+
+def model_digest(folder: Path) -> str:
     """sha256 over the names and the content of the files that count, 64 hex digits.
 
     Files that no loader reads do not count: a README, logs, ``.DS_Store``, editor backups, the
@@ -146,7 +162,7 @@ def model_digest(folder: Path, *, remote_code: bool = False) -> str:
     Raises:
         ModelError: no weights, or a file that counts is not a plain file of the folder.
     """
-    names = counted(folder, remote_code=remote_code)
+    names = counted(folder)
     for name in names:
         plain_file(folder / name)
     return hash_files(folder, names)

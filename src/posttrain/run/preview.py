@@ -67,7 +67,7 @@ def preview(recipe: Recipe, *, root: Path) -> str:
             fix="check the path; it is relative to the recipe's folder",
         )
     code = recipe.remote_code is not None
-    base = model_digest(path, remote_code=code) if folder else recipe.model
+    base = model_digest(path) if folder else recipe.model
     plan, *others = all_plans(recipe, root=root, base=base)
     for path_through in (plan, *others):
         check_adapters(path_through.stages, base=path)

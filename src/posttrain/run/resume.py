@@ -208,7 +208,7 @@ def _base_now(recipe: Recipe, folder: RunFolder, root: Path) -> str:
     one."""
     path = Path(model_path(recipe.model, root)).expanduser()
     if path.is_dir():
-        return model_digest(path, remote_code=recipe.remote_code == recipe.model)
+        return model_digest(path)
     known = [r.body["digest"] for r in folder.records() if r.kind is RecordKind.MODEL]
     return str(known[0]) if known else recipe.model
 

@@ -10,7 +10,7 @@ import pytest
 
 from posttrain.core.errors import ModelError
 from posttrain.core.files import hash_folder
-from posttrain.models.files import INDEX, model_digest
+from posttrain.models.files import INDEX, code_digest, model_digest
 from posttrain.models.folder import read_folder
 from posttrain.models.headers import BITS, read_headers
 
@@ -410,10 +410,16 @@ def test_what_a_loader_reads_counts(folder, name):
     assert model_digest(folder) != before
 
 
-def test_code_counts_where_it_may_run(folder):
-    before = model_digest(folder, remote_code=True)
+def test_code_counts_where_the_configuration_names_some(folder):
+    before = model_digest(folder)
     (folder / "modeling_x.py").write_text("x")
-    assert model_digest(folder, remote_code=True) != before == model_digest(folder)
+    assert model_digest(folder) == before and code_digest(folder) is None
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "modeling_x.C"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    named, code = model_digest(folder), code_digest(folder)
+    (folder / "modeling_x.py").write_text("y")
+    assert model_digest(folder) != named and code_digest(folder) != code
 
 
 def test_a_critic_inside_counts(folder):

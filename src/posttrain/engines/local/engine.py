@@ -36,6 +36,7 @@ from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.engines.local.routing import BALANCE, routing
 from posttrain.engines.local.scalar import CRITIC, Scalar
+from posttrain.models.files import code_digest
 from posttrain.models.hub import resolve_folder
 from posttrain.numerics.batch import PackedBatch
 from posttrain.protocols import Objective, ScalarStart, StepReport
@@ -297,7 +298,8 @@ class LocalEngine:
     Args:
         device: where the weights are.
         dtype: of the weights.
-        remote_code: the model whose repository code may run; None for none.
+        remote_code: the model whose repository code may run, there and in folders that hold the
+            same code; None for none.
     """
 
     device: torch.device
@@ -357,5 +359,12 @@ class LocalEngine:
                 model,
                 dtype=self.dtype,
                 device=self.device,
-                remote_code=self.remote_code == model,
+                remote_code=self._may_run(model),
             )
+
+    def _may_run(self, model: str) -> bool:
+        """True for the model whose code may run, and for what has the same code: its exports."""
+        if self.remote_code is None or model == self.remote_code:
+            return model == self.remote_code
+        allowed = code_digest(resolve_folder(self.remote_code))
+        return allowed is not None and code_digest(resolve_folder(model)) == allowed

@@ -84,7 +84,7 @@ def _write(causal: PreTrainedModel, model: Model, folder: Path) -> None:
 
 def _carried(model: Model) -> list[Path]:
     """The files of the start folder that count, but for weights and configuration."""
-    names = counted(model.folder, remote_code=_is_remote(model.causal))
+    names = counted(model.folder)
     return [
         model.folder / name
         for name in names

@@ -89,7 +89,7 @@ def load_model(
             trust_remote_code=remote_code,
         )
     causal: PreTrainedModel = loaded[0]
-    digest = model_digest(folder.path, remote_code=remote_code)
+    digest = model_digest(folder.path)
     with library(what):  # a family may lack what the others have
         speaks, proof = _compared(causal, folder, loaded[1])
         # With dropout the trained policy would differ from the sampled policy: always eval mode.
