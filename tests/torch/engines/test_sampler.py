@@ -143,7 +143,9 @@ def test_prompts_without_tokens_or_room_are_refused(engine, tiny_folder):
 def test_rows_are_bounded_by_memory(engine, tiny_folder, monkeypatch):
     """Two layers, two key/value heads of size 8, float32: 2·2·2·8·4 = 256 bytes per token."""
     policy = engine.policy(str(tiny_folder))
-    assert sampler.key_value_bytes(policy.model) == 256
+    with torch.inference_mode():
+        policy.model.recording.prepare()
+        assert sampler.key_value_bytes(policy.model) == 256
     requests = requests_for(policy, count=24)
     free = policy.generate(requests)
     longest = max(len(r.prompt) for r in requests)

@@ -94,12 +94,27 @@ def generate(
 
 
 def key_value_bytes(model: Model) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    config = model.causal.config.get_text_config()
-    heads = config.num_attention_heads
-    size = config.to_dict().get("head_dim") or config.hidden_size // heads
-    heads_kv = config.to_dict().get("num_key_value_heads") or heads
-    return int(2 * config.num_hidden_layers * heads_kv * size * model.causal.dtype.itemsize)
+    """Bytes of one token's keys and values in all layers.
+
+    One token is computed: families differ in which layers keep any, and in their sizes.
+    """
+    _, plan = _prefilled(model, [np.zeros(1, np.int64)])
+    return sum(t.numel() * t.element_size() for layer in plan.kept for t in layer)
+
+
+def _prefilled(model: Model, prompts: Sequence[np.ndarray]) -> tuple[Tensor, PrefillPlan]:
+    """Compute prompts, packed one after the other: hidden states [T, X], and what is kept."""
+    device = model.device
+    lengths = [len(tokens) for tokens in prompts]
+    ends = np.cumsum(lengths)
+    segments = [Segment(int(e) - n, n, None) for e, n in zip(ends, lengths, strict=True)]
+    plan = PrefillPlan(PackedPlan.of(segments, device=device))
+    tokens = np.concatenate(prompts).astype(np.int64)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    hidden_TX = model.recording.hidden(
+        torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), plan
+    )
+    return hidden_TX, plan
 
 
 def limits(model: Model, requests: Sequence[Request]) -> Limits:
@@ -216,17 +231,10 @@ class _Batch:
 
     def _prefill(self, fresh: Sequence[QueuedPrompt]) -> None:
         """Compute prompts, packed one after the other, and store their keys and values."""
-        device = self.model.device
+        hidden_TX, plan = _prefilled(self.model, [p.tokens for p in fresh])
         lengths = [len(p.tokens) for p in fresh]
-        ends = np.cumsum(lengths)
-        segments = [Segment(int(e) - n, n, None) for e, n in zip(ends, lengths, strict=True)]
-        plan = PrefillPlan(PackedPlan.of(segments, device=device))
-        tokens = np.concatenate([p.tokens for p in fresh]).astype(np.int64)
-        positions = np.concatenate([np.arange(n) for n in lengths])
-        hidden_TX = self.model.recording.hidden(
-            torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), plan
-        )
-        states = hidden_TX[torch.from_numpy(ends - 1).to(device)]
+        last = torch.from_numpy(np.cumsum(lengths) - 1).to(self.model.device)
+        states = hidden_TX[last]
         vacant = [i for i, p in enumerate(self.prompts) if not p.is_open]
         slots = [*vacant, *range(len(self.prompts), len(self.prompts) + len(fresh))][: len(fresh)]
         for slot, prompt, state in zip(slots, fresh, states, strict=True):
