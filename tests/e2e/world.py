@@ -232,6 +232,7 @@ def _command(arguments: list[str], log: Path) -> None:
 
     torch.set_num_threads(1)
     sys.argv = ["posttrain", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start tests without it
     cli.main()
 
 
