@@ -21,6 +21,7 @@ from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.monitors import Monitors
 from posttrain.measure.gates import Gate
 from posttrain.measure.spec import Measure
+from posttrain.models.files import same_code
 from posttrain.parts import composition
 from posttrain.parts.base import PolicyRef
 from posttrain.tasks import base as task_sets
@@ -185,7 +186,8 @@ def measuring_recipe(
 
     Args:
         path: a recipe, or any YAML mapping with ``tasks``; paths in it are relative to its folder.
-        model: a folder, relative to the working directory, or a hub id.
+        model: a folder, relative to the working directory, or a hub id. Code that the file allows
+            for its own model is allowed for this one too if it is the same.
         samples: per prompt, in place of the file's number.
         name: of the recipe.
 
@@ -208,4 +210,11 @@ def measuring_recipe(
         "measure": measure,
         **{k: content[k] for k in ("dtype", "device", "threads", "seed") if k in content},
     }
+    allowed = content.get("remote_code")
+    if isinstance(allowed, str) and _same_code(Path(model), path.parent / allowed):
+        chosen["remote_code"] = chosen["model"]
     return convert(chosen, Recipe, origin=str(path))
+
+
+def _same_code(model: Path, allowed: Path) -> bool:
+    return model.is_dir() and allowed.is_dir() and same_code(model, allowed)

@@ -135,7 +135,8 @@ def test_a_model_with_code_of_its_own_is_trained_on_and_measured(tmp_path):
     stages = [sft(), grpo()]
     refused = write_recipe(folder, recipe(*stages), "refused.yaml")
     code, words = run_recipe(refused, tmp_path / "refused")
-    assert code != 0 and "remote_code" in words, words
+    assert code != 0
+    assert "remote_code" in words
     path = write_recipe(folder, recipe(*stages, remote_code="model"))
     out = tmp_path / "out"
     code, words = run_recipe(path, out)
@@ -144,4 +145,5 @@ def test_a_model_with_code_of_its_own_is_trained_on_and_measured(tmp_path):
         exported = stage_folder(out, name) / "model" / "modeling_own.py"
         assert exported.read_text() == OWN_CODE
     code, words = run_recipe(path, out)  # what was measured is known by its digest
-    assert code == 0 and audit(RunFolder(out)) == [], words
+    assert code == 0, words
+    assert audit(RunFolder(out)) == []

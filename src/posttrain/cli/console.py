@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, final
 
 from rich.console import Console as Terminal
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 from posttrain.core.clock import seconds_in
 from posttrain.core.events import (
@@ -81,8 +83,12 @@ class Console:
         )
 
     def note(self, text: str) -> None:
-        """One line."""
-        self._terminal.print(f"  {text}", style="dim", markup=False)
+        """What is good to know."""
+        self._line(text, style="dim")
+
+    def _line(self, text: str, *, indent: int = 2, style: str = "") -> None:
+        """A line; what does not fit goes on below it, indented too."""
+        self._terminal.print(Padding(Text(text, style), (0, 0, 0, indent), expand=False))
 
     def summary(self, outcome: Outcome, report: Path) -> None:
         """The last lines: the change from base to final policy, and the report's path."""
@@ -111,7 +117,7 @@ class Console:
                 self._measured(event)
             case GateDecided():
                 mark = "✓" if event.passed else "✗"
-                self._terminal.print(f"  {mark} gate  {event.words}", markup=False)
+                self._line(f"{mark} gate  {event.words}")
             case Note():
                 self.note(event.text)
             case Proved():
@@ -127,7 +133,7 @@ class Console:
         if event.step and not event.finished:
             state = f"going on from step {event.step} of {event.steps}"
         self._terminal.print(f"\n[bold]{event.stage}[/bold]  {event.method} · {state}")
-        self._terminal.print(f"  {event.provenance}", style="dim", markup=False)
+        self.note(event.provenance)
         if not event.finished:
             self._bar = self._progress.add_task(
                 event.stage, total=event.steps, completed=event.step, words=""
@@ -159,12 +165,12 @@ class Console:
         if last or (due and not self._terminal.is_terminal):
             self._last_line = time.monotonic()
             took = f" · {_duration(time.monotonic() - self._stage_began)}" if last else ""
-            self._terminal.print(f"  step {event.step}/{event.steps}  {words}{took}", markup=False)
+            self._line(f"step {event.step}/{event.steps}  {words}{took}")
 
     def _alarm(self, event: AlarmRaised) -> None:
         where = f"{event.stage}, step {event.step + 1}"
-        self._terminal.print(f"  ! {where}: {event.words}", style="yellow", markup=False)
-        self._terminal.print(f"    try: {event.advice}", style="dim", markup=False)
+        self._line(f"! {where}: {event.words}", style="yellow")
+        self._line(f"try: {event.advice}", indent=4, style="dim")
 
     def _measuring(self, event: Measuring) -> None:
         if self._bar is None or event.done == 0:
@@ -179,7 +185,7 @@ class Console:
             for task, (value, low, high) in event.pass_at_1.items()
         )
         again = " (measured before)" if event.cached else ""
-        self._terminal.print(f"  pass@1 of {event.policy}{again}: {values}", markup=False)
+        self._line(f"pass@1 of {event.policy}{again}: {values}")
 
     def _clear(self) -> None:
         if self._bar is not None:

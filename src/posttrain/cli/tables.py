@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,9 @@ from posttrain.measure.spec import Measure
 from posttrain.measure.support import Label, labels, support_change
 from posttrain.run.folder import RunFolder
 
-WIDTH = 100
+WIDTH = 80
+"""Columns of a terminal that everybody has."""
+
 CUT_OFF, LOOPED = 0.05, 0.05
 """Shares of cut-off samples and of repeated 4-grams from which on a table warns (the latter: the
 guard of arXiv 2604.08527)."""
@@ -75,11 +78,13 @@ def measurement_table(measurement: Measurement, spec: Measure) -> str:
             _text(variety),
             *notes,
             "",
-            f"[low, high]: {spec.confidence:.0%} intervals over prompts. in, out: prompts within "
-            "and out of reach,",
-            "? not decided by so few samples. no signal: prompts with only one kind of try.",
-            "groups of 8: share with a success and a failure. entropy: of the answer, in nats.",
-            "calibration: how far success is from agreement with itself. --details: all in words.",
+            _legend(
+                f"[low, high]: {spec.confidence:.0%} intervals over prompts. in, out: prompts "
+                "within and out of reach, ? not decided by so few samples. no signal: prompts with "
+                "only one kind of try. groups of 8: share with a success and a failure. entropy: "
+                "of the answer, in nats. calibration: how far success is from agreement with "
+                "itself. --details: all in words."
+            ),
         ]
     )
 
@@ -133,23 +138,21 @@ def comparison_table(comparison: PolicyChange) -> str:
     table = _table(
         f"{_named(comparison.before)} → {_named(comparison.after)}: where the change came from",
         (
-            "task",
+            "task\nrole",
             "pass@1",
-            "newly reachable",
+            "newly\nreachable",
             "sharpened",
             "kept",
             "weakened",
             "lost",
-            "role",
         ),
     )
     for task in comparison.tasks:
         parts = [task.parts[p] for p in ChangeKind if p is not ChangeKind.UNDETERMINED]
         table.add_row(
-            task.task,
+            f"{task.task}\n{task.dominant}",
             f"{task.before.value:.2f} →\n{task.after.value:.2f}",
             *(_highlighted(p) for p in parts),
-            str(task.dominant),
         )
     notes = [_note(t) for t in comparison.tasks]
     confidence = comparison.tasks[0].confidence if comparison.tasks else 0.95
@@ -183,10 +186,12 @@ def support_table(before: Measurement, after: Measurement, spec: Measure) -> str
     return "\n".join(
         [
             _text(table),
-            "preserved: in reach before and after; expanded: out, then in; shrunk: in, then out;",
-            "?: too few samples to say. SRR: kept share of what was in reach. NDR: new share of",
-            "what is. NSCR: expanded less shrunk, of all three. Last: solved at least once by",
-            "both, only BEFORE, only AFTER, neither; with these samples, luck included.",
+            _legend(
+                "preserved: in reach before and after; expanded: out, then in; shrunk: in, then "
+                "out; ?: too few samples to say. SRR: kept share of what was in reach. NDR: new "
+                "share of what is. NSCR: expanded less shrunk, of all three. Last: solved at least "
+                "once by both, only BEFORE, only AFTER, neither; with these samples, luck included."
+            ),
         ]
     )
 
@@ -213,9 +218,11 @@ def change_table(before: Measurement, after: Measurement, *, confidence: float =
     return "\n".join(
         [
             _text(table),
-            "before → after, then the paired change and its interval; * excludes zero. behind from "
-            "k: the",
-            "first number of tries at which AFTER succeeds less often than BEFORE; none: not seen.",
+            _legend(
+                "before → after, then the paired change and its interval; * excludes zero. behind "
+                "from k: the first number of tries at which AFTER succeeds less often than BEFORE; "
+                "none: not seen."
+            ),
         ]
     )
 
@@ -228,10 +235,10 @@ def retention_table(retained: Sequence[Retained]) -> str:
         numbers = (row.forward, row.backward, row.forgetting, row.handoff)
         cells = (interval_words(r, missing="–") for r in numbers)
         table.add_row(row.task, row.learned, *cells)
-    legend = (
-        "first gained in: the first stage clearly above the base. before that: gain over the base\n"
-        "by earlier stages (forward transfer). since then: change of pass@1 by later stages\n"
-        "(backward transfer). forgotten: best pass@1 so far less the last. handed on: of the\n"
+    legend = _legend(
+        "first gained in: the first stage clearly above the base. before that: gain over the base "
+        "by earlier stages (forward transfer). since then: change of pass@1 by later stages "
+        "(backward transfer). forgotten: best pass@1 so far less the last. handed on: of the "
         "prompts its stage brought into reach, the share still there."
     )
     return f"{_text(table)}\n{legend}"
@@ -276,8 +283,10 @@ def _zero(x: float) -> float:
 
 
 def _bare(x: float) -> str:
-    """Two digits without a leading zero: .05, -.05, 1.20."""
-    return f"{_zero(x):.2f}".replace("0.", ".", 1) if abs(_zero(x)) < 1 else f"{x:.2f}"
+    """Two digits without a leading zero, as narrow as columns are: .05, -.05, 1.2, 120."""
+    if abs(_zero(x)) < 1:
+        return f"{_zero(x):.2f}".replace("0.", ".", 1)
+    return f"{x:.1f}" if abs(x) < 100 else f"{x:.0f}"
 
 
 def _named(policy: str) -> str:
@@ -384,9 +393,16 @@ def _part_page(name: str) -> str:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(
+        title=title,
+        box=SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        padding=(0, 1),
+        collapse_padding=True,
+    )
     for column in columns:
-        table.add_column(column, justify="left", no_wrap=column in ("task", "name", "role"))
+        table.add_column(column, justify="left", no_wrap=column in ("task", "task\nrole", "name"))
     return table
 
 
@@ -395,3 +411,7 @@ def _text(table: Table) -> str:
     # Without markup: "[none, none]" is an interval, not a tag.
     Terminal(file=target, width=WIDTH, highlight=False, markup=False).print(table)
     return target.getvalue().rstrip()
+
+
+def _legend(words: str) -> str:
+    return textwrap.fill(words, WIDTH)

@@ -34,7 +34,7 @@ FEWEST_SAMPLES = 4
     source="1706.04599",
     columns=(answers_column,),
     lacks=lambda task: None if task.num_samples >= FEWEST_SAMPLES else _too_few(task.num_samples),
-    overview=("calibration_error", "calibration"),
+    overview=("calibration_error", "calibra-\ntion"),
 )
 def calibration_error(task: TaskMeasurement, how: Estimation = USUAL) -> Found:
     """Expected calibration error of the answer's probability: Σ_b share_b · |right_b − said_b|.

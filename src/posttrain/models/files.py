@@ -153,6 +153,12 @@ def code_digest(folder: Path) -> str | None:
     return hash_files(folder, names) if names else None
 
 
+def same_code(one: Path, other: Path) -> bool:
+    """True for two folders that bring code, the same to the byte: who allows one, allows both."""
+    found = code_digest(one)
+    return found is not None and found == code_digest(other)
+
+
 def model_digest(folder: Path) -> str:
     """sha256 over the names and the content of the files that count, 64 hex digits.
 

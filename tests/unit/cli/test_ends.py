@@ -8,6 +8,7 @@ import sys
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from posttrain.cli.console import interrupts
 from posttrain.cli.ends import CODES, DEFECT, DONE, INTERRUPTED, MISTAKE, UNREAD, end
@@ -87,7 +88,7 @@ def test_a_closed_pipe_is_no_success(monkeypatch, tmp_path):
 
 
 def test_the_codes_are_in_the_help():
-    shown = " ".join(click.Context(cli).get_help().split())
+    shown = " ".join(CliRunner().invoke(cli, ["--help"]).output.split())
     for number in ("0 done", "2 a mistake", "3 a gate", "70 a defect", "130 stopped"):
         assert number in CODES
         assert number in shown

@@ -36,7 +36,7 @@ from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.engines.local.routing import BALANCE, routing
 from posttrain.engines.local.scalar import CRITIC, Scalar
-from posttrain.models.files import code_digest
+from posttrain.models.files import same_code
 from posttrain.models.hub import resolve_folder
 from posttrain.numerics.batch import PackedBatch
 from posttrain.protocols import Objective, ScalarStart, StepReport
@@ -366,5 +366,4 @@ class LocalEngine:
         """True for the model whose code may run, and for what has the same code: its exports."""
         if self.remote_code is None or model == self.remote_code:
             return model == self.remote_code
-        allowed = code_digest(resolve_folder(self.remote_code))
-        return allowed is not None and code_digest(resolve_folder(model)) == allowed
+        return same_code(resolve_folder(model), resolve_folder(self.remote_code))
