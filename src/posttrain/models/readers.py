@@ -6,7 +6,8 @@ A model folder is untrusted content, and libraries raise whatever comes to pass 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,11 @@ class ModelShape:
     hidden_size: int
 
 
-def library(what: object) -> AbstractContextManager[None]:
+@contextmanager
+def library(what: object) -> Iterator[None]:
     """Turn any error of a library that reads a model folder into a ModelError that names it.
+
+    Its logger is silent meanwhile: what it warns of is compared, and proved or refused.
 
     Example:
         >>> with library("m/config.json"):
@@ -45,12 +49,20 @@ def library(what: object) -> AbstractContextManager[None]:
           expected: a causal language model that transformers can load
           to mend:  check config.json; for code of its own set remote_code to the model's name
     """
-    return reading(
-        str(what),
-        kind="a causal language model that transformers can load",
-        error=ModelError,
-        fix="check config.json; for code of its own set remote_code to the model's name",
-    )
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with reading(
+            str(what),
+            kind="a causal language model that transformers can load",
+            error=ModelError,
+            fix="check config.json; for code of its own set remote_code to the model's name",
+        ):
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def read_shape(folder: ModelFolder, *, remote_code: bool = False) -> ModelShape:
