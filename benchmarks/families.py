@@ -43,7 +43,7 @@ WRONG = 2e-3
 LARGEST = 20_000_000
 """Weights of a tiny model. Larger: a size of the family was not found."""
 
-SECONDS = 120
+SECONDS = 900
 """For one family."""
 
 VOCABULARY = 64

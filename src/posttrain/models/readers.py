@@ -6,6 +6,7 @@ A model folder is untrusted content, and libraries raise whatever comes to pass 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,10 +50,10 @@ def library(what: object) -> Iterator[None]:
           expected: a causal language model that transformers can load
           to mend:  check config.json; for code of its own set remote_code to the model's name
     """
-    from transformers.utils import logging
+    from transformers.utils import logging as library_logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    before = library_logging.get_verbosity()
+    library_logging.set_verbosity(logging.ERROR)
     try:
         with reading(
             str(what),
@@ -62,7 +63,7 @@ def library(what: object) -> Iterator[None]:
         ):
             yield
     finally:
-        logging.set_verbosity(before)
+        library_logging.set_verbosity(before)
 
 
 def read_shape(folder: ModelFolder, *, remote_code: bool = False) -> ModelShape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 +-*/=?.,:\n"
 TEMPLATE = (
@@ -12,7 +11,10 @@ TEMPLATE = (
     "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-Family = Literal["qwen3", "llama", "gemma2", "mistral"]
+_OF_FAMILIES: dict[str, dict[str, object]] = {
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"sliding_window": 6, "attn_logit_softcapping": None},
+}
 
 
 def tiny_tokenizer():  # type: ignore[no-untyped-def]  # transformers is imported on use
@@ -41,36 +43,38 @@ def tiny_model(
     folder: Path,
     *,
     seed: int = 0,
-    family: Family = "qwen3",
+    family: str = "qwen3",
     tied: bool = True,
     context: int = 128,
     padding: int = 3,
+    **settings: object,
 ) -> Path:
     """Save a random two-layer model (about 30 k weights) and its tokenizer; returns the folder.
 
-    Weights are drawn wide enough for its distributions to be far from uniform.
+    Weights are drawn wide enough for its distributions to be far from uniform. ``settings`` go
+    into the configuration of the family.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer()
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer) + padding,  # rows behind the tokens, as real models have
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=context,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **({"sliding_window": 6} if family in ("gemma2", "mistral") else {}),
-        **({"attn_logit_softcapping": None} if family == "gemma2" else {}),
-    )
+    sizes = {
+        "vocab_size": len(tokenizer) + padding,  # rows behind the tokens, as real models have
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **_OF_FAMILIES.get(family, {}),
+    }
+    config = AutoConfig.for_model(family, **{**sizes, **settings})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

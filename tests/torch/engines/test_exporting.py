@@ -11,7 +11,6 @@ from material import random_groups, trajectory
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
 )
@@ -214,37 +213,15 @@ FAMILIES = {
 }
 
 
-def small(folder, family, *, tied):
-    tokenizer = tiny_tokenizer()
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer) + 3,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        tie_word_embeddings=tied,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        **FAMILIES[family],
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def qwen2_moe(folder):
+    return tiny_model(folder, family="qwen2_moe", tied=False, **FAMILIES["qwen2_moe"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("tied", "dtype"), [(True, "float32"), (False, "bfloat16")])
 @pytest.mark.parametrize("lora", [None, Lora(rank=4)])
 def test_clean_exports_are_not_refused(tmp_path, family, tied, dtype, lora):
-    folder = small(tmp_path / "base", family, tied=tied)
+    folder = tiny_model(tmp_path / "base", family=family, tied=tied, **FAMILIES[family])
     proofs = exported(trained(folder, lora=lora, dtype=dtype), tmp_path / "out")
     assert {p.subject for p in proofs} == {Subject.EXPORT}
     assert len(proofs) == (2 if lora else 1)
@@ -273,7 +250,10 @@ def test_a_target_that_no_module_has_is_refused(base):
 
 
 def test_all_linear_reaches_experts_and_routers(tmp_path):
-    learner = trained(small(tmp_path / "m", "qwen2_moe", tied=False), lora=Lora(rank=4))
+    learner = trained(
+        qwen2_moe(tmp_path / "m"),
+        lora=Lora(rank=4),
+    )
     said, *_ = learner.policy.proofs
     assert "adapters reach 22 of 22 weight matrices" in said.words
     names = {n for n, p in learner.policy.model.causal.named_parameters() if p.requires_grad}
@@ -281,7 +261,7 @@ def test_all_linear_reaches_experts_and_routers(tmp_path):
 
 
 def test_equal_adapters_give_equal_files(tmp_path):
-    folder = small(tmp_path / "m", "qwen2_moe", tied=False)
+    folder = qwen2_moe(tmp_path / "m")
     for out in ("a", "b"):
         exported(trained(folder, lora=Lora(rank=4)), tmp_path / out)
     for file in sorted((tmp_path / "a").rglob("*")):
@@ -315,7 +295,10 @@ def test_a_start_folder_that_changed_under_adapters_is_found(tmp_path):
 
 
 def test_trained_adapters_on_experts_sample_what_they_score(tmp_path):
-    learner = trained(small(tmp_path / "m", "qwen2_moe", tied=False), lora=Lora(rank=4))
+    learner = trained(
+        qwen2_moe(tmp_path / "m"),
+        lora=Lora(rank=4),
+    )
     prompt = np.array([9, 12, 15, 20], np.int32)
     request = Request(prompt=prompt, sampling=Sampling(), max_new_tokens=8)
     for completion in learner.policy.generate([request] * 4):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from material import random_groups
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from posttrain.core.errors import ModelError
 from posttrain.core.learner import Lora, Optimizer
@@ -11,7 +11,7 @@ from posttrain.engines.local import routing
 from posttrain.engines.local.engine import LocalEngine
 from posttrain.numerics.batch import pack
 from posttrain.parts.supervised.likelihood import CrossEntropy
-from posttrain.testing.tiny import tiny_tokenizer
+from posttrain.testing import tiny_model
 from posttrain.training.objective import StageObjective
 
 OBJECTIVE = StageObjective((CrossEntropy(),))
@@ -23,31 +23,15 @@ FAMILIES = {
 
 
 def moe(folder, family, *, weight, asked=True):
-    tokenizer = tiny_tokenizer()
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer) + 3,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
+    return tiny_model(
+        folder,
+        family=family,
+        tied=False,
         num_experts_per_tok=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
         output_router_logits=asked,
         router_aux_loss_coef=weight,
         **FAMILIES[family],
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def learner(folder, **options):
