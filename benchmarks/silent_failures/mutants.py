@@ -30,7 +30,7 @@ MUTANTS = (
         module="training/reduce.py",
         before="total += int(mask.sum())",
         after="total += int(mask.numel())",
-        tests=("torch/training/test_objectives.py",),
+        tests=("torch/training/test_reduce.py",),
     ),
     Mutant(
         id="masked-values-summed",
@@ -38,7 +38,7 @@ MUTANTS = (
         module="training/reduce.py",
         before="kept = torch.where(mask, values, torch.zeros_like(values))",
         after="kept = values",
-        tests=("torch/training/test_objectives.py",),
+        tests=("torch/training/test_reduce.py",),
     ),
     Mutant(
         id="prompt-in-the-loss",
@@ -323,7 +323,7 @@ MUTANTS = (
         module="engines/local/adapters.py",
         before="lora_alpha=lora.alpha,",
         after="lora_alpha=2 * lora.alpha,",
-        tests=("torch/engines/test_learner.py", "e2e/test_export.py"),
+        tests=("torch/engines/test_exporting.py",),
         reports=("peft#2368",),
     ),
     Mutant(
@@ -379,7 +379,7 @@ MUTANTS = (
         module="parts/sources/rollouts.py",
         before="state = np.random.SeedSequence((self.seed, step))",
         after="state = np.random.SeedSequence((self.seed, 0))",
-        tests=("torch/training/test_streams.py",),
+        tests=("torch/parts/sources/test_rollouts.py",),
     ),
     Mutant(
         id="prompts-in-file-order",
@@ -387,7 +387,7 @@ MUTANTS = (
         module="parts/sources/rollouts.py",
         before="return train[int(order[at])]",
         after="return train[at]",
-        tests=("torch/training/test_streams.py",),
+        tests=("torch/parts/sources/test_rollouts.py",),
     ),
     Mutant(
         id="group-of-strangers",
@@ -395,7 +395,7 @@ MUTANTS = (
         module="parts/sources/rollouts.py",
         before="for j in range(i * size, (i + 1) * size)",
         after="for j in range(i, len(starts), len(tasks))",
-        tests=("torch/training/test_streams.py",),
+        tests=("torch/parts/sources/test_rollouts.py",),
     ),
     Mutant(
         id="prompt-encoded-again",
@@ -403,7 +403,7 @@ MUTANTS = (
         module="parts/sources/rollouts.py",
         before="written = completion.tokens if completion else NO_TOKENS",
         after="written = self.policy.renderer.answer(task, self.policy.renderer.text(completion.tokens)) if completion else NO_TOKENS",
-        tests=("torch/training/test_streams.py", "torch/engines/test_sampler.py"),
+        tests=("torch/parts/sources/test_rollouts.py",),
         reports=("verl#6719", "trl#6250", "ART#726"),
     ),
     Mutant(
@@ -470,7 +470,7 @@ MUTANTS = (
         module="training/stage.py",
         before="return (step + 1) / optimizer.warmup_steps",
         after="return 1.0",
-        tests=("torch/training/test_streams.py", "torch/training/test_objectives.py"),
+        tests=("torch/training/test_schedule.py",),
     ),
     Mutant(
         id="adapters-on-for-the-reference",

@@ -249,6 +249,20 @@ def test_a_target_that_no_module_has_is_refused(base):
         trained(base, lora=Lora(rank=4, target_modules=("q_proj", "keys_proj")))
 
 
+def test_a_merged_weight_moves_by_alpha_over_rank(base, tmp_path):
+    exported(trained(base, lora=Lora(rank=4, alpha=6)), tmp_path / "out")
+    before, after = (
+        load_file(base / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    adapters = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    low, high = (adapters[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    moved = after[f"{name}.weight"] - before[f"{name}.weight"]
+    assert float(moved.abs().max()) > 1e-3
+    torch.testing.assert_close(moved, 6 / 4 * high @ low, rtol=0, atol=1e-6)
+
+
 def test_all_linear_reaches_experts_and_routers(tmp_path):
     learner = trained(
         qwen2_moe(tmp_path / "m"),

@@ -55,8 +55,18 @@ def test_on_an_end_that_is_tied(world, target):
             verdict()
 
 
+@pytest.mark.parametrize("targets", ["a", ("a",), ("q_proj", "layers.9.q_proj"), r".*\.qproj", "("])
+def test_on_weights_that_do_not_exist(world, targets):
+    for verdict in verdicts(world, Lora(rank=2, target_modules=targets)):
+        with pytest.raises(ConfigError, match=r"such as down_proj|a regular expression"):
+            verdict()
+
+
+PATTERNS = (r".*\.(q|v)_proj", r"model\.layers\.0\..*_proj")
+
+
 def test_what_can_be_adapted_is_not_refused(world):
-    for targets in ("all-linear", ("q_proj", "down_proj")):
+    for targets in ("all-linear", ("q_proj", "down_proj"), ("layers.0.mlp.up_proj",), *PATTERNS):
         for verdict in verdicts(world, Lora(rank=2, target_modules=targets)):
             verdict()
 
