@@ -108,7 +108,7 @@ class Contained:
                     if pressed or not _in_main_thread():
                         raise
                     raise self._failed(error, limit) from error
-                except BaseException as error:
+                except BaseException as error:  # a user's code may raise anything at all
                     raise self._failed(error, limit) from error
                 finally:
                     if os.getpid() != pid:

@@ -174,7 +174,7 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # libraries wrap what a disk says; what is no such word goes on
         failed = as_disk_full(error, writing=path) or _refused(error, path)
         if failed is None or failed is error:
             raise
@@ -310,7 +310,7 @@ def _swap(partial: Path, *, final: Path, old: Path) -> None:
     try:
         sync_folder(final.parent)
         partial.rename(final)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: there is never no folder
         if not final.exists():
             old.rename(final)
         raise

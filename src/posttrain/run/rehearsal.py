@@ -21,7 +21,7 @@ from posttrain.run.plan import Plan, PlannedStage
 from posttrain.training.stage import run_stage
 
 WORTH = 20
-"""A run rehearses stages of at least this many draws: a rehearsal is at most 5 % of a stage."""
+"""A run rehearses stages of at least this many steps: a rehearsal is at most 5 % of a stage."""
 
 
 class Unrecorded:
