@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 from posttrain.core.files import write_atomic
@@ -26,3 +27,11 @@ def put(page: str, section: str) -> str:
 def write(section: str) -> None:
     """Put a section into the lab log."""
     write_atomic(LOG, put(LOG.read_text("utf-8"), section))
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text("utf-8").splitlines() if facts.is_file() else []
+    named = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

@@ -51,8 +51,8 @@ SIZES = {
 }
 
 
-def build(size: Size, folder: Path) -> Model:
-    """A random model of this shape, loaded as any other."""
+def save_random(size: Size, folder: Path) -> None:
+    """Save a random model of this shape, with the tiny tokenizer."""
     config = AutoConfig.for_model(
         "qwen3",
         vocab_size=size.vocab,
@@ -68,6 +68,11 @@ def build(size: Size, folder: Path) -> Model:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+
+
+def build(size: Size, folder: Path) -> Model:
+    """A random model of this shape, loaded as any other."""
+    save_random(size, folder)
     return load_model(str(folder))
 
 

@@ -25,7 +25,7 @@ from posttrain.core.errors import LegalityError
 from posttrain.core.provenance import Kind, Regime
 from posttrain.core.sampling import SamplingSpec
 from posttrain.core.statistics import Stat, Wanted
-from posttrain.core.task import TaskSet
+from posttrain.core.task import Task, TaskSet
 from posttrain.core.trajectory import Column, Group
 from posttrain.parts.registry import snake_case
 from posttrain.parts.shelf import Reader
@@ -224,6 +224,13 @@ class Source(Part):
         By default nothing is known, and every trajectory may fill the context.
         """
         return 0.0, groups * self.group_size * facts.reader.context
+
+    def check_task(self, task: Task) -> None:
+        """Refuse a task that the source cannot draw, before anything is loaded.
+
+        Raises:
+            TaskError: it lacks what the source needs of it.
+        """
 
     def open(self, tools: Tools, *, seed: int) -> Stream:
         """The stream of groups of this source.

@@ -35,9 +35,16 @@ class SampledPrompts:
 def sampled_by(
     planned: PlannedStage, recipe: Recipe, tasksets: Mapping[str, TaskSet]
 ) -> Iterator[SampledPrompts]:
-    """What a stage samples, and what measuring its policy samples."""
+    """What a stage samples, and what measuring its policy samples.
+
+    Raises:
+        TaskError: a task that the stage's source cannot draw.
+    """
     stage = f"stage {planned.spec.name}"
     for leaf in planned.composition.source.leaves:
+        for name in leaf.draws_from:
+            for task in tasksets[name].train:
+                leaf.check_task(task)
         for name in leaf.draws_from if leaf.longest is not None else ():
             yield SampledPrompts(
                 name=name,

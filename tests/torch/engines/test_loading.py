@@ -89,7 +89,7 @@ def test_faults_of_weights_are_named(folder, change, message):
 
 
 def test_finite_weights_whose_sum_is_not(folder, monkeypatch):
-    monkeypatch.setattr(loading, "prove", lambda model: ())
+    monkeypatch.setattr(loading, "prove", lambda model, **_: ())
     load_model(rewritten(folder, filled(0, 4, 3e38)))
 
 
@@ -219,7 +219,7 @@ def of_family(folder, family, *, dtype=torch.float32, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_of_every_family_is_whole(tmp_path, family, monkeypatch):
     """Loaded in both number types, from one file and from shards; every weight accounted for."""
-    monkeypatch.setattr(loading, "prove", lambda model: ())
+    monkeypatch.setattr(loading, "prove", lambda model, **_: ())
     one = of_family(tmp_path / "one", family)
     shards = of_family(tmp_path / "more", family, dtype=torch.bfloat16, max_shard_size="40KB")
     for folder, dtype in ((one, "float32"), (one, "bfloat16"), (shards, "float32")):
@@ -291,3 +291,23 @@ def test_a_tokenizer_without_its_vocabulary(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="gives a text no tokens"):
         load_model(str(folder))
+
+
+def test_an_engine_proves_weights_once_and_a_configuration_whole_once(
+    folder, tmp_path, monkeypatch
+):
+    asked = []
+    prove = loading.prove
+
+    def counted(model, *, brief):
+        asked.append(brief)
+        return prove(model, brief=brief)
+
+    monkeypatch.setattr(loading, "prove", counted)
+    known = {}
+    first, again = (load_model(str(folder), known=known) for _ in range(2))
+    assert asked == [False]
+    assert [p.words for p in again.proofs] == [p.words for p in first.proofs]
+    load_model(str(tiny_model(tmp_path / "other", seed=1)), known=known)
+    load_model(str(tiny_model(tmp_path / "longer", context=256)), known=known)
+    assert asked == [False, True, False]

@@ -13,6 +13,7 @@ from posttrain.recipe import Budget, Recipe, Stage
 from posttrain.run import pipeline
 from posttrain.run.check import check
 from posttrain.run.folder import RunFolder
+from posttrain.run.preview import preview
 from posttrain.tasks.jsonl import JsonlTasks
 
 GRPO = posttrain.method("grpo", tasks=["rows"], group_size=2, max_new_tokens=3)
@@ -55,6 +56,17 @@ def test_a_rehearsal_changes_no_bit_of_the_run(world, monkeypatch):
         stages = RunFolder(out).stages()
         results.append([hash_folder(stage.model) for stage in stages])
     assert results[0] == results[1]
+
+
+def test_a_task_that_cannot_guide_is_found_by_plan(world):
+    uft = posttrain.method(
+        "uft", tasks=["rows"], group_size=2, max_new_tokens=3, demonstration="nowhere"
+    )
+    recipe = recipe_of(world, uft)
+    for found in (preview, check):
+        options = {} if found is preview else {"engine": world.engine, "rehearse_from": 9}
+        with pytest.raises(TaskError, match="no text under 'nowhere'"):
+            found(recipe, root=world.root, **options)
 
 
 def test_a_stage_that_would_fail_at_its_first_step_is_found_before_anything_is_written(world):

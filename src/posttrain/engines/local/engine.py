@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -27,7 +27,7 @@ from posttrain.engines.local.adapters import WithoutAdapters, attach, trained_we
 from posttrain.engines.local.checkpoint import Checkpoint, read_checkpoint
 from posttrain.engines.local.exporting import export
 from posttrain.engines.local.footprint import comfortable_tokens
-from posttrain.engines.local.loading import load_model
+from posttrain.engines.local.loading import KnownProofs, load_model
 from posttrain.engines.local.master_weights import MasterWeights
 from posttrain.engines.local.memory import Doing, in_memory
 from posttrain.engines.local.model import Dtype, Model
@@ -305,6 +305,7 @@ class LocalEngine:
     device: torch.device
     dtype: Dtype = "float32"
     remote_code: str | None = None
+    proved: KnownProofs = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def policy(self, model: str) -> LocalPolicy:
         """A frozen policy from a folder or a hub id."""
@@ -360,6 +361,7 @@ class LocalEngine:
                 dtype=self.dtype,
                 device=self.device,
                 remote_code=self._may_run(model),
+                known=self.proved,
             )
 
     def _may_run(self, model: str) -> bool:

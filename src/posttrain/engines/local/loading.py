@@ -16,7 +16,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -49,6 +49,10 @@ _SHOWN = 4
 _WORDS = 2**64
 
 
+KnownProofs: TypeAlias = dict[tuple[str, str, str], tuple[Proof, ...]]
+"""By digest or configuration, number type and device: what was proved of the sampler."""
+
+
 def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """The requested device; ``auto`` is CUDA where there is one."""
     if device == "auto":
@@ -62,6 +66,7 @@ def load_model(
     dtype: Dtype = "float32",
     device: torch.device | None = None,
     remote_code: bool = False,
+    known: KnownProofs | None = None,
 ) -> Model:
     """Load a causal LM and its tokenizer, and prove that both are what the folder holds.
 
@@ -70,6 +75,8 @@ def load_model(
         dtype: of the weights. On a CPU float32 is faster than bfloat16.
         device: default CPU.
         remote_code: run code from the model's repository. Off unless the recipe allows it.
+        known: what was proved of these weights before, such as of a policy whose learner is loaded
+            now; grows.
 
     Raises:
         ModelError: not a model, unreadable, no tokenizer; weights missing, unexpected, of other
@@ -97,7 +104,21 @@ def load_model(
         model = Model.of(
             causal, tokenizer, name=name, folder=folder.path, digest=digest, speaks=speaks
         )
-    return replace(model, proofs=(replace(proof, of=name), *prove(model)))
+    return replace(
+        model, proofs=(replace(proof, of=name), *_proved(model, {} if known is None else known))
+    )
+
+
+def _proved(model: Model, known: KnownProofs) -> tuple[Proof, ...]:
+    """What :func:`prove` finds; weights that were proved are not tried again."""
+    kind = str(model.causal.dtype), str(model.device)
+    weights = (model.digest, *kind)
+    if weights in known:
+        return tuple(replace(proof, of=model.name, seconds=0.0) for proof in known[weights])
+    family = (model.causal.config.to_json_string(), *kind)
+    found = prove(model, brief=family in known)
+    known[weights] = known[family] = found
+    return found
 
 
 def _compared(

@@ -73,16 +73,21 @@ class _Row:
         return self.prompt + self.answer
 
 
-def prove(model: Model) -> tuple[Proof, ...]:
+def prove(model: Model, *, brief: bool = False) -> tuple[Proof, ...]:
     """Compare packed and sampled computation with the model's own.
+
+    Args:
+        model: with its weights.
+        brief: with fewer rows, none at the end of the context: enough for other weights of a
+            configuration that was proved before.
 
     Raises:
         ModelError: they differ by more than rounding explains, or the family cannot be run packed;
             the message names the family, and what about it.
     """
     if not _is_widened(model):
-        return (_proved(model, wide=False, brief=False),)
-    return _proved(model, wide=True, brief=False), _proved(model, wide=False, brief=True)
+        return (_proved(model, wide=False, brief=brief),)
+    return _proved(model, wide=True, brief=brief), _proved(model, wide=False, brief=True)
 
 
 def _proved(model: Model, *, wide: bool, brief: bool) -> Proof:

@@ -122,6 +122,11 @@ class Rollouts(Source):
         prompts = groups * sum(lengths) / len(lengths)
         return prompts, groups * self.group_size * self.max_new_tokens
 
+    def check_task(self, task: Task) -> None:
+        """Whether its members can begin: a demonstration or a hint is there."""
+        if self.members is not None:
+            self.members.check_task(task)
+
     def open(self, tools: Tools, *, seed: int) -> RolloutStream:
         """A stream of the sampled policy's rollouts."""
         rival = None if self.members is None else self.members.rival
@@ -153,10 +158,9 @@ class RolloutStream(PureStream):
     rival: Sampler | None = None
 
     def __post_init__(self) -> None:
-        if self.spec.members is not None:
-            for name in self.spec.tasks:
-                for task in self.tasksets[name].train:
-                    self.spec.members.check_task(task)
+        for name in self.spec.tasks:
+            for task in self.tasksets[name].train:
+                self.spec.check_task(task)
 
     def draw(self, num_groups: int, *, step: int) -> Sequence[Group]:
         """``num_groups`` groups of ``group_size`` rollouts."""
