@@ -21,7 +21,7 @@ from posttrain.core.learner import Lora, Optimizer
 from posttrain.core.monitors import Monitors
 from posttrain.measure.gates import Gate
 from posttrain.measure.spec import Measure
-from posttrain.models.files import same_code
+from posttrain.models.code import same_code
 from posttrain.parts import composition
 from posttrain.parts.base import PolicyRef
 from posttrain.tasks import base as task_sets

@@ -145,7 +145,7 @@ def plan(recipe: Path, checks: bool) -> None:
     from posttrain.run.preview import preview
 
     content = load_recipe(recipe)
-    click.echo(preview(content, root=recipe.parent))
+    click.echo(preview(content, root=recipe.parent, trust_code=is_trusted()))
     if checks:
         from posttrain.api import check
         from posttrain.cli.console import Console

@@ -9,7 +9,6 @@ A file that counts must be a plain file inside the folder. Links of the hub's ca
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,8 @@ from pathlib import Path
 
 from posttrain.core.errors import ModelError
 from posttrain.core.files import hash_files
-from posttrain.core.guard import read_bytes, reading, regular_file
+from posttrain.models.code import code_files
+from posttrain.models.entries import AGAIN, plain_file, read_json
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -27,11 +27,6 @@ TOKENIZER = "tokenizer.json"
 ADAPTER = "adapter_config.json"
 SCALAR_HEAD = "scalar_head.safetensors"
 CRITIC = "critic"
-
-MAX_JSON = 1 << 29  # bytes
-"""Largest JSON file that is read. The largest tokenizers have 40 MB."""
-
-AGAIN = "copy or download the folder again"
 
 _VOCABULARIES = (
     *("tokenizer.json", "tokenizer.[0-9]*.json", "tokenizer.model*", "vocab*.json", "vocab*.txt"),
@@ -62,57 +57,6 @@ def is_vocabulary(name: str) -> bool:
     return _matches(name, _VOCABULARIES)
 
 
-def read_json(path: Path, *, most: int = MAX_JSON) -> Mapping[str, object]:
-    """The object in a JSON file of a model folder. Infinity is allowed: some families have it.
-
-    Raises:
-        ModelError: not a plain file, too large, not JSON, too deep, a key twice, or no object.
-    """
-    kind = "a JSON object"
-    content = read_bytes(plain_file(path), kind=kind, at_most=most, error=ModelError)
-    with reading(path, kind=kind, error=ModelError, fix=AGAIN):
-        read = json.loads(content, object_pairs_hook=once)
-    if not isinstance(read, dict):
-        raise ModelError(f"{path} holds a JSON {type(read).__name__}", expected=kind, fix=AGAIN)
-    return read
-
-
-def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object whose keys occur once: of two values, which one counts?"""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r:.60} occurs twice")
-    return found
-
-
-def plain_file(path: Path) -> Path:
-    """The path, if it is a plain file inside its folder; reading it cannot hang.
-
-    Raises:
-        ModelError: missing, a directory, pipe or device, or a link that leads out of the folder.
-    """
-    regular_file(path, error=ModelError)
-    if path.is_symlink() and not _stays(path):
-        raise ModelError(
-            f"{path} is a link to {os.readlink(path)}",
-            expected="a folder that holds all of its own content",
-            fix="replace the link by a copy: cp -L",
-        )
-    return path
-
-
-def check_entries(folder: Path) -> None:
-    """Nothing in a model folder but files, folders and links to them: reading must not hang.
-
-    Raises:
-        ModelError: a pipe, a device or a socket.
-    """
-    for path in sorted(folder.iterdir()):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            plain_file(path)
-
-
 def counted(folder: Path) -> list[str]:
     """Names of the files that count, sorted; those in folders with ``/``.
 
@@ -126,37 +70,13 @@ def counted(folder: Path) -> list[str]:
     names.update(weight_files(folder))
     if (folder / INDEX).exists() and WEIGHTS not in names:
         names.add(INDEX)
-    names.update(_code(folder))
+    names.update(code_files(folder))
     names.update(f"additional_chat_templates/{p.name}" for p in _extra_templates(folder))
     names.update(name for name in _OWN_FILES if (folder / name).exists())
     if (folder / CRITIC).is_dir():
         inside = counted(folder / CRITIC)
         names.update(f"{CRITIC}/{name}" for name in inside)
     return sorted(names)
-
-
-def _code(folder: Path) -> list[str]:
-    """Names of the modules of a folder whose configuration names classes of its own."""
-    named = any(
-        path.is_file()
-        and b'"auto_map"' in read_bytes(path, kind="JSON", at_most=MAX_JSON, error=ModelError)
-        for path in (folder / CONFIG, folder / "tokenizer_config.json")
-    )
-    return [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")] if named else []
-
-
-def code_digest(folder: Path) -> str | None:
-    """sha256 over the code that a model folder brings, 64 hex digits; None for a folder without."""
-    names = sorted(_code(folder))
-    for name in names:
-        plain_file(folder / name)
-    return hash_files(folder, names) if names else None
-
-
-def same_code(one: Path, other: Path) -> bool:
-    """True for two folders that bring code, the same to the byte: who allows one, allows both."""
-    found = code_digest(one)
-    return found is not None and found == code_digest(other)
 
 
 def model_digest(folder: Path) -> str:
@@ -223,14 +143,6 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _extra_templates(folder: Path) -> Iterator[Path]:
     return (folder / "additional_chat_templates").glob("*.jinja")
-
-
-def _stays(link: Path) -> bool:
-    """Whether a link stays in its folder, or leads from a hub cache's snapshot to its blob."""
-    target = link.resolve()
-    if target.is_relative_to(link.parent.resolve()):
-        return True
-    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
 
 
 def _no_weights(folder: Path, held: list[str]) -> ModelError:

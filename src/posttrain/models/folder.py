@@ -18,16 +18,14 @@ from pathlib import Path
 
 from posttrain.core.errors import ModelError
 from posttrain.core.guard import reading
+from posttrain.models.entries import AGAIN, check_entries, read_json
 from posttrain.models.files import (
     ADAPTER,
-    AGAIN,
     CONFIG,
     GENERATION,
     INDEX,
     adapter_found,
-    check_entries,
     is_vocabulary,
-    read_json,
     shards_by_tensor,
     weight_files,
 )

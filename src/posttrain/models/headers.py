@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from posttrain.core.errors import ModelError
-from posttrain.models.files import once, plain_file
+from posttrain.models.entries import once, plain_file
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes; the library's own limit."""

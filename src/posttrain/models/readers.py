@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.core.errors import ModelError
 from posttrain.core.guard import reading
+from posttrain.models.code import check_code
 from posttrain.models.files import GENERATION
 from posttrain.models.folder import ModelFolder
 
@@ -70,10 +71,12 @@ def read_shape(folder: ModelFolder, *, remote_code: bool = False) -> ModelShape:
     """Sizes of a model, no weight read.
 
     Raises:
-        ModelError: a configuration that transformers cannot use.
+        ModelError: a configuration that transformers cannot use; code from elsewhere.
     """
     from transformers import AutoConfig
 
+    if remote_code:
+        check_code(folder.path)
     with library(folder.path):
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=remote_code)
         settings = config.get_text_config()
@@ -100,6 +103,8 @@ def read_tokenizer(folder: ModelFolder, *, remote_code: bool = False) -> PreTrai
     """
     from transformers import AutoTokenizer
 
+    if remote_code:
+        check_code(folder.path)
     with library(f"the tokenizer of {folder.path}"):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=remote_code)
         by_id = {i: text for text, i in tokenizer.get_vocab().items()}
@@ -134,6 +139,8 @@ def read_ends(folder: ModelFolder, *, remote_code: bool = False) -> tuple[int, .
     """
     from transformers import AutoConfig, GenerationConfig
 
+    if remote_code:
+        check_code(folder.path)
     with library(folder.path):
         if (folder.path / GENERATION).is_file():
             ends = GenerationConfig.from_pretrained(folder.path).eos_token_id

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.core.errors import ModelError
-from posttrain.models.files import TOKENIZER, plain_file, read_json
+from posttrain.models.entries import plain_file, read_json
+from posttrain.models.files import TOKENIZER
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 

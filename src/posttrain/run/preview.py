@@ -52,8 +52,13 @@ class Volume:
     exact: bool = False
 
 
-def preview(recipe: Recipe, *, root: Path) -> str:
+def preview(recipe: Recipe, *, root: Path, trust_code: bool = False) -> str:
     """The plan of a recipe, as text.
+
+    Args:
+        recipe: the configuration.
+        root: folder that its paths are relative to.
+        trust_code: allow code from outside ``root``. Without, a model with such code is not read.
 
     Raises:
         PosttrainError: an error that would stop the run: options, legality, data, model folder.
@@ -67,12 +72,14 @@ def preview(recipe: Recipe, *, root: Path) -> str:
             fix="check the path; it is relative to the recipe's folder",
         )
     code = recipe.remote_code is not None
+    needed = list(code_of_recipe(recipe, root=root))
     base = model_digest(path) if folder else recipe.model
     plan, *others = all_plans(recipe, root=root, base=base)
     for path_through in (plan, *others):
         check_adapters(path_through.stages, base=path)
-    shape = read_shape(folder, remote_code=code) if folder else None
-    facts = facts_of(plan, folder) if folder else None
+    unread = not trust_code and any(c.foreign for c in needed)
+    shape = read_shape(folder, remote_code=code) if folder and not unread else None
+    facts = facts_of(plan, folder) if folder and not unread else None
     lines = [
         f"recipe    {recipe.name}  (identity {config.digest(recipe)[:16]})",
         f"model     {recipe.model}" + ("" if folder else "  (not on this disk: would be fetched)"),
@@ -80,7 +87,9 @@ def preview(recipe: Recipe, *, root: Path) -> str:
         f"{recipe.measure.samples} samples per prompt, support threshold "
         f"{recipe.measure.threshold:.4f}",
     ]
-    lines += [f"code      {code.words}" for code in code_of_recipe(recipe, root=root)]
+    lines += [f"code      {code.words}" for code in needed]
+    if unread:
+        lines.append("not read  model and task sets: for the whole plan, add --trust-code")
     if shape:
         lines.append(
             f"weights   {shape.num_weights:,} in {recipe.dtype}, context {shape.context}, "

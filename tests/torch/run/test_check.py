@@ -1,5 +1,8 @@
 """What a run tries before it begins: nothing is recorded, and what would fail is found."""
 
+import json
+
+import msgspec
 import pytest
 from staging import make_world
 
@@ -15,6 +18,7 @@ from posttrain.run.check import check
 from posttrain.run.folder import RunFolder
 from posttrain.run.preview import preview
 from posttrain.tasks.jsonl import JsonlTasks
+from posttrain.testing import tiny_model
 
 GRPO = posttrain.method("grpo", tasks=["rows"], group_size=2, max_new_tokens=3)
 SFT = posttrain.method("sft", data={"path": "rows.jsonl"})
@@ -98,3 +102,29 @@ def test_a_stage_that_asks_a_head_of_an_earlier_one_is_tried_later(world):
     )
     assert [p.of for p in found.proofs if p.subject is Subject.STEP] == ["s0"]
     assert any("s1" in text and "scalar head of s0" in text for text in said)
+
+
+def test_a_plan_runs_no_code_from_outside_unless_trusted(world, tmp_path_factory):
+    """The code leaves a mark where it runs."""
+    outside = tmp_path_factory.mktemp("outside")
+    mark = outside / "ran"
+    model = tiny_model(outside / "model")
+    (model / "own.py").write_text(
+        f"open({str(mark)!r}, 'w')\n"
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class C(Qwen3Config):\n    model_type = 'own'\n"
+        "class M(Qwen3ForCausalLM):\n    config_class = C\n"
+    )
+    settings = json.loads((model / "config.json").read_text())
+    settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}
+    settings["auto_map"]["AutoModelForCausalLM"] = "own.M"
+    (model / "config.json").write_text(json.dumps(settings))
+    recipe = msgspec.structs.replace(
+        recipe_of(world, SFT), model=str(model), remote_code=str(model)
+    )
+    words = preview(recipe, root=world.root)
+    assert "needs --trust-code" in words
+    assert "weights " not in words
+    assert not mark.exists()
+    assert "weights " in preview(recipe, root=world.root, trust_code=True)
+    assert mark.exists()

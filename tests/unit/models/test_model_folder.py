@@ -10,7 +10,8 @@ import pytest
 
 from posttrain.core.errors import ModelError
 from posttrain.core.files import hash_folder
-from posttrain.models.files import INDEX, code_digest, model_digest
+from posttrain.models.code import check_code, code_digest
+from posttrain.models.files import INDEX, model_digest
 from posttrain.models.folder import read_folder
 from posttrain.models.headers import BITS, read_headers
 
@@ -431,3 +432,23 @@ def test_a_critic_inside_counts(folder):
     with_critic = model_digest(folder)
     (folder / "critic" / "README.md").write_text("x")
     assert model_digest(folder) == with_critic
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"auto_map": {"AutoConfig": "/tmp/elsewhere--modeling_x.C"}},
+        {"auto_map": {"AutoTokenizer": [None, "org/repo--tokens.T"]}},
+        {"text_config": {"auto_map": {"AutoConfig": "org/repo--modeling_x.C"}}},
+    ],
+)
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_from_elsewhere_never_runs(folder, named, file):
+    """It is in no digest, and who allowed the folder's code has not seen it."""
+    written = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    # The loader reads an escaped key as well.
+    text = json.dumps({**written, **named}).replace('"auto_map"', '"auto\\u005fmap"')
+    (folder / file).write_text(text)
+    with pytest.raises(ModelError, match="runs code from elsewhere"):
+        check_code(folder)
+    model_digest(folder)  # no code runs unless the recipe allows it: the model itself is whole

@@ -36,7 +36,7 @@ from posttrain.engines.local.policy import LocalPolicy, Version, frozen
 from posttrain.engines.local.recompute import Recomputation
 from posttrain.engines.local.routing import BALANCE, routing
 from posttrain.engines.local.scalar import CRITIC, Scalar
-from posttrain.models.files import same_code
+from posttrain.models.code import same_code
 from posttrain.models.hub import resolve_folder
 from posttrain.numerics.batch import PackedBatch
 from posttrain.protocols import Objective, ScalarStart, StepReport
