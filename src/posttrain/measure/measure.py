@@ -79,16 +79,25 @@ def _template(policy: Policy, tasksets: Sequence[TaskSet]) -> str:
     return ", ".join(sorted(written)) or "none"
 
 
-def _measure_task(
-    policy: Policy, taskset: TaskSet, *, spec: Measure, base: Policy | None
-) -> TaskMeasurement:
-    tasks, n = list(taskset.held_out), spec.samples
-    if not tasks:
+def require_prompts(taskset: TaskSet) -> None:
+    """Refuse to measure on nothing.
+
+    Raises:
+        DataError: no held-out prompts.
+    """
+    if not taskset.held_out:
         raise DataError(
             f"{taskset.name}: no held-out prompts",
             expected="prompts that only probes use",
             fix="raise held_out of the task set, or leave it out of measure.tasks",
         )
+
+
+def _measure_task(
+    policy: Policy, taskset: TaskSet, *, spec: Measure, base: Policy | None
+) -> TaskMeasurement:
+    require_prompts(taskset)
+    tasks, n = list(taskset.held_out), spec.samples
     prompts = [policy.renderer.prompt(t) for t in tasks]
     seeds = np.random.SeedSequence(spec.seed).generate_state(len(tasks) * n, np.uint64)
     requests = [

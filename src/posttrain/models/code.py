@@ -17,7 +17,8 @@ def code_files(folder: Path) -> list[str]:
     """Names of the modules of a folder whose configuration names classes of its own, sorted."""
     if not any(True for _ in _named(folder)):
         return []
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
+    inside = (path.relative_to(folder) for path in folder.rglob("*.py"))
+    return sorted(p.as_posix() for p in inside if not any(x.startswith(".") for x in p.parts))
 
 
 def code_digest(folder: Path) -> str | None:

@@ -42,11 +42,11 @@ def check_adapters(stages: Iterable[PlannedStage], *, base: Path) -> None:
                 f"stage {planned.spec.name} asks for lora, and peft is not installed",
                 fix="pip install 'posttrain[lora]', or train all weights (no lora)",
             )
-        targets = () if isinstance(lora.target_modules, str) else lora.target_modules
-        shared = [t for t in targets if t.rpartition(".")[2] in _ENDS]
         if planned.init.startswith("path:") or not base.is_dir():
             continue
         folder = read_folder(base)
+        reached = _reached(lora.target_modules, folder)
+        shared = [t for t, names in reached.items() if any(map(_is_end, names))]
         if shared and _is_tied(folder):
             raise ConfigError(
                 f"stage {planned.spec.name}: lora on {', '.join(shared)} of {base}, whose "
@@ -56,7 +56,8 @@ def check_adapters(stages: Iterable[PlannedStage], *, base: Path) -> None:
                 fix="leave them out of target_modules, or train all weights (no lora)",
             )
 
-        if missed := _unknown(lora.target_modules, folder):
+        missed = [t for t, names in reached.items() if not names]
+        if missed and not _is_renamed(folder):
             raise ConfigError(
                 f"stage {planned.spec.name}: lora on {', '.join(missed)}, and {base} has no such "
                 "weight",
@@ -72,26 +73,38 @@ def _is_tied(folder: ModelFolder) -> bool:
     )
 
 
-def _unknown(targets: str | Sequence[str], folder: ModelFolder) -> list[str]:
-    """Targets that no weight has the name of, as far as the names of files tell.
+def _is_renamed(folder: ModelFolder) -> bool:
+    """Whether files name modules otherwise than the model: experts, and parts that read images.
 
-    Experts are named otherwise in files than in the model, and so are the parts of a model that
-    reads images: there only a try can tell.
+    There only a try can tell whether a target exists.
     """
+    return any("expert" in name or "language_model" in name for name in folder.tensors)
+
+
+def _reached(targets: str | Sequence[str], folder: ModelFolder) -> dict[str, list[str]]:
+    """The modules that each target reaches, as far as the names in files tell."""
     names = _modules(folder)
-    if targets == "all-linear" or any("expert" in n or "language_model" in n for n in names):
-        return []
+    if targets == "all-linear":
+        return {}
     if isinstance(targets, str):
         with reading(f"target_modules {targets!r}", kind="a regular expression", error=ConfigError):
             pattern = re.compile(targets)
-        found = any(pattern.fullmatch(prefix + n) for n in names for prefix in _PREFIXES)
-        return [] if found else [targets]
-    known = [f".{n}" for n in (*names, *_ENDS)]
-    return [t for t in targets if not any(n.endswith(f".{t}") for n in known)]
+        return {targets: [n for n in names if any(pattern.fullmatch(p + n) for p in _PREFIXES)]}
+    return {
+        t: [n for n in names if any(f".{p}{n}".endswith(f".{t}") for p in _PREFIXES)]
+        for t in targets
+    }
+
+
+def _is_end(name: str) -> bool:
+    return name.rpartition(".")[2] in _ENDS
 
 
 def _modules(folder: ModelFolder) -> list[str]:
-    return [n.removesuffix(".weight") for n in folder.tensors if n.endswith(".weight")]
+    """Modules with a matrix: those that an adapter can be on."""
+    matrices = [n for n, tensor in folder.tensors.items() if len(tensor.shape) > 1]
+    found = [n.removesuffix(".weight") for n in matrices if n.endswith(".weight")]
+    return [*found, "lm_head"] if _is_tied(folder) else found  # a module, though not in the file
 
 
 def _some(folder: ModelFolder) -> list[str]:

@@ -299,12 +299,22 @@ def _head_line(n: int, digest: str) -> bytes:
 
 
 def _known_head(path: Path) -> tuple[int, str] | None:
-    """The (number, digest) beside a ledger; None when there is none, or none to be read."""
+    """The (number, digest) beside a ledger; None when there is no such file.
+
+    Raises:
+        LedgerBroken: the file holds something else. It is made whole and written in one piece.
+    """
     beside = head_file(path)
     if not beside.is_file():
         return None
     n, _, digest = beside.read_bytes()[:128].decode("ascii", "replace").strip().partition(" ")
-    return (int(n), digest) if n.isdecimal() and len(digest) == 64 else None
+    if not n.isdecimal() or len(digest) != 64:
+        raise LedgerBroken(
+            f"{beside} does not name the last record of the ledger beside it",
+            expected="the record's number and digest, without which a cut would not show",
+            fix=_RESTORE,
+        )
+    return int(n), digest
 
 
 def _checked(path: Path, known: tuple[int, str] | None) -> tuple[list[Record], bytes, int]:

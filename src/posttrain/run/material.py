@@ -14,6 +14,7 @@ from typing import final
 from posttrain.core.errors import TaskError
 from posttrain.core.rendering import shortened
 from posttrain.core.task import ReportsRows, Task, TaskSet
+from posttrain.measure.measure import require_prompts
 from posttrain.protocols import DataFile, Renderer
 from posttrain.recipe import Recipe
 from posttrain.run.plan import PlannedStage
@@ -39,6 +40,7 @@ def sampled_by(
 
     Raises:
         TaskError: a task that the stage's source cannot draw.
+        DataError: a measured task set without held-out prompts.
     """
     stage = f"stage {planned.spec.name}"
     for leaf in planned.composition.source.leaves:
@@ -53,6 +55,7 @@ def sampled_by(
                 what_for=stage,
             )
     for name in recipe.measured_tasks:
+        require_prompts(tasksets[name])
         yield SampledPrompts(
             name=name,
             tasks=tasksets[name].held_out,

@@ -10,7 +10,10 @@ import posttrain
 from posttrain.core.errors import ConfigError
 from posttrain.core.learner import Lora
 from posttrain.measure.spec import Measure
+from posttrain.models.folder import ModelFolder
+from posttrain.models.headers import TensorHeader
 from posttrain.recipe import Budget, Recipe, Stage
+from posttrain.run.adaptable import _reached
 from posttrain.run.check import check
 from posttrain.run.preview import preview
 
@@ -55,7 +58,29 @@ def test_on_an_end_that_is_tied(world, target):
             verdict()
 
 
-@pytest.mark.parametrize("targets", ["a", ("a",), ("q_proj", "layers.9.q_proj"), r".*\.qproj", "("])
+def test_a_pattern_on_an_end_that_is_tied(world):
+    for verdict in verdicts(world, Lora(rank=2, target_modules=r".*embed_tokens")):
+        with pytest.raises(ConfigError, match="one weight"):
+            verdict()
+
+
+def test_names_of_files_and_of_models_are_both_known(tmp_path):
+    """A decoder's file may lack the prefix that the model has."""
+    folder = ModelFolder(
+        path=tmp_path,
+        config={},
+        tensors={"h.0.attn.c_attn.weight": TensorHeader("F32", (4, 12), "f")},
+        tokens=None,
+    )
+    for targets in (("transformer.h.0.attn.c_attn",), ("c_attn",), r"(transformer\.)?h\..*"):
+        assert all(_reached(targets, folder).values())
+    assert not any(_reached(("lm_head", "embed_out"), folder).values())
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["a", ("a",), ("q_norm",), ("q_proj", "layers.9.q_proj"), r".*\.qproj", "("],
+)
 def test_on_weights_that_do_not_exist(world, targets):
     for verdict in verdicts(world, Lora(rank=2, target_modules=targets)):
         with pytest.raises(ConfigError, match=r"such as down_proj|a regular expression"):

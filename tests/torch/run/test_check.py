@@ -7,7 +7,7 @@ import pytest
 from staging import make_world
 
 import posttrain
-from posttrain.core.errors import TaskError
+from posttrain.core.errors import DataError, TaskError
 from posttrain.core.events import Note
 from posttrain.core.files import hash_folder
 from posttrain.core.proofs import Subject
@@ -71,6 +71,14 @@ def test_a_task_that_cannot_guide_is_found_by_plan(world):
         options = {} if found is preview else {"engine": world.engine, "rehearse_from": 9}
         with pytest.raises(TaskError, match="no text under 'nowhere'"):
             found(recipe, root=world.root, **options)
+
+
+def test_measuring_on_nothing_is_found_by_plan(world):
+    recipe = recipe_of(world, SFT)
+    tasks = {"rows": msgspec.structs.replace(recipe.tasks["rows"], held_out=0)}
+    recipe = msgspec.structs.replace(recipe, tasks=tasks)
+    with pytest.raises(DataError, match="no held-out prompts"):
+        preview(recipe, root=world.root)
 
 
 def test_a_stage_that_would_fail_at_its_first_step_is_found_before_anything_is_written(world):

@@ -339,3 +339,13 @@ def test_times_are_now_in_utc(tmp_path: Path) -> None:
     record = Ledger.open(tmp_path / "l").append(RecordKind.SAY, {})
     assert record.time.endswith("Z")
     assert before <= datetime.fromisoformat(record.time) <= datetime.now(UTC)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"garbage", b"3 abc"])
+def test_a_damaged_head_does_not_hide_a_cut(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "l"
+    path.write_bytes(SAMPLE)
+    module.head_file(path).write_bytes(content)
+    for use in (verify, Ledger.open):
+        with pytest.raises(LedgerBroken, match="does not name the last record"):
+            use(path)
