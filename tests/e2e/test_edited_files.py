@@ -158,6 +158,7 @@ def test_a_report_is_written_and_says_first_what_was_edited(finished, tmp_path, 
         edit(out / name, way, {})
         code, _, errors = posttrain("report", out)
         assert code == 0, (name, errors)
+        assert name in errors
         page = (out / "report.html").read_text()
         assert "The ledger does not verify." in page
         assert name in page

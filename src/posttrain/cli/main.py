@@ -355,8 +355,11 @@ def report(run_folder: Path) -> None:
 
     RunFolder(run_folder).recipe(checked=False)
     from posttrain.cli.pages import write_run_report
+    from posttrain.run.history import read_history
 
     click.echo(write_run_report(run_folder))
+    for alarm in read_history(run_folder, lenient=True).alarms:
+        click.echo(f"  ! {alarm}", err=True)
 
 
 @cli.command()
