@@ -60,7 +60,8 @@ MEASUREMENTS, STAGES, DIAGNOSES = "measurements", "stages", "diagnoses"
 ASIDE, LOCK = "aside", "lock"
 NOISE = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 """Files that file managers leave."""
-
+_READ = frozenset({STAGES, MEASUREMENTS, DIAGNOSES, RECIPE, TREATMENT})
+"""Where a run reads what it wrote."""
 
 MOST_MEASUREMENT = 1 << 30
 """Bytes of a file that is read as a measurement."""
@@ -191,13 +192,12 @@ class RunFolder:
         return [StageFolder(p) for p in found if p.is_dir() and not p.name.startswith(".")]
 
     def unrecorded(self, known: RecordedFiles) -> list[Path]:
-        """Files that no row names, without those that need none.
+        """Files that a run would read and no row names, without those that need none.
 
-        These are the ledger and what lies beside it, pages, stages that were set aside, what a
-        stage leaves before its next commit, and the files of file managers.
+        These are pages, what a stage leaves before its next commit, and the files of file managers.
+        A file at a place that no run reads is the user's own: inputs, notes.
         """
-        free = {self.path / LOCK, self.report_file, self.ledger_file, head_file(self.ledger_file)}
-        torn, named = f"{LEDGER}.torn-", set(known.names)
+        named = set(known.names)
         stages = {stage.path: stage for stage in self.stage_folders()}
         found = []
         for file in files_below(self.path):
@@ -205,11 +205,8 @@ class RunFolder:
             at = self.path.joinpath(*parts[:2])
             page = parts[0] == DIAGNOSES and file.suffix == ".html"
             left = at in stages and stages[at].is_leftover(file)
-            if not (
-                "/".join(parts) in named
-                or file in free
-                or file.name in NOISE
-                or (parts[0].startswith(torn) or parts[0] == ASIDE or page or left)
+            if parts[0] in _READ and not (
+                "/".join(parts) in named or file.name in NOISE or page or left
             ):
                 found.append(file)
         return found

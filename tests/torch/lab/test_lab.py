@@ -15,6 +15,9 @@ from posttrain.measure.passk import pass_at_k, pass_interval
 from posttrain.measure.spec import Measure
 from posttrain.measure.support import clopper_pearson
 from posttrain.recipe import load_recipe
+from posttrain.run.audit import audit
+from posttrain.run.folder import RunFolder
+from posttrain.run.resume import NOTHING, check_folder
 
 SAMPLES = 256
 
@@ -117,3 +120,15 @@ def test_pretraining_is_reproducible_bit_for_bit(tmp_path):
     assert first.keys() == again.keys() == shipped.keys()
     assert all(np.array_equal(w, again[n]) for n, w in first.items())
     assert all(w.shape == shipped[n].shape for n, w in first.items())
+
+
+def test_the_tours_inputs_may_lie_in_its_own_run_folder(tmp_path):
+    """`posttrain tour` writes them there first, and its run begins beside them."""
+    write_tour(tmp_path)
+    with RunFolder(tmp_path).lock() as folder:
+        check_folder(folder, NOTHING, observe=lambda event: None)
+        folder.write_recipe(load_recipe(tmp_path / "inputs" / "recipe.yaml"))
+    assert audit(RunFolder(tmp_path)) == []
+    (tmp_path / "stages" / "x").mkdir(parents=True)
+    (tmp_path / "stages" / "x" / "notes.txt").write_text("what a run may read is not free")
+    assert [f.path for f in audit(RunFolder(tmp_path))] == ["stages/x/notes.txt"]
