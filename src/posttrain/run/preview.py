@@ -58,7 +58,7 @@ def preview(recipe: Recipe, *, root: Path, trust_code: bool = False) -> str:
     Args:
         recipe: the configuration.
         root: folder that its paths are relative to.
-        trust_code: allow code from outside ``root``. Without, a model with such code is not read.
+        trust_code: allow the code of a model. Without, a model with code of its own is not read.
 
     Raises:
         PosttrainError: an error that would stop the run: options, legality, data, model folder.
@@ -77,7 +77,7 @@ def preview(recipe: Recipe, *, root: Path, trust_code: bool = False) -> str:
     plan, *others = all_plans(recipe, root=root, base=base)
     for path_through in (plan, *others):
         check_adapters(path_through.stages, base=path)
-    unread = not trust_code and any(c.foreign for c in needed)
+    unread = code and not trust_code  # a plan is what one reads before code runs
     shape = read_shape(folder, remote_code=code) if folder and not unread else None
     facts = facts_of(plan, folder) if folder and not unread else None
     lines = [
@@ -89,7 +89,7 @@ def preview(recipe: Recipe, *, root: Path, trust_code: bool = False) -> str:
     ]
     lines += [f"code      {code.words}" for code in needed]
     if unread:
-        lines.append("not read  model and task sets: for the whole plan, add --trust-code")
+        lines.append("not read  model and task sets, since the model has code: add --trust-code")
     if shape:
         lines.append(
             f"weights   {shape.num_weights:,} in {recipe.dtype}, context {shape.context}, "
