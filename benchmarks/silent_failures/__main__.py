@@ -13,11 +13,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from silent_failures import page
 from silent_failures.bench import FAULTS, Bench
 from silent_failures.clean import planned
 from silent_failures.mutation import mutated
 from silent_failures.planters import ALL
+from silent_failures.world import ROOT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _faults(only: Sequence[str] | None, *, against: str | None, keep: Path | None) -> None:
     bench = Bench("trl" if against else "posttrain", keep=keep)
     for found in bench.judged(only or FAULTS):
+        # Where the project lies on this machine is nobody's result.
+        found = msgspec.structs.replace(found, words=found.words.replace(f"{ROOT}/", ""))
         page.VERDICTS.add(found)
         words = " ".join(found.words.split())[:150]
         mark = " (traceback)" if found.traceback else ""
