@@ -238,7 +238,7 @@ class Ledger:
                 with writing(self._path):
                     write_all(fd, content)
                     os.fsync(fd)
-            except BaseException:
+            except BaseException:  # Ctrl-C too: a row is there whole, or not at all
                 with suppress(OSError):  # then the line stays, torn or whole, for the next process
                     os.ftruncate(fd, self._size)
                 raise
